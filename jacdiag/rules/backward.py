@@ -11,18 +11,10 @@ from jacdiag.records.signal_propagation import NEGLIGIBLE, BackwardRecord, DeadB
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.forward import Measured, loudest
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.wording import list_names
 
-_NAMED = 3
 _NEVER_WRITTEN = "no init writes such numbers; initialise"
 _RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), or in the forward"
-
-
-def _listed(names: Sequence[str]) -> str:
-    text = ", ".join(clipped(name, 100) for name in names[:_NAMED])
-    more = len(names) - _NAMED
-    if more > 0:
-        text += f" and {more} more"
-    return text
 
 
 def _backward(context: Context) -> BackwardRecord | None:
@@ -50,7 +42,7 @@ def _no_gradient(context: Context, rule: Rule) -> Outcome:
     # 2. What was left out.
     note = ""
     if left_out:
-        note = f"frozen, and cut off by the model's code: {_listed(left_out)}"
+        note = f"frozen, and cut off by the model's code: {list_names(left_out)}"
     return Outcome(max(len(context.rows(rule)), 1), findings, note=note)
 
 
@@ -93,7 +85,7 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
 
 def _subject(path: DeadPath) -> str:
     """Return what gets no gradient."""
-    names = _listed(path.where)
+    names = list_names(path.where)
     if not path.stream:
         return f"no parameter of {names} gets a gradient:"
 
@@ -106,7 +98,7 @@ def _subject(path: DeadPath) -> str:
 def _cause(path: DeadPath) -> str:
     """Return why no gradient gets there."""
     if path.cause == "cut":
-        return f"every way from there to the loss passes {_listed(path.calls)}"
+        return f"every way from there to the loss passes {list_names(path.calls)}"
     if path.cause == "input":
         return "the stream that it reads is zero for every token"
     if path.cause == "unknown":
@@ -134,7 +126,7 @@ def _held(names: Sequence[str], values: Sequence[float]) -> str:
         if _is_negligible(value):
             held = f"at most {abs(value):.1g} in size"
         phrases.append(f"{clipped(name, 100)} is {held}")
-    return _listed(phrases)
+    return list_names(phrases)
 
 
 def _is_negligible(value: float) -> bool:
@@ -158,12 +150,14 @@ def _fix(path: DeadPath) -> str:
     if path.head or path.elsewhere:
         return ""
     if path.cause == "cut":
-        return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"
+        return (
+            f"let the gradient through at {list_names(path.calls)}, or freeze what lies before it"
+        )
     if path.cause != "zero":
         return ""
 
     # Zeros that no step writes, that nobody wrote, or that an init wrote.
-    names = _listed(path.parameters)
+    names = list_names(path.parameters)
     if not path.learned:
         return f"{_RECOMPUTE}: {names}"
     if any(map(_is_negligible, path.values)):
@@ -236,12 +230,12 @@ def _branches(
     state = "constant: the Jacobian is zero"
     if all(branch.zero for branch in branches):
         state = "exactly zero, value and Jacobian"
-    what = f"{_listed(names)} {verb} {state}"
+    what = f"{list_names(names)} {verb} {state}"
     if parameters:
         held = _held(parameters, list(value_of.values()))
         what += f"; the cause: {held} in every element, {_how_far(branches, level)}"
     if unknown:
-        what += f"; the cause is not known for {_listed(unknown)}"
+        what += f"; the cause is not known for {list_names(unknown)}"
 
     # 3. The finding.
     evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
@@ -270,7 +264,7 @@ def _fix_of_branches(
         return "draw all but one of the zero matrices of each branch"
 
     # 2. Buffers, and numbers that nobody wrote.
-    names = _listed(parameters)
+    names = list_names(parameters)
     if not _are_learned(branches):
         return f"{_RECOMPUTE}: {names}"
     if any(map(_is_negligible, _values_of(branches))):
@@ -419,7 +413,7 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
     contrast = ""
     if isinstance(loss, float) and math.isfinite(loss):
         contrast = " although the loss is finite"
-    what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
+    what = f"the gradient holds NaN or Inf{contrast}: {list_names(record.not_finite)}"
 
     # 2. The finding.
     evidence = {"names": list(record.not_finite)}
@@ -444,11 +438,11 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
     where = [shortcut.where for shortcut in cut]
     calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
     what = (
-        f"the shortcut of {_listed(where)} passes {_listed(calls)}: the gradient goes through "
-        "the branch alone there"
+        f"the shortcut of {list_names(where)} passes {list_names(calls)}: the gradient goes "
+        "through the branch alone there"
     )
     evidence = {"calls": calls, "count": len(cut)}
-    fix = f"add the shortcut itself, without {_listed(calls)}"
+    fix = f"add the shortcut itself, without {list_names(calls)}"
     level = context.level(rule, "warning")
     finding = Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
     return Outcome(matched, [finding])

@@ -140,7 +140,7 @@ def _finding(
     # 2. What to do.
     fix = _FIXES.get(meaning, _FIXES[""])
     if tables[0].rounded and "was rounded" in fault:
-        fix = "compute the frequencies anew in float32 after the cast, or leave them out of it"
+        fix = "compute the frequencies again in float32 after the cast, or leave them out of it"
 
     # 3. The finding.
     evidence = {

@@ -12,6 +12,7 @@ from jacdiag.rules.finding_numbers import plain, span
 from jacdiag.rules.interval_status import Placed, placed
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import CUTS, Limits
+from jacdiag.rules.wording import placement_in_words
 
 # An output matrix with so much of the std before it has no scaling with depth.
 _UNSCALED = 0.7
@@ -74,15 +75,11 @@ def _why_not(context: Context, rule: Rule) -> str:
     placements: set[str] = set()
     for row in context.report.sublayers:
         if row.placement and not row.nested:
-            placements.add(_norm_words(row.placement))
+            placements.add(placement_in_words(row.placement))
     if not placements:
         return ""
     names = " and ".join(sorted(placements))
     return f"the paper states it for pre-norm; this model has {names}"
-
-
-def _norm_words(placement: str | None) -> str:
-    return "no norm" if placement in (None, "none") else f"{placement}-norm"
 
 
 def _trusted(context: Context, row: SublayerRecord, value: Value) -> Interval | None:
@@ -221,7 +218,7 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
     inner = [weight.std for weight in others if weight.std]
     is_unscaled = bool(inner) and output.std > _UNSCALED * max(inner)
     if is_unscaled and layers > 1:
-        seen += f"; no depth scaling is seen beside std {plain(max(inner))} before it"
+        seen += f"; no depth scaling is seen compared with std {plain(max(inner))} before it"
     return f"{advice}: {seen}"
 
 
@@ -293,7 +290,7 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
-        norm = _norm_words(worst.row.placement)
+        norm = placement_in_words(worst.row.placement)
         at = f"{norm} at init" if context.report.state == "trained" else norm
         what = (
             f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above "

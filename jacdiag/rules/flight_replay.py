@@ -612,8 +612,8 @@ def _weights_sentence(figure: Figure, context: Context) -> str:
     if _holds_the_update(context):
         text += (
             f". These weights hold the update of step {context.step}: a checkpoint from before it "
-            "tells whether that "
-            "batch made them so"
+            "shows whether "
+            "that batch made them so"
         )
     return text + "."
 

@@ -201,7 +201,9 @@ def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Findi
         "parameters": [weight.parameter for weight in weights],
         "same_as": [original.parameter] * len(weights),
     }
-    fix = f"draw {names_of(weights)} anew, without setting the generator back to a seed before each"
+    fix = (
+        f"draw {names_of(weights)} again, without setting the generator back to a seed before each"
+    )
     return Finding(
         rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
     )
@@ -233,7 +235,7 @@ def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
     fix = (
-        f"draw {names_of(repeating)} anew, each matrix of the stack and each shard with numbers "
+        f"draw {names_of(repeating)} again, each matrix of the stack and each shard with numbers "
         "of its own"
     )
     return Finding(
@@ -275,7 +277,7 @@ def _finding(
         "of": drawn,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    fix = f"draw {names_of(weights)} anew: build each layer by itself, not as a copy"
+    fix = f"draw {names_of(weights)} again: build each layer by itself, not as a copy"
     level = context.level(rule, rule.level)
     return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jacdiag.records import Finding
 from jacdiag.records.structure import AdapterRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.wording import list_names
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
@@ -41,12 +42,13 @@ def _finding_of_zeros(context: Context, rule: Rule, pairs: Sequence[AdapterRecor
     for pair in pairs:
         firsts.append(pair.zero_factors[0])
         others.extend(pair.zero_factors[1:])
+    listed = list_names(firsts, longest=None)
     what = (
-        f"{_listed(firsts)} and another factor of each are zero in every element: no "
+        f"{listed} and another factor of each are zero in every element: no "
         "gradient can reach either"
     )
     evidence = {"parameters": [*firsts, *others], "count": len(pairs)}
-    fix = f"draw {_listed(firsts)}, after all other inits"
+    fix = f"draw {listed}, after all other inits"
     return _finding(context, rule, evidence, what, fix)
 
 
@@ -55,9 +57,10 @@ def _finding_of_draws(context: Context, rule: Rule, pairs: Sequence[AdapterRecor
     firsts = [pair.first for pair in pairs]
     seconds = [pair.second for pair in pairs]
     state = "the adapted model is not its base at the start"
-    what = f"{_listed(seconds)} and the other factor of each are not zero: {state}"
+    listed = list_names(seconds, longest=None)
+    what = f"{listed} and the other factor of each are not zero: {state}"
     evidence = {"parameters": seconds, "others": firsts, "count": len(pairs)}
-    return _finding(context, rule, evidence, what, f"set {_listed(seconds)} to zero")
+    return _finding(context, rule, evidence, what, f"set {listed} to zero")
 
 
 def _finding(
@@ -68,13 +71,6 @@ def _finding(
     return Finding(
         rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    text = ", ".join(names[:3])
-    if len(names) > 3:
-        text += f" and {len(names) - 3} more"
-    return text
 
 
 RULE = Rule("JD215", "adapter-factors", "warning", check=_check, states=("init",))

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from jacdiag.errors import clipped
 from jacdiag.records import Finding, Level, Report, RuleResult
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.wording import list_names
 
 
 def _checks(context: Context) -> dict[str, object]:
     checks: dict[str, object] = context.report.settings.get("checks", {})
     return checks
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    text = ", ".join(clipped(name, 100) for name in names[:most])
-    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _undecided(context: Context, rule: Rule) -> Outcome:
@@ -34,7 +29,7 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
 
     # 2. The finding. On a trained model the rules observe, so that nothing hangs on it.
     names = list(where)
-    what = f"{', '.join(open_rules)} undecided at {_listed(names)}"
+    what = f"{', '.join(open_rules)} undecided at {list_names(names)}"
     level: Level = "warning"
     if context.report.state == "trained":
         level = "info"
@@ -68,7 +63,7 @@ def _mend(context: Context) -> str:
     """Return where to look for the NaN: in the weights that hold one, else in the forward."""
     broken = _checks(context).get("non_finite")
     if isinstance(broken, list) and broken:
-        return f"mend {_listed(broken)}"
+        return f"mend {list_names(broken)}"
     return "find the call that makes it"
 
 
@@ -81,7 +76,7 @@ def _uncovered(context: Context, rule: Rule) -> Outcome:
     share = 1 - model.covered_parameters / model.parameters
     limit = context.thresholds.limits("uncovered").warning
     level: Level = "warning" if limit is not None and share >= limit else "info"
-    what = f"{share:.1%} of the parameters are not covered: {_listed(model.uncovered)}"
+    what = f"{share:.1%} of the parameters are not covered: {list_names(model.uncovered)}"
     evidence = {"share": share, "threshold": limit, "names": list(model.uncovered)}
     return Outcome(
         1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)]
@@ -150,7 +145,7 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
 
     # 2. Why.
     if not are_norms_judged:
-        why = "no norm was asked for, and no rule of the init contract applied"
+        why = "no norm was requested, and no rule of the init contract applied"
     elif report.tier == "weights":
         why = "the weights alone carry no Jacobian"
     else:
@@ -204,7 +199,7 @@ def _non_finite(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if not names:
         return Outcome(1)
-    what = f"NaN or Inf in {_listed(names, 5)}"
+    what = f"NaN or Inf in {list_names(names, 5)}"
     where = [r.name for r in context.report.sublayers if set(r.parameters) & set(names)]
     fix = "an earlier checkpoint; check the file's hash"
     return Outcome(
@@ -219,7 +214,8 @@ def _replay(context: Context, rule: Rule) -> Outcome:
     if not errors:
         return Outcome(len(context.report.sublayers))
     what = (
-        f"J^T w of {_listed(list(errors))} differs from the whole model's; its figures are not used"
+        f"J^T w of {list_names(list(errors))} differs from the whole model's; its figures are "
+        "not used"
     )
     return Outcome(
         len(context.report.sublayers),

@@ -45,7 +45,7 @@ def fix_for(differences: Sequence[Difference]) -> str:
     if first.like is None:
         return f"initialise {names} as in the other layers"
     if first.like.family in ("normal", "truncated", "uniform"):
-        return f"draw {names} anew {draw_in_words(first.like)}, as {first.like.parameter}"
+        return f"draw {names} again {draw_in_words(first.like)}, as {first.like.parameter}"
     return f"set {names} to the numbers of {first.like.parameter}"
 
 

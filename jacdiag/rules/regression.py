@@ -10,6 +10,7 @@ from jacdiag.records import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, 
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import Limits
+from jacdiag.rules.wording import placement_in_words
 
 FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_gain": "1/σ gain"}
 
@@ -195,16 +196,12 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
     unjudged: set[str] = set()
     for row in rows:
         if limits[row.name].info is None:
-            unjudged.add(_norm_words(row.placement))
+            unjudged.add(placement_in_words(row.placement))
     note = ""
     if unjudged:
         names = " and ".join(sorted(unjudged))
         note = f"how much healthy training grows is not known for {names}"
     return Outcome(judged_count, findings, list(against.missing), note)
-
-
-def _norm_words(placement: str | None) -> str:
-    return "no norm" if placement in ("none", None) else f"{placement}-norm"
 
 
 def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:

@@ -44,7 +44,7 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         source=curve.source,
     )
 
-    # 2. The chance, unless something speaks against it.
+    # 2. The chance, unless something argues against it.
     reason = _why_no_chance(report, curve, value)
     if reason:
         return replace(risk, reason=reason)

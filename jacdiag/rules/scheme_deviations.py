@@ -13,6 +13,7 @@ from jacdiag.rules.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mist
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.scheme_fit import Mismatch, Spread, Yardstick, holds
 from jacdiag.rules.schemes import MATRICES, OUTSIDE
+from jacdiag.rules.wording import layers_in_words
 
 _LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
 # Two values of a range are shown as one if the larger is less than 5% above the smaller.
@@ -278,7 +279,7 @@ def _subject(group: Sequence[Deviation]) -> str:
         name = f"the {first.section} rows of {name}"
     if first.of <= 1:
         return name
-    layers = _layers([deviation.weight for deviation in group], first.of)
+    layers = layers_in_words([deviation.weight for deviation in group], first.of)
     return f"{name} ({len(group)} of {first.of}{layers})"
 
 
@@ -329,17 +330,6 @@ def _range(values: Iterable[float | None]) -> str:
         return low
     is_narrow = known[-1] < known[0] * _NARROW_RANGE
     return low if is_narrow else f"{low} to {high}"
-
-
-def _layers(weights: Sequence[WeightRecord], of: int) -> str:
-    """Return which layers differ; "" if all do."""
-    layers = [str(weight.layer) for weight in weights if weight.layer is not None]
-    is_some = 0 < len(layers) < of
-    if not is_some:
-        return ""
-
-    shown = ", ".join(layers[:8])
-    return f", layer {shown}"
 
 
 # -- no scheme: the layers compared with each other ------------------------------------------------

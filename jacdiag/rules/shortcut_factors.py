@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from jacdiag.errors import clipped
 from jacdiag.records import Finding, SublayerRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.wording import list_names
 
 _NEAR = 0.05  # relative; alpha of DeepNorm is at least 1.19, for one layer
 
@@ -32,11 +30,11 @@ def _zero(context: Context, rule: Rule) -> Outcome:
 
     # 2. The sentence.
     where = [shortcut.sublayer for shortcut in cut]
-    what = f"the shortcut is multiplied by zero at {_listed(where)}"
+    what = f"the shortcut is multiplied by zero at {list_names(where)}"
     fix = ""
     if parameters:
-        what += f"; on its way: {_listed(parameters)}, zero in every element"
-        fix = f"multiply the branch by {_listed(parameters)}, not the shortcut"
+        what += f"; on its way: {list_names(parameters)}, zero in every element"
+        fix = f"multiply the branch by {list_names(parameters)}, not the shortcut"
     if is_any_unexplained:
         elsewhere = "elsewhere " if parameters else ""
         what += f"; {elsewhere}no parameter on the way is zero"
@@ -61,7 +59,7 @@ def _alpha(context: Context, rule: Rule) -> Outcome:
     where = [row.name for row in rows]
     what = (
         "the matrices are those of DeepNorm, and the factor on the shortcut is 1 at "
-        f"{_listed(where)}, "
+        f"{list_names(where)}, "
         f"where DeepNorm has (2N)^(1/4) = {plain(alpha)}"
     )
     fix = f"norm({plain(alpha)} * x + f(x)): the factor belongs on the shortcut and on nothing else"
@@ -72,11 +70,6 @@ def _alpha(context: Context, rule: Rule) -> Outcome:
 
 def _has_factor(row: SublayerRecord) -> bool:
     return row.shortcut_gain is not None and abs(row.shortcut_gain - 1) > _NEAR
-
-
-def _listed(names: Sequence[str]) -> str:
-    text = ", ".join(clipped(name, 100) for name in names[:3])
-    return text if len(names) <= 3 else f"{text} and {len(names) - 3} more"
 
 
 RULES = (

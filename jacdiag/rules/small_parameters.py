@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.biases import wrong_biases
@@ -25,6 +25,7 @@ from jacdiag.rules.norm_gains import error_of_mean, gains_unlike_the_model, wron
 from jacdiag.rules.odd_parameter import Difference, draw_in_words, fix_for
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
+from jacdiag.rules.wording import layers_in_words
 
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
 # LayerScale by depth: CaiT starts it at 0.1 in the first 18 layers, at 1e-5 up to the 24th, at 1e-6
@@ -297,7 +298,7 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
     # 2. Which they are.
     name = first.pattern.removesuffix(".weight")
     if first.of > 1:
-        name = f"{name} ({len(group)} of {first.of}{_layers(weights, first.of)})"
+        name = f"{name} ({len(group)} of {first.of}{layers_in_words(weights, first.of)})"
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": weights[0].role,
@@ -313,17 +314,6 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
     what = f"{name} holds {shown}; {first.others}"
     level = context.level(rule, rule.level)
     return Finding(rule.code, level, where, what, evidence, rule.summary, fix_for(group))
-
-
-def _layers(weights: Iterable[WeightRecord], of: int) -> str:
-    """Return which layers differ; "" if all do."""
-    layers = [str(weight.layer) for weight in weights if weight.layer is not None]
-    is_some = 0 < len(layers) < of
-    if not is_some:
-        return ""
-
-    shown = ", ".join(layers[:8])
-    return f", layer {shown}"
 
 
 RULE = Rule("JD208", "vectors-differ", "warning", check=_check, states=("init",))

@@ -8,6 +8,7 @@ from jacdiag.records import Finding, Level
 from jacdiag.records.structure import RateRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.wording import list_names
 
 # Model types whose own code in transformers 5 writes constant biases: ones, and zeros for jamba.
 # Found by building each
@@ -48,18 +49,18 @@ def _steps_finding(
     least = min(rate.least for rate in rates if rate.least is not None)
     most = max(rate.most for rate in rates if rate.most is not None)
     span = plain(least) if least == most else f"{plain(least)} to {plain(most)}"
+    names = [rate.parameter for rate in rates]
     what = (
-        f"{_listed(rates)}: time steps of {span} at a zero input, where Mamba's code draws "
-        "0.001 to 0.1"
+        f"{list_names(names, longest=None)}: time steps of {span} at a zero input, where Mamba's "
+        "code draws 0.001 to 0.1"
     )
     if known:
         what += f"; the code of {family} in transformers writes them so"
-    evidence = {"parameters": [rate.parameter for rate in rates], "least": least, "most": most}
+    evidence = {"parameters": names, "least": least, "most": most}
     fix = (
         "draw the steps log-uniform in [0.001, 0.1], and set the bias to their inverse "
         "softplus, after other inits"
     )
-    names = [rate.parameter for rate in rates]
     return Finding(
         rule.code,
         context.level(rule, level),
@@ -73,18 +74,14 @@ def _steps_finding(
 
 def _broken_finding(context: Context, rule: Rule, rates: Sequence[RateRecord]) -> Finding:
     count = sum(rate.not_finite for rate in rates)
-    what = f"{_listed(rates)}: NaN or Inf in {count} elements of a logarithm or a bias"
     names = [rate.parameter for rate in rates]
+    listed = list_names(names, longest=None)
+    what = f"{listed}: NaN or Inf in {count} elements of a logarithm or a bias"
     evidence = {"parameters": names, "not_finite": [rate.not_finite for rate in rates]}
     fix = "draw the rates in float32, and bound them away from zero before the logarithm"
     return Finding(
         rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
     )
-
-
-def _listed(rates: Sequence[RateRecord]) -> str:
-    more = f" and {len(rates) - 3} more" if len(rates) > 3 else ""
-    return ", ".join(rate.parameter for rate in rates[:3]) + more
 
 
 RULE = Rule("JD213", "state-space-rates", "warning", check=_check, states=("init",))

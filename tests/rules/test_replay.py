@@ -111,7 +111,7 @@ def test_weights_on_which_ordinary_batches_stand_out_are_named() -> None:
     assert "hold the update" not in text  # the batch met these weights: it cannot have made them so
     _, text = verdict(loss([7.0], HIGH), context=replace(AT, checkpoint_step=100))
     assert (
-        "hold the update of step 100: a checkpoint from before it tells whether that batch made "
+        "hold the update of step 100: a checkpoint from before it shows whether that batch made "
         "them so" in text
     )
 
