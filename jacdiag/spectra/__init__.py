@@ -107,43 +107,61 @@ def spectral_norm(
         >>> norm.estimate.round(decimals=4)
         tensor([4., 6.], dtype=torch.float64)
     """
+    # 1. Check the arguments.
     check_ranges(tol=tol, confidence=confidence, max_products=max_products)
     _check_point(fn, x, batch_dims)
     operator = JacobianOperator(fn, x, batch_dims)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
     if not isinstance(generator, torch.Generator):
         got = f"type {type(generator).__name__}"
         raise UsageError("generator is of the wrong type", got=got, hint="torch.Generator")
+
+    # 2. Solve.
     solution = top_singular(
         operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
     )
+
+    # 3. One norm for each index of the batch dimensions.
     lead = [x.shape[d] for d in operator.dims]
-    estimate, lower, upper = (
-        torch.from_numpy(a.copy()).reshape(lead)
-        for a in (solution.estimate, solution.lower, solution.upper)
-    )
     return SpectralNorm(
-        estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence
+        estimate=torch.from_numpy(solution.estimate.copy()).reshape(lead),
+        lower=torch.from_numpy(solution.lower.copy()).reshape(lead),
+        upper=torch.from_numpy(solution.upper.copy()).reshape(lead),
+        confidence=confidence,
+        products=solution.products,
+        converged=solution.converged,
+        stop=solution.sentence,
     )
 
 
 def _check_point(fn: Callable[[Tensor], Tensor], x: Tensor, batch_dims: Sequence[int]) -> None:
     """Raise unless there is a function of one floating tensor that has values."""
+    # 1. The function.
     if not callable(fn):
         hint = "spectral_norm(lambda x: ..., x); jacdiag.audit takes models and files"
         raise UsageError("fn is no function", got=f"type {type(fn).__name__}", hint=hint)
+
+    # 2. The point.
     if not isinstance(x, Tensor):
         raise UsageError(
             "x is no tensor", got=f"type {type(x).__name__}", hint="a float32 or float64 tensor"
         )
-    if x.dtype not in (torch.float32, torch.float64) or x.is_meta:
-        got = "the meta device" if x.is_meta else str(x.dtype)
+    got = ""
+    if x.is_meta:
+        got = "the meta device"
+    elif x.dtype not in (torch.float32, torch.float64):
+        got = str(x.dtype)
+    if got:
         raise UsageError(
             "x cannot be differentiated by", got=got, hint="x.float(), on a device with values"
         )
     if not x.numel():
         raise UsageError("x is empty", got=f"shape {tuple(x.shape)}")
-    if not isinstance(batch_dims, Sequence) or not all(isinstance(d, int) for d in batch_dims):
+
+    # 3. The dimensions.
+    is_sequence = isinstance(batch_dims, Sequence)
+    if not is_sequence or not all(isinstance(d, int) for d in batch_dims):
         raise UsageError(
             "batch_dims is a tuple of dimensions", got=repr(batch_dims), hint="(0,), or () for none"
         )

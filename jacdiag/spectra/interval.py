@@ -83,36 +83,49 @@ def upper_ends(
             start's alone: the lower of the two is returned, and found in less time. One that `top`
             has passed is known to be false.
     """
+    # 1. The problems whose norm is not known exactly.
     top = top.copy()
     open_ = ~exact & (top > 0)
     if not open_.any():
         return top
-    scale = top[open_, None]
-    # in units of `top`: x = 1 + s, and nothing overflows
-    a, b = alphas[open_] / scale, betas[open_] / scale
-    half = b.shape[1] < a.shape[1]
-    diagonal, off = (a[:, :-1] ** 2 + b**2, b * a[:, 1:]) if half else (a**2, a * b)
-    if not half:
-        diagonal[:, 1:] += b[:, :-1] ** 2
-    right = -math.log(eps * math.sqrt(math.pi / (2 * domain))) + (np.log(a[:, 0]) if half else 0.0)
-    weight = 0.5 if half else 0.0
 
-    # half the log of the sum of squares, and of x before it
-    def every(t: Array) -> tuple[Array, Array]:
+    # 2. Their coefficients in units of `top`: x = 1 + s, and nothing overflows.
+    scale = top[open_, None]
+    a, b = alphas[open_] / scale, betas[open_] / scale
+
+    # 3. The Jacobi matrix: B B^T after A v_k, B^T B after A^T u_k.
+    right: Array | float = -math.log(eps * math.sqrt(math.pi / (2 * domain)))
+    is_half_step = b.shape[1] < a.shape[1]
+    if is_half_step:
+        diagonal, off = a[:, :-1] ** 2 + b**2, b * a[:, 1:]
+        right = right + np.log(a[:, 0])
+        weight = 0.5
+    else:
+        diagonal, off = a**2, a * b
+        diagonal[:, 1:] += b[:, :-1] ** 2
+        weight = 0.0
+
+    # 4. The function whose root is looked for: half the log of the sum of squares, and of x before
+    # it.
+    def half_log_excess(t: Array) -> tuple[Array, Array]:
         s = np.exp(t)
         value, slope = _half_log_sum(1.0 + s, diagonal, off)
         return value + weight * np.log1p(s) - right, (slope + weight / (1.0 + s)) * s
 
-    # It is convex in t = log s, and rises. No zero of a polynomial is above `top`, so that the last
-    # one is at least
-    # s^degree / prod off. There, or at a known end, Newton's method begins at or above the root,
-    # comes down to it and
-    # never passes it. From a known end it does not move where that is the lower one.
-    known = np.full_like(top, np.inf) if known is None else np.where(known > top, known, np.inf)
+    # 5. Where to begin. The function is convex in t = log s, and rises. No zero of a polynomial is
+    # above `top`, so that the last polynomial is at least s^degree / prod off. There, or at a known
+    # end, Newton's method begins at or above the root, comes down to it and never passes it. From a
+    # known end it does not move where that is the lower one.
+    if known is None:
+        known = np.full_like(top, np.inf)
+    else:
+        known = np.where(known > top, known, np.inf)
     t = (right + np.log(off).sum(1)) / (off.shape[1] + weight)
     with np.errstate(divide="ignore"):
         t = np.minimum(t, np.log((known[open_] / scale[:, 0]) ** 2 - 1.0))
-    t = _newton(every, t)
+
+    # 6. The root, back in the units of the norm.
+    t = _newton(half_log_excess, t)
     top[open_] *= np.sqrt(1.0 + np.exp(t))
     return np.minimum(top, known)
 
@@ -129,7 +142,10 @@ def _newton(function: Callable[[Array], tuple[Array, Array]], t: Array) -> Array
     return t
 
 
-_LOWEST, _HIGHEST = -80.0, 700.0  # logs of an s that is nothing beside 1, and of the largest number
+_LOWEST, _HIGHEST = (
+    -80.0,
+    700.0,
+)  # logs of an s that is nothing next to 1, and of the largest number
 
 
 def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:

@@ -63,7 +63,9 @@ class Operator:
 
         `products_together` makes them, for several operators at once.
         """
-        return self._push(vector) if way == "push" else self._pull(vector)
+        if way == "push":
+            return self._push(vector)
+        return self._pull(vector)
         yield  # never reached: it makes this a generator, one that needs nothing
 
     @property
@@ -118,24 +120,29 @@ class JacobianOperator(Operator):
 
         Raises:
             MeasureError: the output has no such dimension of the same size, so that problems cannot
-                be distinguished.
+                be separated.
         """
         # 1. The dimensions of x.
         rank = len(self.x_shape)
-        if any(not -rank <= d < rank for d in dims):
-            raise MeasureError(
-                "batch_dims name a dimension that x does not have", got=f"{tuple(dims)} of {rank}"
-            )
+        for d in dims:
+            if not -rank <= d < rank:
+                raise MeasureError(
+                    "batch_dims name a dimension that x does not have",
+                    got=f"{tuple(dims)} of {rank}",
+                )
         self.dims = tuple(sorted({d % rank for d in dims}))
 
         # 2. The output has to have them too.
         y_shape = self.value.shape
-        if any(d >= len(y_shape) or y_shape[d] != self.x_shape[d] for d in self.dims):
-            raise MeasureError(
-                "the output does not keep the batch dimensions",
-                got=f"dimensions {self.dims} of {tuple(self.x_shape)}, beside {tuple(y_shape)}",
-                hint="batch_dims=() makes one problem of everything",
-            )
+        for d in self.dims:
+            is_kept = d < len(y_shape) and y_shape[d] == self.x_shape[d]
+            if not is_kept:
+                raise MeasureError(
+                    "the output does not keep the batch dimensions",
+                    got=f"dimensions {self.dims} of {tuple(self.x_shape)}, "
+                    f"compared with {tuple(y_shape)}",
+                    hint="batch_dims=() makes one problem of everything",
+                )
 
         # 3. The sizes of one problem.
         self.problems = math.prod(self.x_shape[d] for d in self.dims)
@@ -181,6 +188,7 @@ class JacobianOperator(Operator):
 
     def _stacked(self, product: Map, stack: Tensor) -> Sequence[Tensor]:
         """Return a product with each vector of a stack, by vmap if the function allows it."""
+        # 1. All at once.
         if len(stack) > 1 and self.stacks:
             try:
                 with warnings.catch_warnings():
@@ -189,6 +197,8 @@ class JacobianOperator(Operator):
                     return torch.func.vmap(product)(stack).unbind()
             except RuntimeError:  # code that looks at values, or writes into tensors of its own
                 self.stacks = False
+
+        # 2. One after the other.
         return [product(t) for t in stack]
 
     def _push(self, u: Tensor) -> Tensor:
@@ -272,7 +282,9 @@ def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
         (g,) = torch.autograd.grad(
             y, at, w, retain_graph=True, create_graph=create, allow_unused=True
         )
-        return torch.zeros_like(at) if g is None else g
+        if g is None:  # y does not depend on it
+            return torch.zeros_like(at)
+        return g
 
     pulled = grad(value, x, w0, create=True)
     return value.detach(), lambda w: grad(value, x, w), lambda u: grad(pulled, w0, u)
@@ -335,13 +347,19 @@ def _places_to_look_at(shape: torch.Size, candidates: set[int]) -> list[list[int
     The third is needed only if two candidates have the same size: a map that swaps them (a
     transpose of batch and tokens) leaves the diagonal where it is, and looks independent there.
     """
+    # 1. The places of every pull.
     middle = [n // 2 for n in shape]
     end = [n - 1 for n in shape]
-    sizes = [shape[d] for d in candidates if shape[d] > 1]
-    if len(set(sizes)) == len(sizes):
-        return [middle, end]
-    off_diagonal = [(n - 1 - d) % n for d, n in enumerate(shape)]
-    return [middle, end, off_diagonal]
+    places = [middle, end]
+
+    # 2. One more, if two candidates could be swapped. Sizes of 1 hold one index only.
+    candidate_sizes = [shape[d] for d in candidates]
+    sizes = [size for size in candidate_sizes if size > 1]
+    has_equal_sizes = len(set(sizes)) < len(sizes)
+    if has_equal_sizes:
+        off_diagonal = [(n - 1 - d) % n for d, n in enumerate(shape)]
+        places.append(off_diagonal)
+    return places
 
 
 def products_together(
@@ -356,31 +374,41 @@ def products_together(
         operators: any number of them.
         vectors: one for each operator.
     """
-    holders = Counter(leaf for operator in operators for leaf in dict.fromkeys(operator.jacobians))
+    # 1. How many operators hold each Jacobian.
+    holders: Counter[JacobianOperator] = Counter()
+    for operator in operators:
+        holders.update(set(operator.jacobians))
+
+    # 2. An operator's product waits for one Jacobian at a time: the Jacobian, the vector to be
+    # multiplied, and the generator that goes on with the answer.
     results: list[Tensor | None] = [None] * len(operators)
     waiting: dict[int, tuple[JacobianOperator, Tensor, Steps]] = {}
 
     def resume(k: int, steps: Steps, answer: Tensor | None) -> None:
         """Go on with one operator's product until it needs the next Jacobian, or ends."""
         try:
-            leaf, vector = next(steps) if answer is None else steps.send(answer)
-            waiting[k] = leaf, vector, steps
+            if answer is None:
+                jacobian, vector = next(steps)
+            else:
+                jacobian, vector = steps.send(answer)
+            waiting[k] = jacobian, vector, steps
         except StopIteration as end:
             results[k] = end.value
             waiting.pop(k, None)
 
-    # 1. Begin all products.
+    # 3. Begin all products.
     for k, (operator, vector) in enumerate(zip(operators, vectors, strict=True)):
         if operator not in operator.jacobians:  # a Jacobian counts for itself
             operator.products += 1
         resume(k, operator.steps(way, vector), None)
 
-    # 2. Make the products with one Jacobian after the other. What few operators hold comes first:
+    # 4. Make the products with one Jacobian after the other. What few operators hold comes first:
     # the others then meet at what they have in common.
     while waiting:
-        leaf = min((jacobian for jacobian, _, _ in waiting.values()), key=holders.__getitem__)
-        group = [k for k, (jacobian, _, _) in waiting.items() if jacobian is leaf]
-        answers = leaf.products_of(way, [waiting[k][1] for k in group])
+        awaited = [jacobian for jacobian, _, _ in waiting.values()]
+        rarest = min(awaited, key=holders.__getitem__)
+        group = [k for k, (jacobian, _, _) in waiting.items() if jacobian is rarest]
+        answers = rarest.products_of(way, [waiting[k][1] for k in group])
         for k, answer in zip(group, answers, strict=True):
             resume(k, waiting[k][2], answer)
     return [result for result in results if result is not None]

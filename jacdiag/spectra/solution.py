@@ -66,8 +66,10 @@ class Solution:
         low, high = float(self.lower.max()), float(self.upper.max())
         if self.stop in (Stop.EXACT, Stop.NON_FINITE) or not low > 0:
             return self.stop.value
-        spent = "" if self.stop is Stop.INHERITED else f" after {self.products} products"
-        return f"{self.stop.value} (width {high / low - 1:.2g}{spent})"
+        width = f"width {high / low - 1:.2g}"
+        if self.stop is not Stop.INHERITED:
+            width += f" after {self.products} products"
+        return f"{self.stop.value} ({width})"
 
     def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
         """Return the interval of the maximum over problems: the largest lower and upper end.
@@ -79,12 +81,15 @@ class Solution:
             lead: sizes of the independent dimensions, to report sequences and tokens apart.
             token_ids: (B, T), to name the worst token.
         """
+        # 1. Sequences and tokens apart, if problems are independent over them.
         per_sequence = per_token = None
         if lead and int(np.prod(lead)) == len(self.estimate):
             table = self.estimate.reshape(lead)
             per_sequence = [float(v) for v in table.reshape(lead[0], -1).max(1)]
             if len(lead) == 2:
                 per_token = _per_token(table, token_ids)
+
+        # 2. The maximum over all problems.
         return Interval(
             estimate=float(self.estimate.max()),
             lower=float(self.lower.max()),

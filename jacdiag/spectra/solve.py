@@ -92,11 +92,16 @@ def in_step(
     ]
     active = runs
     while active:
-        # All runs began at once, so that the next product goes the same way for all.
-        wanted = [run.lanczos.wanted for run in active]
-        way, _ = wanted[0]
-        vectors = [vector for _, vector in wanted]
-        products = products_together(way, [run.operator for run in active], vectors)
+        # 1. The next product of every run. All began at once, so that it goes the same way for all.
+        operators: list[Operator] = []
+        vectors: list[Tensor] = []
+        for run in active:
+            way, vector = run.lanczos.wanted
+            operators.append(run.operator)
+            vectors.append(vector)
+
+        # 2. Make them together. A run that stops leaves the others.
+        products = products_together(way, operators, vectors)
         for run, product in zip(active, products, strict=True):
             run.take(product)
         active = [run for run in active if run.stop is None]
@@ -163,7 +168,8 @@ class _Run:
     ) -> None:
         self.operator, self.decide = question.operator, question.decide
         self.tol, self.max_products, self.early = tol, max_products, early
-        pad = PAD[str(self.operator.dtype).removeprefix("torch.")] if pad is None else pad
+        if pad is None:
+            pad = PAD[str(self.operator.dtype).removeprefix("torch.")]
         self.lanczos = Bidiagonalisation(self.operator, question.generator)
         self.ends = Ends(self.lanczos, eps, pad)
         self.stop: Stop | None = None
