@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,26 +70,25 @@ class Norm:
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
     """Return the last call of the cone that reads the source, and the last reader of each call."""
     inside = set(cone)
-
-    def last_reader(value: int, default: int) -> int:
-        return max((c for c in _readers(graph, value) if c in inside), default=default)
-
     last: dict[int, int] = {}
     for node in cone:
-        outputs = graph.nodes[node].outputs
-        last[node] = max((last_reader(value, -1) for value in outputs), default=-1)
+        last[node] = _last_reader(graph, graph.nodes[node].outputs, inside)
         if last[node] < 0:
             last[node] = node
-    return last_reader(source, -1), last
+    return _last_reader(graph, (source,), inside), last
 
 
-def _readers(graph: Graph, value: int) -> list[int]:
-    """Return the calls that read a value differentiably."""
-    return [
-        n
-        for n in graph.values[value].consumers
-        if any(v.index == value for v in graph.float_inputs(n))
-    ]
+def _last_reader(graph: Graph, values: Iterable[int], inside: Collection[int]) -> int:
+    """Return the last of some calls that reads one of the values differentiably; -1 if none."""
+    last = -1
+    for value in values:
+        for consumer in graph.values[value].consumers:
+            if consumer <= last or consumer not in inside:
+                continue
+            read = [live.index for live in graph.float_inputs(consumer)]
+            if value in read:
+                last = consumer
+    return last
 
 
 def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
@@ -149,10 +148,13 @@ class Anatomist:
         """Return the points of a branch that may be its input norm, in order."""
         candidates: list[_Candidate] = []
         for node in waists(self.graph, site.cone, site.shortcut):
-            before = [n for n in site.cone if n < node and reads_state(self.graph, n)]
+            # 1. No parameter may lie before the norm, but one gain.
+            before = self._calls_reading_state(site.cone, until=node)
             gain_call = self._gain_call(before)
             if before and gain_call is None:
                 break
+
+            # 2. A fused norm, or another call that reads a parameter, is the last point.
             if self.graph.nodes[node].name in FUSED_NORMS:
                 if not before:
                     candidates.append(_Candidate(node, Where.NORMALISED))
@@ -164,15 +166,17 @@ class Anatomist:
 
     def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
         """Return a norm after the last matrix product, and where its input h is met."""
-        products = [n for n in site.cone if self.finder.is_product(n)]
-        points = [
-            n
-            for n in waists(self.graph, site.cone, site.shortcut)
-            if not products or n >= products[-1]
-        ]
+        # 1. The points that every path passes, from the last product on.
+        products = [node for node in site.cone if self.finder.is_product(node)]
+        points = waists(self.graph, site.cone, site.shortcut)
+        if products:
+            points = [node for node in points if node >= products[-1]]
+
+        # 2. A fused norm, else one of several calls.
         source = self.replayer.spot_of(site.shortcut, owner)
         for node in points:
-            if self.graph.nodes[node].name in FUSED_NORMS and node not in products:
+            is_fused_norm = self.graph.nodes[node].name in FUSED_NORMS
+            if is_fused_norm and node not in products:
                 return self._norm_of_operand(owner, source, x, node)
         if len(points) < 2:
             return None
@@ -194,12 +198,19 @@ class Anatomist:
                 return self._norm(owner, source, y, _Candidate(node, Where.NORMALISED))
             if reads_state(self.graph, node):
                 return None
-            before = [n for n in cone if n < node and reads_state(self.graph, n)]
+            before = self._calls_reading_state(cone, until=node)
             candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
             norm = self._norm(owner, source, y, candidate)
             if norm is not None:
                 return norm
         return None
+
+    def _calls_reading_state(
+        self, cone: tuple[int, ...], *, until: int, after: int = -1
+    ) -> list[int]:
+        """Return the calls of a cone between two others that read parameters or buffers."""
+        between = [node for node in cone if after < node < until]
+        return [node for node in between if reads_state(self.graph, node)]
 
     def _gain_call(self, reading_state: Sequence[int]) -> int | None:
         """Return the only call that reads a parameter, if it is a product by element.
@@ -209,7 +220,9 @@ class Anatomist:
         if len(reading_state) != 1:
             return None
         (call,) = reading_state
-        return call if self.graph.nodes[call].name in PRODUCTS_BY_ELEMENT else None
+        if self.graph.nodes[call].name not in PRODUCTS_BY_ELEMENT:
+            return None
+        return call
 
     def _norm_of_operand(
         self, owner: int, source: Spot, x: Tensor, node: int
@@ -220,37 +233,43 @@ class Anatomist:
         live = next(iter(self.graph.float_inputs(node)))
         entry = self.replayer.spot_of(live.index, owner)
         norm = self._norm(owner, entry, h, _Candidate(node, Where.NORMALISED))
-        return None if norm is None else (norm, entry)
+        if norm is None:
+            return None
+        return norm, entry
 
     def _may_normalise(self, before: int, after: int, cone: tuple[int, ...]) -> bool:
         """Return whether a norm that is no fused call may lie between two waists.
 
         It takes a second path from one to the next (the statistics), or is one call by itself.
         """
-        return any(before < n < after for n in cone) or "norm" in self.graph.nodes[after].name
+        has_second_path = any(before < node < after for node in cone)
+        return has_second_path or "norm" in self.graph.nodes[after].name
 
     def _unfused_after(
         self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
     ) -> tuple[Norm, Spot] | None:
         """Return a norm between two points of a branch, and where its input is met."""
         # 1. Pairs of neighbouring points that may hold a norm, before any other parameter is read.
-        reading = [node for node in points[1:] if reads_state(self.graph, node)]
-        end = reading[0] if reading else len(self.graph.nodes)
-        suspects = [
-            (start, stop)
-            for start, stop in itertools.pairwise(points)
-            if stop < end and self._may_normalise(start, stop, cone)
-        ]
+        suspects: list[tuple[int, int]] = []
+        for start, stop in itertools.pairwise(points):
+            if reads_state(self.graph, stop):
+                break
+            if self._may_normalise(start, stop, cone):
+                suspects.append((start, stop))
+        if not suspects:
+            return None
 
-        # 2. Test them. Routed rows are no tokens until summed.
+        # 2. Test what lies between a point and each later one. Routed rows are no tokens until
+        # summed.
         starts = [points[0], *(start for start, _ in suspects)]
         for start in dict.fromkeys(starts):
-            later = [stop for first, stop in suspects if first >= start]
             entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
-            h = self.replayer.run(owner, source, x, entry) if later else x
-            for node in later:
-                between = [n for n in cone if start < n < node and reads_state(self.graph, n)]
-                candidate = _Candidate(node, Where.RESULT, self._gain_call(between))
+            h = self.replayer.run(owner, source, x, entry)
+            for first, stop in suspects:
+                if first < start:
+                    continue
+                between = self._calls_reading_state(cone, after=start, until=stop)
+                candidate = _Candidate(stop, Where.RESULT, self._gain_call(between))
                 norm = self._norm(owner, entry, h, candidate)
                 if norm is not None:
                     return norm, entry
@@ -277,7 +296,9 @@ class Anatomist:
         if gain is None:
             return None
         norm = self._tested(x, node, spot, lambda x: segment(x) / gain)
-        return None if norm is None else replace(norm, gain_before=gain)
+        if norm is None:
+            return None
+        return replace(norm, gain_before=gain)
 
     def _gain_of(self, owner: int, source: Spot, x: Tensor, call: int) -> Tensor | None:
         """Return the gain that a call multiplies by: one number per feature of x, none of them 0.
@@ -307,6 +328,7 @@ class Anatomist:
     ) -> Norm | None:
         """Return a function of x, whose value is met at a spot, as a norm; None if it is none."""
         with torch.no_grad():
+            # 1. Without numbers to test it on.
             if not x.is_meta and not bool(torch.isfinite(x).all()):
                 return self._norm_without_numbers(x, node, spot, normalise)
             z = normalise(x)
@@ -316,10 +338,15 @@ class Anatomist:
                 return self._norm_by_structure(z, spot, normalise, node)
             if spot.where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
-            # eps must not count
+
+            # 2. The value does not change with the scale of x, where x is so large that eps does
+            # not count.
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()
-            big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
-        return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
+            large = normalise(x * unit)
+            twice_as_large = normalise(x * (unit * 2))
+        if not _close(large, twice_as_large, 1e-3):
+            return None
+        return self._factor(x, z, spot, normalise)
 
     def _norm_without_numbers(
         self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]

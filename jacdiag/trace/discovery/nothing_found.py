@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.discovery.detached import CutAddition, cut_additions, cut_off_parts
+from jacdiag.trace.discovery.weight_roles import NUMBER
 from jacdiag.trace.site_list import Sites
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _MOST_CUTS = 3  # detached operands that are listed
 _MOST_PATTERNS = 8  # names of parameters that are listed
 
@@ -29,27 +28,26 @@ def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceE
         lost = _parameters_cut_off(sites, frozen)
     lines = [
         f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a "
-        "function of it with a "
-        "matrix product between",
+        "function of it with a matrix product between",
         *(f"hidden: {line}" for line in sites.hidden),
         *_lines_of_cuts(cuts),
     ]
     if lost:
-        which = _patterns(lost)
         lines.append(
             "every recorded way to the output passes a detach, so that no gradient arrives: "
-            f"{which}"
+            f"{_patterns(lost)}"
         )
 
     # 2. What to do next.
     hint = (
         "jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was "
-        "recorded, and "
-        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
+        "recorded, and jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
     )
-    # A frozen branch behind a detach is meant, and then there is nothing to add.
-    is_fault = bool(lost) or frozen is None or any(cut.operand == "shortcut" for cut in cuts)
-    if cuts and is_fault:
+
+    # A frozen branch before a detach is meant, and then there is nothing to add.
+    cuts_a_shortcut = any(cut.operand == "shortcut" for cut in cuts)
+    is_meant = frozen is not None and not lost and not cuts_a_shortcut
+    if cuts and not is_meant:
         hint = (
             f"add the {cuts[0].operand} itself, without the detach; "
             "if the detach is meant, freeze what lies before it"
@@ -77,17 +75,20 @@ def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
 def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
     """Return the parameters in training that lie before a detach.
 
-    None is returned if code that was not recorded ran too, since it may read them.
+    The list is empty if code that was not recorded ran too, since it may read them.
     """
     if sites.graph.foreign:
         return []
     trained = set(sites.skeleton.params) - set(frozen)
-    return [name for part in cut_off_parts(sites.graph, trained) for name in part]
+    names: list[str] = []
+    for part in cut_off_parts(sites.graph, trained):
+        names += part
+    return names
 
 
 def _patterns(names: Iterable[str]) -> str:
     """Return names in a sentence, those that differ in numbers alone as one."""
-    patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+    patterns = list(dict.fromkeys(NUMBER.sub("*", name) for name in names))
     more = len(patterns) - _MOST_PATTERNS
     text = ", ".join(patterns[:_MOST_PATTERNS])
     if more <= 0:

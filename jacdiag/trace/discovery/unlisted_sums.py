@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.additions import Term
-from jacdiag.trace.graph.graph import Graph, Node
+from jacdiag.trace.graph.graph import Graph, Node, Value
 from jacdiag.trace.graph.ops import SELECT_POSITIONS, SUMS_OF_A_STACK, WRITE_POSITIONS
 
 _MOST_STEPS = 64  # of a walk back from a term
@@ -74,10 +74,16 @@ def _gated_sums(
     graph: Graph, sites: Sequence[Site], streams: _Streams, listed: set[int]
 ) -> dict[int, str]:
     """Return the reasons of sums whose shortcut is gated; one inside a branch is part of that."""
-    not_open = listed | {node for site in sites for node in site.cone}
+    # 1. The calls that have a place already.
+    assigned = set(listed)
+    for site in sites:
+        assigned.update(site.cone)
+
+    # 2. The other sums.
     reasons: dict[int, str] = {}
     for node in graph.nodes:
-        if node.terms is None or node.function or node.index in not_open:
+        is_visible_sum = node.terms is not None and not node.function
+        if not is_visible_sum or node.index in assigned:
             continue
         if streams.gates_its_shortcut(node.index):
             reasons[node.index] = (
@@ -121,14 +127,32 @@ class _Streams:
         """Return the terms of a sum of two values of its own shape; [] if it is none."""
         record = self.graph.nodes[node]
         terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        return terms if len(terms) == 2 else []
+        if len(terms) != 2:
+            return []
+        return terms
+
+    def _pairs(self, node: int) -> list[tuple[Term, Term]]:
+        """Return a sum's two terms as (shortcut, branch), either way around; [] if it has not two.
+
+        Which of them is the shortcut has to be tested.
+        """
+        terms = self._two_terms(node)
+        if not terms:
+            return []
+        first, second = terms
+        return [(first, second), (second, first)]
 
     def adds_to_another(self, node: int) -> bool:
         """Return whether a sum adds a function of something else to a stream that goes on."""
-        record, terms = self.graph.nodes[node], self._two_terms(node)
-        if not terms or not record.outputs or not self.goes_on(record.outputs[0]):
+        # 1. The sum goes on.
+        record, pairs = self.graph.nodes[node], self._pairs(node)
+        if not pairs or not record.outputs:
             return False
-        for shortcut, branch in (terms, terms[::-1]):
+        if not self.goes_on(record.outputs[0]):
+            return False
+
+        # 2. One term is on the stream, the other is a function of something else.
+        for shortcut, branch in pairs:
             if shortcut.operand is None or shortcut.product:
                 continue
             # The first pass through a loop or a layer class has no sum before it, but the same
@@ -143,18 +167,15 @@ class _Streams:
 
         A ResNet block that changes width has such terms.
         """
-        terms = self._two_terms(node)
-        if not terms:
-            return False
-        for shortcut, branch in (terms, terms[::-1]):
+        for shortcut, branch in self._pairs(node):
             product = self._last_product(shortcut.values)
             if product is None or self._made_by(product, branch.values):
                 continue
-            if any(
-                self._passes_product(read.index, branch.values)
-                for read in self.graph.float_inputs(product)
-            ):
-                return True
+
+            # The branch is a product of what the shortcut's own product reads.
+            for read in self.graph.float_inputs(product):
+                if self._passes_product(read.index, branch.values):
+                    return True
         return False
 
     def _made_by(self, node: int, values: Sequence[int]) -> bool:
@@ -182,11 +203,11 @@ class _Streams:
 
         An example is a highway gate, x * (1 - g) + g * f(x).
         """
-        record, terms = self.graph.nodes[node], self._two_terms(node)
-        if not terms or not record.outputs:
+        record, pairs = self.graph.nodes[node], self._pairs(node)
+        if not pairs or not record.outputs:
             return False
         shape = self.graph.values[record.outputs[0]].shape
-        for shortcut, branch in (terms, terms[::-1]):
+        for shortcut, branch in pairs:
             for source in self._elementwise_sources(shortcut.values, shape):
                 if source not in branch.values and self._passes_product(source, branch.values):
                     return True
@@ -202,9 +223,13 @@ class _Streams:
         while queue and steps < _MOST_STEPS:
             steps += 1
             value = self.graph.values[queue.pop(0)]
-            if value.shape == shape and value.live and value.is_float:
+            if value.shape == shape and value.is_differentiable:
                 yield value.index
-            if value.node < 0 or value.node in self.sums or self.finder.is_product(value.node):
+
+            # Go back, but through no product and no sum of the stream.
+            if value.node < 0 or value.node in self.sums:
+                continue
+            if self.finder.is_product(value.node):
                 continue
             for read in self.graph.float_inputs(value.node):
                 if read.index not in seen:
@@ -219,15 +244,18 @@ class _Streams:
 
     def adds_to_part(self, node: int) -> bool:
         """Return whether a branch is added to some positions of its shortcut and written back."""
-        terms = self._two_terms(node)
-        if not terms or not self._is_written_back(node):
+        pairs = self._pairs(node)
+        if not pairs or not self._is_written_back(node):
             return False
-        for shortcut, branch in (terms, terms[::-1]):
+        for shortcut, branch in pairs:
+            # 1. The shortcut is a selection of positions.
             if shortcut.operand is None:
                 continue
             maker = self.graph.values[shortcut.operand].node
             if maker < 0 or self.graph.nodes[maker].name not in SELECT_POSITIONS:
                 continue
+
+            # 2. The branch is a function of all positions.
             all_positions = self.graph.nodes[maker].inputs[0]
             if self.finder.is_branch(all_positions, branch):
                 return True
@@ -244,11 +272,12 @@ class _Streams:
     def mixes(self, node: int) -> bool:
         """Return whether outputs of one shape are stacked and then summed into the stream again."""
         # 1. What is stacked: earlier outputs of one shape.
-        operands = [self.graph.values[index] for index in self.graph.nodes[node].operands]
-        stacked = [value for value in operands if value.is_differentiable]
+        record = self.graph.nodes[node]
+        stacked = self._differentiable(record.operands)
         shapes = {value.shape for value in stacked}
         if len(stacked) < 2 or len(shapes) != 1:
             return False
+        (shape,) = shapes
 
         # 2. The later ones are made from the first.
         first, *later = [value.index for value in stacked]
@@ -256,11 +285,18 @@ class _Streams:
         if not any(self.finder.is_product(call) for call in between):
             return False
 
-        # 3. The sum that the stack leads to.
-        output = self._reduced(self.graph.nodes[node].outputs[0], shapes.pop())
+        # 3. The sum that the stack leads to continues the stream, or what is stacked does.
+        output = self._reduced(record.outputs[0], shape)
         if output is None:
             return False
-        return self.goes_on(output) or any(self.is_stream(index) for index in (first, *later))
+        if self.goes_on(output):
+            return True
+        return any(self.is_stream(index) for index in (first, *later))
+
+    def _differentiable(self, indices: Sequence[int]) -> list[Value]:
+        """Return those values that depend on the model's input and are floating-point."""
+        values = [self.graph.values[index] for index in indices]
+        return [value for value in values if value.is_differentiable]
 
     def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
         """Return the first sum of that shape that a stack leads to; no product lies between."""
@@ -269,11 +305,11 @@ class _Streams:
             if not stack:
                 return None
             for node in self.graph.values[stack.pop(0)].consumers:
-                record = self.graph.nodes[node]
                 if self.finder.is_product(node):
                     continue
+                record = self.graph.nodes[node]
+                is_sum = record.name in SUMS_OF_A_STACK
                 for output in record.outputs:
-                    is_sum = record.name in SUMS_OF_A_STACK
                     if is_sum and self.graph.values[output].shape == shape:
                         return output
                     stack.append(output)
@@ -282,28 +318,29 @@ class _Streams:
     def goes_on(self, output: int) -> bool:
         """Return whether a listed shortcut continues a value with no product between."""
         shape = self.graph.values[output].shape
-        later = [
-            site.shortcut for site in self.sites if self.graph.values[site.shortcut].shape == shape
-        ]
-        return bool(later) and self.finder.reaches(
-            output, later, through_products=False, statistics=False
-        )
+        shortcuts = [site.shortcut for site in self.sites]
+        later = [index for index in shortcuts if self.graph.values[index].shape == shape]
+        if not later:
+            return False
+        return self.finder.reaches(output, later, through_products=False, statistics=False)
 
     def is_stream(self, value: int) -> bool:
         """Return whether a value continues the output of a listed sum with no product between."""
         shape = self.graph.values[value].shape
         for site in self.sites:
-            same = self.graph.values[site.output].shape == shape
-            if same and self.finder.reaches(
-                site.output, (value,), through_products=False, statistics=False
-            ):
+            if self.graph.values[site.output].shape != shape:
+                continue
+            if self.finder.reaches(site.output, (value,), through_products=False, statistics=False):
                 return True
         return False
 
     def _is_function(self, shortcut: int, branch: tuple[int, ...]) -> bool:
         """Return whether a branch is made by a product and does not depend on the shortcut."""
+        # 1. It does not depend on the shortcut.
         if self.finder.reaches(shortcut, branch, through_products=True):
             return False
+
+        # 2. A product lies before it, nearer than a sum of the stream.
         stack, seen = list(branch), set()
         while stack:
             node = self.graph.values[stack.pop()].node

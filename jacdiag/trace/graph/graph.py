@@ -141,6 +141,10 @@ class Graph:
             if value.live and value.is_float:
                 yield value
 
+    def live_inputs(self, node: int) -> list[int]:
+        """Return the values that a call reads and that depend on the model's input."""
+        return [index for index in self.nodes[node].inputs if self.values[index].live]
+
     def path(self, invocation: int) -> str:
         """Return the name of the module that an invocation calls."""
         return self.invocations[invocation].module
