@@ -44,10 +44,16 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
         seen: set[int] = set()
         while stack:
             value = graph.values[stack.pop()]
+            if value.index in seen:
+                continue
+
+            # What depends on the input is not made of parameters alone.
             is_state = value.node == STATE
-            if value.index in seen or (value.live and not is_state):
+            if value.live and not is_state:
                 continue
             seen.add(value.index)
+
+            # A parameter, or what was made of some.
             if is_state and value.name in skeleton.params:
                 names[value.name] = None
             elif value.node >= 0:
@@ -67,10 +73,13 @@ def cover(
         homes: for each of them, the innermost module call that makes its products.
         skeleton: the model's code and the names of its parameters.
     """
+    # 1. The sub-layers.
     result = Coverage()
     for index, (site, home) in enumerate(zip(sites, homes, strict=True)):
         calls = _calls_of(graph, finder, site, home)
         result.sublayers[index] = parameters_of(graph, calls, skeleton)
+
+    # 2. What lies outside them.
     if not sites:  # nothing to be before or after
         result.uncovered.update(dict.fromkeys(skeleton.params, "no sub-layer was found"))
         return result
@@ -97,10 +106,12 @@ def _cover_outside(
 ) -> None:
     """Assign the parameters that calls outside the sub-layers read, by where the call stands."""
     # 1. Where the first sub-layer begins and the last one ends.
-    end = len(graph.nodes)
     outer = [site for site in sites if not site.nested]
-    first = min((graph.values[site.shortcut].node for site in outer), default=end)
-    last = max((graph.values[site.output].node for site in outer), default=end)
+    makers_of_shortcuts = [graph.values[site.shortcut].node for site in outer]
+    makers_of_outputs = [graph.values[site.output].node for site in outer]
+    end = len(graph.nodes)
+    first = min(makers_of_shortcuts, default=end)
+    last = max(makers_of_outputs, default=end)
 
     # 2. The parameters of every call, unless one before it has claimed them.
     claimed = result.covered()
@@ -112,11 +123,9 @@ def _cover_outside(
         claimed.update(names)
 
         # 3. Their place.
-        is_before = node.index <= first
-        is_norm = node.name in FUSED_NORMS or not finder.is_product(node.index)
-        if is_before or node.name in LOOKUPS:
+        if node.index <= first or node.name in LOOKUPS:
             result.embedding += names
-        elif is_norm:
+        elif node.name in FUSED_NORMS or not finder.is_product(node.index):
             result.norms += names
         elif node.index > last:
             result.head += names

@@ -38,10 +38,14 @@ def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
     """
     additions: list[CutAddition] = []
     for node in graph.nodes:
-        operands = [term.operand for term in node.terms or () if term.operand is not None]
+        # 1. The call adds two values.
+        terms = node.terms or ()
+        operands = [term.operand for term in terms if term.operand is not None]
         if len(operands) != 2:
             continue
         first, second = operands
+
+        # 2. One of them is detached, and one of the two is a function of the other.
         cut = _cut_of(graph, finder, node, detached=first, other=second)
         if cut is None:
             cut = _cut_of(graph, finder, node, detached=second, other=first)
@@ -104,7 +108,9 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
 
 def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
     """Return the calls that lead to values by floats; a call without a derivative ends a way."""
-    closed = CUTS - DETACHES if through_detach else CUTS
+    closed = CUTS
+    if through_detach:
+        closed = CUTS - DETACHES
     calls: set[int] = set()
     stack = list(values)
     while stack:
@@ -113,8 +119,9 @@ def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) 
             continue
         calls.add(call)
         record = graph.nodes[call]
-        if record.name not in closed:
-            stack += [index for index in record.inputs if graph.values[index].is_float]
+        if record.name in closed:
+            continue
+        stack += [index for index in record.inputs if graph.values[index].is_float]
     return calls
 
 
@@ -125,9 +132,14 @@ def _connected_calls(graph: Graph, calls: Collection[int]) -> list[set[int]]:
         makers = {graph.values[index].node for index in graph.nodes[call].inputs}
 
         # The call joins the groups whose results it reads.
-        apart = [group for group in groups if not group & makers]
-        connected = [group for group in groups if group & makers]
-        groups = [*apart, {call}.union(*connected)]
+        separate: list[set[int]] = []
+        joined = {call}
+        for group in groups:
+            if group & makers:
+                joined |= group
+            else:
+                separate.append(group)
+        groups = [*separate, joined]
     return groups
 
 
@@ -181,7 +193,7 @@ def _makers(graph: Graph, value: int) -> Iterator[int]:
         if maker < 0:
             return
         yield maker
-        live = [index for index in graph.nodes[maker].inputs if graph.values[index].live]
+        live = graph.live_inputs(maker)
         if len(live) != 1:
             return
         value = live[0]

@@ -46,7 +46,7 @@ def _names_before(graph: Graph, values: list[int]) -> set[str]:
         values = []
         for call in calls:
             if call.name in steps_of_a_norm:
-                values += [index for index in call.inputs if graph.values[index].live]
+                values += graph.live_inputs(call.index)
     return names
 
 

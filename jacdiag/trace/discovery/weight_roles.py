@@ -20,7 +20,7 @@ from jacdiag.trace.discovery.matrix_order import roles_of
 from jacdiag.trace.discovery.naming import home_of
 from jacdiag.trace.discovery.residual import Site
 from jacdiag.trace.graph.additions import Term
-from jacdiag.trace.graph.graph import STATE, Graph
+from jacdiag.trace.graph.graph import STATE, Graph, Node
 from jacdiag.trace.graph.ops import (
     ACTIVATIONS,
     BILINEAR_OR_IN_PLACE,
@@ -311,7 +311,7 @@ class _Branch:
         name = self.graph.nodes[node].name
         flows = self._flows_through(node)
 
-        # 2. The flows of its own results. Pieces that are cut off are told apart.
+        # 2. The flows of its own results. Pieces that are cut off are kept separate.
         marks = _marks_of(name)
         cuts = name in CUT_INTO_PIECES
         for value in self.graph.nodes[node].outputs:
@@ -546,7 +546,8 @@ def _outer_matrix(sites: Sites, name: str) -> Use:
     if not readers:
         return Use("")
     first_reader = readers[0]
-    role = "head" if first_reader == products[-1] else "projection"
+    is_last_product = first_reader == products[-1]
+    role = "head" if is_last_product else "projection"
 
     # 2. How many features go in and come out.
     shape_in = next(iter(graph.float_inputs(first_reader))).shape
@@ -640,27 +641,48 @@ class _FirstUse:
     changed: bool
 
 
+@dataclass(frozen=True)
+class _Derived:
+    """A value that is a parameter, or was made of it alone.
+
+    Attributes:
+        value: its index.
+        added: the number that was added to the parameter.
+        changed: it passed through a function, or was multiplied.
+    """
+
+    value: int
+    added: float = 0.0
+    changed: bool = False
+
+    def after(self, call: Node, output: int) -> _Derived:
+        """Return what a call makes of it."""
+        added = self.added + call.added
+        changed = self.changed or call.name in CHANGE_A_NUMBER
+        return _Derived(output, added, changed)
+
+
 def _first_use(graph: Graph, name: str) -> _FirstUse | None:
     """Return the first call that reads a parameter together with something live.
 
     The parameter is followed through the calls that read nothing live, such as casts and
     `1 + weight`.
     """
-    own_values = [v.index for v in graph.values if v.node == STATE and v.name == name]
-    waiting = [(index, 0.0, False) for index in own_values]
+    # 1. The parameter itself.
+    states = [value for value in graph.values if value.node == STATE]
+    waiting = [_Derived(value.index) for value in states if value.name == name]
+
+    # 2. What calls make of it, until one reads something live as well.
     seen: set[int] = set()
     while waiting:
-        index, added, changed = waiting.pop(0)
-        for node in graph.values[index].consumers:
+        derived = waiting.pop(0)
+        for node in graph.values[derived.value].consumers:
+            if graph.live_inputs(node):
+                return _FirstUse(node, derived.added, derived.changed)
             record = graph.nodes[node]
-            if _live_inputs(graph, node):
-                return _FirstUse(node, added, changed)
-
-            # The call reads no input: follow what it makes of the parameter.
-            added_here = added + record.added
-            changed_here = changed or record.name in CHANGE_A_NUMBER
-            fresh = [output for output in record.outputs if output not in seen]
-            waiting += [(output, added_here, changed_here) for output in fresh]
+            for output in record.outputs:
+                if output not in seen:
+                    waiting.append(derived.after(record, output))
             seen.update(record.outputs)
     return None
 
@@ -689,12 +711,8 @@ def _made_of(graph: Graph, value: int, name: str) -> bool:
         return record.name == name
     if record.node < 0:
         return False
-    return any(_made_of(graph, v, name) for v in graph.nodes[record.node].inputs)
-
-
-def _live_inputs(graph: Graph, node: int) -> list[int]:
-    """Return the values that a call reads and that depend on the model's input."""
-    return [v for v in graph.nodes[node].inputs if graph.values[v].live]
+    inputs = graph.nodes[record.node].inputs
+    return any(_made_of(graph, index, name) for index in inputs)
 
 
 def _in_norm(sites: Sites, node: int) -> bool:
@@ -703,7 +721,7 @@ def _in_norm(sites: Sites, node: int) -> bool:
     That is by a mean or a norm, with no matrix and no sum of two values since.
     """
     graph = sites.graph
-    waiting = _live_inputs(graph, node)
+    waiting = graph.live_inputs(node)
     seen: set[int] = set()
     while waiting:
         maker = graph.values[waiting.pop()].node
@@ -713,7 +731,7 @@ def _in_norm(sites: Sites, node: int) -> bool:
         if graph.nodes[maker].name in NORMALISING:
             return True
         if not _ends_norm(sites, maker):
-            waiting += _live_inputs(graph, maker)
+            waiting += graph.live_inputs(maker)
     return False
 
 
@@ -740,7 +758,7 @@ def length_divided_by(graph: Graph, name: str) -> int | None:
         return None
 
     # Walk back from the gain to where a length is computed.
-    waiting = _live_inputs(graph, use.node)
+    waiting = graph.live_inputs(use.node)
     seen: set[int] = set()
     numbers = None
     while waiting:
@@ -749,7 +767,7 @@ def length_divided_by(graph: Graph, name: str) -> int | None:
             continue
         seen.add(maker)
         operation = graph.nodes[maker].name
-        live = _live_inputs(graph, maker)
+        live = graph.live_inputs(maker)
         if operation in LENGTHS and live:
             numbers = graph.values[live[0]].shape[-1]
             continue
