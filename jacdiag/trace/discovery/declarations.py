@@ -57,14 +57,20 @@ def declare(*, shortcut: str, branch: str) -> Declaration:
         shortcut = "layers.*.norm1"
         branch = "layers.*.attn"
     """
+    # 1. Each is a module boundary.
     for which, text in (("shortcut", shortcut), ("branch", branch)):
-        end = text.rpartition(":")[2] if ":" in text else "in"
-        if not text.strip() or end not in _ENDS:
+        end = "in"
+        if ":" in text:
+            _, _, end = text.rpartition(":")
+        is_boundary = bool(text.strip()) and end in _ENDS
+        if not is_boundary:
             raise UsageError(
                 f"the {which} of a declaration is no module boundary",
                 got=repr(text),
                 hint="'PATH', 'PATH:in' or 'PATH:out', as in 'layers.*.norm1:in'",
             )
+
+    # 2. A star stands for the same part of both.
     if shortcut.count("*") != branch.count("*"):
         raise UsageError(
             "the '*' of a declaration must stand in both of its paths",
@@ -89,12 +95,9 @@ def declarations(
         raise UsageError(
             "declared is a list of declarations", got=repr(entries), hint="jacdiag.declare(...)"
         )
-    named: Iterable[tuple[str, Any]]
     if isinstance(entries, Mapping):
-        named = entries.items()
-    else:
-        named = ((f"number {k + 1}", entry) for k, entry in enumerate(entries))
-    return [_declaration(name, entry) for name, entry in named]
+        return [_declaration(name, entry) for name, entry in entries.items()]
+    return [_declaration(f"number {k}", entry) for k, entry in enumerate(entries, start=1)]
 
 
 def _declaration(name: str, entry: Any) -> Declaration:
@@ -111,27 +114,28 @@ def _declaration(name: str, entry: Any) -> Declaration:
 
 
 def declared_sites(
-    graph: Graph, finder: Finder, declared: Sequence[Declaration], traced: list[Site]
+    graph: Graph, finder: Finder, declared: Sequence[Declaration], recognised: list[Site]
 ) -> list[Site]:
-    """Return the sites of declarations, without those that were found anyway.
+    """Return the sites of declarations, without those that were recognised anyway.
 
     Args:
         graph: what one forward did.
         finder: of the same graph.
         declared: the declarations.
-        traced: the sites that the dataflow shows.
+        recognised: the sites that the dataflow shows.
 
     Raises:
         TraceError: a path that no module has, or a branch that does not depend on its shortcut.
     """
-    known = {(site.shortcut, site.term.operand) for site in traced}
+    known = {(site.shortcut, site.term.operand) for site in recognised}
     sites: list[Site] = []
     for declaration in declared:
         for x, f, where in _values(graph, declaration):
             if (x, f) in known:
                 continue
             known.add((x, f))
-            sites.append(_site(graph, finder, x, f, where, group=len(traced) + len(sites)))
+            group = len(recognised) + len(sites)
+            sites.append(_site(graph, finder, x, f, where, group))
     return sites
 
 
@@ -140,10 +144,13 @@ def _values(graph: Graph, declaration: Declaration) -> Iterable[tuple[int, int, 
     starts = _values_at(graph, declaration.shortcut, "in")
     ends = _values_at(graph, declaration.branch, "out")
     for stars, shortcuts in starts.items():
+        # 1. How a message names the pair.
         branches = ends.get(stars, [])
         where = f"shortcut '{declaration.shortcut}', branch '{declaration.branch}'"
         if stars:
             where += f", * = {', '.join(stars)}"
+
+        # 2. Pair the calls of the two modules.
         if len(shortcuts) != len(branches):
             raise TraceError(
                 "the two modules of a declaration did not run equally often",
@@ -161,37 +168,52 @@ def _values_at(graph: Graph, text: str, default: str) -> dict[tuple[str, ...], l
         text: "PATH", "PATH:in" or "PATH:out".
         default: "in" or "out", for a path alone.
     """
+    # 1. The path as a pattern, and the end of the module.
     path, end = text, default
     if ":" in text:
         path, _, end = text.rpartition(":")
     pattern = re.compile(re.escape(path).replace(r"\*", r"([^.]+)"))
+
+    # 2. The values of the calls whose module it matches.
     values: dict[tuple[str, ...], list[int]] = {}
     for call in graph.invocations:
         match = pattern.fullmatch(call.module)
         if match:
-            values.setdefault(match.groups(), []).append(_stream_value(graph, call, end, text))
+            value = _stream_value(graph, call, end, text)
+            values.setdefault(match.groups(), []).append(value)
     if not values:
-        modules_run = list(dict.fromkeys(call.module for call in graph.invocations if call.module))
-        close = get_close_matches(path, modules_run, n=3, cutoff=0.4)
         raise TraceError(
             f"no module '{path}' ran in this forward",
             got=f"declared: '{text}'",
-            hint=f"closest: {', '.join(close)}" if close else None,
+            hint=_closest_modules(graph, path),
         )
     return values
 
 
+def _closest_modules(graph: Graph, path: str) -> str | None:
+    """Return which modules that ran have a name like a path; None if none has."""
+    names = dict.fromkeys(call.module for call in graph.invocations)
+    modules_run = [name for name in names if name]
+    close = get_close_matches(path, modules_run, n=3, cutoff=0.4)
+    if not close:
+        return None
+    return f"closest: {', '.join(close)}"
+
+
 def _stream_value(graph: Graph, call: Invocation, end: str, text: str) -> int:
     """Return the first floating value that a module call is given ("in") or returns ("out")."""
-    candidates = call.arguments if end == "in" else call.outputs
+    if end == "in":
+        candidates, verb = call.arguments, "is given"
+    else:
+        candidates, verb = call.outputs, "returns"
     for value in candidates:
-        if graph.values[value].live and graph.values[value].is_float:
+        if graph.values[value].is_differentiable:
             return value
-    verb = "is given" if end == "in" else "returns"
     raise TraceError(f"'{call.module}' {verb} no tensor of the stream", got=f"declared: '{text}'")
 
 
 def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) -> Site:
+    # 1. The branch is a function of the shortcut, of the same shape.
     if graph.values[x].shape != graph.values[f].shape:
         raise TraceError(
             "a declared branch has another shape than its shortcut",
@@ -204,7 +226,10 @@ def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) 
             got=where,
             hint="the shortcut is what is read first: 'PATH' is the input of that module",
         )
+
+    # 2. The sum. Without one, the branch's own last call stands for the addition.
     sum_of_both = _sum_of(graph, x, f)
+    output = f if sum_of_both is None else sum_of_both
     last = graph.values[f].node
     return Site(
         addition=last,
@@ -214,7 +239,7 @@ def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) 
         carrier=(last, 0),
         scaled=False,
         cone=cone,
-        output=f if sum_of_both is None else sum_of_both,
+        output=output,
         group=group,
         result=f,
         summed=sum_of_both is not None,
@@ -225,7 +250,8 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
     """Return the sum, if a call that adds reads both, seen by autograd or not."""
     for node in graph.values[f].consumers:
         record = graph.nodes[node]
-        if record.terms is not None and {x, f} <= set(record.inputs) and record.outputs:
+        reads_both = {x, f} <= set(record.inputs)
+        if record.terms is not None and reads_both and record.outputs:
             return record.outputs[0]
     return None
 
@@ -241,8 +267,14 @@ def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | No
     """
     deepest, depth = None, 0
     for call in graph.invocations:
+        # 1. The module that calls it makes the addition, and the call itself does not.
         is_next_to = _holds(graph, call.parent, node) and not _holds(graph, call.index, node)
-        if not is_next_to or not values & set(getattr(call, which)[:1]):
+        if not is_next_to:
+            continue
+
+        # 2. Its first value is one of those.
+        first_value = set(getattr(call, which)[:1])
+        if not values & first_value:
             continue
         depth_of_call = len(list(graph.ancestors(call.index)))
         if depth_of_call > depth:
@@ -266,17 +298,23 @@ def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list
         finder: of the same graph.
         declared: the sites of declarations, which are not listed.
     """
-    known = {site.output for site in declared}
-    lines = [] if known else list(graph.foreign)
+    declared_outputs = {site.output for site in declared}
+    lines: list[str] = []
+    if not declared_outputs:
+        lines += graph.foreign
     for node, x, f in finder.hidden:
         record = graph.nodes[node]
-        if known & set(record.outputs):
+        if declared_outputs & set(record.outputs):
             continue
+
+        # 1. How to declare it.
         start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
         end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
         declaration = "its shortcut and branch"
         if start and end:
             declaration = f'shortcut = "{start}", branch = "{end}"'
+
+        # 2. What it is, and where.
         event = f"{record.name} gates"
         if record.function:
             event = f"{record.function} (a custom autograd.Function) adds"

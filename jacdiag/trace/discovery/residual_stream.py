@@ -33,40 +33,55 @@ class Streams:
 
     def __init__(self, graph: Graph, finder: Finder, sites: list[Site]) -> None:
         self.graph, self.finder = graph, finder
+
+        # 1. The branches of each sum.
         by_group: dict[int, list[int]] = {}
         for index, site in enumerate(sites):
-            if not site.nested and site.summed:
+            is_on_stream = not site.nested and site.summed
+            if is_on_stream:
                 by_group.setdefault(site.group, []).append(index)
-        self.groups = [
-            Group(
-                members,
-                sites[members[0]].shortcut,
-                sites[members[0]].output,
-                sites[members[0]].output,
-            )
-            for members in by_group.values()
-        ]
-        self.groups.sort(key=lambda g: self.graph.values[g.output].node)
+
+        # 2. The sums, in the order of the forward.
+        self.groups: list[Group] = []
+        for members in by_group.values():
+            first = sites[members[0]]
+            group = Group(members, first.shortcut, output=first.output, after=first.output)
+            self.groups.append(group)
+        self.groups.sort(key=lambda group: self.graph.values[group.output].node)
+
+        # 3. The streams.
         self._link()
         self.main = self._longest()
 
     def _link(self) -> None:
         """Find for each sum the nearest earlier one that it continues with no product between."""
+        # 1. Link each sum to the one that it continues.
         for k, group in enumerate(self.groups):
-            for j in range(k - 1, -1, -1):
-                earlier = self.groups[j]
-                if earlier.following is not None:
-                    continue
-                direct = earlier.output == group.shortcut
-                if direct or self.finder.reaches(
-                    earlier.output, (group.shortcut,), through_products=False
-                ):
-                    earlier.following, group.preceding = k, j
-                    earlier.after = group.shortcut
-                    break
+            j = self._nearest_before(k)
+            if j is None:
+                continue
+            earlier = self.groups[j]
+            earlier.following = k
+            earlier.after = group.shortcut
+            group.preceding = j
+
+        # 2. The last sum of a stream.
         for group in self.groups:
             if group.following is None:
                 group.after = self._end(group.output)
+
+    def _nearest_before(self, k: int) -> int | None:
+        """Return the nearest earlier sum that a sum continues and no other does; None if none."""
+        shortcut = self.groups[k].shortcut
+        for j in range(k - 1, -1, -1):
+            earlier = self.groups[j]
+            if earlier.following is not None:
+                continue
+            if earlier.output == shortcut:
+                return j
+            if self.finder.reaches(earlier.output, (shortcut,), through_products=False):
+                return j
+        return None
 
     def _end(self, output: int) -> int:
         """Return the last value before the first matrix product after the stream's last sum.
@@ -78,8 +93,11 @@ class Streams:
         shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
             output_value = self.graph.values[self.graph.nodes[node].outputs[0]]
-            if self.finder.is_product(node) or sorted(output_value.shape) != sorted(shape):
+            if self.finder.is_product(node):
                 break
+            if sorted(output_value.shape) != sorted(shape):
+                break
+
             # A norm of channels-first data works on a transposed sum.
             if output_value.shape == shape:
                 end = output_value.index
@@ -87,16 +105,19 @@ class Streams:
 
     def _longest(self) -> list[int]:
         """Return the stream of most sums; of two as long, the one that ends later."""
-        chains = [
-            self._chain_from(k) for k, group in enumerate(self.groups) if group.preceding is None
-        ]
+        chains: list[list[int]] = []
+        for k, group in enumerate(self.groups):
+            if group.preceding is None:
+                chains.append(self._chain_from(k))
         return max(chains, key=lambda chain: (len(chain), chain[-1]), default=[])
 
     def _chain_from(self, first: int) -> list[int]:
         """Return a sum and all that follow it."""
         chain = [first]
-        while (following := self.groups[chain[-1]].following) is not None:
+        following = self.groups[first].following
+        while following is not None:
             chain.append(following)
+            following = self.groups[following].following
         return chain
 
 
@@ -112,8 +133,14 @@ def owner_of(graph: Graph, innermost: int, first: int, last: int, value: int) ->
     """
     maker = graph.values[value].node
     for index in graph.ancestors(innermost):
+        # 1. It holds the calls. A call that has not ended yet holds all that follow.
         call = graph.invocations[index]
-        holds = call.start <= first and (call.end < 0 or last < call.end)
-        if holds and (maker >= call.start or value in call.arguments):
+        is_open = call.end < 0
+        holds = call.start <= first and (is_open or last < call.end)
+        if not holds:
+            continue
+
+        # 2. It makes the value, or is given it.
+        if maker >= call.start or value in call.arguments:
             return index
     return 0
