@@ -45,11 +45,17 @@ class _Norms:
 
     @property
     def placement(self) -> Placement:
+        """Where the norms stand, as reports name it."""
+        has_exit = self.exit is not None
+        if self.entry is not None and has_exit:
+            return "sandwich"
         if self.entry is not None:
-            return "sandwich" if self.exit is not None else "pre"
-        if self.exit is not None:
+            return "pre"
+        if has_exit:
             return "reordered"
-        return "post" if self.post is not None else "none"
+        if self.post is not None:
+            return "post"
+        return "none"
 
 
 class _Assembler:
@@ -72,7 +78,10 @@ class _Assembler:
 
     def sublayers(self) -> list[Sublayer]:
         """Build every sub-layer, then give names and depths, which depend on all of them."""
+        # 1. The sub-layers one by one.
         sublayers = [self._sublayer(index) for index in range(len(self.sites))]
+
+        # 2. Depths and names.
         kinds = [sublayer.kind for sublayer in sublayers]
         groups = [site.group for site in self.sites]
         depths = depths_of(self.graph, self.homes, groups, kinds)
@@ -83,13 +92,22 @@ class _Assembler:
         return sublayers
 
     def _sublayer(self, index: int) -> Sublayer:
+        """Build one sub-layer, still without a name and a depth."""
+        # 1. Where its branch begins and ends in the module call that holds it.
         site, owner = self.sites[index], self.captured.owners[index]
         x = self.captured.values[site.shortcut]
         source = self.replayer.spot_of(site.shortcut, owner)
         end = self.replayer.end_of(site, owner)
+
+        # 2. Its norms, products and operations.
         norms = self._norms_of(index, x)
-        group = self.group_of.get(index)
-        products = [n for n in site.calls if self.finder.is_product(n)]
+        products = [node for node in site.calls if self.finder.is_product(node)]
+        records = [self.graph.nodes[node] for node in site.cone]
+        operations = {record.name for record in records}
+        custom_functions = {record.function for record in records} - {""}
+        same_group = [other for other in self.sites if other.group == site.group]
+
+        # 3. The sub-layer, then what depends on its kind.
         sublayer = Sublayer(
             name="",
             index=index,
@@ -97,7 +115,7 @@ class _Assembler:
             group=site.group,
             kind="other",
             placement=norms.placement,
-            parallel=sum(other.group == site.group for other in self.sites) > 1,
+            parallel=len(same_group) > 1,
             nested=site.nested,
             shortcut=x,
             value=self.captured.branches[index],
@@ -110,14 +128,14 @@ class _Assembler:
             heads=None,
             post_norm=norms.post,
             after=norms.after,
-            total=self._sum_of_group(group),
+            total=self._sum_of_group(self.group_of.get(index)),
             parameters=self.coverage.sublayers[index],
             products=_weights(self.graph, products, self.skeleton),
             roles={},
-            activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
+            activations=sorted(operations & ACTIVATIONS),
             feature_dim=self._feature_dim(site, norms.entry, products, x),
             stream_dim=-2 if site.mixed else None,
-            functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
+            functions=tuple(sorted(custom_functions)),
             line=self.graph.nodes[site.addition].line,
         )
         self._classify(sublayer, site, self.homes[index])
@@ -128,11 +146,15 @@ class _Assembler:
     # -- norms -------------------------------------------------------------------------------------
     def _norms_of(self, index: int, x: Tensor) -> _Norms:
         """Return the norms around a branch; a post-norm is looked for only if it has no other."""
+        # 1. The norms in the branch.
         site, owner = self.sites[index], self.captured.owners[index]
         entry = self.anatomist.input_norm(site, owner, x)
         exit_norm = self.anatomist.output_norm(site, owner, x)
         if exit_norm is not None:
-            return _Norms(entry, *exit_norm)
+            norm, before_norm = exit_norm
+            return _Norms(entry, exit=norm, before_exit=before_norm)
+
+        # 2. The norm after the sum.
         group = self.group_of.get(index)
         if entry is not None or group is None:
             return _Norms(entry)
@@ -140,10 +162,16 @@ class _Assembler:
 
     def _post_norm(self, index: int) -> _Norms:
         """Return a norm between a sum and the next shortcut, with the map that it makes."""
+        # 1. Whether there may be one.
         group, owner = self.groups[index], self.captured.owners_after[index]
         y = self.captured.values.get(group.output)
-        if group.after == group.output or y is None or not self._norm_belongs_to_sublayer(index):
+        has_nothing_after = group.after == group.output
+        if has_nothing_after or y is None:
             return _Norms(None)
+        if not self._norm_belongs_to_sublayer(index):
+            return _Norms(None)
+
+        # 2. The norm and the map.
         norm = self.anatomist.norm_after(group.output, (group.after,), owner, y)
         if norm is None:
             return _Norms(None)
@@ -214,8 +242,11 @@ class _Assembler:
 
     def _channels_first(self, site: Site, product: int) -> bool:
         """Return whether the branch begins with a convolution of the shortcut, not transposed."""
-        before = {self.graph.nodes[n].name for n in site.cone if n < product}
-        return self.graph.nodes[product].name.startswith("conv") and not before & TRANSPOSITIONS
+        if not self.graph.nodes[product].name.startswith("conv"):
+            return False
+        calls_before = [node for node in site.cone if node < product]
+        names_before = {self.graph.nodes[node].name for node in calls_before}
+        return not names_before & TRANSPOSITIONS
 
     def _classify(self, sublayer: Sublayer, site: Site, home: int) -> None:
         """Fill in what a sub-layer's kind depends on, its kind, and the roles of its weights."""

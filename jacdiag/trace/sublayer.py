@@ -43,8 +43,8 @@ class Sublayer:
             by role.
         activations: names of the elementwise non-linearities in it.
         functions: names of the custom autograd.Functions in it.
-        feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel
-            streams apart, if any.
+        feature_dim: which dimension of x holds the features; `stream_dim`: which separates
+            parallel streams, if any.
         dims: what `independent` found, None before.
         valueless: recorded on the meta device.
         looks_token_wise: what the operations show, if there are no values or NaN among them.
@@ -97,10 +97,14 @@ class Sublayer:
 
     def __str__(self) -> str:
         """Return one line: name, kind, norm, depth, shape of the shortcut, number of parameters."""
-        norm = "no norm" if self.placement == "none" else f"{self.placement}-norm"
+        norm = f"{self.placement}-norm"
+        if self.placement == "none":
+            norm = "no norm"
         shape = " x ".join(str(size) for size in self.shortcut.shape)
         count = len(self.parameters)
-        parameters = "1 parameter tensor" if count == 1 else f"{count} parameter tensors"
+        parameters = f"{count} parameter tensors"
+        if count == 1:
+            parameters = "1 parameter tensor"
         return (
             f"{self.name}: {self.kind}, {norm}, depth {self.depth}, shortcut {shape}, {parameters}"
         )
@@ -138,9 +142,13 @@ class Sublayer:
 
     def residual(self, x: Tensor) -> Tensor:
         """Return the next shortcut: a x + f(x), and for post-norm the norm of it."""
-        carried = x if self.carry is None else self.carry(x)
+        carried = x
+        if self.carry is not None:
+            carried = self.carry(x)
         y = carried + self.branch(x)
-        return y if self.after is None else self.after(y)
+        if self.after is None:
+            return y
+        return self.after(y)
 
     @cached_property
     def shortcut_gain(self) -> float | Tensor | None:
@@ -150,15 +158,23 @@ class Sublayer:
         """
         if self.carry is None:
             return 1.0
+
+        # 1. The diagonal that the shortcut's Jacobian would have.
         with torch.enable_grad():
             x = self.shortcut.detach().requires_grad_()
             y = self.carry(x)
             if y.shape != x.shape or y.is_meta:
                 return None
             (diagonal,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+
+        # 2. Whether it gives the shortcut's part of the sum.
         slack = 1e-6 * float(y.detach().abs().max())
-        if diagonal is None or not torch.allclose(diagonal * x, y, rtol=1e-5, atol=slack):
+        if diagonal is None:
             return None
+        if not torch.allclose(diagonal * x, y, rtol=1e-5, atol=slack):
+            return None
+
+        # 3. A number, if all of it is the same.
         first = diagonal.flatten()[0]
         if bool((diagonal == first).all()):
             return float(first)
@@ -202,8 +218,10 @@ class Sublayer:
 
         x = self.shortcut
         generator = torch.Generator().manual_seed(0)
+        if pull is None:
+            pull = self._pull()
         dims = independent_dims(
-            self._pull() if pull is None else pull,
+            pull,
             x.shape,
             self.value.shape,
             self.feature_dim,
@@ -223,7 +241,9 @@ class Sublayer:
 
         def pull(w: Tensor) -> Tensor:
             (g,) = torch.autograd.grad(y, x, w, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(x) if g is None else g
+            if g is None:  # y does not depend on x
+                return torch.zeros_like(x)
+            return g
 
         return pull
 

@@ -116,16 +116,23 @@ class Tracer:
         declared: Sequence[Declaration] = (),
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        # 1. Check the model and its inputs.
         check_module(model, "jacdiag.sites")
         refuse_flat_shards(model)  # before unwrapping: only the wrapper knows
         self.model = unwrap(model)
         self.declared = declared
         self.weights = weights
         _check_inputs(self.model, (args, kwargs))
-        has_doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
-        self.dtype = torch.float64 if has_doubles else dtype
+
+        # 2. The precision of the run.
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        self.dtype = dtype
+        if torch.float64 in dtypes:
+            self.dtype = torch.float64
+
+        # 3. The copy that is run. Without values the model itself cannot be run to see what it
+        # computes: then the copy keeps its hooks.
         has_hooks = has_foreign_hooks(self.model)
-        # A model without values cannot be run to see what it computes: the copy keeps its hooks.
         self.compares_with_model = has_hooks and weights is None
         self.skeleton = Skeleton(
             self.model,
@@ -162,9 +169,10 @@ class Tracer:
             raise TraceError(
                 "the model's forward raised", got=own_frames(error), hint=hint
             ) from error
+
+        # The inputs are known by negative keys, since no call of the record made them.
         inputs: list[Tensor] = []
         collect_deep((self.args, self.kwargs), inputs)
-        # The inputs are known by negative keys, since no call of the record made them.
         keys = tuple(range(-1, -1 - len(inputs), -1))
         root = Call.take("", self.args, self.kwargs, keys, set())
         replayer = Replayer(skeleton, graph, self.dtype, root)
@@ -190,7 +198,9 @@ class Tracer:
         stray = original.first_stray(
             hooked.skeleton.root, lambda: hooked.replayer.tapped([], lambda _, t: t)
         )
-        where = f"in '{stray}'" if stray else "in its own forward"
+        where = "in its own forward"
+        if stray:
+            where = f"in '{stray}'"
         return hooked.with_note(
             f"outside its hooks the model computes something else, first {where}: that is not "
             "covered",
@@ -199,16 +209,18 @@ class Tracer:
 
     def find(self, recording: Recording) -> Residuals:
         """Find the residual sums of a recording, and where everything else belongs."""
+        # 1. The sums that the dataflow shows, and those that are declared.
         graph = recording.graph
         finder = Finder(graph)
         recognised = finder.find()
         declared = declared_sites(graph, finder, self.declared, recognised)
         hidden = hidden_lines(graph, finder, declared)
-        sites = [
-            site
-            for site in finder.arrange([*recognised, *declared])
-            if not _strays(graph, site, recording.stray)
-        ]
+
+        # 2. Without those of a module whose copy computes something else.
+        arranged = finder.arrange([*recognised, *declared])
+        sites = [site for site in arranged if not _strays(graph, site, recording.stray)]
+
+        # 3. Where they belong, and what is not covered.
         homes = [home_of(graph, finder, site, sites) for site in sites]
         return Residuals(
             recording=recording,

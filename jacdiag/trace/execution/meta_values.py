@@ -79,9 +79,11 @@ class KnownValues:
         # 1. Leaves.
         if isinstance(value, Tensor):
             copy = self._copy(value)
-            return value if copy is None else copy
-        if isinstance(value, torch.device):
-            return torch.device("cpu") if value.type == "meta" else value
+            if copy is None:
+                return value
+            return copy
+        if isinstance(value, torch.device) and value.type == "meta":
+            return torch.device("cpu")
 
         # 2. Containers. A device may also be named by a string.
         if type(value) in (tuple, list):
