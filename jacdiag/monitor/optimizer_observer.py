@@ -112,6 +112,7 @@ class OptimizerObserver:
         self._is_compiled = False
         self.usage = StepUsage(tree.leaves, self.record.warn)
         self._changes = ChangeCounts(tree.leaves)
+        self._last_rates.clear()
         self.begin_step()
 
     def remove(self) -> None:
@@ -126,6 +127,7 @@ class OptimizerObserver:
         self.optimizers = OptimizerTree()
         self._changes = ChangeCounts([])
         self._rates.clear()
+        self._last_rates.clear()
 
     def parameters(self) -> list[Tensor]:
         """Return all parameters that the optimizers hold, each once."""

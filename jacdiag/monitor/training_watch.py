@@ -88,7 +88,7 @@ class Watch:
             record: the log.
             measurements: what is measured.
             log_every: steps between two looks at the device.
-            update_every: steps between two update norms; 0 for none.
+            update_every: steps between two update norms; 0 for none, None for the default schedule.
             keep_batches: how many batches to keep; None keeps them while they are small.
             histograms: those for the sinks.
         """

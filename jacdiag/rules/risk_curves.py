@@ -22,6 +22,7 @@ from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.rules.risk_features import INIT
 
 _HERE = Path(__file__).parent
+_COEFFICIENTS = (3, 4)  # without and with the warm-up
 _WRITTEN = "jacdiag backtest RUN... --write-risk FILE writes one"
 
 
@@ -57,24 +58,43 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
 
 
 def _check(curve: RiskCurve, path: Path) -> None:
+    """Raise UsageError if a curve cannot be evaluated."""
     if curve.figure not in INIT:
         raise UsageError(
             f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN
         )
-    for name in ("figure", "lr"):  # a curve takes the logarithm of both
-        span = curve.ranges.get(name)
-        pair = (
-            isinstance(span, list)
-            and len(span) == 2
-            and all(isinstance(end, int | float) for end in span)
-        )
-        if span is None or not pair or not 0 < span[0] <= span[1]:
-            where = f"ranges.{name} of [curve.{curve.placement}]"
-            raise UsageError(
-                f"'{path}' has a curve over an impossible range",
-                got=f"{where} is {span}",
-                hint=f"two numbers above 0, the least first; {_WRITTEN}",
-            )
+    _check_coefficients(curve, path)
+
+    # A curve takes the logarithm of both.
+    for name in ("figure", "lr"):
+        _check_range(curve, name, path)
+
+
+def _check_coefficients(curve: RiskCurve, path: Path) -> None:
+    """Raise UsageError unless the coefficients have a covariance of their size."""
+    count = len(curve.coefficients)
+    sizes = [len(row) for row in curve.covariance]
+    if count in _COEFFICIENTS and sizes == [count] * count:
+        return
+    raise UsageError(
+        f"'{path}' has a curve whose numbers do not belong together",
+        got=f"[curve.{curve.placement}] has {count} coefficients and rows of {sizes} covariances",
+        hint=f"3 coefficients, or 4 with the warm-up, and as many rows of as many; {_WRITTEN}",
+    )
+
+
+def _check_range(curve: RiskCurve, name: str, path: Path) -> None:
+    """Raise UsageError unless a range is two numbers above 0."""
+    span = curve.ranges.get(name)
+    if isinstance(span, list) and len(span) == 2:
+        are_numbers = all(isinstance(end, int | float) for end in span)
+        if are_numbers and 0 < span[0] <= span[1]:
+            return
+    raise UsageError(
+        f"'{path}' has a curve over an impossible range",
+        got=f"ranges.{name} of [curve.{curve.placement}] is {span}",
+        hint=f"two numbers above 0, the least first; {_WRITTEN}",
+    )
 
 
 def risk_toml(table: RiskTable) -> str:

@@ -184,6 +184,14 @@ def test_curves_are_read_as_they_were_risk_toml(tmp_path: Path) -> None:
                 ("lr", [0.1]),
             )
         ),
+        *(
+            (risk_toml(RiskTable({"pre": replace(CURVE, **changed)})), "do not belong together")
+            for changed in (
+                {"covariance": CURVE.covariance[:-1]},
+                {"covariance": [row[:-1] for row in CURVE.covariance]},
+                {"coefficients": CURVE.coefficients[:2]},
+            )
+        ),
         (
             risk_toml(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})),
             "ranges.figure of .* is None",
