@@ -225,20 +225,26 @@ def _norm_biases(weights: Sequence[WeightRecord], inner_std: float) -> Iterator[
 
     They went through the same code.
     """
-    # 1. The drawn biases of norms, by their name over the layers.
-    norms = {_module_of(weight) for weight in weights if weight.role == "norm_gain"}
+    for members in _drawn_biases_of_norms(weights):
+        group = _pool([(bias, bias) for bias in members])
+        if group.is_off_zero:
+            continue
+
+        # Around zero, with the std of the matrices that read the stream.
+        if _has_std(group, inner_std):
+            yield from _differences_of(group, _AS_MATRICES)
+
+
+def _drawn_biases_of_norms(weights: Sequence[WeightRecord]) -> list[list[WeightRecord]]:
+    """Return the drawn biases of norms, those of one name over the layers in one list."""
+    gains = [weight for weight in weights if weight.role == "norm_gain"]
+    norms = {_module_of(gain) for gain in gains}
     by_pattern: dict[str, list[WeightRecord]] = {}
     for bias in weights:
         is_drawn_bias = bias.role == "bias" and bias.family in _DRAWN
         if is_drawn_bias and _module_of(bias) in norms:
             by_pattern.setdefault(bias.pattern, []).append(bias)
-
-    # 2. Those around zero with the std of the matrices that read the stream.
-    for members in by_pattern.values():
-        group = _pool([(bias, bias) for bias in members])
-        is_around_zero = not group.is_off_zero
-        if is_around_zero and _has_std(group, inner_std):
-            yield from _differences_of(group, _AS_MATRICES)
+    return list(by_pattern.values())
 
 
 def _module_of(weight: WeightRecord) -> str:

@@ -207,7 +207,7 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
     if width is None or output is None or output.std is None:
         return advice
 
-    # 1. The std of the output matrix compared with the advice.
+    # 1. The std of the output matrix, and that of the advice.
     layers = max(context.report.model.layers, 1)
     s = math.sqrt(2 / (5 * width))
     aim = s / math.sqrt(2 * layers)
@@ -215,10 +215,11 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
 
     # 2. Whether it is as large as the matrices before it.
     others = [weight for weight in row.weights.values() if weight is not output]
-    inner = [weight.std for weight in others if weight.std]
-    is_unscaled = bool(inner) and output.std > _UNSCALED * max(inner)
+    inner_stds = [weight.std for weight in others if weight.std]
+    inner_std = max(inner_stds, default=0.0)
+    is_unscaled = inner_std > 0 and output.std > _UNSCALED * inner_std
     if is_unscaled and layers > 1:
-        seen += f"; no depth scaling is seen compared with std {plain(max(inner))} before it"
+        seen += f"; no depth scaling is seen compared with std {plain(inner_std)} before it"
     return f"{advice}: {seen}"
 
 

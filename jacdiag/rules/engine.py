@@ -198,10 +198,12 @@ def _verdict(
     of its norms tells a good run from a wrecked one.
     """
     # 1. What fired. JD901 and JD904 say that something is open, which step 3 judges.
-    if any(finding.level == "error" for finding in findings):
-        return "fail"
+    levels = {finding.level for finding in findings}
     about_the_model = [finding for finding in findings if finding.code not in ("JD901", "JD904")]
-    if any(finding.level == "warning" for finding in about_the_model):
+    levels_about_the_model = {finding.level for finding in about_the_model}
+    if "error" in levels:
+        return "fail"
+    if "warning" in levels_about_the_model:
         return "warn"
 
     # 2. A trained model whose norms were measured.

@@ -25,6 +25,7 @@ from jacdiag.rules.scheme_deviations import (
 )
 from jacdiag.rules.scheme_fit import Yardstick
 from jacdiag.rules.schemes import MATRICES, Scheme, published_for
+from jacdiag.rules.wording import list_names
 
 # Roles that are usually spared from weight decay, in words.
 _SPARED = {"embedding": "the embedding", "norm_gain": "norm gains", "bias": "biases"}
@@ -348,9 +349,10 @@ def _decay(context: Context, rule: Rule) -> Outcome:
 
     # One finding for each kind of parameter with weight decay.
     spared = [weight for weight in contract.weights if weight.role in _SPARED]
-    findings = []
+    decayed = [weight for weight in spared if weight.decayed]
+    findings: list[Finding] = []
     for role, words in _SPARED.items():
-        names = [weight.parameter for weight in spared if weight.role == role and weight.decayed]
+        names = [weight.parameter for weight in decayed if weight.role == role]
         if names:
             findings.append(_decay_finding(context, rule, role, words, names))
     return Outcome(len(spared), findings)
@@ -360,9 +362,7 @@ def _decay_finding(
     context: Context, rule: Rule, role: str, words: str, names: list[str]
 ) -> Finding:
     """Return the finding about the parameters of one role that decay."""
-    listed = ", ".join(names[:3])
-    if len(names) > 3:
-        listed += f" and {len(names) - 3} more"
+    listed = list_names(names, longest=None)
     what = f"{words} in a parameter group with weight decay: {listed}"
     evidence = {"parameters": names, "role": role}
     level = context.level(rule, "info" if role == "bias" else "warning")

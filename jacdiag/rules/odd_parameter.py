@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
-
-_MOST_NAMES = 3
+from jacdiag.rules.wording import list_names
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,7 @@ def fix_for(differences: Sequence[Difference]) -> str:
 
 def names_of(weights: Sequence[WeightRecord]) -> str:
     """Return the names of parameters for a sentence: the first three, and how many more."""
-    names = ", ".join(weight.parameter for weight in weights[:_MOST_NAMES])
-    more = len(weights) - _MOST_NAMES
-    if more > 0:
-        names += f" and {more} more"
-    return names
+    return list_names([weight.parameter for weight in weights], longest=None)
 
 
 def draw_in_words(weight: WeightRecord) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.records import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, Finding, Level
+from jacdiag.records import (
+    LEVELS,
+    AgainstRecord,
+    ChangeRecord,
+    FiguresRecord,
+    Finding,
+    Level,
+    SublayerRecord,
+)
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import Limits
@@ -192,16 +200,18 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
         findings.append(_growth_finding(context, rule, group, worst, level, limit))
 
     # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
+    unjudged = [row for row in rows if limits[row.name].info is None]
     judged_count = sum(limit.info is not None for limit in limits.values())
-    unjudged: set[str] = set()
-    for row in rows:
-        if limits[row.name].info is None:
-            unjudged.add(placement_in_words(row.placement))
-    note = ""
-    if unjudged:
-        names = " and ".join(sorted(unjudged))
-        note = f"how much healthy training grows is not known for {names}"
-    return Outcome(judged_count, findings, list(against.missing), note)
+    return Outcome(judged_count, findings, list(against.missing), _growth_unknown_for(unjudged))
+
+
+def _growth_unknown_for(rows: Sequence[SublayerRecord]) -> str:
+    """Return the note about sub-layers without a threshold of growth; "" without any."""
+    if not rows:
+        return ""
+    placements = {placement_in_words(row.placement) for row in rows}
+    names = " and ".join(sorted(placements))
+    return f"how much healthy training grows is not known for {names}"
 
 
 def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:

@@ -96,16 +96,12 @@ def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
     Args:
         yardstick: A scheme that the model was found to follow.
     """
-    # 1. Every matrix inside the sub-layers agrees, and nothing else keeps the default of its class.
     contract = yardstick.contract
-    for weight in contract.weights:
-        if weight.role in MATRICES and yardstick.mismatches(weight):
-            return []
-        if weight.role != "head" and _is_default(weight):
-            return []
+    if not _only_the_head_may_differ(yardstick):
+        return []
 
-    # 2. The head is a uniform draw with just the bounds of nn.Linear.
-    result = []
+    # The head is a uniform draw with just the bounds of nn.Linear.
+    result: list[Deviation] = []
     for head in contract.weights:
         if head.role != "head" or not is_linear_default(head):
             continue
@@ -115,6 +111,16 @@ def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
         if deviation is not None:
             result.append(deviation)
     return result
+
+
+def _only_the_head_may_differ(yardstick: Yardstick) -> bool:
+    """Return whether all matrices agree, and nothing but the head keeps the default of a class."""
+    for weight in yardstick.contract.weights:
+        if weight.role in MATRICES and yardstick.mismatches(weight):
+            return False
+        if weight.role != "head" and _is_default(weight):
+            return False
+    return True
 
 
 def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviation | None:

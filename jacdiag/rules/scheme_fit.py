@@ -190,6 +190,7 @@ class Yardstick:
         """Return whether the scheme has a say about a weight of this model."""
         if not self.is_followed:
             return True
+
         # 1. Embedding, positions and head.
         if weight.role == "positions":
             if self.has_unit_draws and is_of_unit_spread(weight):
@@ -198,10 +199,12 @@ class Yardstick:
                 return False
         if weight.role in TABLES and not self.judges_tables:
             return False
+
         # 2. Matrices of the sub-layers.
         width = int(self.contract.sizes.get("d", 0))
         if weight.role in MATRICES and not is_projection(weight, width):
             return False
+
         # 3. What starts at zero on purpose.
         return not _is_open_gate(weight) and weight.parameter not in self.zero_on_purpose
 
@@ -213,26 +216,27 @@ class Yardstick:
         """
         # 1. As it is, unless the scheme treats the sections differently.
         is_named = bool(self.scheme.named(weight))
-        roles = [section.role for section in weight.sections]
-        possible_roles = list(roles)
-        if self.is_followed:
-            possible_roles += FUSED.get(weight.role, ())
-        sections_have_formulas = any(role in self.scheme.formulas for role in possible_roles)
+        sections_have_formulas = self._has_formulas_for_sections(weight)
         if is_named or not sections_have_formulas:
             yield [Piece(weight)]
 
         # 2. As its sections, where they may have values of their own.
         depends_on_size = any("fan_out" in formula.names for formula in self.scheme.of(weight))
-        may_differ = sections_have_formulas or depends_on_size
         is_given_by_name = is_named and not self.is_followed
-        if not roles or not may_differ or is_given_by_name:
+        if is_given_by_name:
             return
-        orders = [roles]
-        if weight.role == "W_gate_up":
-            orders.append(roles[::-1])
-        for order in orders:
+        if not sections_have_formulas and not depends_on_size:
+            return
+        for order in _orders_of_sections(weight):
             yield list(_pieces(weight, order))
             yield list(_pieces(weight, order, fan_out=weight.fan_out))
+
+    def _has_formulas_for_sections(self, weight: WeightRecord) -> bool:
+        """Return whether the scheme states a value for a section that a weight has or may have."""
+        roles = [section.role for section in weight.sections]
+        if self.is_followed:
+            roles += FUSED.get(weight.role, ())
+        return any(role in self.scheme.formulas for role in roles)
 
     def _compare(self, pieces: Sequence[Piece]) -> list[Mismatch] | None:
         """Return the pieces that differ; None if the scheme states nothing for any of them."""
@@ -296,6 +300,16 @@ def _distance(weight: WeightRecord, value: float) -> float:
     return abs(math.log(std / value))
 
 
+def _orders_of_sections(weight: WeightRecord) -> list[list[str]]:
+    """Return the orders in which a fused matrix may hold its roles; none without sections."""
+    roles = [section.role for section in weight.sections]
+    if not roles:
+        return []
+    if weight.role != "W_gate_up":
+        return [roles]
+    return [roles, roles[::-1]]
+
+
 def _pieces(
     weight: WeightRecord, order: Iterable[str], fan_out: int | None = None
 ) -> Iterator[Piece]:
@@ -341,11 +355,13 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
     if is_first_factor and weight.fan_out >= weight.fan_in:
         return False
 
-    # 3. Its sizes are those of the map.
+    # 3. A matrix per head reads the model's width, or makes it.
     fans = (weight.fan_in, weight.fan_out)
     is_stored_by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
     if is_stored_by_head and width and width not in fans:
         return False
+
+    # 4. Its sizes are those of the map.
     return sorted(sizes[-2:]) == sorted(fans)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,29 @@ def _keys_of(
     Raises:
         UsageError: the figure, a stratum or a cut does not exist, or the override is no table.
     """
-    # 1. The figure.
     keys = [key for key in table if key[0] == figure]
     if not keys:
         known = ", ".join(sorted({known_figure for known_figure, _ in table}))
         raise UsageError(f"no threshold is called '{figure}'", hint=f"there are {known}")
+    strata = [stratum for _, stratum in keys]
+    _check_override(figure, value, strata)
+
+    # A cut changes all strata. Without one, only those that are named change.
+    has_cut = any(name in CUTS for name in value)
+    named = [(figure, stratum) for stratum in strata if stratum and stratum in value]
+    if has_cut or not named:
+        return keys
+    return named
+
+
+def _check_override(figure: str, value: Any, strata: Sequence[str]) -> None:
+    """Raise unless an override is a table of cuts and strata that a figure has.
+
+    Args:
+        figure: its name.
+        value: the override.
+        strata: of the figure; "" for its own cuts.
+    """
     if not isinstance(value, Mapping):
         raise UsageError(
             f"the threshold '{figure}' must be a table",
@@ -175,20 +193,13 @@ def _keys_of(
             hint=f"{figure} = {{ warning = 10 }}",
         )
 
-    # 2. Its cuts and strata.
-    strata = [stratum for _, stratum in keys if stratum]
-    names_known = {*CUTS, *(stratum for _, stratum in keys)}
+    names_known = {*CUTS, *strata}
     for name in value:
-        if name not in names_known:
-            known = ", ".join([*CUTS, *sorted(strata)])
-            raise UsageError(f"the threshold '{figure}' has no '{name}'", hint=f"it has {known}")
-
-    # 3. A cut changes all strata; without one, only those that are named change.
-    has_cut = any(name in CUTS for name in value)
-    named = [(figure, stratum) for stratum in strata if stratum in value]
-    if has_cut or not named:
-        return keys
-    return named
+        if name in names_known:
+            continue
+        named_strata = sorted(stratum for stratum in strata if stratum)
+        known = ", ".join([*CUTS, *named_strata])
+        raise UsageError(f"the threshold '{figure}' has no '{name}'", hint=f"it has {known}")
 
 
 def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
