@@ -221,6 +221,19 @@ def _verdict(
     return "pass"
 
 
+def _observing_rules(context: Context) -> set[str]:
+    """Return the codes of the rules that only observe a trained model.
+
+    A level that the user gave makes a rule judge.
+    """
+    codes: set[str] = set()
+    for rule in RULES:
+        has_level_of_user = rule.code in context.profile.levels
+        if rule.observation_when_trained and not has_level_of_user:
+            codes.add(rule.code)
+    return codes
+
+
 def _trained_verdict(
     context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]
 ) -> Verdict:
@@ -232,11 +245,7 @@ def _trained_verdict(
 
     # 2. Observations decide nothing: an interval across a threshold that holds at init leaves
     #    nothing open.
-    observations = set()
-    for candidate in RULES:
-        has_level_of_user = candidate.code in context.profile.levels
-        if candidate.observation_when_trained and not has_level_of_user:
-            observations.add(candidate.code)
+    observations = _observing_rules(context)
     for result in results:
         is_observation = result.code in observations
         if outcomes[result.code].undecided and not is_observation:

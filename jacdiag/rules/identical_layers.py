@@ -5,8 +5,9 @@ These are layers, experts, shards, or matrices of one layer.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
@@ -243,19 +244,24 @@ def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord
     )
 
 
+def _count_drawn_weights(
+    contract: ContractRecord, stacks: Iterable[str], numbers: Iterable[int]
+) -> int:
+    """Return how many weights of some layers of some stacks were drawn."""
+    prefixes = tuple(f"{stack}.{number}." for stack, number in itertools.product(stacks, numbers))
+    drawn = [weight for weight in contract.weights if _is_drawn(weight)]
+    return sum(weight.parameter.startswith(prefixes) for weight in drawn)
+
+
 def _finding(
     context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]
 ) -> Finding:
     """Return the finding about the layers or experts of a stack that repeat one of them."""
-    # 1. The drawn weights of the layers that repeat.
+    # 1. The layers that repeat, and how many drawn weights they have.
     weights = [copy.weight for copy in group]
     numbers = sorted({copy.number for copy in group})
-    prefixes: list[str] = []
-    for prefix in {copy.stack for copy in group}:
-        prefixes.extend(f"{prefix}.{number}." for number in numbers)
-    drawn = 0
-    for weight in contract.weights:
-        drawn += int(_is_drawn(weight) and weight.parameter.startswith(tuple(prefixes)))
+    stacks = {copy.stack for copy in group}
+    drawn = _count_drawn_weights(contract, stacks, numbers)
 
     # 2. The sentence.
     original = group[0].original_number

@@ -181,16 +181,9 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
     rows = [row for row in context.report.sublayers if row.name in against.branch_norms]
     limits = {row.name: context.thresholds.limits(figure, row.placement or "") for row in rows}
 
-    # 1. Sort what grew by its level.
-    groups: dict[Level, list[ChangeRecord]] = {}
-    for change in against.changes:
-        is_growth = change.figure == "branch_norm" and change.grew
-        if is_growth and change.where in limits:
-            level = _level_of_growth(change, limits[change.where])
-            groups.setdefault(level, []).append(change)
-
-    # 2. One finding per level, the highest first.
-    findings = []
+    # 1. One finding per level, the highest first.
+    groups = _growth_by_level(against, limits)
+    findings: list[Finding] = []
     for level in reversed(LEVELS):
         if level not in groups:
             continue
@@ -199,10 +192,24 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
         limit = limits[worst.where]
         findings.append(_growth_finding(context, rule, group, worst, level, limit))
 
-    # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
+    # 2. Where healthy growth is not known, a comparison shows what changed and cannot pass.
     unjudged = [row for row in rows if limits[row.name].info is None]
     judged_count = sum(limit.info is not None for limit in limits.values())
     return Outcome(judged_count, findings, list(against.missing), _growth_unknown_for(unjudged))
+
+
+def _growth_by_level(
+    against: AgainstRecord, limits: Mapping[str, Limits]
+) -> dict[Level, list[ChangeRecord]]:
+    """Return the branch norms that grew, by the level of their growth."""
+    groups: dict[Level, list[ChangeRecord]] = {}
+    for change in against.changes:
+        is_growth = change.figure == "branch_norm" and change.grew
+        if not is_growth or change.where not in limits:
+            continue
+        level = _level_of_growth(change, limits[change.where])
+        groups.setdefault(level, []).append(change)
+    return groups
 
 
 def _growth_unknown_for(rows: Sequence[SublayerRecord]) -> str:

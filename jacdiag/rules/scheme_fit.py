@@ -438,11 +438,9 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
         spread: Relative interval of `value` itself.
     """
     # 1. Vectors and constants have a value, not a std.
-    is_constant = weight.family in ("zero", "constant")
     if weight.role in VECTORS or len(weight.shape) < 2:
-        if not is_constant or weight.mean is None:
-            return False
-        return math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
+        return _is_constant_of(weight, value)
+    is_constant = weight.family in ("zero", "constant")
     if weight.lower is None or weight.upper is None:
         return True  # not measured: another rule reports that
     if value == 0 or is_constant:
@@ -450,7 +448,16 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
 
     # 2. `value` may be the std before or after the truncation.
     low, high = weight.lower / spread[1], weight.upper / spread[0]
-    return low <= value <= high or low <= value * weight.truncation <= high
+    is_before_truncation = low <= value * weight.truncation <= high
+    return low <= value <= high or is_before_truncation
+
+
+def _is_constant_of(weight: WeightRecord, value: float) -> bool:
+    """Return whether all numbers of a weight are one value."""
+    is_constant = weight.family in ("zero", "constant")
+    if not is_constant or weight.mean is None:
+        return False
+    return math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
 
 
 def is_of_unit_spread(weight: WeightRecord) -> bool:

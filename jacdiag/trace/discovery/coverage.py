@@ -106,12 +106,7 @@ def _cover_outside(
 ) -> None:
     """Assign the parameters that calls outside the sub-layers read, by where the call stands."""
     # 1. Where the first sub-layer begins and the last one ends.
-    outer = [site for site in sites if not site.nested]
-    makers_of_shortcuts = [graph.values[site.shortcut].node for site in outer]
-    makers_of_outputs = [graph.values[site.output].node for site in outer]
-    end = len(graph.nodes)
-    first = min(makers_of_shortcuts, default=end)
-    last = max(makers_of_outputs, default=end)
+    first, last = _ends_of_stream(graph, sites)
 
     # 2. The parameters of every call, unless one before it has claimed them.
     claimed = result.covered()
@@ -131,6 +126,18 @@ def _cover_outside(
             result.head += names
         else:
             result.uncovered.update(dict.fromkeys(names, "read between sub-layers, by no branch"))
+
+
+def _ends_of_stream(graph: Graph, sites: list[Site]) -> tuple[int, int]:
+    """Return the call before the first sub-layer, and the one that makes the last sum.
+
+    Both are the number of calls if all sub-layers are nested.
+    """
+    outer = [site for site in sites if not site.nested]
+    makers_of_shortcuts = [graph.values[site.shortcut].node for site in outer]
+    makers_of_outputs = [graph.values[site.output].node for site in outer]
+    end = len(graph.nodes)
+    return min(makers_of_shortcuts, default=end), max(makers_of_outputs, default=end)
 
 
 def _note_unread(graph: Graph, skeleton: Skeleton, result: Coverage) -> None:

@@ -380,15 +380,14 @@ class Recorder(TorchFunctionMode):
             return False
 
         # 2. Whatever else depends on the input is a routed index.
-        others: list[int] = []
         for tensor_id, values in value_of.items():
-            if tensor_id != id(args[0]):
-                others.extend(values)
-        for other in others:
-            index = self.values[other]
-            is_routed_index = index.routed and not index.is_float
-            if index.live and not is_routed_index:
-                return False
+            if tensor_id == id(args[0]):
+                continue
+            for number in values:
+                value = self.values[number]
+                is_routed_index = value.routed and not value.is_float
+                if value.live and not is_routed_index:
+                    return False
         return True
 
     def _write(self, tensor: Tensor, node: int, position: int, flow: _Flow) -> int:
