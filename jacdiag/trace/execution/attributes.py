@@ -25,12 +25,12 @@ def copy_attribute(value: Any, memo: dict[int, Any], copy_module: CopyModule) ->
     again = functools.partial(copy_attribute, memo=memo, copy_module=copy_module)
 
     # 1. What has a copy, modules and tensors.
+    if isinstance(value, Tensor) and id(value) not in memo:
+        memo[id(value)] = value.detach().clone()
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
-    if isinstance(value, Tensor):
-        return memo.setdefault(id(value), value.detach().clone())
 
     # 2. Containers.
     if type(value) in (list, tuple):
@@ -41,6 +41,11 @@ def copy_attribute(value: Any, memo: dict[int, Any], copy_module: CopyModule) ->
     # 3. Functions, and anything else.
     if isinstance(value, (types.MethodType, types.FunctionType, functools.partial)):
         return _copy_callable(value, memo, again)
+    return _copy_or_share(value, memo)
+
+
+def _copy_or_share(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy of an object, or the object itself if it refuses to be copied."""
     try:
         return copy.deepcopy(value, memo)
     except Exception:
@@ -183,13 +188,16 @@ def _fingerprint(value: Any, depth: int = 4) -> Any:
         return id(value)
 
     # 2. What holds other values.
+    contents: Any
     if isinstance(value, (list, tuple)):
-        return id(value), tuple(_fingerprint(item, depth - 1) for item in value)
-    if isinstance(value, dict):
-        return id(value), tuple((key, _fingerprint(item, depth - 1)) for key, item in value.items())
-    if _has_parts(value):
-        return id(value), _fingerprint(vars(value), depth - 1)
-    return id(value)
+        contents = tuple(_fingerprint(item, depth - 1) for item in value)
+    elif isinstance(value, dict):
+        contents = tuple((key, _fingerprint(item, depth - 1)) for key, item in value.items())
+    elif _has_parts(value):
+        contents = _fingerprint(vars(value), depth - 1)
+    else:
+        return id(value)
+    return id(value), contents
 
 
 def _duplicate(value: Any, depth: int = 4) -> Any:
@@ -208,7 +216,12 @@ def _duplicate(value: Any, depth: int = 4) -> Any:
     if type(value) is dict:
         return _duplicate_items(value, depth)
 
-    # 3. Objects. One that refuses is shared.
+    # 3. Objects.
+    return _duplicate_object(value, depth)
+
+
+def _duplicate_object(value: Any, depth: int) -> Any:
+    """Return a copy of an object with copies of its attributes; one that refuses is shared."""
     if not _has_parts(value):
         return value
     try:
