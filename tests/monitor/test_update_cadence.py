@@ -9,11 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from monitor.rig import adam, batch, lines, plain_step, small
+from torch import nn
 
 import jacdiag
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.monitor.step_metrics import YOUNG_UPDATES
+from jacdiag.monitor.training_watch import Watch
 from jacdiag.rules.thresholds import load_thresholds
+
+
+def watch_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, updates: bool | int = True
+) -> Watch:
+    """Watch the figures of single steps, without statistics and probes."""
+    return jacdiag.watch(
+        model,
+        optimizer,
+        log_dir=folder,
+        every=None,
+        stats_every=None,
+        updates=updates,
+        quiet=True,
+    )
 
 
 def measured_steps(folder: Path) -> list[int]:
@@ -23,9 +40,7 @@ def measured_steps(folder: Path) -> list[int]:
 def test_default_measures_every_step_of_a_young_run_and_every_fourth_later(tmp_path: Path) -> None:
     model = small()
     optimizer = adam(model)
-    with jacdiag.watch(
-        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, quiet=True
-    ) as w:
+    with watch_steps(model, optimizer, tmp_path) as w:
         for step in range(9 * YOUNG_UPDATES):
             loss, norm = plain_step(model, optimizer, step)
             w.step(loss, grad_norm=norm)
@@ -42,9 +57,7 @@ def test_learning_rate_that_jumps_is_followed_step_by_step(
 ) -> None:
     model = small()
     optimizer = adam(model)
-    with jacdiag.watch(
-        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, quiet=True
-    ) as w:
+    with watch_steps(model, optimizer, tmp_path) as w:
         for step in range(9 * YOUNG_UPDATES):
             if step == 8 * YOUNG_UPDATES:
                 optimizer.param_groups[0]["lr"] *= factor
@@ -61,9 +74,7 @@ def test_updates_that_leap_are_followed_step_by_step(tmp_path: Path) -> None:
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     jump = 8 * YOUNG_UPDATES
-    with jacdiag.watch(
-        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, quiet=True
-    ) as w:
+    with watch_steps(model, optimizer, tmp_path) as w:
         for step in range(jump + 40):
             _, loss = model(*batch(step))
             loss.backward()
@@ -84,9 +95,7 @@ def test_optimizer_that_steps_four_times_in_a_step_of_the_run_loses_no_turn(
 ) -> None:
     model = small()
     optimizer = adam(model)
-    with jacdiag.watch(
-        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, updates=4, quiet=True
-    ) as w:
+    with watch_steps(model, optimizer, tmp_path, updates=4) as w:
         for step in range(9):
             for part in range(4):
                 loss, norm = plain_step(model, optimizer, 4 * step + part)
@@ -97,9 +106,7 @@ def test_optimizer_that_steps_four_times_in_a_step_of_the_run_loses_no_turn(
 def test_step_without_gradients_leaves_its_turn_to_the_next(tmp_path: Path) -> None:
     model = small()
     optimizer = adam(model)
-    with jacdiag.watch(
-        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, updates=4, quiet=True
-    ) as w:
+    with watch_steps(model, optimizer, tmp_path, updates=4) as w:
         for step in range(10):
             if step == 4:  # the turn of step 5
                 optimizer.zero_grad()
