@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.formats import safetensors_file, torch_file
-from jacdiag.sources.formats.other import check_format
-from jacdiag.sources.lazy_tensors import Piece, StoredWeights
+from jacdiag.sources.formats.refused_formats import check_format
+from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.lora_adapters import adapter_names, take_base_model
 from jacdiag.sources.optimizer_state import optimizer_stepped
-from jacdiag.sources.tensor_sets import Candidate, Kind, find_candidates, split_flat
+from jacdiag.sources.tensor_sets import Candidate, TensorSetKind, find_candidates, split_flat
 from jacdiag.sources.unusable_tensors import check_chosen, check_contents
 from jacdiag.sources.weights_choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 
@@ -105,7 +105,9 @@ class Contents:
     def optimizer_stepped(self) -> bool:
         """Whether the file holds the state of an optimizer that has taken a step."""
         flat = (
-            [c.entries for c in self.candidates if c.kind is Kind.OPTIMIZER] if self.stored else []
+            [c.entries for c in self.candidates if c.kind is TensorSetKind.OPTIMIZER]
+            if self.stored
+            else []
         )
         return optimizer_stepped(
             self.top, {name: entry for entries in flat for name, entry in entries.items()}
@@ -167,7 +169,7 @@ class Contents:
             others=choice.others,
         )
         if self.stored:
-            pieces: dict[str, Piece] = choice.entries
+            pieces: dict[str, StoredTensor] = choice.entries
             checkpoint.weights = StoredWeights(pieces)
             if self.tensors:
                 names = {
@@ -283,14 +285,14 @@ def _check_file(path: Path) -> None:
 
 
 def _no_weights(path: Path, described: str) -> SourceError:
-    neighbours = weight_files(path.parent)
+    neighbours = _weights_next_to(path.parent)
     hint = "expected a state dict, or a dict that holds one"
     if neighbours:
         hint += f"; next to it: {clipped(', '.join(neighbours), 160)}"
     return SourceError(f"'{path}' holds no weights", got=clipped(described, 200), hint=hint)
 
 
-def weight_files(folder: Path) -> list[str]:
+def _weights_next_to(folder: Path) -> list[str]:
     """Return the names of files in a folder that are called as weights usually are."""
     usual = ("model", "pytorch_model", "adapter_model", "consolidated")
     try:

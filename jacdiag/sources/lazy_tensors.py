@@ -20,7 +20,7 @@ from jacdiag.errors import SourceError
 ROOM = 1 << 29  # a block of a 7B model in bf16
 
 
-class Piece(Protocol):
+class StoredTensor(Protocol):
     """One tensor in a file: known by shape and dtype, read on demand."""
 
     @property
@@ -50,7 +50,7 @@ class StoredWeights(Mapping[str, Tensor]):
         read_bytes: how much was read so far.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece], room: int = ROOM) -> None:
+    def __init__(self, pieces: Mapping[str, StoredTensor], room: int = ROOM) -> None:
         self.pieces, self.room = dict(pieces), room
         self.read_bytes = 0
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
@@ -89,7 +89,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return StoredWeights({new: self.pieces[old] for new, old in names.items()}, self.room)
 
 
-def outline(piece: Piece) -> Tensor:
+def outline(piece: StoredTensor) -> Tensor:
     """Return an empty meta tensor of the shape and dtype of a piece."""
     return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
 from jacdiag.sources.checkpoint import Checkpoint, Contents, read_contents, trainer_step
-from jacdiag.sources.formats import dcp, folders, huggingface
+from jacdiag.sources.formats import dcp, huggingface, refused_folders
+from jacdiag.sources.formats.weight_files import weight_files
 from jacdiag.sources.input_facts import longest_sequence, vocabulary
 from jacdiag.sources.lazy_tensors import StoredWeights
 from jacdiag.sources.load_weights import fit
@@ -229,7 +230,7 @@ def _from_folder(path: Path, opening: _Opening) -> Source:
     if opening.model is not None:
         return _folder_into(path, opening.model, opening)
     if not huggingface.is_folder(path):
-        raise folders.refuse_without_config(path)
+        raise refused_folders.refuse_without_config(path)
     overrides = opening.model_args
     loaded = huggingface.load(path, trust_pickle=opening.trust_pickle, overrides=overrides)
     info = {"path": str(path), **loaded.facts}
@@ -256,9 +257,9 @@ def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> 
 
 def _folder_into(path: Path, model: factory.Factory, opening: _Opening) -> Source:
     """Return the weights of a folder in a model that a factory or another config builds."""
-    files = folders.weight_files(path)
+    files = weight_files(path)
     if not files:
-        raise folders.refuse_without_files(path)
+        raise refused_folders.refuse_without_files(path)
     info: dict[str, Any] = {
         "path": str(path),
         "format": "folder",

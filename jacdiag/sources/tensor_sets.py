@@ -9,9 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,10 @@ _MOST_VISITS = 200_000  # a pickle of a few bytes can describe a tree without en
 _MOST_ALIASES = 8  # places at which one container may stand
 _DEEPEST = 40
 _FEW_KEYS = 10_000  # of a mapping whose keys are listed to name a child
+_CONTAINERS = (Mapping, list, tuple, Stub, nn.Module)
 
 
-class Kind(Enum):
+class TensorSetKind(Enum):
     """What a set of tensors is."""
 
     NETWORK = "weights"
@@ -85,16 +86,25 @@ class Candidate:
 
     key: str
     entries: Mapping[str, Any]
-    kind: Kind
+    kind: TensorSetKind
     dotted: bool = False
     whole_module: bool = False
     module: nn.Module | None = None
 
+    @property
+    def is_optimizer(self) -> bool:
+        """Whether it is the state of an optimizer."""
+        return self.kind is TensorSetKind.OPTIMIZER
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is the weights of a network, or an average of them."""
+        return self.kind in (TensorSetKind.NETWORK, TensorSetKind.AVERAGE)
+
     def describe(self) -> str:
         """Return its key, kind and size in words."""
-        count = len(self.entries)
-        tensors = "1 tensor" if count == 1 else f"{count:,} tensors"
-        return f"{self.key or 'the top of the file'} ({self.kind.value}, {tensors})"
+        place = self.key or "the top of the file"
+        return f"{place} ({self.kind.value}, {count_tensors(len(self.entries))})"
 
 
 def is_second(key: str) -> bool:
@@ -124,18 +134,29 @@ def find_candidates(tree: Any) -> list[Candidate]:
 
 def split_flat(entries: Mapping[str, Any], key: str = "") -> list[Candidate]:
     """Split a file with one level of dotted names into weights and the state of an optimizer."""
+    # 1. Sort the tensors.
     moments = _moment_names(entries)
-    weights = {name: entry for name, entry in entries.items() if name not in moments}
-    state = {name: entry for name, entry in entries.items() if name in moments}
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for name, entry in entries.items():
+        group = state if name in moments else weights
+        group[name] = entry
 
+    # 2. A set for each group that is not empty.
     candidates = []
     if weights:
         candidates.append(Candidate(key, weights, _kind(key, weights), dotted=True))
     if state:
-        head = _common_head(state)
-        place = f"{key}.{head}" if key else head
-        candidates.append(Candidate(place, state, Kind.OPTIMIZER))
+        place = _joined(key, _common_head(state))
+        candidates.append(Candidate(place, state, TensorSetKind.OPTIMIZER))
     return candidates
+
+
+def _joined(key: str, step: str) -> str:
+    """Return a key with one more step; "" is the top of the file."""
+    if not key:
+        return step
+    return f"{key}.{step}"
 
 
 class _Search:
@@ -162,26 +183,32 @@ class _Search:
             state = dict(node.state_dict())
             return [Candidate(key, state, _kind(key, state), dotted=True, module=node)]
         if is_pickled_module(node):
-            state = dict(self._module_tensors(node, "", depth))
-            if not state:
-                return []
-            return [Candidate(key, state, _kind(key, state), dotted=True, whole_module=True)]
+            return self._of_pickled_module(node, key, depth)
 
-        # 2. Sort what the container holds into tensors and further containers.
+        # 2. So is the state of an optimizer.
         children = _children(node)
         if isinstance(node, Mapping) and _is_optimizer(node):
-            return [Candidate(key, _all_tensors(children), Kind.OPTIMIZER)]
+            return [Candidate(key, _all_tensors(children), TensorSetKind.OPTIMIZER)]
+
+        # 3. Sort what another container holds into tensors and further containers.
         tensors: dict[str, Tensor] = {}
         inner: list[Candidate] = []
-        for position, (name, child) in enumerate(children):
-            if isinstance(child, Tensor) and name is not None:
-                tensors[name] = _plain(child)
-            elif isinstance(child, Mapping | list | tuple | Stub | nn.Module):
-                step = _label(node, position) if name is None else printable(name)
-                inner += self.collect(child, f"{key}.{step}" if key else step, depth + 1)
+        for position, child in enumerate(children):
+            if isinstance(child.value, Tensor) and child.name is not None:
+                tensors[child.name] = _plain(child.value)
+            elif isinstance(child.value, _CONTAINERS):
+                step = _label(node, child, position)
+                inner += self.collect(child.value, _joined(key, step), depth + 1)
 
-        # 3. Decide whether this container is one set, or holds several.
+        # 4. Decide whether this container is one set, or holds several.
         return _combine(key, tensors, inner)
+
+    def _of_pickled_module(self, stub: Stub, key: str, depth: int) -> list[Candidate]:
+        """Return the set of a module that was pickled with its class; none if it is empty."""
+        state = dict(self._module_tensors(stub, "", depth))
+        if not state:
+            return []
+        return [Candidate(key, state, _kind(key, state), dotted=True, whole_module=True)]
 
     def _may_enter(self, node: Any, depth: int) -> bool:
         """Count a visit, and return whether the node may be searched.
@@ -189,6 +216,7 @@ class _Search:
         Raises:
             SourceError: there were too many visits, or too many of a container with tensors.
         """
+        # 1. The limits of the entire search.
         self.visits += 1
         if self.visits > _MOST_VISITS:
             raise SourceError(
@@ -196,10 +224,12 @@ class _Search:
             )
         if depth > _DEEPEST:
             return False
+
+        # 2. The limit for one container, which may stand at several places.
         self.seen[id(node)] += 1
         if self.seen[id(node)] <= _MOST_ALIASES:
             return True
-        if any(isinstance(child, Tensor) for _, child in _children(node)):
+        if any(isinstance(child.value, Tensor) for child in _children(node)):
             raise SourceError(
                 "the checkpoint nests too many containers", got="one of them comes again and again"
             )
@@ -210,10 +240,15 @@ class _Search:
         self.visits += 1
         if self.visits > _MOST_VISITS or depth > _DEEPEST:
             return
-        for part in ("_parameters", "_buffers"):
-            for name, value in _mapping(stub.state.get(part)).items():
-                if isinstance(value, Tensor):
-                    yield f"{prefix}{name}", _plain(value)
+
+        # 1. Its own tensors.
+        parameters = _mapping(stub.state.get("_parameters"))
+        buffers = _mapping(stub.state.get("_buffers"))
+        for name, value in (*parameters.items(), *buffers.items()):
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", _plain(value)
+
+        # 2. Those of the modules in it.
         for name, value in _mapping(stub.state.get("_modules")).items():
             if is_pickled_module(value):
                 yield from self._module_tensors(value, f"{prefix}{name}.", depth + 1)
@@ -228,24 +263,50 @@ def is_pickled_module(value: Any) -> bool:
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
     """Return a mapping, or an empty one in place of something else."""
-    return value if isinstance(value, Mapping) else {}
+    if not isinstance(value, Mapping):
+        return {}
+    return value
 
 
-def _children(node: Any) -> list[tuple[str | None, Any]]:
-    """Return the children of a container with their names; None for a key that is no text."""
-    if isinstance(node, Stub):
-        node = node.entries or node.state
+class _Child(NamedTuple):
+    """What a container holds at one place; the name is None if its key is no text."""
+
+    name: str | None
+    value: Any
+
+
+def _contents(node: Any) -> Any:
+    """Return what a stub was given in place of the stub; anything else as it is."""
+    if not isinstance(node, Stub):
+        return node
+    return node.entries or node.state
+
+
+def _children(node: Any) -> list[_Child]:
+    """Return what a container holds; nothing for any other object."""
+    node = _contents(node)
     if isinstance(node, Mapping):
-        return [(key if isinstance(key, str) else None, value) for key, value in node.items()]
-    if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
-        return [(None, value) for value in node]
+        return [_Child(_text_key(key), value) for key, value in node.items()]
+    # a size is a tuple of numbers, not a container
+    if isinstance(node, torch.Size):
+        return []
+    if isinstance(node, list | tuple):
+        return [_Child(None, value) for value in node]
     return []
 
 
-def _label(node: Any, position: int) -> str:
-    """Return how a child without a name is called: its key as text, or its place in a list."""
-    if isinstance(node, Stub):
-        node = node.entries or node.state
+def _text_key(key: Any) -> str | None:
+    """Return a key that is text; None for another one."""
+    if isinstance(key, str):
+        return key
+    return None
+
+
+def _label(node: Any, child: _Child, position: int) -> str:
+    """Return the step of a key that leads to a child: its name, its key as text, or its place."""
+    if child.name is not None:
+        return printable(child.name)
+    node = _contents(node)
     if isinstance(node, Mapping) and len(node) < _FEW_KEYS:
         return printable(str(list(node)[position]))
     return str(position)
@@ -263,21 +324,25 @@ def _is_optimizer(node: Mapping[Any, Any]) -> bool:
     """Return whether a mapping is the state of an optimizer, or of one parameter in it."""
     if isinstance(node.get("param_groups"), list | tuple):
         return True
-    moments = [key for key in node if isinstance(key, str) and key in _MOMENTS]
-    return any(isinstance(node[key], Tensor) for key in moments)
+    for key, value in node.items():
+        is_moment = isinstance(key, str) and key in _MOMENTS
+        if is_moment and isinstance(value, Tensor):
+            return True
+    return False
 
 
-def _all_tensors(children: list[tuple[str | None, Any]]) -> dict[str, Any]:
+def _all_tensors(children: list[_Child]) -> dict[str, Any]:
     """Return tensors up to two levels below, by place: they are counted and never read."""
     tensors: dict[str, Any] = {}
-    level = [(str(position), child) for position, (_, child) in enumerate(children)]
+    level = [(str(position), child.value) for position, child in enumerate(children)]
     for _ in range(3):
-        below = []
-        for name, child in level:
-            if isinstance(child, Tensor):
-                tensors[name] = child
-            elif isinstance(child, Mapping):
-                below += [(f"{name}.{place}", value) for place, value in enumerate(child.values())]
+        below: list[tuple[str, Any]] = []
+        for name, value in level:
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif isinstance(value, Mapping):
+                for place, inner in enumerate(value.values()):
+                    below.append((f"{name}.{place}", inner))
         level = below
     return tensors
 
@@ -290,27 +355,52 @@ def _combine(key: str, tensors: dict[str, Tensor], inner: list[Candidate]) -> li
         tensors: directly in it.
         inner: the sets of the containers below it.
     """
+    # 1. The state of one optimizer, parameter by parameter.
     if _is_of_optimizer(key, tensors, inner):
-        merged: dict[str, Any] = {}
-        for candidate in inner:
-            for name, entry in candidate.entries.items():
-                merged[f"{candidate.key}.{name}"] = entry
-        return [Candidate(key, merged, Kind.OPTIMIZER)]
+        return [Candidate(key, _merged(inner), TensorSetKind.OPTIMIZER)]
 
-    networks = [c for c in inner if c.kind in (Kind.NETWORK, Kind.AVERAGE)]
+    # 2. The parts of one network.
+    networks = [c for c in inner if c.is_network]
     if _is_one_network(key, tensors, networks):
-        return _merge_network(key, tensors, inner, networks)
+        return _merge_network(key, tensors, inner)
 
+    # 3. Sets that stand side by side, and perhaps one more of the container's own tensors.
+    if not tensors or not _are_weights(tensors, networks):
+        return inner
+    return _own_sets(key, tensors) + inner
+
+
+def _merged(candidates: list[Candidate]) -> dict[str, Any]:
+    """Return the tensors of several sets, each name after the key of its set."""
+    merged: dict[str, Any] = {}
+    for candidate in candidates:
+        for name, entry in candidate.entries.items():
+            merged[f"{candidate.key}.{name}"] = entry
+    return merged
+
+
+def _are_weights(tensors: dict[str, Tensor], networks: list[Candidate]) -> bool:
+    """Return whether tensors directly in a container are weights.
+
+    Args:
+        tensors: directly in the container.
+        networks: the networks below it.
+    """
+    if not networks:
+        return True
     # Single tensors next to a state dict are losses, steps and random states, unless they are named
     # as weights are.
-    like_weights = _has_matrix(tensors) or _has_dotted(tensors)
-    are_weights = not networks or (like_weights and len(tensors) > len(networks))
-    if not tensors or not are_weights:
-        return inner
+    if not _has_matrix(tensors) and not _has_dotted(tensors):
+        return False
+    return len(tensors) > len(networks)
+
+
+def _own_sets(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
+    """Return the sets of the tensors directly in a container."""
     own = split_flat(tensors, key)
-    if not _has_dotted(tensors):
-        own = [Candidate(c.key, c.entries, c.kind) for c in own]
-    return own + inner
+    if _has_dotted(tensors):
+        return own
+    return [replace(candidate, dotted=False) for candidate in own]
 
 
 def _is_of_optimizer(key: str, tensors: dict[str, Tensor], inner: list[Candidate]) -> bool:
@@ -318,23 +408,33 @@ def _is_of_optimizer(key: str, tensors: dict[str, Tensor], inner: list[Candidate
 
     Its own tensors are then step counts.
     """
-    if not key or not inner or any(c.kind is not Kind.OPTIMIZER for c in inner):
+    if not key or not inner:
+        return False
+    if not all(candidate.is_optimizer for candidate in inner):
         return False
     return not _has_matrix(tensors) and not _has_dotted(tensors)
 
 
-def _merge_network(
-    key: str, tensors: dict[str, Tensor], inner: list[Candidate], networks: list[Candidate]
-) -> list[Candidate]:
-    """Return the one network of a container, and the optimizer states below it."""
-    start = len(key) + 1 if key else 0
-    others = [c for c in inner if c not in networks]
+def _merge_network(key: str, tensors: dict[str, Tensor], inner: list[Candidate]) -> list[Candidate]:
+    """Return the one network of a container, and the optimizer states below it.
+
+    Args:
+        key: of the container.
+        tensors: directly in it.
+        inner: the sets of the containers below it.
+    """
+    networks = [c for c in inner if c.is_network]
+    small_parts = [c for c in inner if c.kind is TensorSetKind.OTHER]
+    optimizers = [c for c in inner if c.is_optimizer]
+
+    # Small parts, such as the gains of a norm, belong to the network too.
+    lead = f"{key}." if key else ""
     entries: dict[str, Any] = dict(tensors)
-    for candidate in [*networks, *(c for c in others if c.kind is Kind.OTHER)]:
-        place = candidate.key[start:]
+    for candidate in (*networks, *small_parts):
+        place = candidate.key.removeprefix(lead)
         for name, entry in candidate.entries.items():
             entries[f"{place}.{name}"] = entry
-    return [*split_flat(entries, key), *(c for c in others if c.kind is Kind.OPTIMIZER)]
+    return split_flat(entries, key) + optimizers
 
 
 def _is_one_network(key: str, tensors: dict[str, Tensor], networks: list[Candidate]) -> bool:
@@ -345,10 +445,13 @@ def _is_one_network(key: str, tensors: dict[str, Tensor], networks: list[Candida
         tensors: directly in it.
         networks: the mappings.
     """
-    if not networks or any(_stands_alone(network) for network in networks):
+    if not networks:
+        return False
+    if any(_stands_alone(network) for network in networks):
         return False
     if is_usual(key):
         return True
+    # A mapping with dotted names is an entire state dict, not a part of one.
     if any(network.dotted for network in networks):
         return False
     return len(networks) > 1 or _has_matrix(tensors)
@@ -356,12 +459,17 @@ def _is_one_network(key: str, tensors: dict[str, Tensor], networks: list[Candida
 
 def _stands_alone(network: Candidate) -> bool:
     """Return whether a network is a model by itself, by its key or by how it was saved."""
-    last = network.key.rpartition(".")[2]
-    if is_usual(network.key) or last.isdecimal() or _words(last) & _ROLES:
-        return True
+    # 1. How it was saved.
     if network.module is not None or network.whole_module:
         return True
-    return network.kind is Kind.AVERAGE
+    if network.kind is TensorSetKind.AVERAGE:
+        return True
+
+    # 2. Its key: a usual one, a place in a list, or a role such as "generator".
+    last = network.key.rpartition(".")[2]
+    if is_usual(network.key) or last.isdecimal():
+        return True
+    return not _words(last).isdisjoint(_ROLES)
 
 
 def _has_dotted(names: Iterable[str]) -> bool:
@@ -374,17 +482,22 @@ def _has_matrix(entries: Mapping[str, Any]) -> bool:
     return any(len(entry.shape) >= 2 for entry in entries.values())
 
 
-def _kind(key: str, entries: Mapping[str, Any]) -> Kind:
+def _kind(key: str, entries: Mapping[str, Any]) -> TensorSetKind:
     """Return what a set of tensors is, by its key and its shapes."""
-    numbers = [entry for entry in entries.values() if entry.dtype != torch.bool]
-    if not any(len(entry.shape) >= 2 for entry in numbers):
-        return Kind.OTHER
+    # 1. A network has matrices. Masks are no weights.
+    numbers = {name: entry for name, entry in entries.items() if entry.dtype != torch.bool}
+    if not _has_matrix(numbers):
+        return TensorSetKind.OTHER
+
+    # 2. The key may say that it is something else.
     last = key.rpartition(".")[2].lower()
     if any(word in last for word in _NOT_A_NETWORK):
-        return Kind.OTHER
-    if "n_averaged" in entries or _words(key) & _AVERAGE_WORDS:
-        return Kind.AVERAGE
-    return Kind.NETWORK
+        return TensorSetKind.OTHER
+    names_average = not _words(key).isdisjoint(_AVERAGE_WORDS)
+    # `torch.optim.swa_utils.AveragedModel` saves this counter
+    if "n_averaged" in entries or names_average:
+        return TensorSetKind.AVERAGE
+    return TensorSetKind.NETWORK
 
 
 def _words(key: str) -> set[str]:
@@ -395,7 +508,7 @@ def _words(key: str) -> set[str]:
 
 def _moment_names(entries: Mapping[str, Any]) -> set[str]:
     """Return the names that belong to an optimizer: its moments, and what stands next to them."""
-    owners = {name.rpartition(".")[0] for name in entries if name.rpartition(".")[2] in _MOMENTS}
+    owners = _owners_of_moments(entries)
     if not owners:
         return set()
 
@@ -403,16 +516,26 @@ def _moment_names(entries: Mapping[str, Any]) -> set[str]:
     names = set()
     for name in entries:
         owner, _, last = name.rpartition(".")
-        if owner in owners and (last in _MOMENTS or last == "step"):
+        is_moment = last in _MOMENTS or last == "step"
+        if is_moment and owner in owners:
             names.add(name)
 
     # 2. What else stands under "optimizer." or "state.", if most of it is moments.
     for head in {name.partition(".")[0] for name in names}:
-        below = [name for name in entries if name.startswith(f"{head}.")]
-        moments = [name for name in below if name in names]
-        if len(moments) > len(below) / 2:
-            names.update(below)
+        below = {name for name in entries if name.startswith(f"{head}.")}
+        if len(below & names) > len(below) / 2:
+            names |= below
     return names
+
+
+def _owners_of_moments(names: Iterable[str]) -> set[str]:
+    """Return the names of the parameters that have moments: "state.0" of "state.0.exp_avg"."""
+    owners = set()
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if last in _MOMENTS:
+            owners.add(owner)
+    return owners
 
 
 def _common_head(entries: Mapping[str, Any]) -> str:
@@ -426,3 +549,10 @@ def _common_head(entries: Mapping[str, Any]) -> str:
 def count_numbers(entries: Mapping[str, Any]) -> int:
     """Return how many numbers a set of tensors holds."""
     return sum(math.prod(entry.shape) for entry in entries.values())
+
+
+def count_tensors(count: int) -> str:
+    """Return a number of tensors in words, such as "1 tensor" or "1,200 tensors"."""
+    if count == 1:
+        return "1 tensor"
+    return f"{count:,} tensors"

@@ -11,7 +11,7 @@ import torch
 
 from jacdiag.errors import SourceError, clipped
 from jacdiag.sources.lora_adapters import adapter_names
-from jacdiag.sources.tensor_sets import Candidate, Kind
+from jacdiag.sources.tensor_sets import Candidate, TensorSetKind
 
 _SHOWN = 160
 _GATHER = (
@@ -65,7 +65,7 @@ def check_chosen(path: Path, entries: Mapping[str, Any], *, fitted: bool) -> Non
 
 def _networks(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the sets that are the weights of a network, or an average of them."""
-    return [c for c in candidates if c.kind in (Kind.NETWORK, Kind.AVERAGE)]
+    return [c for c in candidates if c.kind in (TensorSetKind.NETWORK, TensorSetKind.AVERAGE)]
 
 
 # -- DeepSpeed -------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def _check_zero(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, A
         return
     for candidate in candidates:
         empty = _empty_tensors(candidate.entries)
-        if empty and candidate.kind is not Kind.OPTIMIZER:
+        if empty and candidate.kind is not TensorSetKind.OPTIMIZER:
             raise SourceError(
                 f"'{path}' is one rank's file of a DeepSpeed ZeRO-3 checkpoint, and holds no "
                 "whole weights",

@@ -6,8 +6,8 @@ The choice is by key, by the model that they fit, or by usual names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.tensor_sets import (
     USUAL_KEYS,
     Candidate,
-    Kind,
+    TensorSetKind,
     count_numbers,
+    count_tensors,
     is_second,
     is_usual,
 )
@@ -59,8 +60,15 @@ def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     """Take the names that wrappers add off every key; `module.` only if all keys begin with it.
 
     A name is shown on terminals: what is not printable in it is written as an escape.
+
+    Args:
+        state: tensors by name.
+
+    Returns:
+        The same tensors by their names without wrappers.
     """
     names = [plain_name(printable(name)) for name in state]
+    # several wrappers may stand around each other
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
     return dict(zip(names, state.values(), strict=True))
@@ -77,14 +85,14 @@ def select_key(path: Path, candidates: Sequence[Candidate], key: str) -> Candida
     Raises:
         SourceError: nothing has this key, or it is the state of an optimizer.
     """
-    chosen = next((c for c in candidates if c.key == key), None) or _below(candidates, key)
+    chosen = _under_key(candidates, key)
     if chosen is None:
         raise SourceError(
             f"'{path}' has nothing under the key '{printable(key)}'",
             got=_listed(candidates),
             hint=_key_hint(candidates),
         )
-    if chosen.kind is Kind.OPTIMIZER:
+    if chosen.is_optimizer:
         raise SourceError(
             f"'{printable(key)}' in '{path}' is the state of an optimizer, not weights",
             got=_listed(candidates),
@@ -93,32 +101,41 @@ def select_key(path: Path, candidates: Sequence[Candidate], key: str) -> Candida
     return chosen
 
 
-def _below(candidates: Sequence[Candidate], key: str) -> Candidate | None:
-    """Return the set that a key names without being its key; None if there is none.
-
-    Either the key ends in a prefix of names inside a set, or it is the first part of the key of one
-    set only.
-    """
-    # 1. A prefix of names.
+def _under_key(candidates: Sequence[Candidate], key: str) -> Candidate | None:
+    """Return the set that a key names, exactly or in part; None if there is none."""
+    # 1. The key of a set.
     for candidate in candidates:
-        lead = f"{candidate.key}." if candidate.key else ""
-        if not key.startswith(lead):
-            continue
-        prefix = f"{key[len(lead) :]}."
-        inside = {
-            name.removeprefix(prefix): entry
-            for name, entry in candidate.entries.items()
-            if name.startswith(prefix)
-        }
-        if inside:
-            kind, whole_module = candidate.kind, candidate.whole_module
-            return Candidate(key, inside, kind, dotted=True, whole_module=whole_module)
+        if candidate.key == key:
+            return candidate
 
-    # 2. A part of a key.
-    below = [c for c in candidates if c.key.startswith(f"{key}.") and c.kind is not Kind.OPTIMIZER]
-    if len(below) == 1:
-        return below[0]
+    # 2. The key of a set and a prefix of the names in it.
+    for candidate in candidates:
+        inside = _below_prefix(candidate, key)
+        if inside is not None:
+            return inside
+
+    # 3. The first part of the key of one set only.
+    below = [c for c in candidates if c.key.startswith(f"{key}.")]
+    weights = [c for c in below if not c.is_optimizer]
+    if len(weights) == 1:
+        return weights[0]
     return None
+
+
+def _below_prefix(candidate: Candidate, key: str) -> Candidate | None:
+    """Return the part of a set whose names begin with the end of a key; None if it is empty."""
+    lead = f"{candidate.key}." if candidate.key else ""
+    if not key.startswith(lead):
+        return None
+    prefix = f"{key[len(lead) :]}."
+    inside = {}
+    for name, entry in candidate.entries.items():
+        if name.startswith(prefix):
+            inside[name.removeprefix(prefix)] = entry
+    if not inside:
+        return None
+    # A module that was read with its code is the entire set, so the part is not one.
+    return replace(candidate, key=key, entries=inside, dotted=True, module=None)
 
 
 def choose_by_name(path: Path, candidates: Sequence[Candidate], key: str | None = None) -> Choice:
@@ -147,39 +164,60 @@ def _default(path: Path, candidates: Sequence[Candidate]) -> Candidate:
     Raises:
         SourceError: there are no weights, or several networks and none stands out.
     """
-    weights = [c for c in candidates if c.kind is not Kind.OPTIMIZER]
+    weights = [c for c in candidates if not c.is_optimizer]
     if not weights:
         raise SourceError(
             f"'{path}' holds the state of an optimizer only, and no weights",
             got=_listed(candidates),
             hint="the weights are in the file that the run saved next to it, or in an earlier save",
         )
-    networks = [c for c in weights if c.kind is Kind.NETWORK]
 
+    # 1. A network, if there is one.
+    networks = [c for c in weights if c.kind is TensorSetKind.NETWORK]
+    if networks:
+        return _default_network(path, networks, candidates)
+
+    # 2. An average, or else whatever has most numbers.
+    averages = [c for c in weights if c.kind is TensorSetKind.AVERAGE]
+    return max(averages or weights, key=lambda c: count_numbers(c.entries))
+
+
+def _default_network(
+    path: Path, networks: Sequence[Candidate], candidates: Sequence[Candidate]
+) -> Candidate:
+    """Return the network of a file that stands out by its key.
+
+    Args:
+        path: the file, for messages.
+        networks: at least one.
+        candidates: all that the file holds.
+
+    Raises:
+        SourceError: there are several networks, and none stands out.
+    """
     # 1. The top of the file, or a usual key.
-    best = min(networks, key=_rank_of_key, default=None)
-    if best is not None and (best.key == "" or is_usual(best.key)):
+    best = min(networks, key=_rank_of_key)
+    if best.key == "" or is_usual(best.key):
         return best
 
-    # 2. The only network that is no copy of another one.
+    # 2. The only network, or the only one that is no copy of another one.
     originals = [c for c in networks if not is_second(c.key)]
-    for only in (originals, networks):
-        if len(only) == 1:
-            return only[0]
-    if networks:
-        why = "none of them under a usual key such as 'model'"
-        raise _ambiguous(path, originals or networks, candidates, why)
-
-    # 3. An average, or else whatever has most numbers.
-    averages = [c for c in weights if c.kind is Kind.AVERAGE]
-    return max(averages or weights, key=lambda c: count_numbers(c.entries))
+    if len(originals) == 1:
+        return originals[0]
+    if len(networks) == 1:
+        return networks[0]
+    why = "none of them under a usual key such as 'model'"
+    raise _ambiguous(path, originals or networks, candidates, why)
 
 
 def _rank_of_key(candidate: Candidate) -> tuple[bool, bool, bool, int]:
     """Return the rank of a network by its key, the best first."""
     key = candidate.key
     last = key.rpartition(".")[2]
-    place = USUAL_KEYS.index(last) if last in USUAL_KEYS else len(USUAL_KEYS)
+    # keys that are not usual rank after those that are
+    place = len(USUAL_KEYS)
+    if last in USUAL_KEYS:
+        place = USUAL_KEYS.index(last)
     return key != "", not is_usual(key), is_second(key), place
 
 
@@ -192,41 +230,68 @@ def _ambiguous(
         f"'{path}' holds {len(keys)} networks, and it is not known which one to read: "
         f"{clipped(', '.join(keys), 300)}",
         got=f"{why}; {_listed(candidates)}",
-        hint=" or ".join(f"--key {key}" for key in keys[:3]),
+        hint=_options_for(keys),
     )
+
+
+def _options_for(keys: Sequence[str]) -> str:
+    """Return the `--key` options of the first keys, for a hint."""
+    return " or ".join(f"--key {key}" for key in keys[:3])
 
 
 def _listed(candidates: Sequence[Candidate]) -> str:
     """Return what a file holds, in words."""
     if not candidates:
         return "the file holds no tensors"
-    shown = [c.describe() for c in candidates[:_LISTED]]
-    more = f" and {len(candidates) - _LISTED} more" if len(candidates) > _LISTED else ""
-    return f"the file holds {', '.join(shown)}{more}"
+    shown = ", ".join(c.describe() for c in candidates[:_LISTED])
+    if len(candidates) > _LISTED:
+        shown += f" and {len(candidates) - _LISTED} more"
+    return f"the file holds {shown}"
 
 
 def _key_hint(candidates: Sequence[Candidate]) -> str | None:
     """Return what to pass to --key; None if nothing in the file has a key."""
-    keys = [c.key for c in candidates if c.key and c.kind is not Kind.OPTIMIZER]
+    # 1. The keys of the sets.
+    weights = [c for c in candidates if not c.is_optimizer]
+    keys = [c.key for c in weights if c.key]
     if keys:
-        return " or ".join(f"--key {key}" for key in keys[:3])
-    names = [name for c in candidates for name in c.entries if "." in name]
-    heads = sorted({name.partition(".")[0] for name in names})
+        return _options_for(keys)
+
+    # 2. The first parts of the names in them.
+    heads = sorted(_heads_of_dotted(candidates))
     if not heads:
         return None
     return f"leave --key out, or name the first part of the names: {clipped(', '.join(heads), 200)}"
 
 
+def _heads_of_dotted(candidates: Sequence[Candidate]) -> set[str]:
+    """Return the first parts of the dotted names in all sets."""
+    heads = set()
+    for candidate in candidates:
+        for name in candidate.entries:
+            head, dot, _ = name.partition(".")
+            if dot:
+                heads.add(head)
+    return heads
+
+
 def _others(candidates: Sequence[Candidate], chosen: Candidate) -> list[str]:
     """Return what a file holds besides the chosen set, in words."""
-    others = []
-    for c in candidates:
-        is_same = c is chosen or c.key == chosen.key
-        is_above = chosen.key.startswith(f"{c.key}.") or (not c.key and chosen.key)
-        only_scalars = c.kind is Kind.OTHER and count_numbers(c.entries) <= len(c.entries)
-        if not is_same and not is_above and not only_scalars:
-            others.append(c.describe())
+    others = [c.describe() for c in candidates if _is_another(c, chosen)]
     return others[:_LISTED]
+
+
+def _is_another(candidate: Candidate, chosen: Candidate) -> bool:
+    """Return whether a set is worth naming next to the chosen one."""
+    if candidate is chosen or candidate.key == chosen.key:
+        return False
+    # The chosen one is a part of it.
+    is_above = candidate.key == "" or chosen.key.startswith(f"{candidate.key}.")
+    if is_above:
+        return False
+    # Step counts and losses are one number each.
+    only_scalars = count_numbers(candidate.entries) <= len(candidate.entries)
+    return candidate.kind is not TensorSetKind.OTHER or not only_scalars
 
 
 # -- by the model ----------------------------------------------------------------------------------
@@ -253,15 +318,29 @@ class _Fit:
     unexpected: list[str]
 
     @property
+    def entries(self) -> dict[str, Any]:
+        """The tensors by their names in the model."""
+        return {name: self.candidate.entries[old] for name, old in self.names.items()}
+
+    @property
+    def tensor_ids(self) -> set[int]:
+        """What identifies the tensors of the file that are read."""
+        return {id(entry) for entry in self.entries.values()}
+
+    @property
     def key(self) -> str:
         """The place of the set and the prefix in it, in words of `--key`."""
-        return ".".join(part for part in (self.candidate.key, self.prefix.rstrip(".")) if part)
+        prefix = self.prefix.rstrip(".")
+        if not self.candidate.key or not prefix:
+            return self.candidate.key or prefix
+        return f"{self.candidate.key}.{prefix}"
 
     @property
     def rank(self) -> tuple[bool, ...]:
         """The rank among the fits, the best first."""
-        is_copy = is_second(self.key) or self.candidate.kind in (Kind.AVERAGE, Kind.OTHER)
-        unusual_key = bool(self.key) and not is_usual(self.key)
+        is_network = self.candidate.kind is TensorSetKind.NETWORK
+        is_copy = is_second(self.key) or not is_network
+        unusual_key = self.key != "" and not is_usual(self.key)
         return self.missing > 0, bool(self.unexpected), is_copy, unusual_key
 
 
@@ -290,17 +369,18 @@ def choose_by_model(
     expected = model.state_dict(keep_vars=True)
     fits: list[_Fit] = []
     for candidate in searched:
-        if candidate.kind is not Kind.OPTIMIZER:
+        if not candidate.is_optimizer:
             fits += _fits(candidate, expected)
 
     # 2. Take the best one that has every name.
-    complete = sorted((fit for fit in fits if not fit.missing), key=lambda fit: fit.rank)
+    complete = [fit for fit in fits if fit.missing == 0]
     if not complete:
         return _nearest(path, candidates, fits, key)
+    best = min(complete, key=lambda fit: fit.rank)
 
-    best = complete[0]
+    # 3. Another one that is as good must be the same tensors under another key.
     equal = [fit for fit in complete if fit.rank == best.rank]
-    if len(equal) > 1 and not all(_same_tensors(best, fit) for fit in equal[1:]):
+    if not all(_same_tensors(best, fit) for fit in equal):
         raise _ambiguous(path, equal, candidates, f"each of them fits {type(model).__name__}")
     return _chosen(best, candidates, complete)
 
@@ -312,22 +392,30 @@ def _nearest(
 
     The message that it does not fit then lists few names.
     """
+    # 1. The set that is read without a model.
     choice = choose_by_name(path, candidates, key)
     of_set = [fit for fit in fits if fit.candidate.key == choice.candidate.key]
+
+    # 2. Its best prefix, if any name of the model then fits.
     near = [fit for fit in of_set if fit.prefix and not fit.added]
     best = min(near, key=lambda fit: fit.missing, default=None)
     if best is not None and best.missing < len(best.names):
-        choice.entries = {name: best.candidate.entries[old] for name, old in best.names.items()}
+        choice.entries = best.entries
         choice.key = best.key
     return choice
 
 
 def _same_tensors(first: _Fit, second: _Fit) -> bool:
     """Return whether two fits read the same tensors of the file."""
-    tensors = [
-        {id(fit.candidate.entries[name]) for name in fit.names.values()} for fit in (first, second)
-    ]
-    return tensors[0] == tensors[1]
+    return first.tensor_ids == second.tensor_ids
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """A change of the names of a set: `removed` is taken off, `added` is put before them."""
+
+    removed: str = ""
+    added: str = ""
 
 
 def _fits(candidate: Candidate, expected: Mapping[str, Tensor]) -> list[_Fit]:
@@ -340,29 +428,44 @@ def _fits(candidate: Candidate, expected: Mapping[str, Tensor]) -> list[_Fit]:
     names = _plain_names(candidate.entries, expected)
     shapes = {plain: tuple(candidate.entries[old].shape) for plain, old in names.items()}
     expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    counts = _count_matches(shapes, expected_shapes)
+    prefixes = [prefix for prefix, _ in counts.most_common(_TRIED)]
+    return [_compare(candidate, names, expected, prefix) for prefix in prefixes]
 
-    # (prefix taken off, prefix added) -> how many names then fit
-    counts: Counter[tuple[str, str]] = Counter()
-    counts[("", "")] = 0
+
+def _count_matches(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> Counter[_Prefix]:
+    """Return how many names fit under each prefix.
+
+    Args:
+        shapes: of the tensors in the file, by name.
+        expected: of the tensors in the model, by name.
+    """
+    counts: Counter[_Prefix] = Counter()
+    counts[_Prefix()] = 0  # the names as they are, even if none fits
+
+    # 1. Prefixes in the file that the model does not have.
     for name, shape in shapes.items():
         for prefix, tail in _splits(name):
-            if expected_shapes.get(tail) == shape:
-                counts[(prefix, "")] += 1
-    for name, shape in expected_shapes.items():
-        for prefix, tail in _splits(name):
-            if prefix and shapes.get(tail) == shape:
-                counts[("", prefix)] += 1
-    tried = counts.most_common(_TRIED)
-    return [_compare(candidate, names, expected, prefix, added) for (prefix, added), _ in tried]
+            if expected.get(tail) == shape:
+                counts[_Prefix(removed=prefix)] += 1
+
+    # 2. Prefixes in the model that the file does not have. The empty one is counted already.
+    for name, shape in expected.items():
+        for prefix, tail in _splits(name)[1:]:
+            if shapes.get(tail) == shape:
+                counts[_Prefix(added=prefix)] += 1
+    return counts
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
-    """Return every way to cut a dotted name into a prefix, which may be empty, and its tail."""
+    """Return every way to cut a dotted name into a prefix, the empty one first, and its tail."""
     parts = name.split(".")
     cuts = []
     for place in range(len(parts)):
-        prefix = "".join(f"{part}." for part in parts[:place])
-        cuts.append((prefix, ".".join(parts[place:])))
+        tail = ".".join(parts[place:])
+        cuts.append((name.removesuffix(tail), tail))
     return cuts
 
 
@@ -372,23 +475,29 @@ def _plain_names(entries: Mapping[str, Any], expected: Mapping[str, Tensor]) -> 
     `module` stays if the model has such a part, or if two names would become one.
     """
     names = {plain_name(printable(name)): name for name in entries}
-    if any("module" in name.split(".") for name in expected):
+    if _has_part(expected, "module"):
         return names
-    shorter = {}
-    for name, old in names.items():
-        parts = [part for part in name.split(".") if part != "module"]
-        shorter[".".join(parts)] = old
+    shorter = {_without_part(name, "module"): old for name, old in names.items()}
     if len(shorter) < len(names):
         return names
     return shorter
+
+
+def _has_part(names: Iterable[str], part: str) -> bool:
+    """Return whether one of several dotted names has a part."""
+    return any(part in name.split(".") for name in names)
+
+
+def _without_part(name: str, part: str) -> str:
+    """Return a dotted name without a part, wherever it stands."""
+    return ".".join(other for other in name.split(".") if other != part)
 
 
 def _compare(
     candidate: Candidate,
     names: Mapping[str, str],
     expected: Mapping[str, Tensor],
-    prefix: str,
-    added: str,
+    prefix: _Prefix,
 ) -> _Fit:
     """Compare one set with a model, with one prefix taken off its names and one added.
 
@@ -396,32 +505,49 @@ def _compare(
         candidate: the set.
         names: its names without wrappers -> names in the file.
         expected: the model's tensors by name.
-        prefix: taken off the names.
-        added: put before them.
+        prefix: taken off the names, or put before them.
     """
-    inside = {
-        added + name.removeprefix(prefix): old
-        for name, old in names.items()
-        if name.startswith(prefix)
-    }
+    # 1. The names under this prefix, as the model would have them.
+    inside = {}
+    for name, old in names.items():
+        if name.startswith(prefix.removed):
+            inside[prefix.added + name.removeprefix(prefix.removed)] = old
 
-    # Tensors count, not names: one name of a tie is enough.
+    # 2. Count the model's tensors that are missing. One name of a tie is enough.
     matched: set[int] = set()
     for name, tensor in expected.items():
-        old = inside.get(name)
-        if old is not None and tuple(candidate.entries[old].shape) == tuple(tensor.shape):
+        if name not in inside:
+            continue
+        entry = candidate.entries[inside[name]]
+        if tuple(entry.shape) == tuple(tensor.shape):
             matched.add(id(tensor))
     missing = {id(tensor) for tensor in expected.values()} - matched
 
-    # Names outside the model's own parts belong to something that was saved with it, such as a
-    # criterion.
+    # 3. Leave out names that belong to something that was saved with the model.
+    unexpected = _unexpected(inside, expected)
+    left_out = inside.keys() - expected.keys() - set(unexpected)
+    read = {name: old for name, old in inside.items() if name not in left_out}
+    return _Fit(candidate, read, prefix.removed, prefix.added, len(missing), unexpected)
+
+
+def _unexpected(names: Iterable[str], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that the model should have and does not.
+
+    Names outside the model's own parts belong to something that was saved with it, such as a
+    criterion.
+
+    Args:
+        names: of a file, as the model would have them.
+        expected: the model's tensors by name.
+    """
     heads = {name.partition(".")[0] for name in expected}
-    extra = [name for name in inside if name not in expected]
-    unexpected = [
-        name for name in extra if _is_inside(name, heads) and not name.endswith(_COMPUTED)
-    ]
-    read = {name: old for name, old in inside.items() if name in expected or name in unexpected}
-    return _Fit(candidate, read, prefix, added, len(missing), unexpected)
+    unexpected = []
+    for name in names:
+        if name in expected or name.endswith(_COMPUTED):
+            continue
+        if _is_inside(name, heads):
+            unexpected.append(name)
+    return unexpected
 
 
 def _is_inside(name: str, heads: set[str]) -> bool:
@@ -429,6 +555,7 @@ def _is_inside(name: str, heads: set[str]) -> bool:
     head = name.partition(".")[0]
     if head in heads:
         return True
+    # one more layer of an nn.Sequential, whose parts are numbers
     return head.isdecimal() and any(other.isdecimal() for other in heads)
 
 
@@ -441,46 +568,66 @@ def _chosen(fit: _Fit, candidates: Sequence[Candidate], complete: Sequence[_Fit]
         complete: all fits that have every name.
     """
     chosen = fit.candidate
-    entries = {name: chosen.entries[old] for name, old in fit.names.items()}
     read = set(fit.names.values())
     left_out = [printable(name) for name in chosen.entries if name not in read]
-    notes = []
-
-    # 1. How the names were changed.
-    if fit.prefix and not left_out:
-        notes.append(f"the prefix '{fit.prefix}' was taken off every name")
-    elif fit.prefix:
-        notes.append(f"the weights below '{fit.prefix}' were read, as they fit the model")
-    if fit.added:
-        notes.append(f"the prefix '{fit.added}' was put before every name")
-
-    # 2. What was not read.
-    if left_out:
-        count = "1 tensor" if len(left_out) == 1 else f"{len(left_out)} tensors"
-        names = clipped(", ".join(left_out), 160)
-        notes.append(f"left out, as the model has no part of this name: {count}: {names}")
     others = _others(candidates, chosen) + _groups(left_out)
 
-    # 3. What would have fitted as well.
-    keys = {other.key for other in complete if not other.unexpected and other.key != fit.key}
-    twins = [key for key in sorted(keys) if key and not _overlap(key, fit.key)]
+    notes = _notes_on_prefix(fit, is_partial=bool(left_out))
+    if left_out:
+        names = clipped(", ".join(left_out), 160)
+        count = count_tensors(len(left_out))
+        notes.append(f"left out, as the model has no part of this name: {count}: {names}")
+    twins = _twin_keys(fit, complete)
     if twins:
         notes.append(f"also fits the model: {clipped(', '.join(twins), 160)} (--key chooses)")
-    return Choice(chosen, entries, fit.key, others, notes)
+    return Choice(chosen, fit.entries, fit.key, others, notes)
+
+
+def _notes_on_prefix(fit: _Fit, *, is_partial: bool) -> list[str]:
+    """Return notes on how the names were changed.
+
+    Args:
+        fit: the chosen one.
+        is_partial: whether tensors of the set were left out.
+    """
+    notes = []
+    if fit.prefix and is_partial:
+        notes.append(f"the weights below '{fit.prefix}' were read, as they fit the model")
+    elif fit.prefix:
+        notes.append(f"the prefix '{fit.prefix}' was taken off every name")
+    if fit.added:
+        notes.append(f"the prefix '{fit.added}' was put before every name")
+    return notes
+
+
+def _twin_keys(fit: _Fit, complete: Sequence[_Fit]) -> list[str]:
+    """Return the keys of what would have fitted as well, in order.
+
+    Args:
+        fit: the chosen one.
+        complete: all fits that have every name.
+    """
+    keys = set()
+    for other in complete:
+        # The top of the file has no key to choose it by.
+        if other.unexpected or not other.key:
+            continue
+        if not _overlap(other.key, fit.key):
+            keys.add(other.key)
+    return sorted(keys)
 
 
 def _overlap(key: str, chosen: str) -> bool:
     """Return whether one of two keys is above the other, or the same; "" is above all."""
     if not chosen:
         return True
-    return f"{key}.".startswith(f"{chosen}.") or f"{chosen}.".startswith(f"{key}.")
+    is_below = f"{key}.".startswith(f"{chosen}.")
+    is_above = f"{chosen}.".startswith(f"{key}.")
+    return is_below or is_above
 
 
 def _groups(left_out: Sequence[str]) -> list[str]:
     """Return the tensors that were left out, grouped by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in left_out)
-    groups = []
-    for head, count in list(counts.items())[:_LISTED]:
-        tensors = "1 tensor" if count == 1 else f"{count:,} tensors"
-        groups.append(f"{head} ({tensors})")
-    return groups
+    groups = [f"{head} ({count_tensors(count)})" for head, count in counts.items()]
+    return groups[:_LISTED]

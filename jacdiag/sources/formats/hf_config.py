@@ -57,7 +57,7 @@ _TASKS = (
 
 
 @dataclass
-class Config:
+class HFConfig:
     """A config that was read.
 
     Attributes:
@@ -78,7 +78,7 @@ def read_config(
     trust: bool,
     overrides: Mapping[str, Any] | None = None,
     names: Collection[str] = (),
-) -> Config:
+) -> HFConfig:
     """Read a config.json, or the one of a folder.
 
     Args:
@@ -130,7 +130,7 @@ def read_config(
             hint = "--model-args changes fields of the config"
             raise SourceError(f"{type(config).__name__} has no '{key}'", hint=hint)
         setattr(config, key, value)
-    return Config(config, _method(quantised), notes)
+    return HFConfig(config, _method(quantised), notes)
 
 
 def _json_of(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, printable
 from jacdiag.sources.foreign_code import own_frames, seeded
-from jacdiag.sources.formats import folders, safetensors_file, torch_file
+from jacdiag.sources.formats import refused_folders, safetensors_file, torch_file, weight_files
 from jacdiag.sources.formats.hf_config import (
     candidate_classes,
     default_class,
@@ -24,7 +24,7 @@ from jacdiag.sources.formats.hf_config import (
     read_config,
 )
 from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
-from jacdiag.sources.lazy_tensors import Piece, StoredWeights
+from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.load_weights import TieConflict, attach, fit
 from jacdiag.sources.meta_build import empty_parameters
 
@@ -67,7 +67,7 @@ class StoredState:
         files: the files' names.
     """
 
-    tensors: Mapping[str, Tensor | Piece]
+    tensors: Mapping[str, Tensor | StoredTensor]
     lazy: bool
     where: Path
     files: list[str] = field(default_factory=list)
@@ -134,9 +134,9 @@ def load(
             weights are missing or quantised, or have other shapes.
     """
     _transformers(path)
-    files = folders.weight_files(path)
+    files = weight_files.weight_files(path)
     if not files:
-        raise folders.refuse_without_weights(path)
+        raise refused_folders.refuse_without_weights(path)
     stored = read_files(path, files, trust_pickle)
     loaded = load_stored(path, stored, trust_pickle=trust_pickle, overrides=overrides)
     if (path / "adapter_config.json").is_file():
@@ -167,9 +167,9 @@ def load_stored(
     notes = list(config.notes)
 
     # 1. Quantised weights mean nothing by themselves.
-    quantised = folders.quantised_names(stored.tensors)
+    quantised = weight_files.quantised_names(stored.tensors)
     if quantised:
-        raise folders.refuse_quantised(stored.where, config.quantised, quantised)
+        raise weight_files.refuse_quantised(stored.where, config.quantised, quantised)
     if config.quantised:
         notes.append(
             f"config.json has a {config.quantised}, but the weights are stored in floating point"
@@ -218,9 +218,9 @@ def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Load
         SourceError: the weights do not fit, or are quantised.
     """
     own = model.state_dict(keep_vars=True)
-    quantised = [name for name in folders.quantised_names(stored.tensors) if name not in own]
+    quantised = [name for name in weight_files.quantised_names(stored.tensors) if name not in own]
     if quantised:
-        raise folders.refuse_quantised(stored.where, "", quantised)
+        raise weight_files.refuse_quantised(stored.where, "", quantised)
     names = {name: name for name in stored.tensors}
     notes: list[str] = []
     if is_of_transformers(model):
@@ -490,7 +490,7 @@ def config_path(spec: str) -> Path:
     """
     path = Path(spec.removeprefix("hf:"))
     if path.is_dir() and not is_folder(path):
-        raise SourceError(f"'{path}' has no config.json", got=folders.listing(path))
+        raise SourceError(f"'{path}' has no config.json", got=refused_folders.listing(path))
     if not path.exists():
         raise SourceError(
             f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine"

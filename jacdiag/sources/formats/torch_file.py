@@ -12,7 +12,7 @@ import torch
 
 from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
-from jacdiag.sources.formats.other import torchscript
+from jacdiag.sources.formats.refused_formats import torchscript
 
 _ZIP = b"PK\x03\x04"
 
