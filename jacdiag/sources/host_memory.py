@@ -22,12 +22,14 @@ class _Interface:
         usage: file with the bytes that the group uses, page cache included.
         cache: key in `memory.stat` of the page cache that the kernel gives back first.
         mount: where the hierarchy is mounted, if the list of mounts does not say so.
+        kind: type of the file system, in the list of mounts.
     """
 
     limits: tuple[str, ...]
     usage: str
     cache: str
     mount: str
+    kind: str
 
 
 _V1 = _Interface(
@@ -35,12 +37,14 @@ _V1 = _Interface(
     usage="memory.usage_in_bytes",
     cache="total_inactive_file",
     mount="/sys/fs/cgroup/memory",
+    kind="cgroup",
 )
 _V2 = _Interface(
     limits=("memory.max", "memory.high"),
     usage="memory.current",
     cache="inactive_file",
     mount="/sys/fs/cgroup",
+    kind="cgroup2",
 )
 
 
@@ -63,92 +67,137 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
         that is less. None if neither can be read (`/proc` exists on Linux only).
     """
     rooms = [*_available(root), *_rooms_of_groups(root)]
-    return max(min(rooms), 0) if rooms else None
+    if not rooms:
+        return None
+    # a group may use more than its limit for a moment
+    return max(min(rooms), 0)
 
 
 def _available(root: Path) -> Iterator[int]:
     """Yield what `/proc/meminfo` calls available."""
-    for line in _lines(root / "proc/meminfo"):
-        words = line.split()
-        if len(words) >= 2 and words[0] == "MemAvailable:" and words[1].isdecimal():
-            yield int(words[1]) * 1024
+    kilobytes = _value_of_key(root / "proc/meminfo", "MemAvailable:")
+    if kilobytes is not None:
+        yield kilobytes * 1024
 
 
 def _rooms_of_groups(root: Path) -> Iterator[int]:
     """Yield limit minus use of this process's group and of every group around it."""
     for line in _lines(root / "proc/self/cgroup"):
         # "0::/path" is the group of version 2, "4:memory:/path" one of version 1.
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-
-        if number == "0" and not controllers:
-            interface = _V2
-        elif "memory" in controllers.split(","):
-            interface = _V1
-        else:
+        number, _, membership = line.partition(":")
+        controllers, _, path = membership.partition(":")
+        interface = _interface_of(number, controllers)
+        if interface is None:
             continue
-
         for folder in _folders(root, interface, PurePosixPath(path)):
             yield from _room(folder, interface)
 
 
+def _interface_of(number: str, controllers: str) -> _Interface | None:
+    """Return the interface of a hierarchy that limits memory; None if it limits something else.
+
+    Args:
+        number: of the hierarchy.
+        controllers: what it limits, separated by commas; empty in version 2.
+    """
+    if number == "0" and not controllers:
+        return _V2
+    if "memory" in controllers.split(","):
+        return _V1
+    return None
+
+
 def _folders(root: Path, interface: _Interface, group: PurePosixPath) -> Iterator[Path]:
     """Yield the folders of a group and of the groups around it, as far as they are visible."""
-    mount = _mount(root, interface)
+    mount = _find_mount(root, interface)
     point = root / mount.point.relative_to("/")
 
     # A container sees its own group as the root of the mount. A path that leads out of it names
     # nothing visible.
-    inside = group.is_relative_to(mount.root) and ".." not in group.parts
-    below = group.relative_to(mount.root) if inside else PurePosixPath()
+    below = PurePosixPath()
+    if group.is_relative_to(mount.root) and ".." not in group.parts:
+        below = group.relative_to(mount.root)
 
     for level in (below, *below.parents):
         yield point / level
 
 
-def _mount(root: Path, interface: _Interface) -> _Mount:
+def _find_mount(root: Path, interface: _Interface) -> _Mount:
     """Return where the hierarchy of an interface is mounted, from `/proc/self/mountinfo`."""
     for line in _lines(root / "proc/self/mountinfo"):
-        # 36 35 98:0 ROOT POINT options optional... - TYPE source super-options
-        head, separator, tail = line.partition(" - ")
-        fields, kinds = head.split(), tail.split()
-        if not separator or len(fields) < 5 or len(kinds) < 3:
-            continue
-
-        is_v2 = interface is _V2 and kinds[0] == "cgroup2"
-        is_v1 = interface is _V1 and kinds[0] == "cgroup" and "memory" in kinds[2].split(",")
-        absolute = fields[3].startswith("/") and fields[4].startswith("/")
-        if (is_v1 or is_v2) and absolute:
-            return _Mount(root=PurePosixPath(fields[3]), point=PurePosixPath(fields[4]))
-
+        mount = _parse_mount(line, interface)
+        if mount is not None:
+            return mount
     return _Mount(root=PurePosixPath("/"), point=PurePosixPath(interface.mount))
+
+
+def _parse_mount(line: str, interface: _Interface) -> _Mount | None:
+    """Return the mount in a line; None if it is another one, or the line cannot be read."""
+    # 1. 36 35 98:0 ROOT POINT options optional... - TYPE source super-options
+    head, separator, tail = line.partition(" - ")
+    fields = head.split()
+    kinds = tail.split()
+    if not separator or len(fields) < 5 or len(kinds) < 3:
+        return None
+
+    # 2. A hierarchy of the right type.
+    kind, _, options = kinds[:3]
+    if kind != interface.kind:
+        return None
+    # Version 1 has a hierarchy for each controller.
+    if interface is _V1 and "memory" not in options.split(","):
+        return None
+
+    # 3. Its group and its folder.
+    group, point = fields[3:5]
+    if not group.startswith("/") or not point.startswith("/"):
+        return None
+    return _Mount(root=PurePosixPath(group), point=PurePosixPath(point))
 
 
 def _room(folder: Path, interface: _Interface) -> Iterator[int]:
     """Yield what one group leaves; nothing if it has no limit or cannot be read."""
-    limits = [limit for name in interface.limits if (limit := _number(folder / name)) is not None]
+    # 1. The tightest limit, and the use.
+    limits = []
+    for name in interface.limits:
+        limit = _number(folder / name)
+        if limit is not None:
+            limits.append(limit)
     used = _number(folder / interface.usage)
     if not limits or used is None:
         return
 
-    # Page cache counts as used, but the kernel drops the inactive part before it refuses memory.
-    cache = 0
-    for line in _lines(folder / "memory.stat"):
-        words = line.split()
-        if len(words) == 2 and words[0] == interface.cache and words[1].isdecimal():
-            cache = int(words[1])
-
+    # 2. Page cache counts as used, but the kernel drops the inactive part before it refuses memory.
+    cache = _value_of_key(folder / "memory.stat", interface.cache) or 0
     yield min(limits) - max(used - cache, 0)
+
+
+def _value_of_key(path: Path, key: str) -> int | None:
+    """Return the number after a key in a file with a key in each line; None if there is none."""
+    for line in _lines(path):
+        words = line.split()
+        if len(words) >= 2 and words[0] == key:
+            return _decimal(words[1])
+    return None
 
 
 def _number(path: Path) -> int | None:
     """Return the number in a file; None if there is no file, or a word such as `max`."""
     lines = _lines(path)
-    text = lines[0].strip() if lines else ""
-    return int(text) if text.isdecimal() else None
+    if not lines:
+        return None
+    return _decimal(lines[0].strip())
+
+
+def _decimal(text: str) -> int | None:
+    """Return a number of decimal digits; None for any other text."""
+    if not text.isdecimal():
+        return None
+    return int(text)
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a file; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

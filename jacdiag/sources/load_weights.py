@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,22 @@ def attach(
     Raises:
         SourceError: like `fit`, and if a file cannot be read.
     """
+    # 1. Outlines of the weights, and the values of the buffers.
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     state = weights.outlines()
     for name in buffers & state.keys():
         state[name] = weights[name]
+
+    # 2. Put them into the model.
     names = {id(tensor): name for name, tensor in state.items()}
     tensors, notes = _match(model, state, where, hint, lambda tensor: weights[names[id(tensor)]])
     _place(model, tensors)
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return weights.renamed({name: names[id(tensors[name])] for name in parameters}), notes
+
+    # 3. The weights by the names of the parameters.
+    stored_names = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        stored_names[name] = names[id(tensors[name])]
+    return weights.renamed(stored_names), notes
 
 
 def _match(
@@ -99,12 +106,15 @@ def _match(
         hint: what to try if the weights do not fit.
         value: reads a tensor, if the state has outlines.
     """
+    # 1. Check that they belong together.
     expected = model.state_dict(keep_vars=True)
     state, notes = _without_prefix(state, expected)
     ties = _ties(expected)
     _check_names_and_shapes(model, state, expected, ties, where, hint)
     _check_precision(expected, state, where)
     _check_ties(ties, state, where, value)
+
+    # 2. A tensor for each name. A name that the file lacks gets that of a tied one.
     tensors = {}
     for name in expected:
         stored_name = next(twin for twin in ties[name] if twin in state)
@@ -121,23 +131,36 @@ def _check_names_and_shapes(
     hint: str,
 ) -> None:
     """Raise Misfit unless the state has the names and shapes of the model, and no others."""
-    missing = [name for name in expected if not any(twin in state for twin in ties[name])]
+    missing = _missing(state, ties)
     unexpected = [name for name in state if name not in expected]
-    shapes = []
-    for name, tensor in expected.items():
-        if name in state and state[name].shape != tensor.shape:
-            shapes.append(f"{name} {_size(state[name])}, the model has {_size(tensor)}")
-    if not missing and not unexpected and not shapes:
-        return
+    shapes = _other_shapes(state, expected)
     lines = [
-        _listed("missing", missing),
-        _listed("unexpected", unexpected),
-        _listed("of another shape", shapes),
+        *_listed("missing", missing),
+        *_listed("unexpected", unexpected),
+        *_listed("of another shape", shapes),
     ]
-    got = "\n".join(line for line in lines if line)
-    misfit = Misfit(f"{where} does not fit {type(model).__name__}", got=got, hint=hint)
+    if not lines:
+        return
+    misfit = Misfit(f"{where} does not fit {type(model).__name__}", got="\n".join(lines), hint=hint)
     misfit.unexpected = bool(unexpected)
     raise misfit
+
+
+def _missing(state: Mapping[str, Tensor], ties: Mapping[str, list[str]]) -> list[str]:
+    """Return the names of the model of which the state has neither this nor a tied one."""
+    return [name for name, twins in ties.items() if state.keys().isdisjoint(twins)]
+
+
+def _other_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return the names whose tensors have another shape than in the model, with both shapes."""
+    differing = []
+    for name, tensor in expected.items():
+        if name not in state:
+            continue
+        stored = state[name]
+        if stored.shape != tensor.shape:
+            differing.append(f"{name} {_size(stored)}, the model has {_size(tensor)}")
+    return differing
 
 
 def _check_precision(
@@ -147,16 +170,24 @@ def _check_precision(
 
     They mean nothing without their scales, which a state dict keeps elsewhere.
     """
-    floats = [name for name, t in expected.items() if t.is_floating_point() and name in state]
-    quantised = [name for name in floats if not _is_computable(state[name])]
-    if quantised:
-        kinds = sorted({str(state[name].dtype).removeprefix("torch.") for name in quantised})
-        raise SourceError(
-            f"weights in {where} are quantised: stored as {', '.join(kinds)}, read only together "
-            "with its scales",
-            got=_listed("such", quantised),
-            hint="save them in float32, bfloat16 or float16",
-        )
+    # 1. The model computes with these in floating point, the file has something else.
+    quantised = []
+    for name, tensor in expected.items():
+        if name not in state or not tensor.is_floating_point():
+            continue
+        if not _is_computable(state[name]):
+            quantised.append(name)
+    if not quantised:
+        return
+
+    # 2. Say what it has.
+    kinds = sorted({str(state[name].dtype).removeprefix("torch.") for name in quantised})
+    raise SourceError(
+        f"weights in {where} are quantised: stored as {', '.join(kinds)}, read only together "
+        "with its scales",
+        got="\n".join(_listed("such", quantised)),
+        hint="save them in float32, bfloat16 or float16",
+    )
 
 
 def _is_computable(tensor: Tensor) -> bool:
@@ -170,22 +201,33 @@ def _without_prefix(
     """Take off one first name that all keys share, if that makes them fit.
 
     A LightningModule puts `model.` before all names.
+
+    Returns:
+        The state under its new names, or as it was, and notes.
     """
-    heads = {name.partition(".")[0] for name in state}
-    if len(heads) != 1 or set(state) == set(expected):
+    # 1. Names that fit as they are need no change.
+    if state.keys() <= expected.keys():
         return state, []
+    heads = {name.partition(".")[0] for name in state}
+    if len(heads) != 1:
+        return state, []
+
+    # 2. All must fit without the prefix: some alone would be a coincidence.
     head = f"{heads.pop()}."
     shorter = {name.removeprefix(head): tensor for name, tensor in state.items()}
-    if set(shorter) <= set(expected) and not set(state) <= set(expected):
-        return shorter, [f"the prefix '{head}' was taken off every name"]
-    return state, []
+    if not shorter.keys() <= expected.keys():
+        return state, []
+    return shorter, [f"the prefix '{head}' was taken off every name"]
 
 
 def _ties(expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return for each name all names of the same tensor, itself first."""
+    # 1. The names of each tensor.
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         by_tensor.setdefault(id(tensor), []).append(name)
+
+    # 2. The same by name.
     ties = {}
     for name, tensor in expected.items():
         twins = [twin for twin in by_tensor[id(tensor)] if twin != name]
@@ -200,24 +242,35 @@ def _check_ties(
     value: Callable[[Tensor], Tensor],
 ) -> None:
     """Raise TieConflict if the state has different tensors for one parameter."""
+    for first, second in _tied_pairs(ties):
+        # A file with one name of a tie is complete.
+        if first not in state or second not in state:
+            continue
+        if not _same(value(state[first]), value(state[second])):
+            raise TieConflict(
+                f"'{first}' and '{second}' are one parameter in the model, but differ in {where}",
+                hint="build the model without weight tying",
+            )
+
+
+def _tied_pairs(ties: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield every pair of names of one parameter once."""
     for first, *twins in ties.values():
         for twin in twins:
-            has_both = first in state and twin in state
-            is_first_of_pair = first < twin  # each pair is compared once
-            if not has_both or not is_first_of_pair:
-                continue
-            if not _same(value(state[first]), value(state[twin])):
-                raise TieConflict(
-                    f"'{first}' and '{twin}' are one parameter in the model, but differ in {where}",
-                    hint="build the model without weight tying",
-                )
+            # The other order is the same pair.
+            if first < twin:
+                yield first, twin
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors are equal; two with NaN count as equal."""
-    if first.data_ptr() == second.data_ptr() or torch.equal(first, second):
+    if first.data_ptr() == second.data_ptr():
         return True
-    return bool(torch.isnan(first).any() and torch.isnan(second).any())
+    if torch.equal(first, second):
+        return True
+    # NaN differs from itself. What they hold cannot be compared, and is reported elsewhere.
+    both_have_nan = torch.isnan(first).any() and torch.isnan(second).any()
+    return bool(both_have_nan)
 
 
 def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -225,32 +278,58 @@ def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     There is one new parameter for each old one, so that ties last.
     """
-    # The old parameter is held too: the id of one that is freed would be used again.
-    pairs: dict[int, tuple[Tensor, nn.Parameter]] = {}
-    placed: set[int] = set()
+    replaced = _Replaced()
     for prefix, module in model.named_modules(remove_duplicate=False):
         lead = f"{prefix}." if prefix else ""
         for key, old in module._parameters.items():
-            if old is None or id(old) in placed:
-                continue
-            if id(old) not in pairs:
-                tensor = tensors[lead + key]
-                needs_grad = old.requires_grad and tensor.is_floating_point()
-                new = nn.Parameter(tensor, requires_grad=needs_grad)
-                pairs[id(old)] = (old, new)
-                placed.add(id(new))
-            module._parameters[key] = pairs[id(old)][1]
+            if old is not None:
+                module._parameters[key] = replaced.parameter_for(old, lead + key, tensors)
         for key, buffer in module._buffers.items():
+            # A buffer that is not persistent is in no state dict.
             if buffer is not None and lead + key in tensors:
                 module._buffers[key] = tensors[lead + key]
 
 
-def _listed(what: str, items: Sequence[str]) -> str:
-    """Return how many items there are, and the first ones; "" if there are none."""
+class _Replaced:
+    """The parameters of a model that were replaced, and those in their place.
+
+    A module that stands at two places of a model comes twice: its parameters are new by then.
+    """
+
+    def __init__(self) -> None:
+        # The old parameter is held too: the id of one that is freed would be used again.
+        self._pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._new_ids: set[int] = set()
+
+    def parameter_for(
+        self, old: nn.Parameter, name: str, tensors: Mapping[str, Tensor]
+    ) -> nn.Parameter:
+        """Return the parameter in place of an old one, the same for every name of a tie.
+
+        Args:
+            old: as the model has it.
+            name: of it in the model.
+            tensors: the new values by name.
+        """
+        if id(old) in self._new_ids:
+            return old
+        if id(old) not in self._pairs:
+            tensor = tensors[name]
+            needs_grad = old.requires_grad and tensor.is_floating_point()
+            new = nn.Parameter(tensor, requires_grad=needs_grad)
+            self._pairs[id(old)] = (old, new)
+            self._new_ids.add(id(new))
+        return self._pairs[id(old)][1]
+
+
+def _listed(what: str, items: Sequence[str]) -> list[str]:
+    """Return a line with the number of items and the first ones; none if there are no items."""
     if not items:
-        return ""
-    more = f" ... ({len(items)} in all)" if len(items) > _SHOWN else ""
-    return f"{len(items)} {what}: {', '.join(items[:_SHOWN])}{more}"
+        return []
+    shown = ", ".join(items[:_SHOWN])
+    if len(items) > _SHOWN:
+        shown += f" ... ({len(items)} in all)"
+    return [f"{len(items)} {what}: {shown}"]
 
 
 def _size(tensor: Tensor) -> str:
