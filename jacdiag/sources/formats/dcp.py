@@ -31,12 +31,19 @@ class Chunk:
     offset: int
     length: int
 
+    @property
+    def block(self) -> tuple[slice, ...]:
+        """Its place in the tensor, as an index."""
+        bounds = zip(self.at, self.sizes, strict=True)
+        return tuple(slice(start, start + size) for start, size in bounds)
+
     def read(self) -> Tensor:
         """Read the block.
 
         Raises:
             SourceError: its file cannot be read, or does not hold it.
         """
+        # 1. The bytes.
         try:
             with self.path.open("rb") as file:
                 data = os.pread(file.fileno(), self.length, self.offset)
@@ -44,9 +51,11 @@ class Chunk:
             raise failed(self.path, error.strerror or str(error)) from error
         if len(data) < self.length:
             raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
+
+        # 2. The tensor in them. A stranger's bytes in the readers of others may raise anything.
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # a stranger's bytes in the readers of others
+        except Exception as error:
             raise failed(
                 self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor"
             ) from error
@@ -71,13 +80,12 @@ class Chunked:
         Raises:
             SourceError: a file cannot be read, or does not hold its block.
         """
+        # One chunk that is the entire tensor need not be copied.
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return self.chunks[0].read()
         tensor = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
-            bounds = zip(chunk.at, chunk.sizes, strict=True)
-            block = tuple(slice(start, start + size) for start, size in bounds)
-            tensor[block] = chunk.read()
+            tensor[chunk.block] = chunk.read()
         return tensor
 
 
@@ -94,16 +102,26 @@ def chunked(path: Path) -> dict[str, Chunked]:
             missing or too short.
     """
     metadata = _metadata(path)
+    # a stranger's bytes in the readers of others: they may raise anything
     try:
-        places = {_place(index): info.state for index, info in metadata["storage_data"].items()}
-        tensors = {
-            str(name): _tensor(path, str(name), stub.state, places)
-            for name, stub in metadata["state_dict_metadata"].items()
-            if "chunks" in stub.state
-        }
-    except Exception as error:  # a stranger's bytes in the readers of others
+        tensors = _tensors(path, metadata)
+    except Exception as error:
         raise _foreign(path, one_line(error)) from error
     _check_files(path, tensors)
+    return tensors
+
+
+def _tensors(path: Path, metadata: Mapping[str, Any]) -> dict[str, Chunked]:
+    """Return where each tensor lies, by its flattened name, as the attributes of `.metadata` say.
+
+    They may raise anything if they are of another make.
+    """
+    places = {_place(index): info.state for index, info in metadata["storage_data"].items()}
+    tensors = {}
+    for name, stub in metadata["state_dict_metadata"].items():
+        # Other entries are bytes: step counts and random states.
+        if "chunks" in stub.state:
+            tensors[str(name)] = _tensor(path, str(name), stub.state, places)
     return tensors
 
 
@@ -116,7 +134,8 @@ def _metadata(path: Path) -> Mapping[str, Any]:
             content = guard.module.load(data)
     except Unsafe as unsafe:
         raise refusal(file, unsafe) from None
-    except Exception as error:  # a stranger's bytes in the readers of others
+    # a stranger's bytes in the readers of others: they may raise anything
+    except Exception as error:
         raise SourceError(
             f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again"
         ) from error
@@ -134,20 +153,28 @@ def _tensor(
     path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]
 ) -> Chunked:
     """Return where the chunks of one tensor lie; raise ValueError if they cannot be read."""
+    # Versions of torch store the properties as a tuple or by name.
     properties = state["properties"].state
-    dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    chunks = []
-    for chunk in state["chunks"]:
-        at, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
-        info = places[name, at]
-        if Path(info["relative_path"]).name != info["relative_path"]:
-            raise ValueError(f"'{name}' lies in a file outside the folder: {info['relative_path']}")
-        if info.get("transform_descriptors"):
-            raise ValueError(f"'{name}' is stored transformed (compressed or encrypted)")
-        chunks.append(
-            Chunk(at, sizes, path / info["relative_path"], int(info["offset"]), int(info["length"]))
-        )
+    if isinstance(properties, tuple):
+        dtype = properties[0]
+    else:
+        dtype = properties["dtype"]
+    chunks = [_chunk(path, name, chunk.state, places) for chunk in state["chunks"]]
     return Chunked(tuple(state["size"]), dtype, tuple(chunks))
+
+
+def _chunk(
+    path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]
+) -> Chunk:
+    """Return where one chunk of a tensor lies; raise ValueError if it cannot be read."""
+    at, sizes = tuple(state["offsets"]), tuple(state["sizes"])
+    place = places[name, at]
+    file = place["relative_path"]
+    if Path(file).name != file:
+        raise ValueError(f"'{name}' lies in a file outside the folder: {file}")
+    if place.get("transform_descriptors"):
+        raise ValueError(f"'{name}' is stored transformed (compressed or encrypted)")
+    return Chunk(at, sizes, path / file, int(place["offset"]), int(place["length"]))
 
 
 def _check_files(path: Path, tensors: Mapping[str, Chunked]) -> None:
@@ -166,13 +193,28 @@ def _check_files(path: Path, tensors: Mapping[str, Chunked]) -> None:
             missing.append(file.name)
         elif file.stat().st_size < ends[file]:
             short.append(file.name)
-    for names, what in ((missing, "missing"), (short, "shorter than .metadata says")):
-        if names:
-            raise SourceError(
-                f"'{path}' is incomplete: {len(names)} of {len(ends)} files are {what}",
-                got=", ".join(names[:5]),
-                hint="copy the folder again, from every machine that wrote to it",
-            )
+
+    # 3. Name the files that are missing before those that are short.
+    if missing:
+        raise _incomplete(path, missing, len(ends), "missing")
+    if short:
+        raise _incomplete(path, short, len(ends), "shorter than .metadata says")
+
+
+def _incomplete(path: Path, names: list[str], count: int, what: str) -> SourceError:
+    """Return the error for a folder without all bytes of its tensors.
+
+    Args:
+        path: the folder.
+        names: of the files that are concerned.
+        count: how many files there should be.
+        what: is the matter with them.
+    """
+    return SourceError(
+        f"'{path}' is incomplete: {len(names)} of {count} files are {what}",
+        got=", ".join(names[:5]),
+        hint="copy the folder again, from every machine that wrote to it",
+    )
 
 
 def _foreign(path: Path, got: str) -> SourceError:

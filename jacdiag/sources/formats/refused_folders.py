@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from jacdiag.errors import SourceError, UsageError, printable
+from jacdiag.errors import SourceError, printable
 from jacdiag.sources.formats.weight_files import weight_files
 
 _SHOWN = 5
+# Suffix -> the format, and what to do.
 _OTHER_FORMATS = {
     ".gguf": (
         "GGUF, the format of llama.cpp",
@@ -24,11 +26,17 @@ _OTHER_FORMATS = {
         "audit the PyTorch model that it was exported from",
     ),
 }
+# What a training run saves next to its weights.
+_STATE_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
+
+# The error for one kind of folder; None for a folder of another kind.
+_ErrorOf = Callable[[Path], SourceError | None]
 
 
+# -- by what was expected --------------------------------------------------------------------------
 def refuse_without_weights(path: Path) -> SourceError:
     """Return the error for a folder that has a config.json but no weights of PyTorch."""
-    special = _adapter(path) or _parent(path) or _other_format(path)
+    special = _first_error(path, _adapter, _parent, _other_format)
     if special is not None:
         return special
     return SourceError(
@@ -38,12 +46,20 @@ def refuse_without_weights(path: Path) -> SourceError:
     )
 
 
-def refuse_without_config(path: Path) -> SourceError | UsageError:
+def refuse_without_config(path: Path) -> SourceError:
     """Return the error for a folder without config.json that was given without a model."""
-    special = (
-        _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _bare_weights(path)
+    # Weights alone come before exports: a folder may hold both.
+    special = _first_error(
+        path,
+        _adapter,
+        _parent,
+        _deepspeed,
+        _fsdp,
+        _bare_weights,
+        _other_format,
+        _original_llama,
+        _subfolder,
     )
-    special = special or _other_format(path) or _original_llama(path) or _subfolder(path)
     if special is not None:
         return special
     return SourceError(
@@ -58,9 +74,7 @@ def refuse_without_config(path: Path) -> SourceError | UsageError:
 
 def refuse_without_files(path: Path) -> SourceError:
     """Return the error for a folder that was given with --model and holds no weights to fill it."""
-    special = (
-        _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _other_format(path)
-    )
+    special = _first_error(path, _adapter, _parent, _deepspeed, _fsdp, _other_format)
     if special is not None:
         return special
     return SourceError(
@@ -73,7 +87,29 @@ def refuse_without_files(path: Path) -> SourceError:
     )
 
 
+def listing(path: Path) -> str:
+    """Return the first names in a folder, in one line."""
+    names = sorted(printable(file.name) for file in path.iterdir())
+    if not names:
+        return "an empty folder"
+    shown = ", ".join(names[:8])
+    if len(names) > 8:
+        shown += " ..."
+    return shown
+
+
+def _first_error(path: Path, *kinds: _ErrorOf) -> SourceError | None:
+    """Return the error of the first kind of folder that this one is; None if it is none of them."""
+    for error_of in kinds:
+        error = error_of(path)
+        if error is not None:
+            return error
+    return None
+
+
+# -- kinds of folders ------------------------------------------------------------------------------
 def _adapter(path: Path) -> SourceError | None:
+    """Return the error for a folder of PEFT."""
     if not (path / "adapter_config.json").is_file():
         return None
     return SourceError(
@@ -86,6 +122,7 @@ def _adapter(path: Path) -> SourceError | None:
 
 
 def _base_of(path: Path) -> str:
+    """Return the name of the model that an adapter changes, as its config has it."""
     try:
         data = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         return printable(str(data["base_model_name_or_path"]))[:200]
@@ -95,6 +132,7 @@ def _base_of(path: Path) -> str:
 
 def _parent(path: Path) -> SourceError | None:
     """Return the error for a trainer's output folder, whose checkpoints are folders in it."""
+    # 1. The checkpoints by their steps: as text, "1000" would come before "500".
     numbered: list[tuple[int, str]] = []
     for child in path.iterdir():
         match = re.fullmatch(r"checkpoint[-_](\d+)", child.name)
@@ -102,23 +140,27 @@ def _parent(path: Path) -> SourceError | None:
             numbered.append((int(match[1]), child.name))
     if not numbered:
         return None
-    numbered.sort()
-    newest = path / numbered[-1][1]
+
+    # 2. Name the newest one.
+    names = [name for _, name in sorted(numbered)]
     return SourceError(
         f"'{path}' is a folder of checkpoints, not one of them",
-        got=f"{len(numbered)} checkpoints: {', '.join(name for _, name in numbered[-_SHOWN:])}",
-        hint=f"the newest one: {newest}",
+        got=f"{len(names)} checkpoints: {', '.join(names[-_SHOWN:])}",
+        hint=f"the newest one: {path / names[-1]}",
     )
 
 
 def _deepspeed(path: Path) -> SourceError | None:
-    steps = sorted(
-        child.name for child in path.iterdir() if re.fullmatch(r"global_step\d+", child.name)
-    )
-    shards = sorted(child.name for child in path.glob("*_optim_states.pt"))
-    if not steps and not shards and not (path / "zero_to_fp32.py").is_file():
+    """Return the error for a checkpoint of DeepSpeed, or a folder of one step in it."""
+    holds_steps = any(re.fullmatch(r"global_step\d+", child.name) for child in path.iterdir())
+    holds_shards = any(path.glob("*_optim_states.pt"))
+    holds_script = (path / "zero_to_fp32.py").is_file()
+    if not (holds_steps or holds_shards or holds_script):
         return None
-    folder = path.parent if shards and not steps else path
+
+    # The script stands next to the folders of the steps.
+    is_step = holds_shards and not holds_steps
+    folder = path.parent if is_step else path
     return SourceError(
         f"'{path}' is a checkpoint of DeepSpeed, in parts",
         got=listing(path),
@@ -131,12 +173,12 @@ def _deepspeed(path: Path) -> SourceError | None:
 
 def _fsdp(path: Path) -> SourceError | None:
     """Return the error for a folder of accelerate or a trainer around a distributed checkpoint."""
-    inner = sorted(
-        child for child in path.iterdir() if child.is_dir() and (child / ".metadata").is_file()
-    )
+    inner = sorted(child for child in path.iterdir() if (child / ".metadata").is_file())
     if not inner:
         return None
-    model = next((child for child in inner if "optim" not in child.name), inner[0])
+    # The state of the optimizer stands in a folder of its own.
+    models = [child for child in inner if "optim" not in child.name]
+    model = (models or inner)[0]
     return SourceError(
         f"'{path}' holds sharded weights in a folder inside of it",
         got=listing(path),
@@ -145,14 +187,12 @@ def _fsdp(path: Path) -> SourceError | None:
 
 
 def _bare_weights(path: Path) -> SourceError | None:
+    """Return the error for a folder with weights and nothing that says what they belong to."""
     files = weight_files(path)
     if not files:
         return None
-    is_state = any(
-        (path / name).is_file() for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
-    )
     what = "is a folder without a model"
-    if is_state:
+    if any((path / name).is_file() for name in _STATE_FILES):
         what = "is a state that accelerate or a trainer saved, without a model"
     return SourceError(
         f"'{path}' {what}: no config.json says what its weights belong to",
@@ -165,25 +205,27 @@ def _bare_weights(path: Path) -> SourceError | None:
 
 
 def _other_format(path: Path) -> SourceError | None:
+    """Return the error for a folder whose weights are in the format of another library."""
     # Exports stand in a folder of their own, too: FOLDER/onnx/model.onnx.
     files = [file for file in (*path.glob("*"), *path.glob("onnx/*")) if file.is_file()]
     for suffix, (what, hint) in _OTHER_FORMATS.items():
-        names = sorted(file.relative_to(path).as_posix() for file in files if file.suffix == suffix)
-        if names:
-            return SourceError(
-                f"the weights in '{path}' are in {what}, which jacdiag does not read",
-                got=", ".join(names[:_SHOWN]),
-                hint=hint,
-            )
+        named = [file for file in files if file.suffix == suffix]
+        if not named:
+            continue
+        names = sorted(file.relative_to(path).as_posix() for file in named)
+        return SourceError(
+            f"the weights in '{path}' are in {what}, which jacdiag does not read",
+            got=", ".join(names[:_SHOWN]),
+            hint=hint,
+        )
     return None
 
 
 def _original_llama(path: Path) -> SourceError | None:
+    """Return the error for a model as the authors of Llama or Mistral publish theirs."""
     if not (path / "params.json").is_file():
         return None
-    files = sorted(
-        file for file in path.glob("consolidated*") if file.suffix in (".pth", ".safetensors")
-    )
+    files = sorted([*path.glob("consolidated*.pth"), *path.glob("consolidated*.safetensors")])
     if not files:
         return None
     return SourceError(
@@ -196,23 +238,12 @@ def _original_llama(path: Path) -> SourceError | None:
 
 def _subfolder(path: Path) -> SourceError | None:
     """Return the error for a folder with models in folders in it: a hub cache, a pipeline."""
-    inner = sorted(
-        file.parent
-        for pattern in ("*/config.json", "snapshots/*/config.json")
-        for file in path.glob(pattern)
-    )
-    if not inner:
+    configs = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
+    if not configs:
         return None
+    folders = sorted(config.parent for config in configs)
     return SourceError(
         f"'{path}' has no config.json, the folders inside of it have",
-        got=", ".join(folder.relative_to(path).as_posix() for folder in inner[:_SHOWN]),
-        hint=f"for instance {inner[0]}",
+        got=", ".join(folder.relative_to(path).as_posix() for folder in folders[:_SHOWN]),
+        hint=f"for instance {folders[0]}",
     )
-
-
-def listing(path: Path) -> str:
-    """Return the first names in a folder, in one line."""
-    names = sorted(printable(file.name) for file in path.iterdir())
-    if not names:
-        return "an empty folder"
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")

@@ -23,10 +23,12 @@ _BY_SUFFIX = {
     ".pb": ("a graph of TensorFlow", _TORCH_WAY),
     ".engine": ("an engine of TensorRT", _TORCH_WAY),
     ".pdparams": ("a file of PaddlePaddle", _TORCH_WAY),
-    ".jit": ("a TorchScript archive", ""),
-    ".ts": ("a TorchScript archive", ""),
-    ".torchscript": ("a TorchScript archive", ""),
 }
+_TORCHSCRIPT = (".jit", ".ts", ".torchscript")
+
+# First bytes.
+_GGUF = (b"GGUF", b"ggml", b"ggjt", b"lmgg", b"tjgg")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def check_format(path: Path) -> None:
@@ -48,23 +50,29 @@ def check_format(path: Path) -> None:
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    if head.startswith((b"GGUF", b"ggml", b"ggjt", b"lmgg", b"tjgg")):
+    """Raise if the first bytes of a file are those of another format."""
+    # 1. Formats of other libraries.
+    if head.startswith(_GGUF):
         raise _refused(
             path,
             "a GGUF file of llama.cpp",
             "audit the checkpoint that it was converted from; transformers turns many back: "
             f"from_pretrained(FOLDER, gguf_file='{path.name}').save_pretrained('checkpoint')",
         )
+    # The length of a safetensors header can look like ONNX.
     if path.suffix != ".safetensors" and _is_onnx(head):
         raise _refused(path, *_BY_SUFFIX[".onnx"])
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+    if head.startswith(_HDF5):
         raise _refused(path, *_BY_SUFFIX[".h5"])
     if head[4:8] == b"TFL3":
         raise _refused(path, *_BY_SUFFIX[".tflite"])
+
+    # 2. Arrays of NumPy, which torch can save.
     if head.startswith(b"\x93NUMPY"):
         way = f"torch.save({{'weight': torch.from_numpy(numpy.load('{path.name}'))}}, 'weights.pt')"
         raise _refused(path, "one array of NumPy", way)
-    if head.startswith(b"PK\x03\x04") and _holds_arrays(path):
+    is_zip = head.startswith(b"PK\x03\x04")
+    if is_zip and _holds_arrays(path):
         way = (
             f"torch.save({{k: torch.from_numpy(v) for k, v in "
             f"numpy.load('{path.name}').items()}}, 'weights.pt')"
@@ -73,38 +81,58 @@ def _check_head(path: Path, head: bytes) -> None:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Return whether bytes begin as a ModelProto does: a version, then the producer's name."""
-    return len(head) > 4 and head[0] == 0x08 and 1 <= head[1] <= 0x20 and head[2] in (0x12, 0x3A)
+    """Return whether bytes begin as a ModelProto does: a version, then the producer's name.
+
+    Source: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto, message ModelProto.
+    """
+    if len(head) <= 4:
+        return False
+    # field 1, a number: the version of the format
+    has_version = head[0] == 0x08 and 1 <= head[1] <= 0x20
+    # field 2 or 7: the producer's name, or the graph
+    has_next_field = head[2] in (0x12, 0x3A)
+    return has_version and has_next_field
 
 
 def _holds_arrays(path: Path) -> bool:
+    """Return whether a zip holds arrays of NumPy and nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     # damaged bytes may raise anything; the reader of torch files names the damage
     except Exception:
         return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    if not names:
+        return False
+    return all(name.endswith(".npy") for name in names)
 
 
 def _check_suffix(path: Path) -> None:
-    name = path.name
-    if path.suffix in (".jit", ".ts", ".torchscript"):
+    """Raise if the name of a file is that of another format."""
+    # 1. Formats with a suffix of their own.
+    name, suffix = path.name, path.suffix
+    if suffix in _TORCHSCRIPT:
         raise torchscript(path)
-    if path.suffix in _BY_SUFFIX:
-        raise _refused(path, *_BY_SUFFIX[path.suffix])
+    if suffix in _BY_SUFFIX:
+        raise _refused(path, *_BY_SUFFIX[suffix])
+
+    # 2. Parts of a checkpoint that are not its weights.
     if name.endswith(".index.json"):
         raise _refused(
             path, "the index of a checkpoint in shards", f"audit the folder: {path.parent}"
         )
-    if ".data-0000" in name or path.suffix == ".index":
+    is_of_tensorflow = suffix == ".index" or ".data-0000" in name
+    if is_of_tensorflow:
         raise _refused(path, "a part of a TensorFlow checkpoint", _TORCH_WAY)
-    if name.startswith("random_states_") and path.suffix == ".pkl":
+    is_random_state = suffix == ".pkl" and name.startswith("random_states_")
+    if is_random_state:
         way = "its weights are in model.safetensors or pytorch_model.bin of the same folder"
         raise _refused(path, "the random states of a run with accelerate", way)
-    if path.suffix in (".pkl", ".pickle"):
+
+    # 3. Formats that can hold weights, and are read from files of torch.save only.
+    if suffix in (".pkl", ".pickle"):
         raise _refused(path, "a pickle", "save the state dict with torch.save, as a .pt file")
-    if path.suffix in (".npz", ".npy"):
+    if suffix in (".npz", ".npy"):
         raise _refused(path, "a file of NumPy", "save the weights with torch.save, as a .pt file")
 
 
@@ -120,4 +148,5 @@ def torchscript(path: Path) -> SourceError:
 
 
 def _refused(path: Path, what: str, way: str) -> SourceError:
+    """Return the error for a file of a format that is not read."""
     return SourceError(f"'{path}' is {what}, which jacdiag does not read", hint=way)

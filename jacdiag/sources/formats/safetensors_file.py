@@ -58,21 +58,25 @@ class Span:
             SourceError: the file cannot be read, or has become shorter.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        if not tensor.numel():
+        # a view of no bytes cannot be read into
+        if tensor.numel() == 0:
             return tensor
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            with self.path.open("rb", buffering=0) as file:
-                for start in range(0, len(target), _BLOCK):
-                    part = target[start : start + _BLOCK]
-                    got = os.preadv(file.fileno(), [part], self.offset + start)
-                    if got < len(part):
-                        raise failed(
-                            self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter"
-                        )
+            self._read_into(target)
         except OSError as error:
             raise failed(self.path, error.strerror or str(error)) from error
         return tensor
+
+    def _read_into(self, target: memoryview) -> None:
+        """Read the tensor's bytes into memory, block by block."""
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(0, len(target), _BLOCK):
+                block = target[start : start + _BLOCK]
+                count = os.preadv(file.fileno(), [block], self.offset + start)
+                if count < len(block):
+                    size = self.path.stat().st_size
+                    raise failed(self.path, f"{size:,} bytes: it has become shorter")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -80,10 +84,13 @@ def is_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        return len(start) == 9 and start[8:] == b"{" and 2 <= length <= path.stat().st_size - 8
+        size = path.stat().st_size
     except OSError:
         return False
+    # The length counts the bytes of the JSON, without those of the length itself.
+    length = int.from_bytes(start[:8], "little")
+    is_json = start[8:] == b"{"
+    return is_json and 2 <= length <= size - 8
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -99,9 +106,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()  # the handle is no mapping
             tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, dict(file.metadata() or {})
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
+    return tensors, dict(metadata)
 
 
 def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
@@ -114,11 +122,14 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     """
     from safetensors import SafetensorError
 
+    # 1. The header, as the library checks it.
     try:
         length, header = _header(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
     metadata = header.pop("__metadata__", None) or {}
+
+    # 2. Offsets count from the end of the header, which follows 8 bytes with its length.
     spans_by_name = {}
     for name, entry in header.items():
         dtype = _DTYPES[entry["dtype"]]
@@ -137,13 +148,18 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """
     from safetensors import safe_open
 
+    # 1. The library's own check of the header: sizes, order, overlap, the file's length.
     with safe_open(path, framework="pt", device="cpu"):
-        pass  # the library's own check of the header: sizes, order, overlap, the file's length
+        pass
+
+    # 2. The header itself, which the library does not hand out.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] not in _DTYPES:
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
             raise _unreadable(path, name, entry["dtype"])
     return length, header
 
@@ -167,11 +183,13 @@ def _unreadable(path: Path, name: str, dtype: str) -> SourceError:
 
 
 def _broken(path: Path, error: Exception) -> SourceError:
-    newer = "unknown variant" in str(error)
+    """Return the error for a file that the library cannot read."""
+    hint = "it may be truncated: copy or save it again"
+    # The library says so of a dtype that it does not know.
+    if "unknown variant" in str(error):
+        hint = "update safetensors, or copy the file again"
     return SourceError(
         f"cannot read '{path}' as safetensors",
         got=f"{path.stat().st_size:,} bytes: {error}",
-        hint="update safetensors, or copy the file again"
-        if newer
-        else "it may be truncated: copy or save it again",
+        hint=hint,
     )

@@ -14,7 +14,12 @@ from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
 from jacdiag.sources.formats.refused_formats import torchscript
 
+# First bytes: of a zip, and of pickles with protocol 2 to 5.
 _ZIP = b"PK\x03\x04"
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+# In errors of torch about a file that ends too early.
+_WORDS_FOR_CUT = ("truncated", "eof", "ran out of input")
 
 
 def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
@@ -37,39 +42,45 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         return _load(path, zipped, guard, trust_pickle)
     except Unsafe as unsafe:
         raise refusal(path, unsafe) from None
+    except MemoryError as error:
+        got = "it asks for more memory than there is"
+        hint = _hint(error, trust_pickle)
+        raise SourceError(f"cannot read '{path}'", got=got, hint=hint) from error
     # a stranger's bytes in the readers of others: they may raise anything
     except Exception as error:
-        got = (
-            "it asks for more memory than there is"
-            if isinstance(error, MemoryError)
-            else one_line(error)
-        )
-        raise SourceError(
-            f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)
-        ) from error
+        hint = _hint(error, trust_pickle)
+        raise SourceError(f"cannot read '{path}'", got=one_line(error), hint=hint) from error
 
 
 def is_torch_zip(path: Path) -> bool:
     """Return whether a file, whatever its name, is a zip that torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except Exception:  # damaged bytes may raise anything
+            names = archive.namelist()
+    # damaged bytes may raise anything
+    except Exception:
         return False
+    return _has_entry(names, "/data.pkl")
+
+
+def _has_entry(names: list[str], ending: str) -> bool:
+    """Return whether one of the entries of a zip has a name with this ending."""
+    return any(name.endswith(ending) for name in names)
 
 
 def _load(
     path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool
 ) -> tuple[Any, list[str]]:
+    """Return what a file holds, and the names of the classes that became stubs."""
     with warnings.catch_warnings():
         # of source code that torch could not find for a stub, of old storages
         warnings.simplefilter("ignore")
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped), []
-        found = torch.load(
+        content = torch.load(
             path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module
         )
-        return found, guard.unread
+        return content, guard.unread
 
 
 def _hint(error: Exception, trust_pickle: bool) -> str | None:
@@ -77,13 +88,15 @@ def _hint(error: Exception, trust_pickle: bool) -> str | None:
 
     Nothing else distinguishes an old file that was cut from one of another kind.
     """
+    # 1. Damaged, or of another kind.
     said = str(error).lower()
-    if isinstance(error, EOFError) or any(
-        word in said for word in ("truncated", "eof", "ran out of input")
-    ):
+    names_end = any(word in said for word in _WORDS_FOR_CUT)
+    if names_end or isinstance(error, EOFError):
         return "it is truncated: copy or save it again"
     if "magic number" in said:
         return "it is a pickle, but not one of torch.save: save it again with torch.save"
+
+    # 2. Intact, but its pickle needs code.
     if trust_pickle:
         return _where_its_code_is(error)
     return "if its classes need their own code, add --trust-pickle (only for a file that you trust)"
@@ -92,17 +105,23 @@ def _hint(error: Exception, trust_pickle: bool) -> str | None:
 def _where_its_code_is(error: Exception) -> str | None:
     """Return how to let Python find the code of the classes in a trusted pickle."""
     way = "or leave --trust-pickle out: its weights are read, and --model FACTORY builds the module"
+    # 1. A module that is not on the path.
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return (
-            f"PYTHONPATH=. (or the folder that holds {error.name.partition('.')[0]}) lets its "
-            f"code be found; {way}"
-        )
+        package = error.name.partition(".")[0]
+        return f"PYTHONPATH=. (or the folder that holds {package}) lets its code be found; {way}"
+
+    # 2. A class that has moved: Python says "Can't get attribute 'Net' on ...".
     if isinstance(error, AttributeError) and "get attribute" in str(error):
         return f"its classes must have the names and modules of when it was saved; {way}"
     return None
 
 
 def _entries(path: Path) -> list[str]:
+    """Return the names of the entries of a zip.
+
+    Raises:
+        SourceError: its directory is broken.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -113,41 +132,38 @@ def _entries(path: Path) -> list[str]:
 
 
 def _is_zip(path: Path) -> bool:
+    """Return whether a file has the directory of a zip at its end."""
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # one that says to go on, on another disk
+    # one that says to go on, on another disk
+    except zipfile.BadZipFile:
         return False
 
 
 def _check(path: Path) -> bool:
-    """Check the first bytes and the zip's directory; return whether it is the zip format."""
+    """Check the first bytes and the zip's directory; return whether it is the zip format.
+
+    Raises:
+        SourceError: it is no file of torch.save.
+    """
     with path.open("rb") as file:
         head = file.read(64)
+
+    # 1. The zip format.
     if head.startswith(b"version https://git-lfs"):
         raise SourceError(
             f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull"
         )
     if head.startswith(_ZIP):
-        if not _is_zip(path):
-            raise SourceError(
-                f"'{path}' is truncated",
-                got=f"a zip of {path.stat().st_size:,} bytes without its directory at the end",
-                hint="copy or save it again",
-            )
-        names = _entries(path)
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise torchscript(path)
-        if not any(name.endswith("data.pkl") for name in names):
-            raise SourceError(
-                f"'{path}' is a zip, but not one of torch.save",
-                got=f"{len(names)} entries, none of them data.pkl",
-            )
+        _check_zip(path)
         return True
-    if tarfile.is_tarfile(path):  # torch would unpack it to the disk before it reads a pickle
+
+    # 2. The old format. torch would unpack a tar to the disk before it reads a pickle.
+    if tarfile.is_tarfile(path):
         raise SourceError(
             f"'{path}' is a tar archive", hint="save it again with a torch of this decade"
         )
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if head.startswith(_PICKLES):
         return False
     raise SourceError(
         f"'{path}' is no file of torch.save",
@@ -156,3 +172,21 @@ def _check(path: Path) -> bool:
             "expected a zip or a pickle of torch.save; for safetensors, name the file .safetensors"
         ),
     )
+
+
+def _check_zip(path: Path) -> None:
+    """Raise unless a file that begins as a zip is one of torch.save."""
+    if not _is_zip(path):
+        raise SourceError(
+            f"'{path}' is truncated",
+            got=f"a zip of {path.stat().st_size:,} bytes without its directory at the end",
+            hint="copy or save it again",
+        )
+    names = _entries(path)
+    if _has_entry(names, "/constants.pkl"):
+        raise torchscript(path)
+    if not _has_entry(names, "data.pkl"):
+        raise SourceError(
+            f"'{path}' is a zip, but not one of torch.save",
+            got=f"{len(names)} entries, none of them data.pkl",
+        )
