@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,24 +89,18 @@ def read_config(
         names: of the weights, from which the kind of model is inferred where the config does not
             name it.
 
+    Returns:
+        The config, and what was inferred.
+
     Raises:
         SourceError: it cannot be read, or the kind of model is not known.
     """
     file = path / "config.json" if path.is_dir() else path
     data = _json_of(file)
     changes = dict(overrides or {})
-    notes: list[str] = []
 
     # 1. The kind of model: as asked for, as written, or inferred.
-    written = data.get("model_type")
-    asked = changes.pop("model_type", None)
-    if asked is not None:
-        data["model_type"] = str(asked)
-    elif not isinstance(written, str) or not written:
-        data["model_type"], why = _infer(transformers, data, names, file)
-        notes.append(
-            f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}"
-        )
+    notes = _set_kind(transformers, data, changes.pop("model_type", None), names, file)
     _check_known(transformers, data, path, trust)
 
     # 2. What is quantised is refused by the tensors, which a config can be wrong about.
@@ -114,13 +108,7 @@ def read_config(
 
     # 3. The config itself, and the fields to change.
     try:
-        brings_code = trust and "auto_map" in data
-        if data["model_type"] in transformers.CONFIG_MAPPING and not brings_code:
-            config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
-        else:
-            config = transformers.AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=trust
-            )
+        config = _config_of(transformers, data, path, trust)
     except Exception as error:
         raise SourceError(
             f"transformers cannot read the config '{file}'", got=own_frames(error)
@@ -133,7 +121,55 @@ def read_config(
     return HFConfig(config, _method(quantised), notes)
 
 
+def _set_kind(
+    transformers: Any, data: dict[str, Any], requested: Any, names: Collection[str], file: Path
+) -> list[str]:
+    """Set the kind of model in a config, if it has none or another one is requested.
+
+    Args:
+        transformers: the module.
+        data: the config as JSON, changed in place.
+        requested: the kind that the caller named, or None.
+        names: of the weights.
+        file: that held the config.
+
+    Returns:
+        Notes on what was inferred.
+    """
+    if requested is not None:
+        data["model_type"] = str(requested)
+        return []
+    written = data.get("model_type")
+    if isinstance(written, str) and written:
+        return []
+    data["model_type"], why = _infer(transformers, data, names, file)
+    return [f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}"]
+
+
+def _config_of(transformers: Any, data: Mapping[str, Any], path: Path, trust: bool) -> Any:
+    """Return the config of transformers, from JSON or, if it brings its own code, from its files.
+
+    Args:
+        transformers: the module.
+        data: the config as JSON.
+        path: a folder or a JSON file.
+        trust: whether code that the folder brings may run.
+    """
+    kind = data["model_type"]
+    brings_code = trust and "auto_map" in data
+    if kind in transformers.CONFIG_MAPPING and not brings_code:
+        return transformers.CONFIG_MAPPING[kind].from_dict(data)
+    return transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=trust
+    )
+
+
 def _json_of(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        SourceError: it cannot be read, or holds something else than an object.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -146,17 +182,22 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 
 def _method(quantization: Any) -> str:
-    """Return the name of a quantisation method as a config spells it."""
+    """Return the name of a quantisation method as a config spells it; "" if there is none."""
     if not isinstance(quantization, dict) or not quantization:
         return ""
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
-    method = str(
-        quantization.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "unnamed")
-    )
-    return f"quantization_config ({method})"
+    method = quantization.get("quant_method")
+    if method:
+        return f"quantization_config ({method})"
+
+    # Older configs of bitsandbytes do not name it.
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if quantization.get(bits):
+            return f"quantization_config (bitsandbytes, {bits})"
+    return "quantization_config (unnamed)"
 
 
 def _check_known(transformers: Any, data: Mapping[str, Any], path: Path, trust: bool) -> None:
+    """Raise if the kind of model is neither one of transformers nor brings code that may run."""
     kind = data["model_type"]
     if kind in transformers.CONFIG_MAPPING or trust:
         return
@@ -175,25 +216,38 @@ def _infer(
     transformers: Any, data: Mapping[str, Any], names: Collection[str], file: Path
 ) -> tuple[str, str]:
     """Return the kind of model, and what it was inferred from."""
+    # 1. The classes that the config names.
     for name in _names_in(data.get("architectures")):
         cls = getattr(transformers, name, None)
-        kind = getattr(getattr(cls, "config_class", None), "model_type", "")
+        config_class = getattr(cls, "config_class", None)
+        kind = getattr(config_class, "model_type", "")
         if kind:
             return kind, f"architectures ({name})"
+
+    # 2. The names of the weights, if only one kind has such names.
     fitting = _kinds_by_names(names)
     if len(fitting) == 1:
         return fitting[0], "the names of the weights"
+    raise _unknown_kind(file, fitting)
+
+
+def _unknown_kind(file: Path, fitting: Sequence[str]) -> SourceError:
+    """Return the error for a config whose kind of model cannot be inferred.
+
+    Args:
+        file: that held the config.
+        fitting: the kinds that the weights may be of.
+    """
     got = "it has no model_type, and no architectures that this transformers knows"
-    kind = """--model-args '{"model_type": "KIND"}'"""
-    hint = f"name the kind as transformers does, {kind}; or --model FACTORY"
-    if len(fitting) > 1:
+    change = """--model-args '{"model_type": "KIND"}'"""
+    hint = f"name the kind as transformers does, {change}; or --model FACTORY"
+    if fitting:
+        first = fitting[0]
         got = f"it has no model_type, and the weights may be of {' or '.join(fitting)}"
-        named = f"""--model-args '{{"model_type": "{fitting[0]}"}}'"""
-        hint = f"name it, {named} if it is {fitting[0]}; or --model FACTORY"
-    raise SourceError(
-        f"'{file}' is no config of transformers that says its kind of model",
-        got=got,
-        hint=hint,
+        change = change.replace("KIND", first)
+        hint = f"name it, {change} if it is {first}; or --model FACTORY"
+    return SourceError(
+        f"'{file}' is no config of transformers that says its kind of model", got=got, hint=hint
     )
 
 
@@ -207,48 +261,64 @@ def _names_in(architectures: Any) -> list[str]:
 
 
 def _kinds_by_names(names: Iterable[str]) -> list[str]:
+    """Return the kinds of model that have weights of such names."""
     names = list(names)
     fitting = []
     for kind, patterns in _BY_NAMES.items():
-        has_all = all(any(re.search(pattern, name) for name in names) for pattern in patterns)
-        without = _NOT_WITH.get(kind)
-        ruled_out = without is not None and any(re.search(without, name) for name in names)
-        if has_all and not ruled_out:
+        has_all = all(_any_matches(pattern, names) for pattern in patterns)
+        if has_all and not _any_matches(_NOT_WITH.get(kind), names):
             fitting.append(kind)
     return fitting
+
+
+def _any_matches(pattern: str | None, names: Iterable[str]) -> bool:
+    """Return whether one of the names matches a pattern; no pattern is matched by none."""
+    if pattern is None:
+        return False
+    return any(re.search(pattern, name) for name in names)
 
 
 def named_class(transformers: Any, config: Any) -> Any:
     """Return the class of transformers that the config's `architectures` name, or None."""
     for name in _names_in(getattr(config, "architectures", None)):
         cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and hasattr(cls, "_from_config"):
+        is_model = isinstance(cls, type) and hasattr(cls, "_from_config")
+        if is_model:
             return cls
     return None
 
 
 def default_class(transformers: Any, config: Any) -> Any:
     """Return the causal language model of a config's type, else the bare model."""
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    mapping = causal if type(config) in causal else transformers.MODEL_MAPPING
-    if type(config) in mapping:
-        return _first(mapping[type(config)])
+    # 1. A class of transformers.
+    kind = type(config)
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+        if kind in mapping:
+            return _first(mapping[kind])
+
+    # 2. A class in the code that the folder brings.
     auto_map = getattr(config, "auto_map", None)
-    in_causal = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
-    return transformers.AutoModelForCausalLM if in_causal else transformers.AutoModel
+    if isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
 
 
 def candidate_classes(transformers: Any, config: Any) -> list[Any]:
     """Return the classes that transformers registers for a config, with or without a head."""
     classes = []
     for task in _TASKS:
+        # Versions of transformers differ in what they register.
         mapping = getattr(transformers, task, None)
-        if mapping is not None and type(config) in mapping:
-            cls = _first(mapping[type(config)])
-            if cls not in classes:
-                classes.append(cls)
+        if mapping is None or type(config) not in mapping:
+            continue
+        cls = _first(mapping[type(config)])
+        if cls not in classes:
+            classes.append(cls)
     return classes
 
 
 def _first(entry: Any) -> Any:
-    return entry[0] if isinstance(entry, (tuple, list)) else entry
+    """Return a class, or the first one of several that are registered together."""
+    if isinstance(entry, tuple | list):
+        return entry[0]
+    return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, printable
 from jacdiag.sources.foreign_code import own_frames, seeded
-from jacdiag.sources.formats import refused_folders, safetensors_file, torch_file, weight_files
+from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.hf_config import (
     candidate_classes,
     default_class,
@@ -24,6 +25,8 @@ from jacdiag.sources.formats.hf_config import (
     read_config,
 )
 from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
+from jacdiag.sources.formats.refused_folders import listing, refuse_without_weights
+from jacdiag.sources.formats.weight_files import quantised_names, refuse_quantised, weight_files
 from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.load_weights import TieConflict, attach, fit
 from jacdiag.sources.meta_build import empty_parameters
@@ -74,18 +77,34 @@ class StoredState:
 
     def read(self) -> dict[str, Tensor]:
         """Return all weights in memory."""
-        return {
-            name: entry if isinstance(entry, Tensor) else entry.read()
-            for name, entry in self.tensors.items()
-        }
+        return {name: _in_memory(entry) for name, entry in self.tensors.items()}
 
     def named(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return the entries under other names: new name -> name in the file."""
+        """Return the entries under other names.
+
+        Args:
+            names: new name -> name in the file.
+        """
         return {new: self.tensors[old] for new, old in names.items()}
+
+
+def _in_memory(entry: Tensor | StoredTensor) -> Tensor:
+    """Return a tensor, from its file if it is not in memory."""
+    if isinstance(entry, Tensor):
+        return entry
+    return entry.read()
 
 
 def read_files(path: Path, files: Sequence[Path], trust_pickle: bool = False) -> StoredState:
     """Read the weight files of a folder: the headers of .safetensors, the tensors of .bin.
+
+    Args:
+        path: the folder.
+        files: all of one format.
+        trust_pickle: whether a pickle may run code.
+
+    Returns:
+        The weights of all files together.
 
     Raises:
         SourceError: a file is unsafe or broken, or holds quantised weights.
@@ -95,17 +114,25 @@ def read_files(path: Path, files: Sequence[Path], trust_pickle: bool = False) ->
     lazy = files[0].suffix == ".safetensors"
     for file in files:
         if lazy:
-            entries |= safetensors_file.spans(file)[0]
+            spans, _ = safetensors_file.spans(file)
+            entries |= spans
         else:
             entries |= _tensors_of(file, trust_pickle)
     return StoredState(entries, lazy, path, names)
 
 
 def _tensors_of(file: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    """Return the tensors at the top of a .bin file, by name.
+
+    Raises:
+        SourceError: there are none.
+    """
     content, _ = torch_file.read(file, trust_pickle=trust_pickle)
+    entries = content if isinstance(content, Mapping) else {}
     tensors = {}
-    if isinstance(content, Mapping):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[str(name)] = value
     if not tensors:
         raise SourceError(
             f"'{file}' is no state dict of transformers",
@@ -129,14 +156,17 @@ def load(
         trust_pickle: whether code that the folder brings may run.
         overrides: fields of the config to change.
 
+    Returns:
+        The model, and what the report says about it.
+
     Raises:
         SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken,
             weights are missing or quantised, or have other shapes.
     """
     _transformers(path)
-    files = weight_files.weight_files(path)
+    files = weight_files(path)
     if not files:
-        raise refused_folders.refuse_without_weights(path)
+        raise refuse_without_weights(path)
     stored = read_files(path, files, trust_pickle)
     loaded = load_stored(path, stored, trust_pickle=trust_pickle, overrides=overrides)
     if (path / "adapter_config.json").is_file():
@@ -159,24 +189,28 @@ def load_stored(
         trust_pickle: whether code that the config names may run.
         overrides: fields of the config to change.
 
+    Returns:
+        The model, and what the report says about it.
+
     Raises:
         SourceError: as `load`.
     """
     transformers = _transformers(config_path)
     config = read_config(transformers, config_path, trust_pickle, overrides, list(stored.tensors))
-    notes = list(config.notes)
 
     # 1. Quantised weights mean nothing by themselves.
-    quantised = weight_files.quantised_names(stored.tensors)
+    quantised = quantised_names(stored.tensors)
     if quantised:
-        raise weight_files.refuse_quantised(stored.where, config.quantised, quantised)
+        raise refuse_quantised(stored.where, config.quantised, quantised)
+    notes = list(config.notes)
     if config.quantised:
         notes.append(
             f"config.json has a {config.quantised}, but the weights are stored in floating point"
         )
 
     # 2. An empty model of the class that the config names, or that the weights fit.
-    kind, model = _empty_of(transformers, config.value, stored, trust_pickle, config_path)
+    kind = _class_for(transformers, config.value, stored)
+    model = _empty(kind, config.value, trust_pickle, config_path)
     facts: dict[str, Any] = {
         "format": "huggingface",
         "files": stored.files,
@@ -190,14 +224,16 @@ def load_stored(
     naming, more = _names_for(model, stored)
     notes += more
     _check_names(transformers, config.value, model, naming, stored, config.notes)
-    if not naming.converted and not naming.initialised:
+    needs_transformers = naming.converted or bool(naming.initialised)
+    if not needs_transformers:
+        # A config that ties what differs in the files is left to transformers, too.
         with contextlib.suppress(TieConflict):
             weights, more = _place(model, stored, naming.stored)
             return Loaded(model, facts, weights, notes + more)
 
     # 4. Those that transformers converts, ties or sets in its own way.
     source = config_path if config_path.is_dir() else None
-    model = _whole(kind, config.value, stored, naming, trust_pickle, source)
+    model = _load_all(kind, config.value, stored, naming, trust_pickle, source)
     if naming.converted and stored.lazy:
         notes.append("read whole: the names in the files are not those of the model's parameters")
     if naming.initialised:
@@ -214,24 +250,31 @@ def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Load
         stored: the weights.
         hint: what to try where they do not fit.
 
+    Returns:
+        The filled model, without facts about it.
+
     Raises:
         SourceError: the weights do not fit, or are quantised.
     """
+    # 1. A model may have quantised weights of its own.
     own = model.state_dict(keep_vars=True)
-    quantised = [name for name in weight_files.quantised_names(stored.tensors) if name not in own]
+    quantised = [name for name in quantised_names(stored.tensors) if name not in own]
     if quantised:
-        raise weight_files.refuse_quantised(stored.where, "", quantised)
+        raise refuse_quantised(stored.where, "", quantised)
+
+    # 2. A model of transformers, if the names of the files are those that it knows.
     names = {name: name for name in stored.tensors}
     notes: list[str] = []
     if is_of_transformers(model):
-        naming, notes = _names_for(model, stored)
+        naming, notes_on_names = _names_for(model, stored)
         if naming.converted and not naming.missing:
             config = getattr(model, "config", None)
-            return Loaded(_whole(type(model), config, stored, naming, False, None), {}, None, notes)
+            converted = _load_all(type(model), config, stored, naming, False, None)
+            return Loaded(converted, {}, None, notes_on_names)
         if not naming.missing and not naming.layers_left_over:
-            names = naming.stored
-        else:
-            notes = []
+            names, notes = naming.stored, notes_on_names
+
+    # 3. Any other model, by the names as they are.
     weights, more = _place(model, stored, names, hint)
     return Loaded(model, {}, weights, notes + more)
 
@@ -239,11 +282,23 @@ def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Load
 def _place(
     model: nn.Module, stored: StoredState, names: Mapping[str, str], hint: str | None = None
 ) -> tuple[StoredWeights | None, list[str]]:
+    """Put weights into a model.
+
+    Args:
+        model: changed in place.
+        stored: the weights.
+        names: name in the model -> name in the file.
+        hint: what to try where they do not fit.
+
+    Returns:
+        The weights that stay in their files, if they do, and notes.
+    """
     entries = stored.named(names)
+    where = f"'{stored.where}'"
     hints = {} if hint is None else {"hint": hint}
     if stored.lazy:
-        return attach(model, StoredWeights(entries), f"'{stored.where}'", **hints)
-    return None, fit(model, entries, f"'{stored.where}'", **hints)
+        return attach(model, StoredWeights(entries), where, **hints)
+    return None, fit(model, entries, where, **hints)
 
 
 def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]]:
@@ -251,7 +306,7 @@ def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]
     naming = match_names(model, stored.tensors)
     notes = []
 
-    # One first name that a wrapper put before all others (Lightning's `model.`).
+    # 1. One first name that a wrapper put before all others (Lightning's `model.`).
     heads = {name.partition(".")[0] for name in stored.tensors}
     if not naming.used and len(heads) == 1:
         head = f"{heads.pop()}."
@@ -261,60 +316,67 @@ def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]
             stored.tensors, naming = shorter, naming_of_shorter
             notes.append(f"the prefix '{head}' was taken off every name")
 
+    # 2. Names that the model has no place for.
     if naming.unexpected:
         kind = type(model).__name__
         notes.append(f"left out, as {kind} has no place for them: {_listed(naming.unexpected)}")
     return naming, notes
 
 
-def _empty_of(
-    transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path
-) -> tuple[Any, nn.Module]:
-    """Return a class and an empty model of it.
-
-    That is the class that the config names, else the one that the weights fit.
-    """
-    kind = named_class(transformers, config)
-    if kind is not None:
-        return kind, _empty(kind, config, trust, path)
+def _class_for(transformers: Any, config: Any, stored: StoredState) -> Any:
+    """Return the class that a config names, else the one that the weights fit, else the default."""
+    named = named_class(transformers, config)
+    if named is not None:
+        return named
     best = _best_class(transformers, config, stored)
     if best is not None:
-        return best, _empty(best, config, trust, path)
-    kind = default_class(transformers, config)
-    return kind, _empty(kind, config, trust, path)
+        return best
+    return default_class(transformers, config)
 
 
 def _best_class(transformers: Any, config: Any, stored: StoredState) -> Any:
     """Return the class that the weights fill, and that leaves the fewest of them over, or None."""
-    fitting = []
+    best, fewest = None, -1
     for candidate in candidate_classes(transformers, config):
         naming = _fitting(candidate, config, stored)
-        if naming is not None:
-            fitting.append((len(naming.unexpected), candidate))
-    return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
+        if naming is None:
+            continue
+        left_over = len(naming.unexpected)
+        # The first one of several that are as good.
+        if best is None or left_over < fewest:
+            best, fewest = candidate, left_over
+    return best
 
 
 def _fitting(kind: Any, config: Any, stored: StoredState) -> Naming | None:
     """Return how the weights fill an empty model of the class, or None if they do not."""
+    # 1. An empty model.
     try:
         model = _empty(kind, config, False, stored.where)
     except SourceError:
         return None
     if not is_of_transformers(model):
         return None
+
+    # 2. The weights, by name and by shape.
     naming = match_names(model, stored.tensors)
-    misfit = naming.missing or naming.layers_left_over or _other_shapes(model, naming, stored)
-    return None if misfit else naming
+    if naming.missing or naming.layers_left_over:
+        return None
+    if _other_shapes(model, naming, stored):
+        return None
+    return naming
 
 
 def _other_shapes(model: nn.Module, naming: Naming, stored: StoredState) -> list[str]:
+    """Return the names whose weights have another shape than in the model, with both shapes."""
     expected = model.state_dict(keep_vars=True)
-    pairs = [(name, stored.tensors[old], expected[name]) for name, old in naming.stored.items()]
-    return [
-        f"{name} {_size(entry.shape)}, the model has {_size(tensor.shape)}"
-        for name, entry, tensor in pairs
-        if tuple(entry.shape) != tuple(tensor.shape)
-    ]
+    differing = []
+    for name, old in naming.stored.items():
+        shape = tuple(stored.tensors[old].shape)
+        shape_in_model = tuple(expected[name].shape)
+        if shape != shape_in_model:
+            differing.append(f"{name} {_size(shape)}, the model has {_size(shape_in_model)}")
+    return differing
 
 
 def _check_names(
@@ -328,14 +390,15 @@ def _check_names(
     """Raise if weights are missing, have other shapes, or if entire layers are left over."""
     shapes = _other_shapes(model, naming, stored)
     left_over = naming.layers_left_over
-    if naming.missing or shapes or left_over:
-        parts = {
-            "missing": naming.missing,
-            "unexpected": left_over or naming.unexpected,
-            "of another shape": shapes,
-        }
-        hint = _way_out(transformers, config, type(model), naming, stored)
-        raise _misfit(stored.where, model, parts, hint, inferred)
+    if not (naming.missing or shapes or left_over):
+        return
+    parts = {
+        "missing": naming.missing,
+        "unexpected": left_over or naming.unexpected,
+        "of another shape": shapes,
+    }
+    hint = _way_out(transformers, config, type(model), naming, stored)
+    raise _misfit(stored.where, model, parts, hint, inferred)
 
 
 def _misfit(
@@ -345,8 +408,19 @@ def _misfit(
     hint: str,
     inferred: Sequence[str] = (),
 ) -> SourceError:
+    """Return the error for weights that do not fit a model.
+
+    Args:
+        where: the checkpoint.
+        model: that they do not fit.
+        parts: what is the matter -> the names that are concerned.
+        hint: what to try.
+        inferred: notes on the config.
+    """
     lines = list(inferred)
-    lines += [f"{len(names)} {what}: {_first(names)}" for what, names in parts.items() if names]
+    for what, names in parts.items():
+        if names:
+            lines.append(f"{len(names)} {what}: {_first(names)}")
     return SourceError(
         f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint
     )
@@ -364,17 +438,10 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
         return f"they fit {best.__name__}: --model-args '{change}'"
 
     # 2. Another number of layers.
-    field_name = (getattr(config, "attribute_map", None) or {}).get(
-        "num_hidden_layers", "num_hidden_layers"
-    )
-    layers = _layers_in(stored)
-    before = getattr(config, field_name, None)
-    if isinstance(before, int) and 0 < layers <= len(stored.tensors) and layers != before:
-        setattr(config, field_name, layers)
-        fits = _fitting(kind, config, stored) is not None
-        setattr(config, field_name, before)
-        if fits:
-            return f"they have {layers} layers: --model-args '{json.dumps({field_name: layers})}'"
+    layers = _fitting_layers(config, kind, stored)
+    if layers is not None:
+        change = json.dumps({_layers_field(config): layers})
+        return f"they have {layers} layers: --model-args '{change}'"
 
     # 3. A model without the pooler that the files lack.
     only_pooler = bool(naming.missing) and all("pooler" in name for name in naming.missing)
@@ -386,27 +453,68 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
     return _HINT
 
 
+def _layers_field(config: Any) -> str:
+    """Return the name of the field with the number of layers, which kinds of models call theirs."""
+    names = getattr(config, "attribute_map", None) or {}
+    return names.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _fitting_layers(config: Any, kind: Any, stored: StoredState) -> int | None:
+    """Return the number of layers in the files, if a model with as many fits; else None.
+
+    Args:
+        config: of the model, with another number.
+        kind: the class of the model.
+        stored: the weights.
+    """
+    # 1. A number to try. One that is larger than the number of tensors is none of layers.
+    field_name = _layers_field(config)
+    before = getattr(config, field_name, None)
+    layers = _layers_in(stored)
+    if not isinstance(before, int) or layers == before:
+        return None
+    if not 0 < layers <= len(stored.tensors):
+        return None
+
+    # 2. Build such a model.
+    setattr(config, field_name, layers)
+    naming = _fitting(kind, config, stored)
+    setattr(config, field_name, before)
+    return None if naming is None else layers
+
+
 def _layers_in(stored: StoredState) -> int:
     """Return the number of layers: the highest number in the names, plus one."""
-    parts = {part for name in stored.tensors for part in name.split(".")}
-    numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
-    return max(numbers, default=-1) + 1
+    highest = -1
+    for name in stored.tensors:
+        for part in name.split("."):
+            # longer ones are no numbers of layers
+            if part.isdecimal() and len(part) < 9:
+                highest = max(highest, int(part))
+    return highest + 1
 
 
 def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
     """Return the model with parameters on the meta device, its buffers computed."""
-    built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    # Only automatic classes may find code in a folder.
     options = {"trust_remote_code": trust} if hasattr(kind, "from_config") else {}
     try:
         with _quiet(), seeded(0), empty_parameters():
-            return built(config, attn_implementation="eager", **options).eval()
+            return _builder_of(kind)(config, attn_implementation="eager", **options).eval()
     except Exception as error:
         raise SourceError(
             f"transformers cannot build the model of '{path}' empty", got=own_frames(error)
         ) from error
 
 
-def _whole(
+def _builder_of(kind: Any) -> Any:
+    """Return what builds a model from a config: of an automatic class, or of a model class."""
+    if hasattr(kind, "from_config"):
+        return kind.from_config
+    return kind._from_config
+
+
+def _load_all(
     kind: Any,
     config: Any,
     stored: StoredState,
@@ -414,11 +522,22 @@ def _whole(
     trust_pickle: bool,
     source: Path | None,
 ) -> nn.Module:
-    """Load all weights through transformers, in the precision of the files."""
+    """Load all weights through transformers, in the precision of the files.
+
+    Args:
+        kind: the class of the model.
+        config: of the model.
+        stored: the weights.
+        naming: their names in the model.
+        trust_pickle: whether code that the folder brings may run.
+        source: the folder, for a class that reads the files itself.
+    """
     options: dict[str, Any] = {"dtype": _precision(stored, naming), "config": config}
     # a class itself: weights that were read already are handed over
     if hasattr(kind, "_from_config"):
         source, options["state_dict"] = None, stored.read()
+
+    # 1. Load.
     try:
         with _quiet(), seeded(0):
             model, info = kind.from_pretrained(
@@ -434,30 +553,46 @@ def _whole(
         raise SourceError(
             f"transformers cannot load '{stored.where}'", got=own_frames(error)
         ) from error
+
+    # 2. What transformers only warns about.
     missing = [name for name in _keys(info, "missing_keys") if name not in naming.initialised]
-    parts = {"missing": missing, "of another shape": _keys(info, "mismatched_keys")}
-    if any(parts.values()):
+    mismatched = _keys(info, "mismatched_keys")
+    if missing or mismatched:
+        parts = {"missing": missing, "of another shape": mismatched}
         raise _misfit(stored.where, model, parts, _HINT)
     return model
 
 
 def _keys(info: Mapping[str, Any], key: str) -> list[str]:
-    return sorted(
-        str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info.get(key, ())
-    )
+    """Return the names in a part of the loading info of transformers, in order."""
+    names = []
+    for entry in info.get(key, ()):
+        # A mismatched key comes with its shapes.
+        name = entry[0] if isinstance(entry, tuple) else entry
+        names.append(str(name))
+    return sorted(names)
 
 
 def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
-    """Return the widest floating-point type of the matrices that the model uses."""
-    entries = [stored.tensors[name] for name in naming.used]
-    floating = [entry for entry in entries if entry.dtype.is_floating_point]
-    matrices = [entry.dtype for entry in floating if len(entry.shape) > 1] or [
-        entry.dtype for entry in floating
-    ]
-    widest = matrices[0] if matrices else torch.float32
-    for dtype in matrices:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    """Return the widest floating-point type of the matrices that the model uses.
+
+    Vectors count only if there are no matrices: norms are often stored in a wider type.
+    """
+    vectors: list[torch.dtype] = []
+    matrices: list[torch.dtype] = []
+    for name in naming.used:
+        entry = stored.tensors[name]
+        if entry.dtype.is_floating_point:
+            group = matrices if len(entry.shape) > 1 else vectors
+            group.append(entry.dtype)
+    return _widest(matrices or vectors)
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """Return the type that holds the numbers of all types; float32 if there are none."""
+    if not dtypes:
+        return torch.float32
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
@@ -467,6 +602,12 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
         spec: the folder or the file.
         overrides: fields of the config to change.
         seed: of the initialisation.
+
+    Returns:
+        The model.
+
+    Raises:
+        SourceError: there is no such config, or transformers cannot build its model.
     """
     path = config_path(spec)
     transformers = _transformers(path)
@@ -474,8 +615,7 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
     kind = named_class(transformers, config) or default_class(transformers, config)
     try:
         with seeded(seed), _quiet():
-            built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-            return built(config, attn_implementation="eager")
+            return _builder_of(kind)(config, attn_implementation="eager")
     except Exception as error:
         raise SourceError(
             f"transformers cannot build a model of '{path}'", got=own_frames(error)
@@ -489,16 +629,21 @@ def config_path(spec: str) -> Path:
         SourceError: it is not there, or is a folder without config.json.
     """
     path = Path(spec.removeprefix("hf:"))
-    if path.is_dir() and not is_folder(path):
-        raise SourceError(f"'{path}' has no config.json", got=refused_folders.listing(path))
     if not path.exists():
         raise SourceError(
             f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine"
         )
+    if path.is_dir() and not is_folder(path):
+        raise SourceError(f"'{path}' has no config.json", got=listing(path))
     return path
 
 
 def _transformers(path: Path) -> Any:
+    """Return the module of transformers.
+
+    Raises:
+        SourceError: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -512,15 +657,20 @@ def _transformers(path: Path) -> Any:
 
 def _listed(names: Sequence[str]) -> str:
     """Return the first names, with how many there are."""
-    return f"{len(names)} {'weight' if len(names) == 1 else 'weights'} ({_first(names)})"
+    weights = "weight" if len(names) == 1 else "weights"
+    return f"{len(names)} {weights} ({_first(names)})"
 
 
 def _first(names: Sequence[str]) -> str:
+    """Return the first names."""
     shown = printable(", ".join(names[:_SHOWN]))
-    return f"{shown} ..." if len(names) > _SHOWN else shown
+    if len(names) > _SHOWN:
+        shown += " ..."
+    return shown
 
 
 def _size(shape: Sequence[int]) -> str:
+    """Return a shape in words, such as "4x8"."""
     return "x".join(map(str, shape)) or "scalar"
 
 
