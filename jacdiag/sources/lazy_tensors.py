@@ -43,7 +43,7 @@ class StoredWeights(Mapping[str, Tensor]):
     """Tensors by name, read on request; the last ones are cached while they fit into `room`.
 
     Args:
-        pieces: name -> where its tensor lies. Two names may share a piece.
+        pieces: name -> where its tensor lies. Two names may share a tensor.
         room: bytes of tensors that are kept.
 
     Attributes:
@@ -51,27 +51,34 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, pieces: Mapping[str, StoredTensor], room: int = ROOM) -> None:
-        self.pieces, self.room = dict(pieces), room
+        self.pieces = dict(pieces)
+        self.room = room
         self.read_bytes = 0
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        self._held = 0
+        # by the id of the stored tensor, the one that was used last at the end
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        self._cached_bytes = 0
 
     def __getitem__(self, name: str) -> Tensor:
+        # 1. From the cache.
         piece = self.pieces[name]
         key = id(piece)
-        cached = self._kept.get(key)
+        cached = self._cache.get(key)
         if cached is not None:
-            self._kept.move_to_end(key)
+            self._cache.move_to_end(key)
             return cached
+
+        # 2. From its file. Make room before it is read: both would not fit.
         size = outline(piece).nbytes
-        # before the next one is read: both would not fit
-        while self._kept and self._held + size > self.room:
-            self._held -= self._kept.popitem(last=False)[1].nbytes
+        while self._cache and self._cached_bytes + size > self.room:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.nbytes
         tensor = piece.read()
         self.read_bytes += size
+
+        # 3. Keep it, unless it is too large for any room.
         if size <= self.room:
-            self._kept[key] = tensor
-            self._held += size
+            self._cache[key] = tensor
+            self._cached_bytes += size
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -81,16 +88,20 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.pieces)
 
     def outlines(self) -> dict[str, Tensor]:
-        """Name -> an empty meta tensor of the same shape and dtype."""
+        """Return an empty meta tensor of the same shape and dtype for each name."""
         return {name: outline(piece) for name, piece in self.pieces.items()}
 
     def renamed(self, names: Mapping[str, str]) -> StoredWeights:
-        """Return the same pieces under other names: new name -> old name."""
+        """Return the same tensors under other names.
+
+        Args:
+            names: new name -> old name.
+        """
         return StoredWeights({new: self.pieces[old] for new, old in names.items()}, self.room)
 
 
 def outline(piece: StoredTensor) -> Tensor:
-    """Return an empty meta tensor of the shape and dtype of a piece."""
+    """Return an empty meta tensor of the shape and dtype of a stored tensor."""
     return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
 
 

@@ -100,8 +100,9 @@ class _Inert(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module, name = cls.origin  # type: ignore[attr-defined]
-        classlike = name.rpartition(".")[2].lstrip("_")[:1].isupper()
-        if not classlike and (module, name) not in _LOWERCASE_CLASSES:
+        # A call of a function is refused. Classes are written with a capital letter.
+        looks_like_class = name.rpartition(".")[2].lstrip("_")[:1].isupper()
+        if not looks_like_class and (module, name) not in _LOWERCASE_CLASSES:
             raise Unsafe(f"{module}.{name}")
         return cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -131,12 +132,13 @@ class Stub(metaclass=_Inert):
         return self
 
     def __setstate__(self, state: Any) -> None:
-        # An object with slots has two states: its attributes, and those in the slots.
-        if isinstance(state, tuple) and len(state) == 2:
-            attributes, slots = state
-            if isinstance(slots, dict) and isinstance(attributes, dict | None):
-                state = {**(attributes or {}), **slots}
         self.state = state
+        # An object with slots has two states: its attributes, and those in the slots.
+        if not isinstance(state, tuple) or len(state) != 2:
+            return
+        attributes, slots = state
+        if isinstance(slots, dict) and isinstance(attributes, dict | None):
+            self.state = {**(attributes or {}), **slots}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
@@ -203,17 +205,35 @@ class GuardedPickle:
         )
 
     def find(self, module: str, name: str) -> Any:
-        """Return the real object if it is harmless, else a stub class."""
-        module, name = _NAME_MAPPING.get(
-            (module, name), (_IMPORT_MAPPING.get(module, module), name)
-        )
+        """Return the real object if it is harmless, else a stub class.
+
+        Args:
+            module: as the pickle names it.
+            name: in the module.
+
+        Raises:
+            Unsafe: the name is one of the system.
+        """
+        # 1. Protocols up to 2 write the names of Python 2.
+        if (module, name) in _NAME_MAPPING:
+            module, name = _NAME_MAPPING[module, name]
+        else:
+            module = _IMPORT_MAPPING.get(module, module)
+
+        # 2. What builds tensors, numbers and plain containers.
         known = _harmless(module, name)
         if known is not None:
             return known
+
+        # 3. What reaches the system. `posix` and `nt` are what `os` is called inside of pickles.
         root = module.partition(".")[0]
-        shown = ("os" if root in ("posix", "nt") else module) + "." + name
-        if root in _SYSTEM or (root == "builtins" and name != "getattr"):
+        shown = f"os.{name}" if root in ("posix", "nt") else f"{module}.{name}"
+        if root in _SYSTEM:
             raise Unsafe(shown)
+        if root == "builtins" and name != "getattr":
+            raise Unsafe(shown)
+
+        # 4. Any other class is left unread.
         if shown not in self.unread and shown != "builtins.getattr":
             self.unread.append(printable(shown))
         return _Inert(name, (Stub,), {"origin": (module, name), "__module__": f"stub.{module}"})
@@ -235,30 +255,32 @@ def _harmless(module: str, name: str) -> Any:
 def _harmless_of_torch(module: str, name: str) -> Any:
     """Return a dtype, a storage or a builder of tensors; None for anything else."""
     if module == "torch":
-        value = getattr(torch, name, None)
-        is_storage = name.endswith("Storage")
-        is_plain = name in ("Size", "device", "Tensor") or isinstance(value, torch.dtype)
-        return value if is_storage or is_plain else None
+        return _harmless_at_top_of_torch(name)
+    # Functions that put a tensor together from its storage.
     if module == "torch._utils" and name.startswith("_rebuild_"):
         return getattr(torch._utils, name, None)
-    if (module, name) in _TORCH:
-        return _TORCH[module, name]()
+    look_up = _TORCH.get((module, name))
+    if look_up is None:
+        return None
+    return look_up()
+
+
+def _harmless_at_top_of_torch(name: str) -> Any:
+    """Return a dtype, a storage or a plain type that torch itself has; None for anything else."""
+    value = getattr(torch, name, None)
+    if isinstance(value, torch.dtype) or name.endswith("Storage"):
+        return value
+    if name in ("Size", "device", "Tensor"):
+        return value
     return None
 
 
 def _harmless_of_python(module: str, name: str) -> Any:
     """Return a plain type or container of Python; None for anything else."""
-    if module == "collections" and name in ("OrderedDict", "defaultdict", "Counter", "deque"):
-        return getattr(collections, name)
-    if module == "builtins" and name in _BOUNDED:
-        return _BOUNDED[name]
-    if module == "builtins" and name in _HARMLESS_BUILTINS:
-        return getattr(builtins, name)
-    if (module, name) == ("_codecs", "encode"):
-        return _encode
-    if (module, name) == ("copyreg", "_reconstructor"):
-        return copyreg._reconstructor  # type: ignore[attr-defined]
-    return None
+    if module == "builtins":
+        # Those that take their length from a number are bounded.
+        return _BOUNDED.get(name) or _PLAIN_TYPES.get(name)
+    return _HELPERS.get((module, name))
 
 
 _TORCH: dict[tuple[str, str], Callable[[], Any]] = {
@@ -272,17 +294,23 @@ _TORCH: dict[tuple[str, str], Callable[[], Any]] = {
 
 
 def _bounded_bytes(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a constructor of bytes that makes no long ones out of a number."""
+
     def make(*args: Any) -> Any:
-        if args and isinstance(args[0], int) and args[0] > _LONGEST:
-            raise pickle.UnpicklingError(f"{args[0]:,} bytes out of nothing")
+        length = args[0] if args else 0
+        if isinstance(length, int) and length > _LONGEST:
+            raise pickle.UnpicklingError(f"{length:,} bytes out of nothing")
         return kind(*args)
 
     return make
 
 
 def _bounded_range(*args: Any) -> range:
+    """Return a range, if it is not so long that a loop over it would not end."""
     numbers = range(*args)
-    if max(abs(numbers.start), abs(numbers.stop)) > 2**62 or len(numbers) > _LONGEST:
+    # len() of a range fails for larger numbers
+    largest = max(abs(numbers.start), abs(numbers.stop))
+    if largest > 2**62 or len(numbers) > _LONGEST:
         raise pickle.UnpicklingError("a range of so many numbers")
     return numbers
 
@@ -300,24 +328,44 @@ def _plain_tensor(func: Any, _kind: Any, args: Any, _state: Any) -> Any:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1" if encoding == "latin1" else "utf-8")
+    """Return text as bytes. `codecs.encode` itself would run any codec by name."""
+    if encoding == "latin1":
+        return text.encode("latin1")
+    return text.encode("utf-8")
+
+
+# Types that hold only what a pickle gives them.
+_PLAIN_TYPES = {name: getattr(builtins, name) for name in _HARMLESS_BUILTINS}
+_HELPERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("collections", "Counter"): collections.Counter,
+    ("collections", "deque"): collections.deque,
+    ("_codecs", "encode"): _encode,
+    ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
+}
 
 
 def _harmless_of_numpy(module: str, name: str) -> Any:
     """Return an array type, a dtype or a builder of arrays; None for anything else."""
     import numpy as np
 
+    # 1. Types. Versions of numpy differ in the packages above the module.
     last = module.rpartition(".")[2]
-    if last == "dtypes" or (last, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-        return getattr(np.dtypes if last == "dtypes" else np, name, None)
-    if (last, name) in (
-        ("multiarray", "_reconstruct"),
-        ("multiarray", "scalar"),
-        ("numeric", "_frombuffer"),
-    ):
-        from numpy._core import multiarray, numeric
+    if last == "dtypes":
+        return getattr(np.dtypes, name, None)
+    if (last, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+        return getattr(np, name)
 
-        return getattr(multiarray if last == "multiarray" else numeric, name, None)
+    # 2. Functions that put an array together.
+    if (last, name) in (("multiarray", "_reconstruct"), ("multiarray", "scalar")):
+        from numpy._core import multiarray
+
+        return getattr(multiarray, name, None)
+    if (last, name) == ("numeric", "_frombuffer"):
+        from numpy._core import numeric
+
+        return getattr(numeric, name, None)
     return None
 
 
