@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,9 +49,14 @@ def is_factory(source: str) -> bool:
     A file whose name is the entire SOURCE goes first.
     """
     place, _, name = source.rpartition(":")
-    if not place or not all(part.isidentifier() for part in name.split(".")):
+    if not place or not _is_dotted_name(name):
         return False
     return not there(Path(source))
+
+
+def _is_dotted_name(name: str) -> bool:
+    """Return whether a text is names of Python, joined by dots."""
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def there(path: Path) -> bool:
@@ -66,30 +71,38 @@ def name_of(spec: Any) -> str:
     """Return the name of a factory for messages: its text, or the name of a function."""
     if isinstance(spec, str | bytes | os.PathLike):
         return os.fsdecode(spec)
-    module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", None)
-    if module and name:
-        return f"{module}.{name}"
-    return type(spec).__name__
+    module = getattr(spec, "__module__", None)
+    name = getattr(spec, "__qualname__", None)
+    # An object that can be called has no name of its own.
+    if not module or not name:
+        return type(spec).__name__
+    return f"{module}.{name}"
 
 
 def resolve(spec: Factory) -> Callable[..., Any]:
     """Return the function that a factory string names; a function is returned as it is.
 
+    Args:
+        spec: "package.module:callable", "file.py:callable", or a function.
+
     Raises:
         SourceError: no such module or file, its import raised, or it has no such callable.
     """
-    # 1. A function, or text.
-    if isinstance(spec, bytes | os.PathLike):
-        spec = os.fsdecode(spec)
-    if not isinstance(spec, str):
-        if callable(spec) and not isinstance(spec, nn.Module):
-            return spec
-        got = f"type {type(spec).__name__}"
-        raise SourceError(
-            "a factory is a function that builds a model, or its name", got=got, hint=_HOW_WRITTEN
-        )
+    if isinstance(spec, str | bytes | os.PathLike):
+        return _resolve_name(os.fsdecode(spec))
+    # A module can be called, and builds nothing.
+    if callable(spec) and not isinstance(spec, nn.Module):
+        return spec
+    raise SourceError(
+        "a factory is a function that builds a model, or its name",
+        got=f"type {type(spec).__name__}",
+        hint=_HOW_WRITTEN,
+    )
 
-    # 2. Import the module or the file.
+
+def _resolve_name(spec: str) -> Callable[..., Any]:
+    """Return the function that a factory string names."""
+    # 1. Import the module or the file.
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise SourceError(
@@ -97,7 +110,7 @@ def resolve(spec: Factory) -> Callable[..., Any]:
         )
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
 
-    # 3. Look the callable up in it.
+    # 2. Look the callable up in it.
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
@@ -114,9 +127,10 @@ def resolve(spec: Factory) -> Callable[..., Any]:
 def _hint_without_name(spec: str) -> str | None:
     """Return what to try if only a file or a module was named."""
     place = spec.rstrip(":")
-    if not place.endswith(".py") or not Path(place).is_file():
+    path = Path(place)
+    if not place.endswith(".py") or not path.is_file():
         return None
-    return _candidates(place, _import_file(Path(place)), "")
+    return _candidates(place, _import_file(path), "")
 
 
 def _candidates(place: str, owner: Any, name: str) -> str | None:
@@ -131,26 +145,34 @@ def _candidates(place: str, owner: Any, name: str) -> str | None:
     if not names:
         return f"'{place}' defines no function or class that could build a model"
     near = get_close_matches(name, names, n=len(names))
-    ordered = [*near, *(other for other in names if other not in near)]
+    ordered = list(dict.fromkeys([*near, *names]))
     shown = ", ".join(ordered[:_LISTED])
-    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
-    return f"{place}:NAME with one of {shown}{more}"
+    if len(ordered) > _LISTED:
+        shown += f" and {len(ordered) - _LISTED} more"
+    return f"{place}:NAME with one of {shown}"
 
 
 def _own_callables(owner: Any) -> list[str]:
     """Return the names of the public callables that a module or class defines itself."""
     if not hasattr(owner, "__dict__"):
         return []
-    own_name = getattr(owner, "__name__", None)
     names = []
     for name in vars(owner):
         value = getattr(owner, name, None)
         if name.startswith("_") or not callable(value):
             continue
-        if inspect.ismodule(owner) and getattr(value, "__module__", own_name) != own_name:
-            continue  # imported there, not defined there
-        names.append(name)
+        if not _is_imported(value, owner):
+            names.append(name)
     return names
+
+
+def _is_imported(value: Any, owner: Any) -> bool:
+    """Return whether a module has a callable from another one. A class has all of its own."""
+    if not inspect.ismodule(owner):
+        return False
+    own_name = owner.__name__
+    # An object without a module may be of this one.
+    return getattr(value, "__module__", own_name) != own_name
 
 
 # -- imports ---------------------------------------------------------------------------------------
@@ -160,22 +182,28 @@ def _import_file(path: Path) -> ModuleType:
         raise SourceError(
             f"no such file: '{path}'", hint="a factory is written path/to/file.py:callable"
         )
+
+    # 1. A module under a name of its own. Dataclasses and pickles look their module up there.
     spec = importlib.util.spec_from_file_location(f"_jacdiag_factory_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up there
+    sys.modules[spec.name] = module
+
+    # 2. Run the file as if from its folder.
     with _on_path(path.resolve().parent):
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            what, hint = f"importing '{path}' failed", _import_hint(error, path)
-            raise SourceError(what, got=own_frames(error), hint=hint) from error
+            hint = _import_hint(error, path)
+            raise SourceError(
+                f"importing '{path}' failed", got=own_frames(error), hint=hint
+            ) from error
     return module
 
 
 def _import_module(name: str) -> ModuleType:
     """Import a module by its dotted name, from the current folder too."""
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not _is_dotted_name(name):
         raise SourceError(
             f"'{name}' is no module name",
             hint="a factory is written package.module:callable or file.py:callable",
@@ -184,6 +212,7 @@ def _import_module(name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except Exception as error:
+            # A module that this one imports may be missing, too.
             if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, name):
                 raise SourceError(
                     f"no module named '{error.name}'",
@@ -194,20 +223,26 @@ def _import_module(name: str) -> ModuleType:
 
 def _is_part_of(missing: str | None, name: str) -> bool:
     """Return whether a missing module is the one of that dotted name, or a package above it."""
-    return missing is not None and f"{name}.".startswith(f"{missing}.")
+    if missing is None:
+        return False
+    # The dot keeps "models" from being a part of "models_old".
+    return f"{name}.".startswith(f"{missing}.")
 
 
 def _import_hint(error: Exception, path: Path) -> str | None:
     """Return what helps a file that cannot be imported alone: the dotted name in its package."""
     if not isinstance(error, ImportError) or "relative import" not in str(error):
         return None
+
+    # 1. The packages around the file.
     file = path.resolve()
     names, folder = [file.stem], file.parent
     while (folder / "__init__.py").is_file() and folder.name.isidentifier():
         names.insert(0, folder.name)
         folder = folder.parent
+
+    # 2. A folder without __init__.py is a package too, if it is imported by its name.
     if len(names) == 1:
-        # A folder without __init__.py is a package too, if it is imported by its name.
         names.insert(0, file.parent.name)
         folder = file.parent.parent
     dotted = ".".join(names)
@@ -242,16 +277,19 @@ def build(
         seed: of the random numbers.
         init: whether a model on the meta device is given weights, too.
 
+    Returns:
+        The model.
+
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
-    if isinstance(spec, str) and spec.startswith("hf:"):
-        return _build_from_config(spec, model_args, seed)
+    if _is_config(spec):
+        return _build_from_config(name_of(spec), model_args, seed)
     function, name = resolve(spec), name_of(spec)
-    model = call(function, name, model_args or {}, seed)
-    if not isinstance(model, nn.Module):
-        raise not_a_module(name, model)
-    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+    result = call(function, name, model_args or {}, seed)
+    model = _checked_module(name, result)
+    tensors = [*model.parameters(), *model.buffers()]
+    if _any_on_meta(tensors):
         with seeded(seed):
             materialise(model, name, init=init)
     return model
@@ -269,24 +307,48 @@ def build_empty(
         model_args: its keyword arguments.
         seed: of the random numbers.
 
+    Returns:
+        The model, its parameters on the meta device.
+
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
-    if isinstance(spec, str) and spec.startswith("hf:"):
+    if _is_config(spec):
         with empty_parameters():
-            return _build_from_config(spec, model_args, seed)
+            return _build_from_config(name_of(spec), model_args, seed)
     function, name = resolve(spec), name_of(spec)
     try:
         with empty_parameters():
-            model = call(function, name, model_args or {}, seed)
-    except SourceError:  # an initialization that needs numbers
+            result = call(function, name, model_args or {}, seed)
+    # An initialization that needs numbers.
+    except SourceError:
         return build(spec, model_args, seed, init=False)
-    if not isinstance(model, nn.Module):
-        raise not_a_module(name, model)
-    if any(buffer.is_meta for buffer in model.buffers()):
+    model = _checked_module(name, result)
+    if _any_on_meta(model.buffers()):
         with seeded(seed):
             compute_buffers(model, name)
     return model
+
+
+def _is_config(spec: Factory) -> bool:
+    """Return whether a factory is `hf:CONFIG`."""
+    return isinstance(spec, str) and spec.startswith("hf:")
+
+
+def _checked_module(name: str, result: Any) -> nn.Module:
+    """Return what a factory returned, if it is a module.
+
+    Raises:
+        SourceError: it is something else.
+    """
+    if not isinstance(result, nn.Module):
+        raise not_a_module(name, result)
+    return result
+
+
+def _any_on_meta(tensors: Iterable[Tensor]) -> bool:
+    """Return whether one of several tensors is on the meta device."""
+    return any(tensor.is_meta for tensor in tensors)
 
 
 def _build_from_config(spec: str, model_args: dict[str, Any] | None, seed: int) -> nn.Module:
@@ -303,11 +365,30 @@ def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed
         arguments: by name.
         seed: of torch's random numbers.
 
+    Returns:
+        What the function returns.
+
     Raises:
         SourceError: the arguments do not fit, or the code raises; the message shows its own frames.
     """
-    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+    _check_arguments(factory, spec, arguments)
+    try:
+        with seeded(seed):
+            return factory(**arguments)
+    except JacdiagError:
+        raise
+    except Exception as error:
+        raise SourceError(f"'{spec}' raised", got=own_frames(error)) from error
+
+
+def _check_arguments(factory: Callable[..., Any], spec: str, arguments: dict[str, Any]) -> None:
+    """Raise unless a function can be called with the arguments."""
+    # 1. Names.
+    are_named = isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments)
+    if not are_named:
         raise SourceError("the arguments of a factory are a dict by name", got=repr(arguments)[:80])
+
+    # 2. Those that it takes.
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
@@ -317,13 +398,6 @@ def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed
         ) from error
     except ValueError:
         pass  # a builtin without a signature
-    try:
-        with seeded(seed):
-            return factory(**arguments)
-    except JacdiagError:
-        raise
-    except Exception as error:
-        raise SourceError(f"'{spec}' raised", got=own_frames(error)) from error
 
 
 def not_a_module(spec: str, result: Any) -> SourceError:
@@ -345,7 +419,7 @@ def not_a_module(spec: str, result: Any) -> SourceError:
         got = f"a {type(result).__name__} of {types or 'nothing'}"
         hint = _hint_of_place(spec, dict(enumerate(result)))
     elif isinstance(result, dict):
-        keys = ", ".join(repr(key) for key in list(result)[:4])
+        keys = ", ".join(map(repr, list(result)[:4]))
         got = f"a dict with {keys or 'nothing'}"
         hint = _hint_of_dict(spec, result)
     return SourceError(f"'{spec}' returned no nn.Module", got=got, hint=hint)
@@ -366,8 +440,8 @@ def _hint_of_place(spec: str, items: Mapping[Any, Any]) -> str:
         spec: the name of the factory.
         items: index or key -> item of the container.
     """
-    places = [place for place, item in items.items() if isinstance(item, nn.Module)]
-    if not places:
-        return _RETURN_A_MODULE
     name = spec.rpartition(":")[2]
-    return f"return the model alone, such as `lambda: {name}()[{places[0]!r}]`"
+    for place, item in items.items():
+        if isinstance(item, nn.Module):
+            return f"return the model alone, such as `lambda: {name}()[{place!r}]`"
+    return _RETURN_A_MODULE

@@ -43,9 +43,11 @@ def configs(model: nn.Module) -> Iterator[Any]:
     model = unwrap(model)
     for name in _CONFIGS:
         config = _attribute(model, name)
+        # A method of this name is no config.
         if config is None or callable(config):
             continue
         yield config
+        # Models of images and text have a config for each part.
         text_config = getattr(config, "text_config", None)
         if text_config is not None:
             yield text_config
@@ -54,6 +56,7 @@ def configs(model: nn.Module) -> Iterator[Any]:
 
 def _attribute(model: nn.Module, name: str) -> Any:
     """Return an attribute of a model; None if it has none, or if its own property raises."""
+    # a property is the model's own code, and may raise anything
     try:
         return getattr(model, name, None)
     except Exception:
@@ -62,6 +65,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 def _value(config: Any, name: str) -> Any:
     """Return a value of a config, which may be a mapping or an object."""
+    # A mapping has attributes too, such as its methods.
     if isinstance(config, Mapping):
         return config.get(name)
     return getattr(config, name, None)
@@ -72,9 +76,17 @@ def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:
     for config in configs(model):
         for name in names:
             value = _value(config, name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if _is_size(value):
                 return value
     return None
+
+
+def _is_size(value: Any) -> bool:
+    """Return whether a value is a whole number above 0."""
+    # True is a number of Python, and no size.
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) and value > 0
 
 
 def embedding(model: nn.Module) -> nn.Embedding | None:
@@ -85,24 +97,42 @@ def embedding(model: nn.Module) -> nn.Embedding | None:
     vocabulary.
     """
     # 1. The one that the model names.
-    getter = getattr(unwrap(model), "get_input_embeddings", None)
-    if callable(getter):
-        table = None
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            table = getter()
-        if isinstance(table, nn.Embedding):
-            return table
+    named = _named_embedding(model)
+    if named is not None:
+        return named
 
-    # 2. The table of the right size, or the longest one.
-    by_name = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    tables = [table for name, table in by_name.items() if not _POSITIONS.search(name)]
-    if not tables:
-        tables = list(by_name.values())
+    # 2. The table of the right size.
+    tables = _token_tables(model)
     vocab_size = _number(model, _VOCABULARY)
     for table in tables:
         if table.num_embeddings == vocab_size:
             return table
+
+    # 3. The longest one.
     return max(tables, key=lambda table: table.num_embeddings, default=None)
+
+
+def _named_embedding(model: nn.Module) -> nn.Embedding | None:
+    """Return the table that a model names as models of transformers do; None if it names none."""
+    getter = getattr(unwrap(model), "get_input_embeddings", None)
+    if not callable(getter):
+        return None
+    # Base classes have the method, and not every model a table for it.
+    table = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        table = getter()
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _token_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Return the tables that may be those of tokens; all of them if none has such a name."""
+    tables: list[nn.Embedding] = []
+    others: list[nn.Embedding] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            group = others if _POSITIONS.search(name) else tables
+            group.append(module)
+    return tables or others
 
 
 def vocabulary(model: nn.Module) -> int | None:
@@ -111,6 +141,7 @@ def vocabulary(model: nn.Module) -> int | None:
     vocab_size = _number(model, _VOCABULARY)
     if table is None:
         return vocab_size
+    # A table may be padded to a round number of rows.
     if vocab_size is None:
         return table.num_embeddings
     return min(table.num_embeddings, vocab_size)
@@ -124,13 +155,23 @@ def longest_sequence(model: nn.Module) -> int | None:
 def position_rows(model: nn.Module) -> int | None:
     """Return how many rows the model's table of positions has; None if no name is that of one."""
     rows = []
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+    inner = unwrap(model)
+
+    # 1. Tables that are modules.
+    for name, module in inner.named_modules():
+        if isinstance(module, nn.Embedding) and _is_of_positions(name):
             rows.append(module.num_embeddings)
-    for name, parameter in unwrap(model).named_parameters():
-        if parameter.dim() in (2, 3) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+
+    # 2. Tables that are parameters, (T, d) or (1, T, d).
+    for name, parameter in inner.named_parameters():
+        if parameter.dim() in (2, 3) and _is_of_positions(name):
             rows.append(parameter.shape[-2])
     return min(rows, default=None)
+
+
+def _is_of_positions(name: str) -> bool:
+    """Return whether the last part of a name is one of tables of positions."""
+    return _POSITION_TABLE.search(name.rpartition(".")[2]) is not None
 
 
 def main_input(model: nn.Module) -> str:
@@ -145,10 +186,12 @@ def main_input(model: nn.Module) -> str:
 
 def takes(model: nn.Module, name: str) -> bool:
     """Return whether the model's forward has a parameter of that name."""
+    # A forward in C has no signature.
     try:
-        return name in inspect.signature(unwrap(model).forward).parameters
+        parameters = inspect.signature(unwrap(model).forward).parameters
     except (TypeError, ValueError):
         return False
+    return name in parameters
 
 
 def special_ids(model: nn.Module) -> set[int]:
@@ -157,6 +200,7 @@ def special_ids(model: nn.Module) -> set[int]:
     for config in configs(model):
         for name in _SPECIAL_IDS:
             value = _value(config, name)
+            # Some models have several ids for the end.
             values = value if isinstance(value, list | tuple) else [value]
-            ids |= {item for item in values if isinstance(item, int)}
+            ids.update(item for item in values if isinstance(item, int))
     return ids

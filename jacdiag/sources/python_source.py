@@ -34,31 +34,37 @@ def source_of(
         trust_pickle: let a pickle that holds more than tensors run code.
         seed: before a factory is called.
 
+    Returns:
+        The source.
+
     Raises:
         SourceError: it cannot be read, or is of a kind that holds no model; the message says what
             to pass.
     """
+    # 1. What is in memory already. A module can be called too, so it comes before functions.
     if isinstance(given, Source):
         return given
     if isinstance(given, nn.Module):
         return Source.of_module(given)
+
+    # 2. What is to be read or built.
     if isinstance(given, str | bytes | os.PathLike):
         text = path_text(given)
         return load(
             text, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
         )
-    if callable(given):
-        name = factory.name_of(given)
-        if model is not None:
-            raise UsageError(
-                "model= belongs to a checkpoint file",
-                got=f"model={model!r} with the function {name}",
-            )
-        rebuild = partial(factory.build, given, model_args)
-        return Source(rebuild(seed), {"format": "factory", "factory": name}, name, rebuild=rebuild)
-    raise SourceError(
-        "this is no model that can be audited", got=kind_of(given), hint=_way_from(given)
-    )
+    if not callable(given):
+        raise SourceError(
+            "this is no model that can be audited", got=kind_of(given), hint=_way_from(given)
+        )
+    name = factory.name_of(given)
+    if model is not None:
+        raise UsageError(
+            "model= belongs to a checkpoint file",
+            got=f"model={model!r} with the function {name}",
+        )
+    rebuild = partial(factory.build, given, model_args)
+    return Source(rebuild(seed), {"format": "factory", "factory": name}, name, rebuild=rebuild)
 
 
 def check_module(given: Any, caller: str) -> None:
@@ -73,6 +79,7 @@ def check_module(given: Any, caller: str) -> None:
     """
     if isinstance(given, nn.Module):
         return
+    # The hint says how to get a module from it.
     if isinstance(given, str | bytes | os.PathLike):
         hint = "jacdiag.sources.load(SOURCE).model is the module that a file or factory holds"
     elif callable(given):
@@ -97,6 +104,7 @@ def kind_of(value: Any) -> str:
     """Return what a value is, for a message."""
     if value is None:
         return "None"
+    # the type of a class is no help
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"type {type(value).__name__}"
@@ -104,11 +112,8 @@ def kind_of(value: Any) -> str:
 
 def _way_from(given: Any) -> str:
     """Return what to pass in place of a value that is no model."""
-    if (
-        isinstance(given, Mapping)
-        and given
-        and all(isinstance(value, Tensor) for value in given.values())
-    ):
+    # 1. What a file may hold.
+    if _is_state_dict(given):
         return (
             "a state dict has no forward: load it into its module, model.load_state_dict(state), "
             "and pass the module; "
@@ -117,7 +122,9 @@ def _way_from(given: Any) -> str:
         )
     if isinstance(given, Mapping):
         return "the module, or the path of the checkpoint file that holds this"
-    if isinstance(given, list | tuple) and any(isinstance(item, nn.Module) for item in given):
+
+    # 2. What stands next to a model in a training script.
+    if _holds_module(given):
         return "one module: pass the one to look at, such as models[0]"
     if hasattr(given, "param_groups"):
         return "the module, not its optimizer"
@@ -125,3 +132,18 @@ def _way_from(given: Any) -> str:
         "a torch.nn.Module, a function that builds one, or a SOURCE such as 'checkpoint.pt' or "
         "'build.py:model'"
     )
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Return whether a value is a mapping of tensors and nothing else."""
+    # an empty mapping is no state dict
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(item, Tensor) for item in value.values())
+
+
+def _holds_module(value: Any) -> bool:
+    """Return whether a value is a list or tuple with a module in it."""
+    if not isinstance(value, list | tuple):
+        return False
+    return any(isinstance(item, nn.Module) for item in value)
