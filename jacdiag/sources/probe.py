@@ -52,18 +52,17 @@ class Probe:
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
-        """Return the probe of an input: a tensor, a tuple of arguments, or a dict by keyword."""
+        """Return the probe of an input: a tensor, a tuple of arguments, or a dict by keyword.
+
+        Args:
+            inputs: as the model's forward takes it.
+            seed: for the record, of what was drawn.
+
+        Raises:
+            ProbeError: it holds no tensor, or an empty one.
+        """
         # 1. The arguments of the model's forward.
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(inputs, dict):
-            kwargs = _by_name(inputs)
-        elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
-            kwargs = dict(inputs.items())
-        elif isinstance(inputs, tuple | list):
-            args = tuple(inputs)
-        else:
-            args = (inputs,)
+        args, kwargs = _as_arguments(inputs)
         tensors = list(_tensors((args, kwargs)))
         if not tensors:
             raise ProbeError(
@@ -78,7 +77,7 @@ class Probe:
             )
 
         # 2. The token ids among them, and the size.
-        ids = next((tensor for tensor in tensors if _are_ids(tensor)), None)
+        ids = next(filter(_are_ids, tensors), None)
         shape = tensors[0].shape if ids is None else ids.shape
         batch = shape[0] if shape else 1
         seq = shape[1] if len(shape) > 1 else None
@@ -96,6 +95,7 @@ class Probe:
             tensors = [self.token_ids]
         hashed = hashlib.sha256()
         for tensor in tensors:
+            # The type that a device or a loader chose does not count.
             plain = tensor.detach().cpu()
             plain = plain.double() if plain.is_floating_point() else plain.long()
             hashed.update(str(tuple(plain.shape)).encode())
@@ -116,19 +116,10 @@ class Probe:
 
     def to(self, device: torch.device | str) -> Probe:
         """Return the same probe on another device."""
-
-        def moved(value: Any) -> Any:
-            if type(value) in (list, tuple):
-                return type(value)(map(moved, value))
-            if type(value) is dict:
-                return {key: moved(item) for key, item in value.items()}
-            if isinstance(value, Tensor):
-                return value.to(device)
-            return value
-
-        args = tuple(moved(value) for value in self.args)
-        kwargs = {name: moved(value) for name, value in self.kwargs.items()}
-        return replace(self, args=args, kwargs=kwargs, token_ids=moved(self.token_ids))
+        args = tuple(_moved(value, device) for value in self.args)
+        kwargs = {name: _moved(value, device) for name, value in self.kwargs.items()}
+        token_ids = _moved(self.token_ids, device)
+        return replace(self, args=args, kwargs=kwargs, token_ids=token_ids)
 
     @contextmanager
     def suspected(self) -> Iterator[None]:
@@ -138,24 +129,48 @@ class Probe:
         except TraceError as error:
             if error.hint or not self._may_be_too_long(error.__cause__):
                 raise
-            length = self.record.seq or 0
-            hint = (
-                f"if the model takes less than the probe's {length} tokens a sequence: --seq "
-                f"{length // 2}"
-            )
-            if self.limit is not None and self.limit < length:
-                hint = f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
+            hint = self._hint_on_length()
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
+
+    def _hint_on_length(self) -> str:
+        """Return what to try if the probe may be too long."""
+        length = self.record.seq or 0
+        # The table of positions says how long it may be.
+        if self.limit is not None and self.limit < length:
+            return f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
+        return (
+            f"if the model takes less than the probe's {length} tokens a sequence: --seq "
+            f"{length // 2}"
+        )
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
         """Return whether an error can be about the length of the tokens that were chosen here."""
-        length = self.record.seq or 0
-        if self.token_ids is None or self.record.tokens == "inputs" or length < 2:
+        # 1. Inputs that were passed are what the caller wants.
+        if self.token_ids is None or self.record.tokens == "inputs":
             return False
+        length = self.record.seq or 0
+        if length < 2:
+            return False
+
+        # 2. An assertion or an index says little about its reason.
         if isinstance(error, AssertionError | IndexError):
             return True
-        names_length = re.search(rf"{_LENGTHWISE}|\b{length}\b", str(error), re.IGNORECASE)
-        return isinstance(error, RuntimeError | ValueError) and names_length is not None
+        if not isinstance(error, RuntimeError | ValueError):
+            return False
+        pattern = rf"{_LENGTHWISE}|\b{length}\b"
+        return re.search(pattern, str(error), re.IGNORECASE) is not None
+
+
+def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return an input as positional arguments and keyword arguments."""
+    if isinstance(inputs, dict):
+        return (), _by_name(inputs)
+    # a tokenizer's BatchEncoding
+    if hasattr(inputs, "keys") and hasattr(inputs, "data"):
+        return (), dict(inputs.items())
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
@@ -169,18 +184,39 @@ def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
     return dict(inputs)
 
 
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Return a value with its tensors on a device.
+
+    Args:
+        value: a tensor, or lists, tuples and dicts with tensors in them. Of a subclass of these, as
+            of any other object, nothing is known: it stays as it is.
+        device: where they go.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
 def _are_ids(tensor: Tensor) -> bool:
     """Return whether a tensor can be token ids: integers, (B, T)."""
-    is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
-    return tensor.dim() == 2 and is_integer
+    # masks are no ids
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return False
+    return tensor.dim() == 2
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _tensors(item)
 
 
@@ -209,6 +245,9 @@ def build_probe(
         trust_code: let a tokenizer's own Python code run.
         number: which of several probes, from 0. Random input is drawn with the seed plus this
             number. Of a file, each probe is the next part.
+
+    Returns:
+        The probe, on the CPU.
 
     Raises:
         UsageError: both `tokens` and `inputs` are given.
@@ -249,6 +288,8 @@ def build_probe(
     else:
         size = _Size(batch=batch, length=length, number=number)
         chosen = _of_no_file(source, size, seed, trust_code=trust_code)
+
+    # 3. The arguments that pass them.
     ids = chosen.ids
     record = ProbeRecord(
         ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows
@@ -291,12 +332,12 @@ def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
     Raises:
         UsageError: the factory of the input gives the same tensors with another seed.
     """
+    # Tokens of a file or of the text differ by their place, random ones by their seed.
     if factory_given is None:
         return
     first = _inputs_of(probes[0])
     for number, probe in enumerate(probes[1:], start=1):
-        others = _inputs_of(probe)
-        if len(first) == len(others) and all(map(_same, first, others)):
+        if _all_same(first, _inputs_of(probe)):
             raise UsageError(
                 "--probes needs an input that varies",
                 got=(
@@ -315,7 +356,15 @@ def _inputs_of(probe: Probe) -> list[Tensor]:
     return list(_tensors((probe.args, probe.kwargs)))
 
 
+def _all_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Return whether two inputs are the same tensors, in order."""
+    if len(first) != len(second):
+        return False
+    return all(map(_same, first, second))
+
+
 def _same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are equal."""
     return first.shape == second.shape and torch.equal(first, second)
 
 
@@ -325,14 +374,19 @@ def _length(source: Source, seq: int | None) -> int:
     Raises:
         ProbeError: the model allows fewer than were given.
     """
+    # 1. As the model allows.
     most = source.max_seq
-    if seq is not None and most is not None and seq > most:
+    if not seq:
+        return min(_DEFAULT_SEQ, most or _DEFAULT_SEQ)
+
+    # 2. As given.
+    if most is not None and seq > most:
         raise ProbeError(
             "the sequence is longer than the model allows",
             got=f"--seq {seq}, the model says {most}",
             hint=f"--seq {most}",
         )
-    return seq or min(_DEFAULT_SEQ, most or _DEFAULT_SEQ)
+    return seq
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,9 +429,13 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
             f"no such token file: '{path}'",
             hint=f"{_READABLE}; without it the probe is random tokens",
         )
+
+    # 1. Ids.
     if not text.is_text(path):
         ids = _rows(_read_tokens(path), path, size)
         return _Chosen(ids=_checked(ids, vocab, path.name), name=path.name)
+
+    # 2. Text, which may be too short for all sequences.
     tokenized = text.tokenize_file(path, source, vocab, size.tokens, trust_code=trust_code)
     ids = _rows(tokenized.ids, path, size)
     notes = list(tokenized.notes)
@@ -391,50 +449,103 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
 
 def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> _Chosen:
     """Return the text that ships if the source has a tokenizer for it, else random tokens."""
-    vocab, folder = source.vocab_size, source.folder
+    # 1. Text. A model that was not trained knows no text.
+    vocab = source.vocab_size
     assert vocab is not None
-    if folder is not None and source.step != 0 and text.has_tokenizer(folder):
-        ids = text.tokenize_sample(
-            folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code
-        )
-        if ids is not None:
-            what, more = "the text that ships with jacdiag", "--tokens FILE with more text"
-            if len(ids) < size.tokens:
-                raise _too_few(len(ids), what, size, more)
-            ids = ids[-size.batch * size.length :].view(size.batch, size.length)
-            return _Chosen(ids=ids, name=OWN_TEXT)
+    ids = None
+    if source.step != 0:
+        ids = _shipped_text(source, size, vocab, trust_code=trust_code)
+    if ids is not None:
+        return _Chosen(ids=ids, name=OWN_TEXT)
+
+    # 2. Random tokens.
     alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
     drawn = alive[torch.randint(len(alive), (size.batch, size.length), generator=generator)]
     return _Chosen(ids=drawn, name="random", excluded_rows=vocab - len(alive))
 
 
+def _shipped_text(source: Source, size: _Size, vocab: int, *, trust_code: bool) -> Tensor | None:
+    """Return ids (B, T) of the text that ships; None if the source has no tokenizer for it.
+
+    Args:
+        source: with a model.
+        size: of the probe.
+        vocab: how many ids the model knows.
+        trust_code: let a tokenizer's own Python code run.
+
+    Raises:
+        ProbeError: the text is too short for so many probes.
+    """
+    folder = source.folder
+    if folder is None or not text.has_tokenizer(folder):
+        return None
+    # A single probe may repeat the text. Several that are the same would say nothing.
+    ids = text.tokenize_sample(
+        folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code
+    )
+    if ids is None:
+        return None
+    if len(ids) < size.tokens:
+        what, more = "the text that ships with jacdiag", "--tokens FILE with more text"
+        raise _too_few(len(ids), what, size, more)
+    return ids[-size.batch * size.length :].view(size.batch, size.length)
+
+
 def living_rows(source: Source, vocab: int) -> Tensor:
     """Return ids of the embedding rows that a probe may draw from.
 
     Those are not special, not padding, not near zero and no twins.
+
+    Args:
+        source: with a model.
+        vocab: how many ids the model knows.
+
+    Returns:
+        The ids (rows,), in order; all of them if fewer than two are left.
     """
     model = source.model
     assert model is not None
     usable = torch.ones(vocab, dtype=torch.bool)
-    usable[[i for i in facts.special_ids(model) if 0 <= i < vocab]] = False
+
+    # 1. Special ids, by the config.
+    special = [i for i in facts.special_ids(model) if 0 <= i < vocab]
+    usable[special] = False
+
+    # 2. Rows that were never trained, by the table.
     table = facts.embedding(model)
-    weight = None if table is None else source.value_of(table.weight)
-    if table is not None and weight is not None:
-        if table.padding_idx is not None and table.padding_idx < vocab:
-            usable[table.padding_idx] = False
-        chunks = weight[:vocab].split(_ROWS)
-        std = torch.cat([chunk.float().cpu().std(dim=1, correction=0) for chunk in chunks])
-        usable &= std >= _DEAD * std.median()
-        usable &= ~_twins(weight[:vocab])
+    if table is not None:
+        usable &= _trained_rows(table, source.value_of(table.weight), vocab)
     alive = usable.nonzero().squeeze(1)
     if len(alive) < 2:
         return torch.arange(vocab)
     return alive
 
 
+def _trained_rows(table: nn.Embedding, weight: Tensor | None, vocab: int) -> Tensor:
+    """Return which rows of a table are not padding, not near zero and no twins, (vocab,).
+
+    Args:
+        table: the embedding.
+        weight: its values, (rows, d); all rows count as trained if they are not known.
+        vocab: how many rows the model uses.
+    """
+    trained = torch.ones(vocab, dtype=torch.bool)
+    if weight is None:
+        return trained
+    if table.padding_idx is not None and table.padding_idx < vocab:
+        trained[table.padding_idx] = False
+
+    # A chunk at a time: a table may be large, and stored in less than float32.
+    chunks = weight[:vocab].split(_ROWS)
+    std = torch.cat([chunk.float().cpu().std(dim=1, correction=0) for chunk in chunks])
+    trained &= std >= _DEAD * std.median()
+    return trained & ~_twins(weight[:vocab])
+
+
 def _twins(rows: Tensor) -> Tensor:
     """Return which rows equal another one to the bit: they fill up a table, never trained."""
+    # Equal rows have equal products with a random vector, and others practically never.
     mark = torch.randn(
         rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -451,8 +562,10 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
     if not facts.takes(model, "input_ids"):
         return (ids,), {}
     kwargs: dict[str, Any] = {"input_ids": ids}
+    # a cache would change what a second run computes
     if facts.takes(model, "use_cache"):
         kwargs["use_cache"] = False
+    # both sides of an encoder-decoder model get the same ids
     if facts.takes(model, "decoder_input_ids"):
         kwargs["decoder_input_ids"] = ids
     return (), kwargs
@@ -461,8 +574,14 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
 def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
     """Return random images of the size that the model's config names."""
     config: Any = getattr(unwrap(model), "config", None)
+    # 1. The size: one number, or several of which the last two are those of the image.
     size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    if isinstance(size, int):
+        height, width = size, size
+    else:
+        height, width = tuple(size)[-2:]
+
+    # 2. The images.
     shape = (batch, getattr(config, "num_channels", 3), height, width)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     record = ProbeRecord(batch, None, seed, tokens="random pixels")
@@ -475,7 +594,7 @@ def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
 
     A table keeps its own length if none was given.
     """
-    batch, length = size.batch, size.length
+    # 1. A table.
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ProbeError(
             f"'{path}' holds no token ids",
@@ -483,39 +602,54 @@ def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
             hint="integers are expected",
         )
     ids = ids.long()
-    if ids.dim() == 2 and ids.numel() and not size.given:
-        return _table_rows(ids[:, :length], path, size)
+    is_table = ids.dim() == 2 and ids.numel() > 0
+    if is_table and not size.given:
+        return _table_rows(ids[:, : size.length], path, size)
+
+    # 2. Tokens in a row: those after the probes before this one.
     flat = ids.flatten()
     if size.number and len(flat) < size.tokens:
         raise _too_few(len(flat), f"'{path}'", size, "more tokens")
-    flat = flat[size.tokens - batch * length :]
-    if len(flat) < length:
+    flat = flat[size.tokens - size.batch * size.length :]
+    if len(flat) < size.length:
         raise ProbeError(
             f"'{path}' has too few tokens",
-            got=f"{len(flat)}, a sequence takes {length}",
+            got=f"{len(flat)}, a sequence takes {size.length}",
             hint=f"--seq {len(flat)}" if len(flat) else None,
         )
-    rows = min(batch, len(flat) // length)
-    return flat[: rows * length].view(rows, length)
+    rows = min(size.batch, len(flat) // size.length)
+    return flat[: rows * size.length].view(rows, size.length)
 
 
 def _table_rows(rows: Tensor, path: Path, size: _Size) -> Tensor:
     """Return the rows of a table of ids that a probe takes."""
     start = size.number * size.batch
-    if size.number and len(rows) < start + size.batch:
-        fit = len(rows) // size.batch
-        hint = "more rows, or a smaller --batch"
-        if fit > 1:
-            hint = f"--probes {fit}, or a smaller --batch"
-        got = f"{len(rows)} rows; the first {size.number + 1} probes take {start + size.batch}"
-        raise ProbeError(f"'{path}' has too few sequences for so many probes", got=got, hint=hint)
-    return rows[start : start + size.batch]
+    end = start + size.batch
+    # The first probe may have fewer rows than it should.
+    if size.number == 0 or len(rows) >= end:
+        return rows[start:end]
+
+    hint = "more rows, or a smaller --batch"
+    complete = len(rows) // size.batch
+    if complete > 1:
+        hint = f"--probes {complete}, or a smaller --batch"
+    got = f"{len(rows)} rows; the first {size.number + 1} probes take {end}"
+    raise ProbeError(f"'{path}' has too few sequences for so many probes", got=got, hint=hint)
 
 
 def _too_few(have: int, what: str, size: _Size, more: str) -> ProbeError:
-    """Return the error of a text that does not fill another probe."""
-    fit = have // (size.batch * size.length)
-    hint = f"--probes {fit}, or {more}" if fit > 1 else f"{more}, or a smaller --batch or --seq"
+    """Return the error of a text that does not fill another probe.
+
+    Args:
+        have: how many tokens there are.
+        what: holds them.
+        size: of the probe.
+        more: what to give in its place.
+    """
+    hint = f"{more}, or a smaller --batch or --seq"
+    complete = have // (size.batch * size.length)
+    if complete > 1:
+        hint = f"--probes {complete}, or {more}"
     got = (
         f"{have} tokens; the first {size.number + 1} probes of {size.batch} x {size.length} "
         f"take {size.tokens}"
@@ -529,22 +663,32 @@ def _read_tokens(path: Path) -> Tensor:
     Raises:
         ProbeError: it cannot be read, or is of another format.
     """
-    import numpy as np
-
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ProbeError(
+            f"'{path}' is no token file", got=path.suffix or "no suffix", hint=_READABLE
+        )
+    # a stranger's bytes in the readers of others: they may raise anything
     try:
-        if path.suffix == ".npy":
-            return _read_numpy(path)
-        if path.suffix == ".bin":
-            tokens = np.fromfile(path, dtype="<u2", count=_MOST_TOKENS)
-            return torch.from_numpy(tokens.astype("int64"))
-        if path.suffix == ".pt":
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(content, Tensor):
-                raise ValueError(f"it holds a {type(content).__name__}, not a tensor")
-            return content
+        return reader(path)
     except Exception as error:
         raise ProbeError(f"cannot read tokens from '{path}'", got=_said(error)) from error
-    raise ProbeError(f"'{path}' is no token file", got=path.suffix or "no suffix", hint=_READABLE)
+
+
+def _read_raw(path: Path) -> Tensor:
+    """Return the first tokens of a .bin file, as nanoGPT writes it: uint16, little-endian."""
+    import numpy as np
+
+    tokens = np.fromfile(path, dtype="<u2", count=_MOST_TOKENS)
+    return torch.from_numpy(tokens.astype("int64"))
+
+
+def _read_torch(path: Path) -> Tensor:
+    """Return the tensor of a .pt file."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Tensor):
+        raise ValueError(f"it holds a {type(content).__name__}, not a tensor")
+    return content
 
 
 def _said(error: Exception) -> str:
@@ -556,13 +700,21 @@ def _read_numpy(path: Path) -> Tensor:
     """Return the first tokens of a .npy file: of a table its first rows."""
     import numpy as np
 
+    # 1. The first tokens. The rest stays on the disk.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype.kind not in "iuf":
         raise ValueError(f"an array of {array.dtype}")
-    first = array[:_MOST_ROWS] if array.ndim == 2 else array.reshape(-1)[:_MOST_TOKENS]
-    # Floating-point numbers are refused later, with what to do.
+    if array.ndim == 2:
+        first = array[:_MOST_ROWS]
+    else:
+        first = array.reshape(-1)[:_MOST_TOKENS]
+
+    # 2. As torch takes them. Floating-point numbers are refused later, with what to do.
     kind = "float32" if array.dtype.kind == "f" else "int64"
     return torch.from_numpy(np.array(first).astype(kind))
+
+
+_READERS = {".npy": _read_numpy, ".bin": _read_raw, ".pt": _read_torch}
 
 
 def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
@@ -572,11 +724,11 @@ def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
         ProbeError: one of them does not.
     """
     outside = ((ids < 0) | (ids >= vocab)).nonzero()
-    if len(outside):
-        row, column = outside[0].tolist()
-        first = f"id {int(ids[row, column])} at position {column} of sequence {row}"
-        raise ProbeError(
-            f"'{name}' holds tokens out of the vocabulary",
-            got=f"{first}, {len(outside)} in all; the model knows 0 to {vocab - 1}",
-        )
-    return ids
+    if len(outside) == 0:
+        return ids
+    row, column = outside[0].tolist()
+    first = f"id {int(ids[row, column])} at position {column} of sequence {row}"
+    raise ProbeError(
+        f"'{name}' holds tokens out of the vocabulary",
+        got=f"{first}, {len(outside)} in all; the model knows 0 to {vocab - 1}",
+    )
