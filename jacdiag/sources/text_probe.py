@@ -79,14 +79,18 @@ def tokenize_file(
         tokens: how many are wanted; fewer are returned if the text is shorter.
         trust_code: let a tokenizer's own Python code run.
 
+    Returns:
+        The ids, with what the report says about them.
+
     Raises:
         ProbeError: the text cannot be read or tokenised, or nothing is known that could.
     """
+    # 1. Without a tokenizer.
     bytes_are_ids = LEAST_BYTES <= vocabulary <= MOST_BYTES
     folder = next(filter(has_tokenizer, _folders(source)), None)
+    if folder is None and bytes_are_ids:
+        return _as_bytes(path, vocabulary, tokens)
     if folder is None:
-        if bytes_are_ids:
-            return _as_bytes(path, vocabulary, tokens)
         raise ProbeError(
             f"'{path}' is text, and no tokenizer for this model is known",
             got=f"a vocabulary of {vocabulary:,}, and no tokenizer files with the model",
@@ -94,15 +98,19 @@ def tokenize_file(
             "(uint16) file; "
             f"bytes are ids for a vocabulary of {LEAST_BYTES} to {MOST_BYTES}",
         )
+
+    # 2. A tokenizer next to the file of a model on bytes may be another model's.
+    may_be_foreign = bytes_are_ids and folder != source.folder
     try:
         tokenizer = load_tokenizer(folder, trust_code=trust_code)
     except ProbeError:
-        if bytes_are_ids and folder != source.folder:
+        if may_be_foreign:
             return _as_bytes(path, vocabulary, tokens)
         raise
-    if bytes_are_ids and folder != source.folder and len(tokenizer) > vocabulary:
-        # the tokenizer next to the file is another model's
+    if may_be_foreign and len(tokenizer) > vocabulary:
         return _as_bytes(path, vocabulary, tokens)
+
+    # 3. With the tokenizer.
     return _through(tokenizer, folder, path, tokens)
 
 
@@ -122,19 +130,27 @@ def tokenize_sample(
         The ids (tokens,), or None if this tokenizer cannot be loaded, does not know the text, or is
         another model's.
     """
+    # 1. Nobody asked for text: if it fails, random tokens are left, and the report says
+    #    off-distribution.
     text = (Path(__file__).parent / "probe.txt").read_text(encoding="utf-8")
     try:
         tokenizer = load_tokenizer(folder, trust_code=trust_code)
         ids = _encode(tokenizer, text, folder)
-    # nobody asked for text: random tokens are left, and the report says off-distribution
     except ProbeError:
         return None
-    if not len(ids) or int(ids.max()) >= vocabulary or _unknown(tokenizer, ids) > _MOSTLY_UNKNOWN:
+    if not len(ids):
         return None
-    if not repeat:
-        return ids[:tokens]
-    repeats = -(-tokens // len(ids))
-    return ids.repeat(repeats)[:tokens]
+
+    # 2. A tokenizer of another model, or of another language.
+    is_outside = int(ids.max()) >= vocabulary
+    if is_outside or _unknown(tokenizer, ids) > _MOSTLY_UNKNOWN:
+        return None
+
+    # 3. As many as are wanted.
+    if repeat:
+        repeats = -(-tokens // len(ids))  # rounded up
+        ids = ids.repeat(repeats)
+    return ids[:tokens]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -142,14 +158,24 @@ def has_tokenizer(folder: Path) -> bool:
 
     `AutoTokenizer` does not say: from a config.json alone it builds one with an empty vocabulary.
     """
+    # 1. A vocabulary.
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError:
         return False
-    if any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
+    if any(_is_vocabulary(name) for name in names):
         return True
+
+    # 2. A tokenizer that needs none, or brings its own code.
     settings = _settings(folder)
-    return settings.get("tokenizer_class") in _WITHOUT_VOCABULARY or _own_code(settings)
+    if settings.get("tokenizer_class") in _WITHOUT_VOCABULARY:
+        return True
+    return _own_code(settings)
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Return whether a file is called as vocabularies are."""
+    return any(fnmatch(name, pattern) for pattern in _VOCABULARIES)
 
 
 def load_tokenizer(folder: Path, *, trust_code: bool) -> Any:
@@ -159,14 +185,15 @@ def load_tokenizer(folder: Path, *, trust_code: bool) -> Any:
         folder: with the tokenizer's files.
         trust_code: let its own Python code run.
 
+    Returns:
+        The tokenizer of transformers.
+
     Raises:
         ProbeError: it cannot be loaded, or only by running its code.
     """
-    if (
-        _own_code(_settings(folder))
-        and not trust_code
-        and not (folder / "tokenizer.json").is_file()
-    ):
+    # 1. Code that may not run. A tokenizer.json can be read without it.
+    needs_code = _own_code(_settings(folder)) and not (folder / "tokenizer.json").is_file()
+    if needs_code and not trust_code:
         raise ProbeError(
             f"the tokenizer of '{folder}' is Python code of its own",
             got="auto_map in tokenizer_config.json",
@@ -175,13 +202,15 @@ def load_tokenizer(folder: Path, *, trust_code: bool) -> Any:
                 ".bin (uint16)"
             ),
         )
+
+    # 2. Foreign code and foreign files may raise anything.
     try:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_code
         )
-    except Exception as error:  # a tokenizer is foreign code and foreign files
+    except Exception as error:
         raise ProbeError(
             f"cannot load the tokenizer of '{folder}'",
             got=one_line(error),
@@ -199,59 +228,82 @@ def read_text(path: Path) -> str:
     Raises:
         ProbeError: it cannot be read, or is in another encoding.
     """
+    # 1. The bytes.
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST)
     except OSError as error:
         raise ProbeError(f"cannot read the text '{path}'", got=error.strerror) from error
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+
+    # 2. The text. The last character may have been cut; incremental decoding leaves it out.
+    is_complete = len(data) < _LARGEST
+    decoder = codecs.getincrementaldecoder(_marked_encoding(data) or "utf-8")()
     try:
-        # The last character may have been cut; incremental decoding leaves it out.
-        whole = len(data) < _LARGEST
-        text = codecs.getincrementaldecoder(encoding)().decode(data, final=whole)
+        text = decoder.decode(data, final=is_complete)
     except UnicodeDecodeError as error:
         raise ProbeError(
             f"'{path}' is no UTF-8 text",
             got=f"byte 0x{data[error.start]:02x} at position {error.start}",
             hint=f"for example: iconv -f latin1 -t utf-8 '{path}' > utf8.txt",
         ) from error
-    return (
-        "\n".join(_lines_of(path, text, whole=whole)) if path.suffix.lower() == ".jsonl" else text
-    )
+
+    # 3. Of a .jsonl file, one field of each line.
+    if not _is_jsonl(path):
+        return text
+    return "\n".join(_lines_of(path, text, is_complete=is_complete))
 
 
-def _lines_of(path: Path, text: str, *, whole: bool) -> Iterator[str]:
+def _is_jsonl(path: Path) -> bool:
+    """Return whether a file has a JSON object in each line."""
+    return path.suffix.lower() == ".jsonl"
+
+
+def _marked_encoding(data: bytes) -> str | None:
+    """Return the encoding that a byte order mark says; None if there is no mark."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name
+    return None
+
+
+def _lines_of(path: Path, text: str, *, is_complete: bool) -> Iterator[str]:
     """Yield the "text" of every line of a .jsonl file; the last line may have been cut."""
     lines = text.splitlines()
-    for number, line in enumerate(lines if whole else lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ProbeError(
-                f"cannot read the text '{path}'", got=f"line {number}: {one_line(error)}"
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ProbeError(
-                f"'{path}' has a line without text",
-                got=f"line {number}",
-                hint='{"text": "..."} in each',
-            )
-        yield row["text"]
+    if not is_complete:
+        lines = lines[:-1]
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _text_in(line, number, path)
+
+
+def _text_in(line: str, number: int, path: Path) -> str:
+    """Return the "text" of a line of a .jsonl file.
+
+    Raises:
+        ProbeError: the line is no JSON, or has no text.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProbeError(
+            f"cannot read the text '{path}'", got=f"line {number}: {one_line(error)}"
+        ) from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ProbeError(
+            f"'{path}' has a line without text",
+            got=f"line {number}",
+            hint='{"text": "..."} in each',
+        )
+    return text
 
 
 def _folders(source: Source) -> Iterator[Path]:
     """Yield the folders in which a source's tokenizer may be."""
     if source.folder is not None:
         yield source.folder
-    named = source.info.get("path")
-    spec = str(source.info.get("factory") or "")
-    places = [named, spec.removeprefix("hf:") if spec.startswith("hf:") else None]
-    if source.model is not None and source.info.get("format") == "module":
-        config = getattr(unwrap(source.model), "config", None)
-        places.append(getattr(config, "_name_or_path", None))
-    for place in places:
+    for place in _places(source):
+        # A place may be a name on a hub.
         if not isinstance(place, str) or not place:
             continue
         path = Path(place)
@@ -261,25 +313,41 @@ def _folders(source: Source) -> Iterator[Path]:
             yield path.parent
 
 
+def _places(source: Source) -> Iterator[Any]:
+    """Yield what a source says about where it is from: texts, or anything in a config."""
+    # 1. Its weights, and its config.
+    yield source.info.get("path")
+    spec = str(source.info.get("factory") or "")
+    if spec.startswith("hf:"):
+        yield spec.removeprefix("hf:")
+
+    # 2. A module of transformers that is already in memory knows its folder.
+    if source.model is not None and source.info.get("format") == "module":
+        config = getattr(unwrap(source.model), "config", None)
+        yield getattr(config, "_name_or_path", None)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a folder; nothing if it cannot be read."""
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        return {}
+    return settings
 
 
 def _own_code(settings: dict[str, Any]) -> bool:
+    """Return whether a tokenizer comes with Python code of its own."""
     classes = settings.get("auto_map")
     return isinstance(classes, dict) and "AutoTokenizer" in classes
 
 
 def _as_bytes(path: Path, vocabulary: int, tokens: int) -> Tokenized:
-    text = read_text(path) if path.suffix.lower() == ".jsonl" else None
-    data = path.read_bytes()[:_LARGEST] if text is None else text.encode()
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
-    if encoding is not None:
-        data = read_text(path).encode()
+    """Return the bytes of a text in UTF-8 as ids."""
+    data = _utf8_of(path)[:tokens]
+    ids = torch.tensor(list(data), dtype=torch.long)
     notes = []
     if vocabulary > LEAST_BYTES:
         notes.append(
@@ -287,33 +355,46 @@ def _as_bytes(path: Path, vocabulary: int, tokens: int) -> Tokenized:
             f"{vocabulary - LEAST_BYTES} ids are "
             "taken as special ones after them"
         )
-    ids = (
-        torch.frombuffer(bytearray(data[:tokens]), dtype=torch.uint8).long()
-        if data
-        else torch.zeros(0).long()
-    )
     return Tokenized(ids=ids, name=path.name, notes=notes)
 
 
+def _utf8_of(path: Path) -> bytes:
+    """Return the bytes of a text, in UTF-8 if the file says which encoding it has.
+
+    Without a byte order mark the bytes are taken as they are: a model on bytes knows any encoding.
+    """
+    if _is_jsonl(path):
+        return read_text(path).encode()
+    data = path.read_bytes()[:_LARGEST]
+    if _marked_encoding(data) is not None:
+        return read_text(path).encode()
+    return data
+
+
 def _through(tokenizer: Any, folder: Path, path: Path, tokens: int) -> Tokenized:
-    """Tokenise as much of a text as is needed: a slow tokenizer takes minutes for all of it."""
+    """Return the ids of a text file through a tokenizer.
+
+    Args:
+        tokenizer: of transformers.
+        folder: that holds it.
+        path: of the text.
+        tokens: how many are wanted.
+
+    Raises:
+        ProbeError: the tokenizer makes no token of the text, or does not know it.
+    """
+    # 1. Tokens of the text.
     text = read_text(path)
-    characters = max(4096, 8 * tokens)
-    while True:
-        ids = _encode(tokenizer, text[:characters], folder)
-        # The cut may fall into a word, so the last tokens of a part are not those of the text.
-        if len(ids) >= tokens + 16 or characters >= len(text):
-            break
-        characters *= 4
-    ids = ids[:tokens]
+    ids = _first_tokens(tokenizer, folder, text, tokens)
     kind = type(tokenizer).__name__
-    name = f"{path.name} through {kind} of {folder.resolve().name}"
     if text.strip() and not len(ids):
         raise ProbeError(
             f"the tokenizer of '{folder}' makes no token of '{path}'",
             got=f"{kind} with {len(tokenizer):,} tokens",
             hint="its files may be incomplete; token ids can be given as .npy or .bin (uint16)",
         )
+
+    # 2. Tokens that it knows.
     unknown = _unknown(tokenizer, ids)
     if unknown > _MOSTLY_UNKNOWN:
         raise ProbeError(
@@ -327,16 +408,35 @@ def _through(tokenizer: Any, folder: Path, path: Path, tokens: int) -> Tokenized
             f"{unknown:.1%} of the probe's tokens are unknown to the tokenizer "
             f"({tokenizer.unk_token})"
         )
+    name = f"{path.name} through {kind} of {folder.resolve().name}"
     return Tokenized(ids=ids, name=name, notes=notes)
+
+
+def _first_tokens(tokenizer: Any, folder: Path, text: str, tokens: int) -> Tensor:
+    """Return the first tokens of a text, (tokens,).
+
+    As much of it as is needed is tokenised: a slow tokenizer takes minutes for all of a text.
+    """
+    characters = max(4096, 8 * tokens)
+    while True:
+        ids = _encode(tokenizer, text[:characters], folder)
+        # The cut may fall into a word, so the last tokens of a part are not those of the text.
+        is_enough = len(ids) >= tokens + 16
+        if is_enough or characters >= len(text):
+            return ids[:tokens]
+        characters *= 4
 
 
 def _encode(tokenizer: Any, text: str, folder: Path) -> Tensor:
     """Return the ids of a text, (tokens,), without special tokens around it."""
+    # a tokenizer is foreign code, and may raise anything
     try:
         ids = torch.as_tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if ids.dim() != 1 or (len(ids) and ids.dtype.is_floating_point):
+        # no tokens are a tensor of floating-point numbers
+        are_integers = not len(ids) or not ids.dtype.is_floating_point
+        if ids.dim() != 1 or not are_integers:
             raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}")
-    except Exception as error:  # a tokenizer is foreign code
+    except Exception as error:
         raise ProbeError(
             f"the tokenizer of '{folder}' raised",
             got=one_line(error),
@@ -350,4 +450,5 @@ def _unknown(tokenizer: Any, ids: Tensor) -> float:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not isinstance(unknown, int) or not len(ids):
         return 0.0
-    return float((ids == unknown).double().mean())
+    is_unknown = ids == unknown
+    return float(is_unknown.double().mean())
