@@ -20,7 +20,7 @@ from jacdiag.sources.formats.refused_formats import check_format
 from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.lora_adapters import adapter_names, take_base_model
 from jacdiag.sources.optimizer_state import optimizer_stepped
-from jacdiag.sources.tensor_sets import Candidate, TensorSetKind, find_candidates, split_flat
+from jacdiag.sources.tensor_sets import Candidate, find_candidates, split_flat
 from jacdiag.sources.unusable_tensors import check_chosen, check_contents
 from jacdiag.sources.weights_choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 
@@ -39,6 +39,8 @@ _STEP_KEYS = (
     "iter",
 )
 _LARGEST_JSON = 1 << 26
+# How the names of files with weights begin.
+_USUAL_NAMES = ("model", "pytorch_model", "adapter_model", "consolidated")
 
 
 @dataclass
@@ -104,14 +106,13 @@ class Contents:
     @property
     def optimizer_stepped(self) -> bool:
         """Whether the file holds the state of an optimizer that has taken a step."""
-        flat = (
-            [c.entries for c in self.candidates if c.kind is TensorSetKind.OPTIMIZER]
-            if self.stored
-            else []
-        )
-        return optimizer_stepped(
-            self.top, {name: entry for entries in flat for name, entry in entries.items()}
-        )
+        flat: dict[str, Any] = {}
+        # A file of torch.save has its optimizers in the tree.
+        if self.stored:
+            for candidate in self.candidates:
+                if candidate.is_optimizer:
+                    flat |= candidate.entries
+        return optimizer_stepped(self.top, flat)
 
     def choose(self, key: str | None = None, model: nn.Module | None = None) -> Checkpoint:
         """Choose one set of tensors.
@@ -120,20 +121,29 @@ class Contents:
             key: of `--key`.
             model: the module that they belong to, if it is known.
 
+        Returns:
+            The chosen weights, and what else the file says.
+
         Raises:
             SourceError: there are no weights, there are several and none stands out, or they cannot
                 be used.
         """
+        # 1. What may be chosen.
         check_contents(self.path, self.candidates, self.top)
         if not self.candidates:
             raise _no_weights(self.path, self.described)
         candidates, notes = self._base_models(model)
+
+        # 2. Choose, by the model if it is known.
         if model is None:
             choice = choose_by_name(self.path, candidates, key)
+            fitted = False
         else:
             choice = choose_by_model(self.path, candidates, model, key)
+            fitted = choice.entries.keys() == model.state_dict(keep_vars=True).keys()
         choice.notes += notes
-        fitted = model is not None and set(choice.entries) == set(model.state_dict(keep_vars=True))
+
+        # 3. Refuse what is no weights.
         check_chosen(self.path, choice.entries, fitted=fitted)
         _check_weights(self.path, self.described, choice.entries)
         return self._checkpoint(choice, fills_model=model is not None)
@@ -146,14 +156,21 @@ class Contents:
         if model is not None and adapter_names(model.state_dict(keep_vars=True)):
             return self.candidates, []
         candidates: list[Candidate] = []
-        notes: dict[str, None] = {}
+        notes: dict[str, None] = {}  # a set that keeps its order
         for candidate in self.candidates:
-            base, said = take_base_model(candidate)
+            base, notes_on_base = take_base_model(candidate)
             candidates.append(base)
-            notes |= dict.fromkeys(said)
+            notes |= dict.fromkeys(notes_on_base)
         return candidates, list(notes)
 
     def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
+        """Return the chosen weights with all that the file says about them.
+
+        Args:
+            choice: the weights.
+            fills_model: whether they are put into a model that is known.
+        """
+        # 1. What the file says.
         args = self.top.get("model_args")
         checkpoint = Checkpoint(
             self.path,
@@ -168,20 +185,29 @@ class Contents:
             notes=choice.notes,
             others=choice.others,
         )
+
+        # 2. Weights that can stay in their file.
         if self.stored:
             pieces: dict[str, StoredTensor] = choice.entries
             checkpoint.weights = StoredWeights(pieces)
-            if self.tensors:
-                names = {
-                    id(entry): name for c in self.candidates for name, entry in c.entries.items()
-                }
-                checkpoint.state = {
-                    name: self.tensors[names[id(piece)]] for name, piece in pieces.items()
-                }
-        elif checkpoint.module is None or fills_model:
+            checkpoint.state = self._mapped(pieces)
+            return checkpoint
+
+        # 3. Weights in memory. A module has its own.
+        if checkpoint.module is None or fills_model:
             _check_sizes(self.path, choice.entries)
             checkpoint.state = choice.entries
         return checkpoint
+
+    def _mapped(self, pieces: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """Return stored tensors as tensors that are mapped into memory; none if there are none."""
+        if not self.tensors:
+            return {}
+        names_in_file = {}
+        for candidate in self.candidates:
+            for name, entry in candidate.entries.items():
+                names_in_file[id(entry)] = name
+        return {name: self.tensors[names_in_file[id(piece)]] for name, piece in pieces.items()}
 
 
 def open_checkpoint(
@@ -193,6 +219,9 @@ def open_checkpoint(
         path: the file.
         trust_pickle: let its pickle run code.
         key: which set of tensors to read, if the file holds several.
+
+    Returns:
+        The weights, and what else the file says.
 
     Raises:
         SourceError: missing, empty, truncated, unsafe, of an unknown format, or without weights.
@@ -207,105 +236,150 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
         path: the file.
         trust_pickle: let its pickle run code.
 
+    Returns:
+        All sets of tensors in the file.
+
     Raises:
         SourceError: missing, empty, truncated, unsafe or of an unknown format.
     """
     _check_file(path)
-    if path.suffix == ".safetensors" or (
-        path.suffix not in SUFFIXES and safetensors_file.is_safetensors(path)
-    ):
-        spans, metadata = safetensors_file.spans(path)
-        tensors, _ = safetensors_file.read(path)
-        candidates = split_flat(spans)
-        step = _metadata_step(metadata)
-        held = ", ".join(spans) or "no tensors"
-        contents = Contents(
-            path, candidates, "safetensors", described=held, step=step, tensors=tensors
-        )
+    if _is_safetensors(path):
+        contents = _safetensors_contents(path)
     else:
-        tree, unread = torch_file.read(path, trust_pickle=trust_pickle)
-        top: Mapping[Any, Any] = tree if isinstance(tree, Mapping) else {}
-        described = (
-            ", ".join(map(str, top)) if isinstance(tree, Mapping) else f"one {type(tree).__name__}"
-        )
-        candidates = find_candidates(tree)
-        contents = Contents(
-            path, candidates, "torch-save", top, described or "an empty dict", _step(top), unread
-        )
+        contents = _torch_contents(path, trust_pickle)
     if contents.step is None:
         contents.step = trainer_step(path.parent)
     return contents
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file is in the format of safetensors, by its suffix or else its bytes."""
+    if path.suffix in SUFFIXES:
+        return path.suffix == ".safetensors"
+    return safetensors_file.is_safetensors(path)
+
+
+def _safetensors_contents(path: Path) -> Contents:
+    """Return what a safetensors file holds."""
+    spans, metadata = safetensors_file.spans(path)
+    tensors, _ = safetensors_file.read(path)
+    return Contents(
+        path,
+        split_flat(spans),
+        "safetensors",
+        described=", ".join(spans) or "no tensors",
+        step=_metadata_step(metadata),
+        tensors=tensors,
+    )
+
+
+def _torch_contents(path: Path, trust_pickle: bool) -> Contents:
+    """Return what a file of torch.save holds."""
+    tree, unread = torch_file.read(path, trust_pickle=trust_pickle)
+    if isinstance(tree, Mapping):
+        top = tree
+        described = ", ".join(map(str, tree)) or "an empty dict"
+    else:
+        top = {}
+        described = f"one {type(tree).__name__}"
+    candidates = find_candidates(tree)
+    return Contents(path, candidates, "torch-save", top, described, _step(top), unread)
 
 
 def trainer_step(folder: Path) -> int | None:
     """Return the step in the `trainer_state.json` of transformers in a folder, if there is one."""
     path = folder / "trainer_state.json"
     try:
+        # a file that is larger is not of transformers
         if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return _step({"global_step": state.get("global_step")}) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        return None
+    return _as_step(state.get("global_step"))
 
 
 def _metadata_step(metadata: Mapping[str, str]) -> int | None:
+    """Return the step in the metadata of a safetensors file, if it has one."""
     step = str(metadata.get("step", metadata.get("global_step", "")))
-    return int(step) if step.isdecimal() and len(step) < 19 else None
+    # longer ones are no steps
+    if not step.isdecimal() or len(step) >= 19:
+        return None
+    return int(step)
 
 
 def _check_file(path: Path) -> None:
+    """Raise unless a path is a file that can be read and is in a format that is known."""
+    _check_readable(path)
+    check_format(path)
+    if path.suffix in SUFFIXES:
+        return
+    # Without such a suffix, its bytes must say what it is.
+    if torch_file.is_torch_zip(path) or safetensors_file.is_safetensors(path):
+        return
+    hints = {
+        ".py": f"a factory in it: {path}:CALLABLE",
+        ".json": f"a fresh model of a config: hf:{path}",
+    }
+    raise SourceError(
+        f"'{path}' has no suffix that says what it is",
+        got=path.suffix or "none",
+        hint=hints.get(path.suffix, f"known: {', '.join(SUFFIXES)}"),
+    )
+
+
+def _check_readable(path: Path) -> None:
+    """Raise unless a path is a plain file with something in it."""
+    # 1. Something is there.
     try:
-        mode, size = path.stat().st_mode, path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
         hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
         raise SourceError(f"no such file or folder: '{path}'", hint=hint) from None
     except OSError as error:
         raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
-    if not stat.S_ISREG(mode):  # a pipe would be waited on for ever, and cannot be read twice
+
+    # 2. It is a file. A pipe would be waited on for ever, and cannot be read twice.
+    if not stat.S_ISREG(status.st_mode):
         raise SourceError(
             f"'{path}' is no plain file", hint="save what comes out of it to a file first"
         )
     if not os.access(path, os.R_OK):
         raise SourceError(f"cannot read '{path}'", got="no permission")
-    if size == 0:
+    if status.st_size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
-    check_format(path)
-    known_by_content = torch_file.is_torch_zip(path) or safetensors_file.is_safetensors(path)
-    if path.suffix not in SUFFIXES and not known_by_content:
-        known = f"known: {', '.join(SUFFIXES)}"
-        raise SourceError(
-            f"'{path}' has no suffix that says what it is",
-            got=path.suffix or "none",
-            hint={
-                ".py": f"a factory in it: {path}:CALLABLE",
-                ".json": f"a fresh model of a config: hf:{path}",
-            }.get(path.suffix, known),
-        )
 
 
 def _no_weights(path: Path, described: str) -> SourceError:
-    neighbours = _weights_next_to(path.parent)
+    """Return the error for a file without weights.
+
+    Args:
+        path: the file.
+        described: what it holds.
+    """
+    neighbours = _weights_next_to(path)
     hint = "expected a state dict, or a dict that holds one"
     if neighbours:
         hint += f"; next to it: {clipped(', '.join(neighbours), 160)}"
     return SourceError(f"'{path}' holds no weights", got=clipped(described, 200), hint=hint)
 
 
-def _weights_next_to(folder: Path) -> list[str]:
-    """Return the names of files in a folder that are called as weights usually are."""
-    usual = ("model", "pytorch_model", "adapter_model", "consolidated")
+def _weights_next_to(path: Path) -> list[str]:
+    """Return the names of files in a file's folder that are called as weights usually are."""
     try:
-        names = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
+        names = sorted(file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES)
     except OSError:
         return []
-    return [name for name in names if name.startswith(usual)]
+    return [name for name in names if name.startswith(_USUAL_NAMES)]
 
 
 def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> None:
-    if not any(t.dtype.is_floating_point or t.dtype.is_complex for t in weights.values()):
+    """Raise if chosen tensors hold no numbers of a network."""
+    if not any(_is_inexact(tensor.dtype) for tensor in weights.values()):
         raise _no_weights(path, described)
-    empty = [name for name, t in weights.items() if isinstance(t, Tensor) and t.is_meta]
+    empty = [name for name, tensor in weights.items() if _is_empty(tensor)]
     if empty:
         raise SourceError(
             f"'{path}' holds names and shapes, no numbers",
@@ -317,28 +391,51 @@ def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> No
         )
 
 
+def _is_inexact(dtype: Any) -> bool:
+    """Return whether numbers of a type are real or complex, as those of weights are."""
+    return bool(dtype.is_floating_point or dtype.is_complex)
+
+
+def _is_empty(tensor: Any) -> bool:
+    """Return whether a tensor has a shape only. One that is still in its file has numbers."""
+    return isinstance(tensor, Tensor) and tensor.is_meta
+
+
 def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise if a tensor claims more numbers than the file can hold.
 
     A view of few numbers may say that it is many.
     """
-    honest = path.stat().st_size
-    for name, t in weights.items():
-        if t.numel() * t.element_size() > max(4 * honest, _SMALL):
+    size = path.stat().st_size
+    # A file may be compressed, and one that is small harms nobody.
+    most = max(4 * size, _SMALL)
+    for name, tensor in weights.items():
+        if tensor.numel() * tensor.element_size() > most:
             raise SourceError(
                 f"'{path}' holds a tensor that is larger than the file",
-                got=f"{printable(name)}: {' x '.join(map(str, t.shape))} in {honest:,} bytes",
+                got=f"{printable(name)}: {' x '.join(map(str, tensor.shape))} in {size:,} bytes",
                 hint="save it again with tensor.contiguous()",
             )
 
 
 def _step(top: Mapping[Any, Any]) -> int | None:
+    """Return the training steps that a file says under a usual key, if it does."""
     for key in _STEP_KEYS:
-        value = top.get(key)
-        if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
-            value = value.item()
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
-            return value
+        step = _as_step(top.get(key))
+        if step is not None:
+            return step
     return None
+
+
+def _as_step(value: Any) -> int | None:
+    """Return a value as a number of steps; None if it is none."""
+    # 1. A scalar of torch or numpy, or a whole number that was written as 100.0.
+    if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+
+    # 2. True is a number of Python, and no step.
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value < 2**63 else None

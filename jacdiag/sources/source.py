@@ -66,13 +66,18 @@ class Source:
         """Where the model runs."""
         if self._device is not None:
             return self._device
-        if self.model is not None and self.weights is None:
-            for parameter in self.model.parameters():
-                return parameter.device
-        return torch.device("cpu")
+        # Weights that stay in their files are read into main memory.
+        if self.model is None or self.weights is not None:
+            return torch.device("cpu")
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def to(self, device: torch.device) -> None:
-        """Move the model; of one whose parameters stay in their files, move the buffers."""
+        """Move the model; of one whose parameters stay in their files, move the buffers.
+
+        Args:
+            device: where it goes.
+        """
         assert self.model is not None
         if self.weights is None:
             self.model.to(device)
@@ -84,23 +89,32 @@ class Source:
                     module._buffers[key] = buffer.to(device)
 
     def value_of(self, parameter: Tensor) -> Tensor | None:
-        """Return a parameter's values, from its file if need be; None if it has a shape only."""
+        """Return a parameter's values, from its file if need be; None if it has a shape only.
+
+        Args:
+            parameter: of the model.
+        """
         if not parameter.is_meta:
             return parameter.detach()
         if self.model is None or self.weights is None:
             return None
-        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        # The file knows it by its name.
+        name = next(name for name, own in self.model.named_parameters() if own is parameter)
         return self.weights[name]
 
     @property
     def vocab_size(self) -> int | None:
         """The number of token ids that the model takes; None if it takes none."""
-        return None if self.model is None else vocabulary(self.model)
+        if self.model is None:
+            return None
+        return vocabulary(self.model)
 
     @property
     def max_seq(self) -> int | None:
         """The longest sequence that the model says it takes."""
-        return None if self.model is None else longest_sequence(self.model)
+        if self.model is None:
+            return None
+        return longest_sequence(self.model)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Source:
@@ -174,6 +188,9 @@ def load(
         key: the dotted path of the weights in a checkpoint file that holds several sets, such as
             "ema" or "state_dict.model".
 
+    Returns:
+        The model, or the weights of one that could not be built.
+
     Raises:
         SourceError: it cannot be read, is unsafe, or does not fit; the message says what, got, try.
 
@@ -181,25 +198,38 @@ def load(
         >>> load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12}).vocab_size
         50304
     """
-    if not isinstance(source, str | bytes | os.PathLike):
-        hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
-        raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
-    name = os.fsdecode(source)
-    if "\0" in name or not name.strip():
-        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
-        raise SourceError(f"no such file or folder: {name!r}", hint=hint)
-
+    name = _source_text(source)
     opening = _Opening(
         model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed, key=key
     )
+    # 1. Models that are built.
     if name.startswith("hf:"):
         return _from_config(name, opening)
     if factory.is_factory(name):
         return _from_factory(name, opening)
+
+    # 2. Weights that are read.
     path = Path(name)
     if factory.there(path) and path.is_dir():
         return _from_folder(path, opening)
     return _from_file(read_contents(path, trust_pickle=trust_pickle), opening)
+
+
+def _source_text(source: Any) -> str:
+    """Return a SOURCE as text.
+
+    Raises:
+        SourceError: it is neither text nor a path, or names nothing.
+    """
+    if not isinstance(source, str | bytes | os.PathLike):
+        hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
+        raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
+    name = os.fsdecode(source)
+    # no file can have such a name
+    if "\0" in name or not name.strip():
+        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        raise SourceError(f"no such file or folder: {name!r}", hint=hint)
+    return name
 
 
 def _from_config(name: str, opening: _Opening) -> Source:
@@ -224,11 +254,16 @@ def _from_factory(name: str, opening: _Opening) -> Source:
 
 def _from_folder(path: Path, opening: _Opening) -> Source:
     """Return the model of a folder, or its weights in the model that is given."""
+    # 1. A distributed checkpoint holds weights by name, as a file does.
     if dcp.is_folder(path) and not huggingface.is_folder(path):
         return _from_file(_open_chunked(path, opening.model), opening)
+
+    # 2. Weights for another model than that of the folder.
     opening.check_no_key("a folder")
     if opening.model is not None:
         return _folder_into(path, opening.model, opening)
+
+    # 3. A folder of transformers.
     if not huggingface.is_folder(path):
         raise refused_folders.refuse_without_config(path)
     overrides = opening.model_args
@@ -267,20 +302,36 @@ def _folder_into(path: Path, model: factory.Factory, opening: _Opening) -> Sourc
         **opening.described(),
     }
 
-    # One .bin file may hold more than a state dict: it is opened like any checkpoint file.
-    if len(files) == 1 and files[0].suffix == ".bin":
-        contents = read_contents(files[0], trust_pickle=opening.trust_pickle)
-        of_file = _from_file(contents, replace(opening, key=None))
-        weights, notes = of_file.weights, of_file.notes
-        loaded = huggingface.Loaded(of_file.model or nn.Module(), {}, weights, notes)
-        source = _of_folder(path, loaded, of_file.info | info)
-        if source.step is None:
-            source.step = of_file.step
-        source.stepped = of_file.stepped
-        return source
+    # 1. One .bin file may hold more than a state dict: it is opened like any checkpoint file.
+    is_single_pickle = len(files) == 1 and files[0].suffix == ".bin"
+    if is_single_pickle:
+        return _single_file_into(path, files[0], opening, info)
 
+    # 2. Any other files hold one state dict together.
     stored = huggingface.read_files(path, files, opening.trust_pickle)
     return _of_folder(path, _into_model(model, opening, stored), info)
+
+
+def _single_file_into(path: Path, file: Path, opening: _Opening, info: dict[str, Any]) -> Source:
+    """Return the weights of a folder's only file in the model that is given.
+
+    Args:
+        path: the folder.
+        file: in it.
+        opening: how it is opened.
+        info: what the report says about the folder.
+    """
+    # 1. The file.
+    contents = read_contents(file, trust_pickle=opening.trust_pickle)
+    of_file = _from_file(contents, replace(opening, key=None))
+
+    # 2. The folder around it, which may say more.
+    loaded = huggingface.Loaded(of_file.model or nn.Module(), {}, of_file.weights, of_file.notes)
+    source = _of_folder(path, loaded, of_file.info | info)
+    if source.step is None:
+        source.step = of_file.step
+    source.stepped = of_file.stepped
+    return source
 
 
 def _into_model(
@@ -336,9 +387,35 @@ def _from_file(contents: Contents, opening: _Opening) -> Source:
     checkpoint = contents.choose(opening.key, built)
 
     # 2. Say what was read, and what else is in the file.
+    source = _described(checkpoint, stepped=contents.optimizer_stepped)
+
+    # 3. Fill the module.
+    if model is not None:
+        source.info |= opening.described()
+        loaded = _into_model(model, opening, _stored(checkpoint), built)
+        source.model, source.weights = loaded.model, loaded.weights
+        source.notes += loaded.notes
+    elif checkpoint.module is not None:
+        source.model = checkpoint.module
+    else:
+        source.model, source.why_weights = _rebuild_gpt(checkpoint, source.info)
+        if source.model is None:
+            source.state = checkpoint.state
+    if source.why_weights:
+        source.info["why_weights"] = source.why_weights
+    return source
+
+
+def _described(checkpoint: Checkpoint, *, stepped: bool) -> Source:
+    """Return the source of a checkpoint with all that a report says, and without its model.
+
+    Args:
+        checkpoint: as it was read.
+        stepped: whether the file holds the state of an optimizer that has taken a step.
+    """
     path, step = checkpoint.path, checkpoint.step
     info: dict[str, Any] = {"path": str(path), "format": checkpoint.format, "step": step}
-    source = Source(None, info, path.name, step=step, stepped=contents.optimizer_stepped)
+    source = Source(None, info, path.name, step=step, stepped=stepped)
     if checkpoint.unread:
         info["unread"] = checkpoint.unread
         shown = clipped(", ".join(checkpoint.unread), 200)
@@ -348,25 +425,14 @@ def _from_file(contents: Contents, opening: _Opening) -> Source:
     if checkpoint.others:
         info["others"] = checkpoint.others
     source.notes += checkpoint.notes
-
-    # 3. Fill the module.
-    if model is not None:
-        info |= opening.described()
-        stored = huggingface.StoredState(checkpoint.state, False, path)
-        if checkpoint.weights is not None:
-            stored = huggingface.StoredState(checkpoint.weights.pieces, True, path)
-        loaded = _into_model(model, opening, stored, built)
-        source.model, source.weights = loaded.model, loaded.weights
-        source.notes += loaded.notes
-    elif checkpoint.module is not None:
-        source.model = checkpoint.module
-    else:
-        source.model, source.why_weights = _rebuild_gpt(checkpoint, info)
-        if source.model is None:
-            source.state = checkpoint.state
-    if source.why_weights:
-        info["why_weights"] = source.why_weights
     return source
+
+
+def _stored(checkpoint: Checkpoint) -> huggingface.StoredState:
+    """Return the weights of a checkpoint: where they lie in their file, if they can stay there."""
+    if checkpoint.weights is not None:
+        return huggingface.StoredState(checkpoint.weights.pieces, True, checkpoint.path)
+    return huggingface.StoredState(checkpoint.state, False, checkpoint.path)
 
 
 def _rebuild_gpt(checkpoint: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
@@ -378,16 +444,9 @@ def _rebuild_gpt(checkpoint: Checkpoint, info: dict[str, Any]) -> tuple[nn.Modul
         checkpoint: as it was read.
         info: of the source; is given the format and the sizes.
     """
+    # 1. The sizes.
     if checkpoint.model_args is None:
-        if checkpoint.whole_module:
-            return None, (
-                "the file holds a whole module, of which only the weights were read; "
-                "--trust-pickle lets its code run, or --model FACTORY builds the module"
-            )
-        return None, (
-            "the file holds weights only, and not in a layout that is known; --model FACTORY "
-            "builds their module"
-        )
+        return None, _why_no_model(checkpoint)
     try:
         config = gpt.config_of(checkpoint.model_args)
     except (UsageError, TypeError) as error:
@@ -395,31 +454,53 @@ def _rebuild_gpt(checkpoint: Checkpoint, info: dict[str, Any]) -> tuple[nn.Modul
             f"its model_args are not nanoGPT's ({_reason(error)}); --model FACTORY builds the "
             "module"
         )
+
+    # 2. The model.
     with factory.seeded(0):
         model = gpt.GPT(config)
-    # Older nanoGPT files carry the causal mask of every layer as a buffer.
-    state = {
-        name: tensor
-        for name, tensor in checkpoint.state.items()
-        if not (name.endswith(".attn.bias") and tensor.dim() == 4)
-    }
+    state = _without_masks(checkpoint.state)
     hint = "its model_args are nanoGPT's, its weights are not: --model FACTORY"
     fit(model, state, f"'{checkpoint.path}'", hint=hint)
     info |= {"format": "nanogpt", "model_args": _plain(checkpoint.model_args)}
     return model, ""
 
 
+def _why_no_model(checkpoint: Checkpoint) -> str:
+    """Return why the weights of a checkpoint without sizes have no model."""
+    if checkpoint.whole_module:
+        return (
+            "the file holds a whole module, of which only the weights were read; "
+            "--trust-pickle lets its code run, or --model FACTORY builds the module"
+        )
+    return (
+        "the file holds weights only, and not in a layout that is known; --model FACTORY "
+        "builds their module"
+    )
+
+
+def _without_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the causal masks that older nanoGPT files hold for every layer."""
+    weights = {}
+    for name, tensor in state.items():
+        is_mask = name.endswith(".attn.bias") and tensor.dim() == 4
+        if not is_mask:
+            weights[name] = tensor
+    return weights
+
+
 def _reason(error: Exception) -> str:
     """Return what an error says in one line."""
     if not isinstance(error, UsageError):
         return str(error)
-    return f"{error.what}: {error.got}" if error.got else error.what
+    if not error.got:
+        return error.what
+    return f"{error.what}: {error.got}"
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments as JSON takes them: other values as text."""
     plain = {}
     for name, value in args.items():
-        is_plain = value is None or isinstance(value, str | int | float | bool)
+        is_plain = value is None or isinstance(value, str | int | float)
         plain[str(name)] = value if is_plain else str(value)
     return plain
