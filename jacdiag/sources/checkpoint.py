@@ -407,7 +407,7 @@ def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
     A view of few numbers may say that it is many.
     """
     size = path.stat().st_size
-    # A file may be compressed, and one that is small harms nobody.
+    # With some slack: a tensor that is small harms nobody.
     most = max(4 * size, _SMALL)
     for name, tensor in weights.items():
         if tensor.numel() * tensor.element_size() > most:

@@ -12,6 +12,9 @@ from jacdiag.errors import UsageError
 def pick(wanted: str | torch.device | None) -> torch.device:
     """Return the device of that name; by default CUDA if there is one, else the CPU.
 
+    Args:
+        wanted: as torch names devices.
+
     Raises:
         UsageError: no device of that name, or it is not there.
 
@@ -19,6 +22,7 @@ def pick(wanted: str | torch.device | None) -> torch.device:
         >>> pick("cpu")
         device(type='cpu')
     """
+    # 1. A name.
     if wanted is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,6 +31,8 @@ def pick(wanted: str | torch.device | None) -> torch.device:
         raise UsageError(
             "no such device", got=f"--device {wanted}", hint="cpu, cuda, cuda:1"
         ) from error
+
+    # 2. A device that is there. There is always a CPU.
     if device.type == "cpu":
         return device
     count = _count(device.type)
@@ -50,16 +56,20 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU torch's current one for a while.
 
     Code that says "cuda" then means it, and its allocator is the one that is read.
+
+    Args:
+        device: any device; only one of CUDA is made the current one.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _count(kind: str) -> int:
     """Return how many devices of a kind this machine has; 0 if torch has no code for the kind."""
     backend = getattr(torch, kind, None)
     available = getattr(backend, "is_available", None)
-    return (
-        int(backend.device_count())
-        if backend is not None and available is not None and available()
-        else 0
-    )
+    # torch may know the kind, and the machine have none.
+    if backend is None or available is None or not available():
+        return 0
+    return int(backend.device_count())

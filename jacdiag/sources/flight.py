@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,9 +44,16 @@ class FlightBatch:
             arguments = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise SourceError(f"cannot read '{self.file}'", got=one_line(error)) from error
-        places = sorted((name for name in arguments if name.isdigit()), key=int)
-        named = {name: value for name, value in arguments.items() if not name.isdigit()}
-        return tuple(arguments[place] for place in places), named
+
+        # Positional arguments are stored under their numbers: "0", "1", ...
+        by_place: dict[int, Any] = {}
+        by_name: dict[str, Any] = {}
+        for key, value in arguments.items():
+            if key.isdigit():
+                by_place[int(key)] = value
+            else:
+                by_name[key] = value
+        return tuple(by_place[place] for place in sorted(by_place)), by_name
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Flight:
         for batch in self.batches:
             if not batch.running:
                 return batch
-        return self.batches[0] if self.batches else None
+        return next(iter(self.batches), None)
 
     @property
     def complete(self) -> bool:
@@ -100,6 +107,9 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
         folder: `flight-STEP` of a run. The log of the run, in the folder above, is read if it is
             there.
 
+    Returns:
+        The steps before the flight, its batches, and what the log says.
+
     Raises:
         SourceError: it is no folder of a flight recorder.
 
@@ -110,9 +120,7 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
     # 1. What the flight itself holds.
     path = Path(folder)
     about = _about(path)
-    step = about.get("step")
-    if not isinstance(step, int):
-        step = None
+    step = _integer(about.get("step"))
     rows = _rows(path / _STEPS)
     batches = _batches(path, about)
 
@@ -125,9 +133,17 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
         rows = _with_steps_of_log(rows, log, step)
         probes = _up_to(step, log.probes)
         probe = probes[-1] if probes else None
+
     why = str(about.get("why", ""))
     ended = str(about.get("ended", ""))
     return Flight(path, step, why, batches, rows, header, probe, ended)
+
+
+def _integer(value: Any) -> int | None:
+    """Return a value that is an integer; None for any other one."""
+    if not isinstance(value, int):
+        return None
+    return value
 
 
 def _with_steps_of_log(
@@ -142,6 +158,7 @@ def _with_steps_of_log(
         log: of the run.
         step: that the flight is about, if it is known.
     """
+    # Without steps of its own, those of the log up to it.
     if not own:
         return _up_to(step, log.steps)
     first = own[0]["step"]
@@ -151,6 +168,7 @@ def _with_steps_of_log(
 
 def _up_to(step: int | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows up to a step, or all of them if it is not known."""
+    # A flight may not say which step it is about.
     if step is None:
         return list(rows)
     return [row for row in rows if row["step"] <= step]
@@ -159,7 +177,11 @@ def _up_to(step: int | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]
 def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, ...]:
     """Return the latest batch of a flight.
 
-    It holds keyword arguments of the model's forward, or a tuple of its arguments.
+    Args:
+        folder: `flight-STEP` of a run.
+
+    Returns:
+        Keyword arguments of the model's forward, or a tuple of its arguments.
 
     Raises:
         SourceError: it is no folder of a flight recorder, or it holds no batch.
@@ -173,7 +195,11 @@ def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, 
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """Return what a flight recorder wrote about its flight."""
+    """Return what a flight recorder wrote about its flight.
+
+    Raises:
+        SourceError: there is no such file, or it cannot be read.
+    """
     try:
         about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -181,44 +207,66 @@ def _about(path: Path) -> dict[str, Any]:
         raise SourceError(
             f"'{path}' is no folder of a flight recorder", got=one_line(error), hint=hint
         ) from error
-    return about if isinstance(about, dict) else {}
+    if not isinstance(about, dict):
+        return {}
+    return about
 
 
 def _batches(path: Path, about: Mapping[str, Any]) -> list[FlightBatch]:
     """Return the batches of a flight, the latest first."""
-    # How many batches before the latest one -> the batch. Those of a running step came after it.
-    aged: list[tuple[int, FlightBatch]] = []
-
-    # 1. The latest batch of a step that has ended, and the ones before it. After a crash in the
-    # first step there is none.
+    # After a crash in the first step, there is no batch of a step that has ended.
     step = about.get("batch_step")
     is_running_alone = step is not None and step == about.get("running_step")
-    if not is_running_alone:
-        if (path / _LATEST).is_file():
-            step_of_latest = step if isinstance(step, int) else None
-            aged.append((0, FlightBatch(path / _LATEST, step_of_latest)))
-        for file in path.glob("batch-*.pt"):
-            match = _EARLIER.fullmatch(file.name)
-            if match is not None:
-                aged.append((int(match[1]), FlightBatch(file, int(match[2]))))
+    aged = [] if is_running_alone else _ended_batches(path, _integer(step))
+    aged += _running_batches(path)
+    aged.sort(key=lambda entry: entry.age)
+    return [entry.batch for entry in aged]
 
-    # 2. Batches of the step that had not ended.
+
+class _AgedBatch(NamedTuple):
+    """A batch, and how many batches before the latest one of a step that has ended it came."""
+
+    age: int
+    batch: FlightBatch
+
+
+def _running_batches(path: Path) -> list[_AgedBatch]:
+    """Return the batches of the step that had not ended. Their age is below 0."""
+    batches = []
     for file in path.glob("running-batch-*.pt"):
         match = _RUNNING.fullmatch(file.name)
         if match is not None:
-            aged.append((-int(match[1]), FlightBatch(file, int(match[2]), running=True)))
+            batch = FlightBatch(file, int(match[2]), running=True)
+            batches.append(_AgedBatch(-int(match[1]), batch))
+    return batches
 
-    aged.sort(key=lambda pair: pair[0])
-    return [batch for _, batch in aged]
+
+def _ended_batches(path: Path, latest_step: int | None) -> list[_AgedBatch]:
+    """Return the latest batch of a step that has ended, and the ones before it.
+
+    Args:
+        path: the folder of the flight.
+        latest_step: of the latest batch, if it is known.
+    """
+    batches = []
+    if (path / _LATEST).is_file():
+        batches.append(_AgedBatch(0, FlightBatch(path / _LATEST, latest_step)))
+    for file in path.glob("batch-*.pt"):
+        match = _EARLIER.fullmatch(file.name)
+        if match is not None:
+            batches.append(_AgedBatch(int(match[1]), FlightBatch(file, int(match[2]))))
+    return batches
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """Return the steps in a file; none if it cannot be read."""
     try:
         with file.open("rb") as lines:
-            return [row for row in parsed(lines) if isinstance(row.get("step"), int)]
+            rows = list(parsed(lines))
     except OSError:
         return []
+    # The last line may have been cut.
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def _log_around(path: Path) -> RunLog | None:
@@ -228,5 +276,6 @@ def _log_around(path: Path) -> RunLog | None:
         return None
     try:
         return read_run(folder)
+    # A flight can be read without it.
     except SourceError:
         return None

@@ -38,10 +38,12 @@ def model_code() -> Iterator[None]:
 
 def is_foreign(error: BaseException) -> bool:
     """Return whether an error was raised by code that is neither jacdiag's nor torch's."""
-    libraries = (str(Path(torch.__file__ or "").parent), _FROZEN)
-    frames = traceback.extract_tb(error.__traceback__)
-    files = [frame.filename for frame in frames if not frame.filename.startswith(libraries)]
-    return bool(files) and not files[-1].startswith(str(_PACKAGE))
+    # The last frame says whose code it was. torch calls the model, and the model calls torch.
+    torch_folder = str(Path(torch.__file__ or "").parent)
+    frames = _frames_outside((torch_folder, _FROZEN), error)
+    if not frames:
+        return False
+    return not frames[-1].filename.startswith(str(_PACKAGE))
 
 
 def own_frames(error: BaseException, limit: int = 3) -> str:
@@ -51,24 +53,38 @@ def own_frames(error: BaseException, limit: int = 3) -> str:
         error: that was raised.
         limit: how many frames to show, innermost first; those of torch are left out.
     """
+    # 1. The error. Of a syntax error, the frames end where the file was to be compiled.
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()[:_LINES]
     if isinstance(error, SyntaxError) and error.filename:
-        # The frames end where the file was to be compiled.
-        lines.append(f"at {Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}")
+        code = (error.text or "").strip()
+        lines.append(f"at {Path(error.filename).name}:{error.lineno}: {code}")
 
-    libraries = [Path(module.__file__ or "").parent for module in (torch, importlib)]
-    left_out = (str(_PACKAGE), *(str(folder) for folder in libraries), _FROZEN)
-    frames = traceback.extract_tb(error.__traceback__)
-    foreign = [frame for frame in frames if not frame.filename.startswith(left_out)]
-    for frame in reversed(foreign[-limit:]):
+    # 2. Its frames.
+    libraries = [str(Path(module.__file__ or "").parent) for module in (torch, importlib)]
+    frames = _frames_outside((str(_PACKAGE), *libraries, _FROZEN), error)
+    for frame in reversed(frames[-limit:]):
         lines.append(f"at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}")
     return "\n".join(lines)
+
+
+def _frames_outside(folders: tuple[str, ...], error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an error whose files are in none of several folders.
+
+    Args:
+        folders: how the names of files begin that are left out.
+        error: that was raised.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not frame.filename.startswith(folders)]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators inside, and restore their states afterwards."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    # Without a GPU there are no other generators.
+    devices: list[int] = []
+    if torch.cuda.is_available():
+        devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

@@ -42,8 +42,10 @@ class GPTConfig:
     embed_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+        sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
+        if min(sizes) < 1:
             raise UsageError("a GPT needs sizes of at least 1", got=str(self))
+        # The heads share the width.
         if self.n_embd % self.n_head:
             raise UsageError(
                 "n_embd must be a multiple of n_head",
@@ -63,10 +65,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the attention adds to the stream, (B, T, d)."""
+        # 1. Queries, keys and values of every head, (B, heads, T, d / heads).
         B, T, d = x.shape
         q, k, v = (
             t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(d, dim=2)
         )
+
+        # 2. Attend, and join the heads.
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d)))
@@ -119,26 +124,26 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                **(
-                    {"ln_e": nn.LayerNorm(config.n_embd, bias=config.bias)}
-                    if config.embed_norm
-                    else {}
-                ),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        # 1. The parts, in nanoGPT's order.
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+        }
+        if config.embed_norm:
+            parts["ln_e"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        parts["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(parts)
+
+        # 2. The head is the embedding.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
         initialise(self, gpt2_std)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         """Return logits (B, T, vocabulary), or (logits, mean cross entropy) with targets (B, T)."""
+        # 1. The embedding, as the recipe changes it.
         parts = self.transformer
         x = parts["wte"](idx)
         if self.config.embed_scale != 1.0:
@@ -148,9 +153,13 @@ class GPT(nn.Module):
             x = parts["ln_e"](x)
         if self.config.embed_grad != 1.0:
             x = self.config.embed_grad * x + (1 - self.config.embed_grad) * x.detach()
+
+        # 2. The blocks.
         x = parts["drop"](x)
         for block in parts["h"]:  # type: ignore[attr-defined]
             x = block(x)
+
+        # 3. The head.
         logits = self.lm_head(parts["ln_f"](x))
         if targets is None:
             return logits
@@ -162,27 +171,51 @@ Std = Callable[[str, Tensor, GPTConfig], float]
 
 
 def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
-    """GPT-2's own: 0.02, residual projections divided by sqrt(2N)."""
-    return 0.02 / math.sqrt(2 * config.n_layer) if _residual(name) else 0.02
+    """Return GPT-2's own std: 0.02, residual projections divided by sqrt(2N).
+
+    Args:
+        name: of the weight.
+        config: of the model, with N layers.
+    """
+    if _residual(name):
+        return 0.02 / math.sqrt(2 * config.n_layer)
+    return 0.02
 
 
 def vanilla_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
-    """Return s = sqrt(2 / (5 d)) (Nguyen & Salazar 2019); W_2 and W_O / sqrt(2N) (Shoeybi 2020)."""
+    """Return s = sqrt(2 / (5 d)) (Nguyen & Salazar 2019); W_2 and W_O / sqrt(2N) (Shoeybi 2020).
+
+    Args:
+        name: of the weight.
+        config: of the model, with width d and N layers.
+    """
     s = math.sqrt(2 / (5 * config.n_embd))
-    return s / math.sqrt(2 * config.n_layer) if _residual(name) else s
+    if _residual(name):
+        return s / math.sqrt(2 * config.n_layer)
+    return s
 
 
 def xavier_std(name: str, weight: Tensor, config: GPTConfig) -> float:
-    """Xavier for every matrix of a sub-layer, without depth scaling; the embedding stays at s."""
+    """Return Xavier's std for every matrix of a sub-layer; the embedding stays at s.
+
+    There is no depth scaling.
+
+    Args:
+        name: of the weight.
+        weight: (fan out, fan in).
+        config: of the model.
+    """
     if ".h." not in name:
         return vanilla_std(name, weight, config)
     fan_out, fan_in = weight.shape
-    if name.endswith("c_attn.weight"):  # three matrices in one
+    # three matrices in one
+    if name.endswith("c_attn.weight"):
         fan_out //= 3
     return math.sqrt(2 / (fan_in + fan_out))
 
 
 def _residual(name: str) -> bool:
+    """Return whether a weight writes into the residual stream."""
     return name.endswith("c_proj.weight")
 
 
@@ -211,6 +244,9 @@ def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
         recipe: vanilla, xavier, embed-detach, embed-ln, scaled-embed or gpt2.
         sizes: fields of `GPTConfig`.
 
+    Returns:
+        The model, in training mode.
+
     Raises:
         UsageError: unknown recipe or size.
 
@@ -230,11 +266,14 @@ def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
 def config_of(sizes: Mapping[str, Any]) -> GPTConfig:
     """Return the config of nanoGPT's `model_args`.
 
+    Args:
+        sizes: by nanoGPT's names.
+
     Raises:
         UsageError: a key that it does not know.
     """
     known = {f.name for f in fields(GPTConfig)}
-    unknown = sorted(set(sizes) - known)
+    unknown = sorted(sizes.keys() - known)
     if unknown:
         raise UsageError(
             "unknown size of the reference GPT",

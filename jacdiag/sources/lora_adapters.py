@@ -19,10 +19,14 @@ _PREFIX = "base_model.model."
 def adapter_names(names: Iterable[str]) -> list[str]:
     """Return the names of tensors that belong to a LoRA adapter.
 
-    >>> adapter_names(["q_proj.lora_A.default.weight", "q_proj.base_layer.weight"])
-    ['q_proj.lora_A.default.weight']
+    Args:
+        names: of tensors.
+
+    Example:
+        >>> adapter_names(["q_proj.lora_A.default.weight", "q_proj.base_layer.weight"])
+        ['q_proj.lora_A.default.weight']
     """
-    return [name for name in names if _LORA.search(name)]
+    return list(filter(_LORA.search, names))
 
 
 def holds_its_base(names: Iterable[str]) -> bool:
@@ -52,13 +56,20 @@ def take_base_model(candidate: Candidate) -> tuple[Candidate, list[str]]:
 
 
 def _base_entries(entries: Mapping[str, Any], adapter: set[str]) -> dict[str, Any]:
+    """Return the weights of the base model under its own names.
+
+    Args:
+        entries: of the base model and the adapter, as PEFT names them.
+        adapter: the names of the adapter.
+    """
     # 1. Leave out the adapter, and the copies of modules that were trained in full.
-    left = {}
+    base = {}
     for name, entry in entries.items():
         if name not in adapter and _ORIGINAL not in name:
-            left[_TRAINED.sub(".", name).replace(_BASE, ".")] = entry
+            plain = _TRAINED.sub(".", name).replace(_BASE, ".")
+            base[plain] = entry
 
     # 2. Take the prefix off, if all names have it.
-    if all(name.startswith(_PREFIX) for name in left):
-        return {name.removeprefix(_PREFIX): entry for name, entry in left.items()}
-    return left
+    if not all(name.startswith(_PREFIX) for name in base):
+        return base
+    return {name.removeprefix(_PREFIX): entry for name, entry in base.items()}

@@ -56,13 +56,18 @@ def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
     Raises:
         SourceError: the initialization raised, or left a tensor out.
     """
+    # 1. Memory, filled with marks.
     model.to_empty(device="cpu")
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for tensor in tensors.values():
             tensor.fill_(_mark_for(tensor))
+        # 2. The model's own numbers in their place.
         _initialize(model, spec)
-    _check_initialized(model, spec, set(tensors) if init else _computed_buffers(model))
+
+    # 3. Nothing is left out that no checkpoint holds.
+    needed = set(tensors) if init else _computed_buffers(model)
+    _check_initialized(model, spec, needed)
 
 
 def compute_buffers(model: nn.Module, spec: str) -> None:
@@ -75,11 +80,14 @@ def compute_buffers(model: nn.Module, spec: str) -> None:
     Raises:
         SourceError: the initialization raised, or left a buffer out.
     """
+    # 1. Memory, filled with marks.
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 empty = torch.empty_like(buffer, device="cpu")
                 module._buffers[key] = empty.fill_(_mark_for(buffer))
+
+    # 2. The model's own numbers in their place.
     with torch.no_grad():
         _initialize(model, spec)
     _check_initialized(model, spec, _computed_buffers(model))
@@ -99,34 +107,43 @@ def _computed_buffers(model: nn.Module) -> set[str]:
 
 def _initialize(model: nn.Module, spec: str) -> None:
     """Run the model's own initialization."""
-    init_weights = getattr(model, "init_weights", None)
     try:
-        if callable(init_weights):
-            init_weights()
-            return
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            reset = reset or getattr(module, "_reset_parameters", None)
-            if callable(reset):
-                reset()
+        for initialize in _initializers(model):
+            initialize()
+    # foreign code may raise anything
     except Exception as error:
         raise SourceError(
             f"initialising what '{spec}' built failed", got=own_frames(error)
         ) from error
 
 
+def _initializers(model: nn.Module) -> Iterator[Callable[[], Any]]:
+    """Yield what initializes a model: one method of its own, or one of each of its modules."""
+    init_weights = getattr(model, "init_weights", None)
+    if callable(init_weights):
+        yield init_weights
+        return
+    for module in model.modules():
+        # nn.Transformer and nn.MultiheadAttention have the second one.
+        reset = getattr(module, "reset_parameters", None)
+        reset = reset or getattr(module, "_reset_parameters", None)
+        if callable(reset):
+            yield reset
+
+
 def _check_initialized(model: nn.Module, spec: str, names: set[str]) -> None:
     """Raise if a tensor of these names still holds its mark."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    left_out = [
-        name for name, tensor in tensors if name in names and tensor.numel() and _holds_mark(tensor)
-    ]
+    needed = [(name, tensor) for name, tensor in tensors if name in names]
+    left_out = [name for name, tensor in needed if _holds_mark(tensor)]
     if not left_out:
         return
-    more = " ..." if len(left_out) > _NAMED else ""
+    shown = ", ".join(left_out[:_NAMED])
+    if len(left_out) > _NAMED:
+        shown += " ..."
     raise SourceError(
         f"'{spec}' builds on the meta device, and not all of its tensors are initialised",
-        got=f"{len(left_out)} of {len(tensors)}: {', '.join(left_out[:_NAMED])}{more}",
+        got=f"{len(left_out)} of {len(tensors)}: {shown}",
         hint=(
             "give it an init_weights(), or its modules reset_parameters(), that fills them; "
             "or build on the CPU"
@@ -136,17 +153,23 @@ def _check_initialized(model: nn.Module, spec: str, names: set[str]) -> None:
 
 def _mark_for(tensor: Tensor) -> float | int | bool:
     """Return a number that no initialization gives: NaN, the largest integer, or True."""
-    if tensor.is_floating_point() or tensor.is_complex():
+    if _has_nan(tensor):
         return float("nan")
     if tensor.dtype == torch.bool:
         return True
     return torch.iinfo(tensor.dtype).max
 
 
+def _has_nan(tensor: Tensor) -> bool:
+    """Return whether a tensor's type has a NaN."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _holds_mark(tensor: Tensor) -> bool:
     """Return whether a tensor still holds its mark: any NaN, or the largest integer everywhere."""
-    if tensor.dtype == torch.bool:
-        return False  # two values leave no room for a mark
-    if tensor.is_floating_point() or tensor.is_complex():
+    # Two values leave no room for a mark, and no values for any.
+    if tensor.dtype == torch.bool or tensor.numel() == 0:
+        return False
+    if _has_nan(tensor):
         return bool(torch.isnan(tensor).any())
     return bool((tensor == _mark_for(tensor)).all())

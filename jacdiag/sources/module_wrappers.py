@@ -10,24 +10,36 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside wrappers: compile, FSDP, checkpointing, Fabric, DDP."""
-    while not isinstance(module, torch.jit.ScriptModule):  # its dict of modules is another
-        inner = next(
-            (module._modules[a] for a in WRAPPERS if module._modules.get(a) is not None), None
-        )
-        if inner is None and isinstance(
-            module, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ):
-            inner = module.module
+    while True:
+        inner = _inner(module)
         if inner is None:
             return module
         module = inner
-    return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return the module inside the outermost wrapper; None if there is no wrapper."""
+    # Its dict of modules is another one.
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    for attribute in WRAPPERS:
+        inner = module._modules.get(attribute)
+        if inner is not None:
+            return inner
+    # The name of these wrappers' attribute is one that models use too.
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module.module
+    return None
 
 
 def plain_name(name: str) -> str:
-    """Strips what wrappers leave in parameter names.
+    """Return a parameter's name without what wrappers leave in it.
 
-    >>> plain_name("_orig_mod.layers.0._fsdp_wrapped_module.weight")
-    'layers.0.weight'
+    Args:
+        name: of a parameter, its parts joined by dots.
+
+    Example:
+        >>> plain_name("_orig_mod.layers.0._fsdp_wrapped_module.weight")
+        'layers.0.weight'
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -23,50 +23,63 @@ def optimizer_stepped(tree: Any, flat: Mapping[str, Any] | None = None) -> bool:
         >>> optimizer_stepped({"opt": {"state": {0: {"step": 3}}, "param_groups": groups}})
         True
     """
+    # 1. A file with one level.
     for name, entry in (flat or {}).items():
-        if name.rpartition(".")[2] == "step" and _is_positive(entry):
+        is_count = name.rpartition(".")[2] == "step"
+        if is_count and _is_positive(entry):
             return True
-    return any(_has_stepped(state) for state in _optimizer_states(tree, 0))
+
+    # 2. A tree.
+    return any(map(_has_stepped, _optimizer_states(tree, 0)))
 
 
 def _optimizer_states(node: Any, depth: int) -> Iterator[Mapping[Any, Any]]:
     """Yield the states of all optimizers in a tree, parameter by parameter."""
     if not isinstance(node, Mapping) or depth > _DEEPEST:
         return
+
+    # 1. An optimizer.
     state = node.get("state")
-    if isinstance(node.get("param_groups"), list | tuple) and isinstance(state, Mapping):
+    has_groups = isinstance(node.get("param_groups"), list | tuple)
+    if has_groups and isinstance(state, Mapping):
         yield state
         return
+
+    # 2. A container that may hold some. Lightning keeps a list of optimizers.
     for child in node.values():
-        yield from _optimizer_states(child, depth + 1)
-        # Lightning keeps a list of optimizers.
-        if isinstance(child, list | tuple) and len(child) < _LONGEST:
-            for item in child:
-                yield from _optimizer_states(item, depth + 1)
+        is_short_list = isinstance(child, list | tuple) and len(child) < _LONGEST
+        for item in child if is_short_list else [child]:
+            yield from _optimizer_states(item, depth + 1)
 
 
 def _has_stepped(state: Mapping[Any, Any]) -> bool:
     """Return whether one parameter has a step count above 0 or, without a count, momentum."""
-    for entry in state.values():
-        if not isinstance(entry, Mapping):
-            continue
-        if "step" in entry:
-            if _is_positive(entry["step"]):
-                return True
-            continue
-        momentum = entry.get("momentum_buffer")
-        if isinstance(momentum, Tensor) and momentum.numel() and bool((momentum != 0).any()):
-            return True
-    return False
+    return any(_parameter_has_stepped(entry) for entry in state.values())
+
+
+def _parameter_has_stepped(entry: Any) -> bool:
+    """Return whether the state of one parameter is one after a step."""
+    if not isinstance(entry, Mapping):
+        return False
+    if "step" in entry:
+        return _is_positive(entry["step"])
+    # SGD counts no steps.
+    momentum = entry.get("momentum_buffer")
+    if not isinstance(momentum, Tensor):
+        return False
+    return bool((momentum != 0).any())
 
 
 def _is_positive(value: Any) -> bool:
     """Return whether a step count is above 0: a number, a tensor, or a scalar still in its file."""
+    # 1. A count in a file is read only if it is a single number.
     if not isinstance(value, Tensor | int | float):
         reader = getattr(value, "read", None)
         if reader is None or tuple(value.shape):
             return False
         value = reader()
+
+    # 2. Any other tensor is no count.
     if isinstance(value, Tensor) and value.numel() != 1:
         return False
     return float(value) > 0

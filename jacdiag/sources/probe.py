@@ -562,7 +562,7 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
     if not facts.takes(model, "input_ids"):
         return (ids,), {}
     kwargs: dict[str, Any] = {"input_ids": ids}
-    # a cache would change what a second run computes
+    # nothing is generated, so that no cache is needed
     if facts.takes(model, "use_cache"):
         kwargs["use_cache"] = False
     # both sides of an encoder-decoder model get the same ids

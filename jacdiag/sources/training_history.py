@@ -51,18 +51,20 @@ def history_of(source: Source) -> History | None:
     Args:
         source: as it was loaded.
     """
+    # 1. Weights that were drawn here.
     if source.info.get("format") in ("factory", "hf-config"):
-        return History(
-            state="init",
-            reason=f"built here by {source.info.get('factory', source.name)}",
-            basis="built",
-        )
+        builder = source.info.get("factory", source.name)
+        return History(state="init", reason=f"built here by {builder}", basis="built")
+
+    # 2. Facts in the file.
     if source.stepped:
         reason = "the file holds the state of an optimizer that has stepped"
         return History(state="trained", reason=reason, basis="file")
     if source.step is not None:
         reason = f"saved at step {source.step:,}"
-        return History(state="trained" if source.step else "init", reason=reason, basis="file")
+        return History(state=_state(source.step > 0), reason=reason, basis="file")
+
+    # 3. Its name.
     path = source.info.get("path")
     if not path:
         return None
@@ -84,24 +86,45 @@ def name_says(path: str) -> History | None:
         >>> name_says("xavier.pt") is None
         True
     """
-    pure = PurePath(path)
-    name = pure.stem if pure.suffix.lower() in _SUFFIXES else pure.name
-    if _PLAIN_NAME.fullmatch(name.lower()):
-        name = pure.parent.name
-    lowered = name.lower()
+    name = _telling_name(PurePath(path))
+    says_trained, says_fresh = _said_by_counts(name.lower())
+    words = set(_WORD.findall(name.lower()))
+    says_trained |= not words.isdisjoint(_TRAINED)
+    says_fresh |= not words.isdisjoint(_FRESH)
 
-    # 1. A count: of an epoch that is 0, nobody knows whether it is over.
-    counts = [(word, int(number)) for word, number in _COUNT.findall(lowered)]
-    exact = [number for word, number in counts if word.startswith(("step", "iter"))]
-    trained = any(number for _, number in counts)
-    fresh = bool(exact) and not trained
-
-    # 2. Words.
-    words = set(_WORD.findall(lowered))
-    trained = trained or bool(words & _TRAINED)
-    fresh = fresh or bool(words & _FRESH)
-    if trained == fresh:
+    # A name that says both, or nothing, says nothing.
+    if says_trained == says_fresh:
         return None
-    return History(
-        state="trained" if trained else "init", reason=f"its name says '{name}'", basis="name"
-    )
+    return History(state=_state(says_trained), reason=f"its name says '{name}'", basis="name")
+
+
+def _telling_name(path: PurePath) -> str:
+    """Return the name of a file or folder without its suffix; of a plain one, its folder's name."""
+    name = path.name
+    # A folder may have a dot in its name: "gpt2-0.5".
+    if path.suffix.lower() in _SUFFIXES:
+        name = path.stem
+    if _PLAIN_NAME.fullmatch(name.lower()):
+        return path.parent.name
+    return name
+
+
+def _said_by_counts(name: str) -> tuple[bool, bool]:
+    """Return whether the counts in a name say that it is trained, and that it is fresh.
+
+    Args:
+        name: in lower case, such as "step500" or "epoch_0".
+    """
+    counts = [(word, int(number)) for word, number in _COUNT.findall(name)]
+    if any(number > 0 for _, number in counts):
+        return True, False
+    # Of an epoch that is 0, nobody knows whether it is over.
+    counts_steps = any(word.startswith(("step", "iter")) for word, _ in counts)
+    return False, counts_steps
+
+
+def _state(is_trained: bool) -> Literal["init", "trained"]:
+    """Return how a report calls weights that are trained, or not."""
+    if is_trained:
+        return "trained"
+    return "init"

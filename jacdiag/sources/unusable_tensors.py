@@ -11,7 +11,7 @@ import torch
 
 from jacdiag.errors import SourceError, clipped
 from jacdiag.sources.lora_adapters import adapter_names
-from jacdiag.sources.tensor_sets import Candidate, TensorSetKind
+from jacdiag.sources.tensor_sets import Candidate
 
 _SHOWN = 160
 _GATHER = (
@@ -39,7 +39,8 @@ def check_contents(path: Path, candidates: Sequence[Candidate], top: Mapping[Any
         SourceError: it is one rank's file of a ZeRO run, or the state of a scheduler.
     """
     _check_zero(path, candidates, top)
-    if "base_lrs" in top and "last_epoch" in top and not _networks(candidates):
+    is_scheduler = "base_lrs" in top and "last_epoch" in top
+    if is_scheduler and not _has_network(candidates):
         raise SourceError(
             f"'{path}' is the state of a learning-rate scheduler, and holds no weights",
             hint="audit the file with the weights, which the run saved next to it",
@@ -63,9 +64,9 @@ def check_chosen(path: Path, entries: Mapping[str, Any], *, fitted: bool) -> Non
         _check_adapter(path, entries)
 
 
-def _networks(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the sets that are the weights of a network, or an average of them."""
-    return [c for c in candidates if c.kind in (TensorSetKind.NETWORK, TensorSetKind.AVERAGE)]
+def _has_network(candidates: Sequence[Candidate]) -> bool:
+    """Return whether one of the sets is the weights of a network, or an average of them."""
+    return any(candidate.is_network for candidate in candidates)
 
 
 # -- DeepSpeed -------------------------------------------------------------------------------------
@@ -73,19 +74,25 @@ def _networks(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _check_zero(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, Any]) -> None:
     """Raise if a file is one rank's part of a DeepSpeed ZeRO checkpoint."""
+    # 1. A part of the optimizer.
     _check_zero_optimizer(path, top.get("optimizer_state_dict"))
-    if not any(key in top for key in _DEEPSPEED):
+    if top.keys().isdisjoint(_DEEPSPEED):
         return
+
+    # 2. The model, its weights emptied.
     for candidate in candidates:
         empty = _empty_tensors(candidate.entries)
-        if empty and candidate.kind is not TensorSetKind.OPTIMIZER:
+        if empty and not candidate.is_optimizer:
             raise SourceError(
                 f"'{path}' is one rank's file of a DeepSpeed ZeRO-3 checkpoint, and holds no "
                 "whole weights",
                 got=_count_of_empty(empty, candidate.entries),
                 hint=_GATHER,
             )
-    if isinstance(top.get("param_shapes"), list | tuple | Mapping) and not _networks(candidates):
+
+    # 3. The model, its weights left out.
+    lists_shapes = isinstance(top.get("param_shapes"), list | tuple | Mapping)
+    if lists_shapes and not _has_network(candidates):
         raise SourceError(
             f"'{path}' is one rank's file of a DeepSpeed ZeRO-3 checkpoint, and holds no weights",
             got="param_shapes, the shapes of weights that are shared out over the ranks",
@@ -99,9 +106,11 @@ def _check_zero_optimizer(path: Path, optimizer: Any) -> None:
         return
     if "zero_stage" not in optimizer and "partition_count" not in optimizer:
         return
+    # Without a number, it is taken for the first one.
     stage = optimizer.get("zero_stage")
     if not isinstance(stage, int):
         stage = 1
+    # Stage 3 shares out the weights too.
     hint = "the weights are in mp_rank_00_model_states.pt of the same folder"
     if stage >= 3:
         hint = _GATHER
@@ -126,12 +135,14 @@ def _count_of_empty(empty: Sequence[str], entries: Mapping[str, Any]) -> str:
 def _check_empty(path: Path, entries: Mapping[str, Any]) -> None:
     """Raise if most tensors are empty."""
     empty = _empty_tensors(entries)
-    if len(empty) > len(entries) / 2:
-        raise SourceError(
-            f"'{path}' holds names and no weights, as a file that one rank of a ZeRO-3 run saved",
-            got=_count_of_empty(empty, entries),
-            hint=f"if it is a DeepSpeed run, {_GATHER}",
-        )
+    # A model may have a few of its own.
+    if len(empty) <= len(entries) / 2:
+        return
+    raise SourceError(
+        f"'{path}' holds names and no weights, as a file that one rank of a ZeRO-3 run saved",
+        got=_count_of_empty(empty, entries),
+        hint=f"if it is a DeepSpeed run, {_GATHER}",
+    )
 
 
 # -- quantised -------------------------------------------------------------------------------------
@@ -149,10 +160,13 @@ def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
     Raises:
         SourceError: they are; the message names the scheme if it is known.
     """
-    has_scales = any(_SCALES.search(name) for name in entries)
+    # 1. Find them.
+    has_scales = any(map(_SCALES.search, entries))
     quantised = [name for name, entry in entries.items() if _is_quantised(name, entry, has_scales)]
     if not quantised:
         return
+
+    # 2. Say what they are.
     kinds = sorted({str(entries[name].dtype).removeprefix("torch.") for name in quantised})
     names = clipped(", ".join(quantised), _SHOWN)
     raise SourceError(
@@ -171,6 +185,7 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
         entry: the tensor, or where it lies.
         has_scales: whether some tensor next to it is a scale by its name.
     """
+    # 1. By its type alone. Scales and step counts are vectors or single numbers.
     if str(entry.dtype).startswith(("torch.qint", "torch.quint")):
         return True
     if len(entry.shape) < 2:
@@ -179,9 +194,15 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
         return bool(entry.dtype.itemsize < 2)
     if entry.dtype == torch.int8:
         return True
+
+    # 2. Other integers may be indices or masks: by their names, next to scales.
+    return has_scales and entry.dtype in _INTEGERS and _is_named_as_weight(name)
+
+
+def _is_named_as_weight(name: str) -> bool:
+    """Return whether the last part of a name is one of packed weights."""
     last = name.rpartition(".")[2]
-    named_weight = "weight" in last or last.endswith(("_blocks", "_packed"))
-    return entry.dtype in _INTEGERS and has_scales and named_weight
+    return "weight" in last or last.endswith(("_blocks", "_packed"))
 
 
 def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
@@ -192,18 +213,27 @@ def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
     types = {entries[name].dtype for name in quantised}
     if any(dtype.is_floating_point for dtype in types):
         return "fp8"
-    return "int8" if torch.int8 in types else "integers"
+    if torch.int8 in types:
+        return "int8"
+    return "integers"
 
 
 def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
-    """Return the scheme that the last parts of the names belong to."""
+    """Return the scheme that the last parts of the names belong to; None if it is not known."""
     lasts = {name.rpartition(".")[2] for name in entries}
+
+    # 1. Only GPTQ stores an order of the columns, and not every version of it.
     if "qweight" in lasts:
         return "GPTQ" if "g_idx" in lasts else "GPTQ or AWQ"
+
+    # 2. bitsandbytes, whose 4-bit state is spread over several names.
     if "SCB" in lasts:
         return "int8 of bitsandbytes"
-    if lasts & {"absmax", "quant_map"} or any("quant_state" in name for name in entries):
+    has_state = any("quant_state" in name for name in entries)
+    if has_state or not lasts.isdisjoint({"absmax", "quant_map"}):
         return "4-bit of bitsandbytes"
+
+    # 3. Packed weights.
     if any(last.endswith("_blocks") for last in lasts):
         return "4-bit blocks with scales"
     if "weight_packed" in lasts:
@@ -217,14 +247,13 @@ def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
 def _check_adapter(path: Path, entries: Mapping[str, Any]) -> None:
     """Raise if most tensors belong to a LoRA adapter."""
     lora = adapter_names(entries)
+    # A base model with an adapter has more tensors of its own.
     if len(lora) <= len(entries) / 2:
         return
+    names = clipped(", ".join(lora), _SHOWN)
     raise SourceError(
         f"'{path}' holds a LoRA adapter, which changes a base model and is no model by itself",
-        got=(
-            f"{len(lora)} of {len(entries)} tensors are of the adapter: "
-            f"{clipped(', '.join(lora), _SHOWN)}"
-        ),
+        got=f"{len(lora)} of {len(entries)} tensors are of the adapter: {names}",
         hint="merge it first: peft.PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
         ".merge_and_unload().save_pretrained('merged'), then audit the folder merged",
     )

@@ -153,7 +153,7 @@ class _Renamer:
     def __init__(self, model: Any, expected: Mapping[str, Tensor]) -> None:
         self.expected = expected
         self.prefix: str = getattr(model, "base_model_prefix", "") or ""
-        # Versions of transformers before 5 have no such tables.
+        # Older versions of transformers have no such tables.
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import (
