@@ -254,6 +254,7 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
 
 def _is_safetensors(path: Path) -> bool:
     """Return whether a file is in the format of safetensors, by its suffix or else its bytes."""
+    # A suffix that is known is believed.
     if path.suffix in SUFFIXES:
         return path.suffix == ".safetensors"
     return safetensors_file.is_safetensors(path)
@@ -296,6 +297,8 @@ def trainer_step(folder: Path) -> int | None:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+    # It may be a file of another make.
     if not isinstance(state, dict):
         return None
     return _as_step(state.get("global_step"))
@@ -303,8 +306,10 @@ def trainer_step(folder: Path) -> int | None:
 
 def _metadata_step(metadata: Mapping[str, str]) -> int | None:
     """Return the step in the metadata of a safetensors file, if it has one."""
+    # All values of this metadata are text.
     step = str(metadata.get("step", metadata.get("global_step", "")))
-    # longer ones are no steps
+
+    # A longer text is no number of steps.
     if not step.isdecimal() or len(step) >= 19:
         return None
     return int(step)
@@ -420,6 +425,7 @@ def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def _step(top: Mapping[Any, Any]) -> int | None:
     """Return the training steps that a file says under a usual key, if it does."""
+    # The first key with a number: a file may have a key of another meaning, too.
     for key in _STEP_KEYS:
         step = _as_step(top.get(key))
         if step is not None:

@@ -60,6 +60,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     Args:
         device: any device; only one of CUDA is made the current one.
     """
+    # the CPU has none
     if device.type != "cuda":
         return nullcontext()
     return torch.cuda.device(device)

@@ -71,6 +71,7 @@ def name_of(spec: Any) -> str:
     """Return the name of a factory for messages: its text, or the name of a function."""
     if isinstance(spec, str | bytes | os.PathLike):
         return os.fsdecode(spec)
+
     module = getattr(spec, "__module__", None)
     name = getattr(spec, "__qualname__", None)
     # An object that can be called has no name of its own.
@@ -90,9 +91,11 @@ def resolve(spec: Factory) -> Callable[..., Any]:
     """
     if isinstance(spec, str | bytes | os.PathLike):
         return _resolve_name(os.fsdecode(spec))
+
     # A module can be called, and builds nothing.
     if callable(spec) and not isinstance(spec, nn.Module):
         return spec
+
     raise SourceError(
         "a factory is a function that builds a model, or its name",
         got=f"type {type(spec).__name__}",
@@ -128,6 +131,8 @@ def _hint_without_name(spec: str) -> str | None:
     """Return what to try if only a file or a module was named."""
     place = spec.rstrip(":")
     path = Path(place)
+
+    # Only a file is imported to look into it: the text may be anything.
     if not place.endswith(".py") or not path.is_file():
         return None
     return _candidates(place, _import_file(path), "")
@@ -285,9 +290,13 @@ def build(
     """
     if _is_config(spec):
         return _build_from_config(name_of(spec), model_args, seed)
+
+    # 1. Call it.
     function, name = resolve(spec), name_of(spec)
     result = call(function, name, model_args or {}, seed)
     model = _checked_module(name, result)
+
+    # 2. Give it memory.
     tensors = [*model.parameters(), *model.buffers()]
     if _any_on_meta(tensors):
         with seeded(seed):
@@ -316,6 +325,8 @@ def build_empty(
     if _is_config(spec):
         with empty_parameters():
             return _build_from_config(name_of(spec), model_args, seed)
+
+    # 1. Call it, its parameters without memory.
     function, name = resolve(spec), name_of(spec)
     try:
         with empty_parameters():
@@ -324,6 +335,8 @@ def build_empty(
     except SourceError:
         return build(spec, model_args, seed, init=False)
     model = _checked_module(name, result)
+
+    # 2. Compute its buffers.
     if _any_on_meta(model.buffers()):
         with seeded(seed):
             compute_buffers(model, name)
@@ -341,6 +354,7 @@ def _checked_module(name: str, result: Any) -> nn.Module:
     Raises:
         SourceError: it is something else.
     """
+    # Foreign code returns whatever it likes.
     if not isinstance(result, nn.Module):
         raise not_a_module(name, result)
     return result
@@ -427,6 +441,7 @@ def not_a_module(spec: str, result: Any) -> SourceError:
 
 def _hint_of_dict(spec: str, result: dict[Any, Any]) -> str:
     """Return what to try if a factory returned a dict: a state dict, or one with a model in it."""
+    # An empty dict is nothing.
     is_state_dict = bool(result) and all(isinstance(item, Tensor) for item in result.values())
     if is_state_dict:
         return "these are weights: build the module, load_state_dict() them, and return the module"
@@ -440,6 +455,7 @@ def _hint_of_place(spec: str, items: Mapping[Any, Any]) -> str:
         spec: the name of the factory.
         items: index or key -> item of the container.
     """
+    # The first module that is in it.
     name = spec.rpartition(":")[2]
     for place, item in items.items():
         if isinstance(item, nn.Module):

@@ -40,12 +40,13 @@ class FlightBatch:
         Raises:
             SourceError: the file cannot be read.
         """
+        # 1. The file.
         try:
             arguments = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise SourceError(f"cannot read '{self.file}'", got=one_line(error)) from error
 
-        # Positional arguments are stored under their numbers: "0", "1", ...
+        # 2. Positional arguments are stored under their numbers: "0", "1", ...
         by_place: dict[int, Any] = {}
         by_name: dict[str, Any] = {}
         for key, value in arguments.items():
@@ -92,6 +93,8 @@ class Flight:
         for batch in self.batches:
             if not batch.running:
                 return batch
+
+        # After a crash in the first step there is no other one.
         return next(iter(self.batches), None)
 
     @property
@@ -141,6 +144,7 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
 
 def _integer(value: Any) -> int | None:
     """Return a value that is an integer; None for any other one."""
+    # The file was written by another process, perhaps of another version.
     if not isinstance(value, int):
         return None
     return value
@@ -234,6 +238,7 @@ def _running_batches(path: Path) -> list[_AgedBatch]:
     """Return the batches of the step that had not ended. Their age is below 0."""
     batches = []
     for file in path.glob("running-batch-*.pt"):
+        # batch-AGE-at-STEP
         match = _RUNNING.fullmatch(file.name)
         if match is not None:
             batch = FlightBatch(file, int(match[2]), running=True)
@@ -248,9 +253,12 @@ def _ended_batches(path: Path, latest_step: int | None) -> list[_AgedBatch]:
         path: the folder of the flight.
         latest_step: of the latest batch, if it is known.
     """
+    # 1. The latest one.
     batches = []
     if (path / _LATEST).is_file():
         batches.append(_AgedBatch(0, FlightBatch(path / _LATEST, latest_step)))
+
+    # 2. Those before it.
     for file in path.glob("batch-*.pt"):
         match = _EARLIER.fullmatch(file.name)
         if match is not None:

@@ -29,8 +29,10 @@ def model_code() -> Iterator[None]:
     except (JacdiagError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        # an error of jacdiag itself is no fault of the model
         if not is_foreign(error):
             raise
+
         raise TraceError(
             "the model's code raised when it was run again", got=own_frames(error)
         ) from error
@@ -38,9 +40,11 @@ def model_code() -> Iterator[None]:
 
 def is_foreign(error: BaseException) -> bool:
     """Return whether an error was raised by code that is neither jacdiag's nor torch's."""
-    # The last frame says whose code it was. torch calls the model, and the model calls torch.
+    # 1. The frames without those of torch: it calls the model, and the model calls it.
     torch_folder = str(Path(torch.__file__ or "").parent)
     frames = _frames_outside((torch_folder, _FROZEN), error)
+
+    # 2. The last one says whose code it was.
     if not frames:
         return False
     return not frames[-1].filename.startswith(str(_PACKAGE))

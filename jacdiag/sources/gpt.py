@@ -177,6 +177,7 @@ def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
         name: of the weight.
         config: of the model, with N layers.
     """
+    # N layers add up in the residual stream
     if _residual(name):
         return 0.02 / math.sqrt(2 * config.n_layer)
     return 0.02
@@ -207,6 +208,7 @@ def xavier_std(name: str, weight: Tensor, config: GPTConfig) -> float:
     """
     if ".h." not in name:
         return vanilla_std(name, weight, config)
+
     fan_out, fan_in = weight.shape
     # three matrices in one
     if name.endswith("c_attn.weight"):

@@ -75,6 +75,7 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
 
 def _available(root: Path) -> Iterator[int]:
     """Yield what `/proc/meminfo` calls available."""
+    # the file says kB and means 1024 bytes
     kilobytes = _value_of_key(root / "proc/meminfo", "MemAvailable:")
     if kilobytes is not None:
         yield kilobytes * 1024
@@ -109,15 +110,17 @@ def _interface_of(number: str, controllers: str) -> _Interface | None:
 
 def _folders(root: Path, interface: _Interface, group: PurePosixPath) -> Iterator[Path]:
     """Yield the folders of a group and of the groups around it, as far as they are visible."""
+    # 1. The place of the hierarchy.
     mount = _find_mount(root, interface)
     point = root / mount.point.relative_to("/")
 
-    # A container sees its own group as the root of the mount. A path that leads out of it names
-    # nothing visible.
+    # 2. A container sees its own group as the root of the mount. A path that leads out of it names
+    #    nothing visible.
     below = PurePosixPath()
     if group.is_relative_to(mount.root) and ".." not in group.parts:
         below = group.relative_to(mount.root)
 
+    # 3. Every level has limits of its own.
     for level in (below, *below.parents):
         yield point / level
 
@@ -128,6 +131,8 @@ def _find_mount(root: Path, interface: _Interface) -> _Mount:
         mount = _parse_mount(line, interface)
         if mount is not None:
             return mount
+
+    # Without a list of mounts, where it usually is.
     return _Mount(root=PurePosixPath("/"), point=PurePosixPath(interface.mount))
 
 
@@ -176,7 +181,8 @@ def _value_of_key(path: Path, key: str) -> int | None:
     """Return the number after a key in a file with a key in each line; None if there is none."""
     for line in _lines(path):
         words = line.split()
-        if len(words) >= 2 and words[0] == key:
+        is_entry = len(words) >= 2
+        if is_entry and words[0] == key:
             return _decimal(words[1])
     return None
 
@@ -191,6 +197,7 @@ def _number(path: Path) -> int | None:
 
 def _decimal(text: str) -> int | None:
     """Return a number of decimal digits; None for any other text."""
+    # `max` and such words are no limit
     if not text.isdecimal():
         return None
     return int(text)

@@ -47,6 +47,7 @@ _MOMENTS = frozenset(
         "exp_avg_diff",
     }
 )
+_MOMENTS_AND_STEP = _MOMENTS | {"step"}
 _ROLES = frozenset(
     "generator discriminator actor critic policy value student teacher target".split()
 )
@@ -154,6 +155,7 @@ def split_flat(entries: Mapping[str, Any], key: str = "") -> list[Candidate]:
 
 def _joined(key: str, step: str) -> str:
     """Return a key with one more step; "" is the top of the file."""
+    # the top has no dot after it
     if not key:
         return step
     return f"{key}.{step}"
@@ -256,13 +258,15 @@ class _Search:
 
 def is_pickled_module(value: Any) -> bool:
     """Return whether a stub stands for an nn.Module that was pickled with its class."""
-    if not isinstance(value, Stub) or not isinstance(value.state, Mapping):
+    if not isinstance(value, Stub):
         return False
-    return "_parameters" in value.state
+    # Every module has this attribute, even if it is empty.
+    return isinstance(value.state, Mapping) and "_parameters" in value.state
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
     """Return a mapping, or an empty one in place of something else."""
+    # A pickle may hold anything under the names of a module's attributes.
     if not isinstance(value, Mapping):
         return {}
     return value
@@ -279,24 +283,29 @@ def _contents(node: Any) -> Any:
     """Return what a stub was given in place of the stub; anything else as it is."""
     if not isinstance(node, Stub):
         return node
-    return node.entries or node.state
+
+    # A dict or list of a class of its own was filled after it was made.
+    if node.entries:
+        return node.entries
+    return node.state
 
 
 def _children(node: Any) -> list[_Child]:
     """Return what a container holds; nothing for any other object."""
+    # 1. Mappings.
     node = _contents(node)
     if isinstance(node, Mapping):
         return [_Child(_text_key(key), value) for key, value in node.items()]
-    # a size is a tuple of numbers, not a container
-    if isinstance(node, torch.Size):
+
+    # 2. Sequences. A size is a tuple of numbers, not a container.
+    if isinstance(node, torch.Size) or not isinstance(node, list | tuple):
         return []
-    if isinstance(node, list | tuple):
-        return [_Child(None, value) for value in node]
-    return []
+    return [_Child(None, value) for value in node]
 
 
 def _text_key(key: Any) -> str | None:
     """Return a key that is text; None for another one."""
+    # optimizers number their parameters
     if isinstance(key, str):
         return key
     return None
@@ -306,6 +315,8 @@ def _label(node: Any, child: _Child, position: int) -> str:
     """Return the step of a key that leads to a child: its name, its key as text, or its place."""
     if child.name is not None:
         return printable(child.name)
+
+    # A key that is no text. Listing all keys of a large mapping for each child would take long.
     node = _contents(node)
     if isinstance(node, Mapping) and len(node) < _FEW_KEYS:
         return printable(str(list(node)[position]))
@@ -322,29 +333,38 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _is_optimizer(node: Mapping[Any, Any]) -> bool:
     """Return whether a mapping is the state of an optimizer, or of one parameter in it."""
+    # 1. The state of an optimizer of torch.
     if isinstance(node.get("param_groups"), list | tuple):
         return True
-    for key, value in node.items():
-        is_moment = isinstance(key, str) and key in _MOMENTS
-        if is_moment and isinstance(value, Tensor):
-            return True
-    return False
+
+    # 2. The state of one parameter.
+    return any(isinstance(value, Tensor) for value in _moments_in(node))
+
+
+def _moments_in(node: Mapping[Any, Any]) -> list[Any]:
+    """Return what a mapping has under the names of moments. Its keys may be of any type."""
+    return [value for key, value in node.items() if isinstance(key, str) and key in _MOMENTS]
 
 
 def _all_tensors(children: list[_Child]) -> dict[str, Any]:
     """Return tensors up to two levels below, by place: they are counted and never read."""
     tensors: dict[str, Any] = {}
-    level = [(str(position), child.value) for position, child in enumerate(children)]
+    # state -> parameter -> moment
+    level = {str(position): child.value for position, child in enumerate(children)}
     for _ in range(3):
-        below: list[tuple[str, Any]] = []
-        for name, value in level:
+        below: dict[str, Any] = {}
+        for name, value in level.items():
             if isinstance(value, Tensor):
                 tensors[name] = value
             elif isinstance(value, Mapping):
-                for place, inner in enumerate(value.values()):
-                    below.append((f"{name}.{place}", inner))
+                below |= _by_place(name, value)
         level = below
     return tensors
+
+
+def _by_place(name: str, mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the values of a mapping by its name and their places in it."""
+    return {f"{name}.{place}": value for place, value in enumerate(mapping.values())}
 
 
 def _combine(key: str, tensors: dict[str, Tensor], inner: list[Candidate]) -> list[Candidate]:
@@ -388,11 +408,17 @@ def _are_weights(tensors: dict[str, Tensor], networks: list[Candidate]) -> bool:
     """
     if not networks:
         return True
+
     # Single tensors next to a state dict are losses, steps and random states, unless they are named
     # as weights are.
-    if not _has_matrix(tensors) and not _has_dotted(tensors):
+    if not _look_like_weights(tensors):
         return False
     return len(tensors) > len(networks)
+
+
+def _look_like_weights(tensors: dict[str, Tensor]) -> bool:
+    """Return whether tensors have a matrix among them, or names as those of weights."""
+    return _has_matrix(tensors) or _has_dotted(tensors)
 
 
 def _own_sets(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
@@ -400,6 +426,8 @@ def _own_sets(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
     own = split_flat(tensors, key)
     if _has_dotted(tensors):
         return own
+
+    # Names without dots may be those of parts of one network, as an outer container has them.
     return [replace(candidate, dotted=False) for candidate in own]
 
 
@@ -408,11 +436,12 @@ def _is_of_optimizer(key: str, tensors: dict[str, Tensor], inner: list[Candidate
 
     Its own tensors are then step counts.
     """
+    # The top of a file is never one: the file may hold other things.
     if not key or not inner:
         return False
-    if not all(candidate.is_optimizer for candidate in inner):
-        return False
-    return not _has_matrix(tensors) and not _has_dotted(tensors)
+
+    are_optimizers = all(candidate.is_optimizer for candidate in inner)
+    return are_optimizers and not _look_like_weights(tensors)
 
 
 def _merge_network(key: str, tensors: dict[str, Tensor], inner: list[Candidate]) -> list[Candidate]:
@@ -423,17 +452,16 @@ def _merge_network(key: str, tensors: dict[str, Tensor], inner: list[Candidate])
         tensors: directly in it.
         inner: the sets of the containers below it.
     """
+    # 1. Sort the sets. Small parts, such as the gains of a norm, belong to the network too.
     networks = [c for c in inner if c.is_network]
     small_parts = [c for c in inner if c.kind is TensorSetKind.OTHER]
     optimizers = [c for c in inner if c.is_optimizer]
 
-    # Small parts, such as the gains of a norm, belong to the network too.
-    lead = f"{key}." if key else ""
+    # 2. Name their tensors by the place below the container.
+    lead = _joined(key, "")
     entries: dict[str, Any] = dict(tensors)
-    for candidate in (*networks, *small_parts):
-        place = candidate.key.removeprefix(lead)
-        for name, entry in candidate.entries.items():
-            entries[f"{place}.{name}"] = entry
+    for name, entry in _merged([*networks, *small_parts]).items():
+        entries[name.removeprefix(lead)] = entry
     return split_flat(entries, key) + optimizers
 
 
@@ -445,13 +473,17 @@ def _is_one_network(key: str, tensors: dict[str, Tensor], networks: list[Candida
         tensors: directly in it.
         networks: the mappings.
     """
+    # 1. There is something, and all of it is a part.
     if not networks:
         return False
-    if any(_stands_alone(network) for network in networks):
+    if any(map(_stands_alone, networks)):
         return False
+
+    # 2. The key says so.
     if is_usual(key):
         return True
-    # A mapping with dotted names is an entire state dict, not a part of one.
+
+    # 3. A mapping with dotted names is an entire state dict, not a part of one.
     if any(network.dotted for network in networks):
         return False
     return len(networks) > 1 or _has_matrix(tensors)
@@ -489,13 +521,14 @@ def _kind(key: str, entries: Mapping[str, Any]) -> TensorSetKind:
     if not _has_matrix(numbers):
         return TensorSetKind.OTHER
 
-    # 2. The key may say that it is something else.
+    # 2. The key may say that it is no network.
     last = key.rpartition(".")[2].lower()
     if any(word in last for word in _NOT_A_NETWORK):
         return TensorSetKind.OTHER
+
+    # 3. Or an average. `torch.optim.swa_utils.AveragedModel` saves a counter.
     names_average = not _words(key).isdisjoint(_AVERAGE_WORDS)
-    # `torch.optim.swa_utils.AveragedModel` saves this counter
-    if "n_averaged" in entries or names_average:
+    if names_average or "n_averaged" in entries:
         return TensorSetKind.AVERAGE
     return TensorSetKind.NETWORK
 
@@ -516,16 +549,20 @@ def _moment_names(entries: Mapping[str, Any]) -> set[str]:
     names = set()
     for name in entries:
         owner, _, last = name.rpartition(".")
-        is_moment = last in _MOMENTS or last == "step"
-        if is_moment and owner in owners:
+        if owner in owners and last in _MOMENTS_AND_STEP:
             names.add(name)
 
     # 2. What else stands under "optimizer." or "state.", if most of it is moments.
-    for head in {name.partition(".")[0] for name in names}:
+    for head in _heads(names):
         below = {name for name in entries if name.startswith(f"{head}.")}
         if len(below & names) > len(below) / 2:
             names |= below
     return names
+
+
+def _heads(names: Iterable[str]) -> set[str]:
+    """Return the first parts of dotted names."""
+    return {name.partition(".")[0] for name in names}
 
 
 def _owners_of_moments(names: Iterable[str]) -> set[str]:
@@ -540,7 +577,7 @@ def _owners_of_moments(names: Iterable[str]) -> set[str]:
 
 def _common_head(entries: Mapping[str, Any]) -> str:
     """Return the first part that all names share, or words in its place."""
-    heads = {name.partition(".")[0] for name in entries}
+    heads = _heads(entries)
     if len(heads) > 1:
         return "moments of an optimizer"
     return heads.pop()

@@ -68,10 +68,16 @@ def strip_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
         The same tensors by their names without wrappers.
     """
     names = [plain_name(printable(name)) for name in state]
-    # several wrappers may stand around each other
-    while names and all(name.startswith("module.") for name in names):
+
+    # Several wrappers may stand around each other. Without names, there is nothing to take off.
+    while names and _all_begin_with("module.", names):
         names = [name.removeprefix("module.") for name in names]
     return dict(zip(names, state.values(), strict=True))
+
+
+def _all_begin_with(prefix: str, names: Iterable[str]) -> bool:
+    """Return whether all names begin with a prefix."""
+    return all(name.startswith(prefix) for name in names)
 
 
 def select_key(path: Path, candidates: Sequence[Candidate], key: str) -> Candidate:
@@ -115,11 +121,20 @@ def _under_key(candidates: Sequence[Candidate], key: str) -> Candidate | None:
             return inside
 
     # 3. The first part of the key of one set only.
-    below = [c for c in candidates if c.key.startswith(f"{key}.")]
-    weights = [c for c in below if not c.is_optimizer]
-    if len(weights) == 1:
-        return weights[0]
+    below = [c for c in _weights_of(candidates) if c.key.startswith(f"{key}.")]
+    if len(below) == 1:
+        return below[0]
     return None
+
+
+def _weights_of(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the sets that are not the state of an optimizer."""
+    return [candidate for candidate in candidates if not candidate.is_optimizer]
+
+
+def _of_kind(candidates: Sequence[Candidate], kind: TensorSetKind) -> list[Candidate]:
+    """Return the sets of one kind."""
+    return [candidate for candidate in candidates if candidate.kind is kind]
 
 
 def _below_prefix(candidate: Candidate, key: str) -> Candidate | None:
@@ -164,7 +179,7 @@ def _default(path: Path, candidates: Sequence[Candidate]) -> Candidate:
     Raises:
         SourceError: there are no weights, or several networks and none stands out.
     """
-    weights = [c for c in candidates if not c.is_optimizer]
+    weights = _weights_of(candidates)
     if not weights:
         raise SourceError(
             f"'{path}' holds the state of an optimizer only, and no weights",
@@ -173,12 +188,12 @@ def _default(path: Path, candidates: Sequence[Candidate]) -> Candidate:
         )
 
     # 1. A network, if there is one.
-    networks = [c for c in weights if c.kind is TensorSetKind.NETWORK]
+    networks = _of_kind(weights, TensorSetKind.NETWORK)
     if networks:
         return _default_network(path, networks, candidates)
 
     # 2. An average, or else whatever has most numbers.
-    averages = [c for c in weights if c.kind is TensorSetKind.AVERAGE]
+    averages = _of_kind(weights, TensorSetKind.AVERAGE)
     return max(averages or weights, key=lambda c: count_numbers(c.entries))
 
 
@@ -243,6 +258,8 @@ def _listed(candidates: Sequence[Candidate]) -> str:
     """Return what a file holds, in words."""
     if not candidates:
         return "the file holds no tensors"
+
+    # The first ones, and how many more there are.
     shown = ", ".join(c.describe() for c in candidates[:_LISTED])
     if len(candidates) > _LISTED:
         shown += f" and {len(candidates) - _LISTED} more"
@@ -251,9 +268,9 @@ def _listed(candidates: Sequence[Candidate]) -> str:
 
 def _key_hint(candidates: Sequence[Candidate]) -> str | None:
     """Return what to pass to --key; None if nothing in the file has a key."""
-    # 1. The keys of the sets.
-    weights = [c for c in candidates if not c.is_optimizer]
-    keys = [c.key for c in weights if c.key]
+    # 1. The keys of the sets. The top of the file has none.
+    keys = [c.key for c in _weights_of(candidates)]
+    keys = list(filter(None, keys))
     if keys:
         return _options_for(keys)
 
@@ -283,15 +300,18 @@ def _others(candidates: Sequence[Candidate], chosen: Candidate) -> list[str]:
 
 def _is_another(candidate: Candidate, chosen: Candidate) -> bool:
     """Return whether a set is worth naming next to the chosen one."""
+    # 1. The same one, or one that the chosen one is a part of.
     if candidate is chosen or candidate.key == chosen.key:
         return False
-    # The chosen one is a part of it.
-    is_above = candidate.key == "" or chosen.key.startswith(f"{candidate.key}.")
-    if is_above:
+    if candidate.key == "":
         return False
-    # Step counts and losses are one number each.
-    only_scalars = count_numbers(candidate.entries) <= len(candidate.entries)
-    return candidate.kind is not TensorSetKind.OTHER or not only_scalars
+    if chosen.key.startswith(f"{candidate.key}."):
+        return False
+
+    # 2. Step counts and losses are one number each.
+    if candidate.kind is not TensorSetKind.OTHER:
+        return True
+    return count_numbers(candidate.entries) > len(candidate.entries)
 
 
 # -- by the model ----------------------------------------------------------------------------------
@@ -330,16 +350,18 @@ class _Fit:
     @property
     def key(self) -> str:
         """The place of the set and the prefix in it, in words of `--key`."""
-        prefix = self.prefix.rstrip(".")
-        if not self.candidate.key or not prefix:
-            return self.candidate.key or prefix
-        return f"{self.candidate.key}.{prefix}"
+        # Either may be empty: at the top of the file, and for the names as they are.
+        parts = [self.candidate.key, self.prefix.rstrip(".")]
+        return ".".join(filter(None, parts))
 
     @property
     def rank(self) -> tuple[bool, ...]:
         """The rank among the fits, the best first."""
+        # The model itself goes before a copy of it: its average, or its teacher.
         is_network = self.candidate.kind is TensorSetKind.NETWORK
         is_copy = is_second(self.key) or not is_network
+
+        # The top of the file is as good as a usual key.
         unusual_key = self.key != "" and not is_usual(self.key)
         return self.missing > 0, bool(self.unexpected), is_copy, unusual_key
 
@@ -368,9 +390,8 @@ def choose_by_model(
         searched = [select_key(path, candidates, key)]
     expected = model.state_dict(keep_vars=True)
     fits: list[_Fit] = []
-    for candidate in searched:
-        if not candidate.is_optimizer:
-            fits += _fits(candidate, expected)
+    for candidate in _weights_of(searched):
+        fits += _fits(candidate, expected)
 
     # 2. Take the best one that has every name.
     complete = [fit for fit in fits if fit.missing == 0]
@@ -380,7 +401,7 @@ def choose_by_model(
 
     # 3. Another one that is as good must be the same tensors under another key.
     equal = [fit for fit in complete if fit.rank == best.rank]
-    if not all(_same_tensors(best, fit) for fit in equal):
+    if any(fit.tensor_ids != best.tensor_ids for fit in equal):
         raise _ambiguous(path, equal, candidates, f"each of them fits {type(model).__name__}")
     return _chosen(best, candidates, complete)
 
@@ -392,22 +413,20 @@ def _nearest(
 
     The message that it does not fit then lists few names.
     """
-    # 1. The set that is read without a model.
+    # 1. The set that is read without a model, with every prefix that may be taken off.
     choice = choose_by_name(path, candidates, key)
-    of_set = [fit for fit in fits if fit.candidate.key == choice.candidate.key]
+    near = []
+    for fit in fits:
+        is_of_set = fit.candidate.key == choice.candidate.key
+        if is_of_set and fit.prefix and not fit.added:
+            near.append(fit)
 
     # 2. Its best prefix, if any name of the model then fits.
-    near = [fit for fit in of_set if fit.prefix and not fit.added]
     best = min(near, key=lambda fit: fit.missing, default=None)
     if best is not None and best.missing < len(best.names):
         choice.entries = best.entries
         choice.key = best.key
     return choice
-
-
-def _same_tensors(first: _Fit, second: _Fit) -> bool:
-    """Return whether two fits read the same tensors of the file."""
-    return first.tensor_ids == second.tensor_ids
 
 
 @dataclass(frozen=True)
@@ -425,12 +444,17 @@ def _fits(candidate: Candidate, expected: Mapping[str, Tensor]) -> list[_Fit]:
         candidate: the set.
         expected: the model's tensors by name.
     """
+    # 1. Count how many names fit under each prefix, by their shapes.
     names = _plain_names(candidate.entries, expected)
     shapes = {plain: tuple(candidate.entries[old].shape) for plain, old in names.items()}
     expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     counts = _count_matches(shapes, expected_shapes)
-    prefixes = [prefix for prefix, _ in counts.most_common(_TRIED)]
-    return [_compare(candidate, names, expected, prefix) for prefix in prefixes]
+
+    # 2. Compare in full under those that fit most.
+    fits = []
+    for prefix, _ in counts.most_common(_TRIED):
+        fits.append(_compare(candidate, names, expected, prefix))
+    return fits
 
 
 def _count_matches(
@@ -477,6 +501,8 @@ def _plain_names(entries: Mapping[str, Any], expected: Mapping[str, Tensor]) -> 
     names = {plain_name(printable(name)): name for name in entries}
     if _has_part(expected, "module"):
         return names
+
+    # DataParallel adds the name wherever it stands in the model.
     shorter = {_without_part(name, "module"): old for name, old in names.items()}
     if len(shorter) < len(names):
         return names
@@ -533,9 +559,6 @@ def _compare(
 def _unexpected(names: Iterable[str], expected: Mapping[str, Tensor]) -> list[str]:
     """Return the names that the model should have and does not.
 
-    Names outside the model's own parts belong to something that was saved with it, such as a
-    criterion.
-
     Args:
         names: of a file, as the model would have them.
         expected: the model's tensors by name.
@@ -543,8 +566,11 @@ def _unexpected(names: Iterable[str], expected: Mapping[str, Tensor]) -> list[st
     heads = {name.partition(".")[0] for name in expected}
     unexpected = []
     for name in names:
+        # What the model has, or computes by itself.
         if name in expected or name.endswith(_COMPUTED):
             continue
+        # Names outside the model's own parts belong to something that was saved with it, such as a
+        # criterion.
         if _is_inside(name, heads):
             unexpected.append(name)
     return unexpected
@@ -555,8 +581,11 @@ def _is_inside(name: str, heads: set[str]) -> bool:
     head = name.partition(".")[0]
     if head in heads:
         return True
-    # one more layer of an nn.Sequential, whose parts are numbers
-    return head.isdecimal() and any(other.isdecimal() for other in heads)
+
+    # One more layer of an nn.Sequential, whose parts are numbers.
+    if not head.isdecimal():
+        return False
+    return any(map(str.isdecimal, heads))
 
 
 def _chosen(fit: _Fit, candidates: Sequence[Candidate], complete: Sequence[_Fit]) -> Choice:
@@ -567,11 +596,13 @@ def _chosen(fit: _Fit, candidates: Sequence[Candidate], complete: Sequence[_Fit]
         candidates: what the file holds.
         complete: all fits that have every name.
     """
+    # 1. What is not read.
     chosen = fit.candidate
     read = set(fit.names.values())
     left_out = [printable(name) for name in chosen.entries if name not in read]
     others = _others(candidates, chosen) + _groups(left_out)
 
+    # 2. Notes on it, and on what would have fitted as well.
     notes = _notes_on_prefix(fit, is_partial=bool(left_out))
     if left_out:
         names = clipped(", ".join(left_out), 160)
@@ -591,10 +622,12 @@ def _notes_on_prefix(fit: _Fit, *, is_partial: bool) -> list[str]:
         is_partial: whether tensors of the set were left out.
     """
     notes = []
+    # If all of the set was read, the prefix is only a matter of names.
     if fit.prefix and is_partial:
         notes.append(f"the weights below '{fit.prefix}' were read, as they fit the model")
     elif fit.prefix:
         notes.append(f"the prefix '{fit.prefix}' was taken off every name")
+
     if fit.added:
         notes.append(f"the prefix '{fit.added}' was put before every name")
     return notes
@@ -621,6 +654,8 @@ def _overlap(key: str, chosen: str) -> bool:
     """Return whether one of two keys is above the other, or the same; "" is above all."""
     if not chosen:
         return True
+
+    # The dot keeps "model" from being above "model_ema".
     is_below = f"{key}.".startswith(f"{chosen}.")
     is_above = f"{chosen}.".startswith(f"{key}.")
     return is_below or is_above
@@ -629,5 +664,8 @@ def _overlap(key: str, chosen: str) -> bool:
 def _groups(left_out: Sequence[str]) -> list[str]:
     """Return the tensors that were left out, grouped by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in left_out)
-    groups = [f"{head} ({count_tensors(count)})" for head, count in counts.items()]
+    groups = []
+    for head, count in counts.items():
+        groups.append(f"{head} ({count_tensors(count)})")
+    # a list that is longer helps nobody
     return groups[:_LISTED]

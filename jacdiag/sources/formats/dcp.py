@@ -84,6 +84,7 @@ class Chunked:
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return self.chunks[0].read()
         tensor = torch.empty(self.shape, dtype=self.dtype)
+
         for chunk in self.chunks:
             tensor[chunk.block] = chunk.read()
         return tensor
@@ -127,6 +128,7 @@ def _tensors(path: Path, metadata: Mapping[str, Any]) -> dict[str, Chunked]:
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     """Return the attributes of the object in `.metadata`."""
+    # 1. Read it, and run nothing.
     guard = GuardedPickle()
     file = path / ".metadata"
     try:
@@ -139,6 +141,8 @@ def _metadata(path: Path) -> Mapping[str, Any]:
         raise SourceError(
             f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again"
         ) from error
+
+    # 2. Its class is not imported, so that it comes as a stub.
     if not isinstance(content, Stub) or not isinstance(content.state, Mapping):
         raise _foreign(path, f"a {type(content).__name__}")
     return content.state
@@ -159,6 +163,7 @@ def _tensor(
         dtype = properties[0]
     else:
         dtype = properties["dtype"]
+
     chunks = [_chunk(path, name, chunk.state, places) for chunk in state["chunks"]]
     return Chunked(tuple(state["size"]), dtype, tuple(chunks))
 

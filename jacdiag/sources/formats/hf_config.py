@@ -136,12 +136,17 @@ def _set_kind(
     Returns:
         Notes on what was inferred.
     """
+    # 1. The caller knows best.
     if requested is not None:
         data["model_type"] = str(requested)
         return []
+
+    # 2. The config.
     written = data.get("model_type")
     if isinstance(written, str) and written:
         return []
+
+    # 3. The classes that it names, or the weights.
     data["model_type"], why = _infer(transformers, data, names, file)
     return [f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}"]
 
@@ -253,8 +258,11 @@ def _unknown_kind(file: Path, fitting: Sequence[str]) -> SourceError:
 
 def _names_in(architectures: Any) -> list[str]:
     """Return the names in a config's list of classes; a config may hold anything there."""
+    # 1. One class.
     if isinstance(architectures, str):
         return [architectures]
+
+    # 2. A list of them, of which only the texts count.
     if not isinstance(architectures, list | tuple):
         return []
     return [name for name in architectures if isinstance(name, str)]
@@ -281,6 +289,7 @@ def _any_matches(pattern: str | None, names: Iterable[str]) -> bool:
 def named_class(transformers: Any, config: Any) -> Any:
     """Return the class of transformers that the config's `architectures` name, or None."""
     for name in _names_in(getattr(config, "architectures", None)):
+        # A class of the code that a folder brings is not in transformers.
         cls = getattr(transformers, name, None)
         is_model = isinstance(cls, type) and hasattr(cls, "_from_config")
         if is_model:
@@ -319,6 +328,7 @@ def candidate_classes(transformers: Any, config: Any) -> list[Any]:
 
 def _first(entry: Any) -> Any:
     """Return a class, or the first one of several that are registered together."""
+    # the first one is the usual class of the kind
     if isinstance(entry, tuple | list):
         return entry[0]
     return entry

@@ -90,6 +90,7 @@ class StoredState:
 
 def _in_memory(entry: Tensor | StoredTensor) -> Tensor:
     """Return a tensor, from its file if it is not in memory."""
+    # the tensors of .bin files are read already
     if isinstance(entry, Tensor):
         return entry
     return entry.read()
@@ -112,6 +113,8 @@ def read_files(path: Path, files: Sequence[Path], trust_pickle: bool = False) ->
     names = [file.name for file in files]
     entries: dict[str, Any] = {}
     lazy = files[0].suffix == ".safetensors"
+
+    # Shards have different names in them.
     for file in files:
         if lazy:
             spans, _ = safetensors_file.spans(file)
@@ -328,6 +331,7 @@ def _class_for(transformers: Any, config: Any, stored: StoredState) -> Any:
     named = named_class(transformers, config)
     if named is not None:
         return named
+
     best = _best_class(transformers, config, stored)
     if best is not None:
         return best
@@ -417,6 +421,7 @@ def _misfit(
         hint: what to try.
         inferred: notes on the config.
     """
+    # What was inferred comes first: it may be the reason.
     lines = list(inferred)
     for what, names in parts.items():
         if names:
@@ -509,6 +514,7 @@ def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
 
 def _builder_of(kind: Any) -> Any:
     """Return what builds a model from a config: of an automatic class, or of a model class."""
+    # only an automatic class has the public method
     if hasattr(kind, "from_config"):
         return kind.from_config
     return kind._from_config
@@ -590,6 +596,7 @@ def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """Return the type that holds the numbers of all types; float32 if there are none."""
+    # weights without any number are of no type
     if not dtypes:
         return torch.float32
     return functools.reduce(torch.promote_types, dtypes)
@@ -633,6 +640,8 @@ def config_path(spec: str) -> Path:
         raise SourceError(
             f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine"
         )
+
+    # A folder with weights alone.
     if path.is_dir() and not is_folder(path):
         raise SourceError(f"'{path}' has no config.json", got=listing(path))
     return path

@@ -100,6 +100,7 @@ def listing(path: Path) -> str:
 
 def _first_error(path: Path, *kinds: _ErrorOf) -> SourceError | None:
     """Return the error of the first kind of folder that this one is; None if it is none of them."""
+    # A folder may be of several kinds: the first one says most.
     for error_of in kinds:
         error = error_of(path)
         if error is not None:

@@ -61,6 +61,7 @@ class Span:
         # a view of no bytes cannot be read into
         if tensor.numel() == 0:
             return tensor
+
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             self._read_into(target)
@@ -74,6 +75,7 @@ class Span:
             for start in range(0, len(target), _BLOCK):
                 block = target[start : start + _BLOCK]
                 count = os.preadv(file.fileno(), [block], self.offset + start)
+                # the length was right when the header was read
                 if count < len(block):
                     size = self.path.stat().st_size
                     raise failed(self.path, f"{size:,} bytes: it has become shorter")
@@ -102,6 +104,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        # names a tensor whose dtype torch does not have
         _header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()  # the handle is no mapping

@@ -195,6 +195,7 @@ def refuse_quantised(path: Path, method: str, names: Sequence[str]) -> SourceErr
 def _listed(names: Sequence[str]) -> str:
     """Return the number of tensors, and the first names."""
     tensors = "tensor" if len(names) == 1 else "tensors"
+
     shown = printable(", ".join(names[:3]))
     if len(names) > 3:
         shown += " ..."
