@@ -106,12 +106,15 @@ class Contents:
     @property
     def optimizer_stepped(self) -> bool:
         """Whether the file holds the state of an optimizer that has taken a step."""
-        flat: dict[str, Any] = {}
         # A file of torch.save has its optimizers in the tree.
-        if self.stored:
-            for candidate in self.candidates:
-                if candidate.is_optimizer:
-                    flat |= candidate.entries
+        if not self.stored:
+            return optimizer_stepped(self.top)
+
+        # Any other file has one level of names.
+        flat: dict[str, Any] = {}
+        for candidate in self.candidates:
+            if candidate.is_optimizer:
+                flat |= candidate.entries
         return optimizer_stepped(self.top, flat)
 
     def choose(self, key: str | None = None, model: nn.Module | None = None) -> Checkpoint:
@@ -203,10 +206,14 @@ class Contents:
         """Return stored tensors as tensors that are mapped into memory; none if there are none."""
         if not self.tensors:
             return {}
+
+        # 1. The names in the file: prefixes may have been taken off.
         names_in_file = {}
         for candidate in self.candidates:
             for name, entry in candidate.entries.items():
                 names_in_file[id(entry)] = name
+
+        # 2. The tensors under these names.
         return {name: self.tensors[names_in_file[id(piece)]] for name, piece in pieces.items()}
 
 
@@ -373,17 +380,25 @@ def _no_weights(path: Path, described: str) -> SourceError:
 
 def _weights_next_to(path: Path) -> list[str]:
     """Return the names of files in a file's folder that are called as weights usually are."""
+    names = []
     try:
-        names = sorted(file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES)
+        for file in path.parent.iterdir():
+            is_usual = file.name.startswith(_USUAL_NAMES)
+            if is_usual and file.suffix in SUFFIXES:
+                names.append(file.name)
+    # The folder may be closed to this user.
     except OSError:
         return []
-    return [name for name in names if name.startswith(_USUAL_NAMES)]
+    return sorted(names)
 
 
 def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> None:
     """Raise if chosen tensors hold no numbers of a network."""
+    # 1. Integers alone are no weights.
     if not any(_is_inexact(tensor.dtype) for tensor in weights.values()):
         raise _no_weights(path, described)
+
+    # 2. Neither are shapes.
     empty = [name for name, tensor in weights.items() if _is_empty(tensor)]
     if empty:
         raise SourceError(
@@ -435,13 +450,26 @@ def _step(top: Mapping[Any, Any]) -> int | None:
 
 def _as_step(value: Any) -> int | None:
     """Return a value as a number of steps; None if it is none."""
-    # 1. A scalar of torch or numpy, or a whole number that was written as 100.0.
-    if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-
-    # 2. True is a number of Python, and no step.
+    value = _as_number(value)
+    # True is a number of Python, and no step.
     if isinstance(value, bool) or not isinstance(value, int):
         return None
-    return value if 0 <= value < 2**63 else None
+    # A larger one is damaged, or another thing.
+    if not 0 <= value < 2**63:
+        return None
+    return value
+
+
+def _as_number(value: Any) -> Any:
+    """Return a scalar of torch or numpy as a number of Python, and 100.0 as 100.
+
+    Any other value is returned as it is.
+    """
+    is_array = isinstance(value, Tensor | np.generic | np.ndarray)
+    if is_array and math.prod(value.shape) == 1:
+        value = value.item()
+
+    # Some programs count steps in floating point.
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

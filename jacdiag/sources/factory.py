@@ -441,8 +441,9 @@ def not_a_module(spec: str, result: Any) -> SourceError:
 
 def _hint_of_dict(spec: str, result: dict[Any, Any]) -> str:
     """Return what to try if a factory returned a dict: a state dict, or one with a model in it."""
+    items = list(result.values())
     # An empty dict is nothing.
-    is_state_dict = bool(result) and all(isinstance(item, Tensor) for item in result.values())
+    is_state_dict = bool(items) and all(isinstance(item, Tensor) for item in items)
     if is_state_dict:
         return "these are weights: build the module, load_state_dict() them, and return the module"
     return _hint_of_place(spec, result)

@@ -155,16 +155,15 @@ def _with_steps_of_log(
 ) -> list[dict[str, Any]]:
     """Return the steps of a flight after the earlier steps of the log.
 
-    Of the flight's own steps, the log is not read: a resumed run may have done them again.
-
     Args:
         own: the steps that the flight holds.
         log: of the run.
         step: that the flight is about, if it is known.
     """
-    # Without steps of its own, those of the log up to it.
     if not own:
         return _up_to(step, log.steps)
+
+    # Of the flight's own steps, the log is not read: a resumed run may have done them again.
     first = own[0]["step"]
     earlier = [row for row in log.steps if row["step"] < first]
     return [*earlier, *own]
@@ -172,9 +171,10 @@ def _with_steps_of_log(
 
 def _up_to(step: int | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows up to a step, or all of them if it is not known."""
-    # A flight may not say which step it is about.
     if step is None:
         return list(rows)
+
+    # A run that goes on has logged later ones.
     return [row for row in rows if row["step"] <= step]
 
 
@@ -273,7 +273,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
             rows = list(parsed(lines))
     except OSError:
         return []
-    # The last line may have been cut.
+
+    # A line without a step is of another version.
     return [row for row in rows if isinstance(row.get("step"), int)]
 
 

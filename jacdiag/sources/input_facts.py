@@ -83,10 +83,11 @@ def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def _is_size(value: Any) -> bool:
     """Return whether a value is a whole number above 0."""
-    # True is a number of Python, and no size.
-    if isinstance(value, bool):
+    if not isinstance(value, int):
         return False
-    return isinstance(value, int) and value > 0
+
+    # True is a number of Python, and no size.
+    return value is not True and value > 0
 
 
 def embedding(model: nn.Module) -> nn.Embedding | None:
@@ -129,9 +130,12 @@ def _token_tables(model: nn.Module) -> list[nn.Embedding]:
     tables: list[nn.Embedding] = []
     others: list[nn.Embedding] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            group = others if _POSITIONS.search(name) else tables
-            group.append(module)
+        if not isinstance(module, nn.Embedding):
+            continue
+
+        # positions and segments
+        group = others if _POSITIONS.search(name) else tables
+        group.append(module)
     return tables or others
 
 
@@ -199,8 +203,17 @@ def special_ids(model: nn.Module) -> set[int]:
     ids: set[int] = set()
     for config in configs(model):
         for name in _SPECIAL_IDS:
-            value = _value(config, name)
-            # Some models have several ids for the end.
-            values = value if isinstance(value, list | tuple) else [value]
-            ids.update(item for item in values if isinstance(item, int))
+            ids |= _ids_in(_value(config, name))
     return ids
+
+
+def _ids_in(value: Any) -> set[int]:
+    """Return the ids in a value of a config, which may be anything."""
+    # Some models have several ids for the end.
+    if isinstance(value, list | tuple):
+        return {item for item in value if isinstance(item, int)}
+    if isinstance(value, int):
+        return {value}
+
+    # Most models have no such id.
+    return set()

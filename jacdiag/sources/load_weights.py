@@ -227,7 +227,7 @@ def _ties(expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     for name, tensor in expected.items():
         by_tensor.setdefault(id(tensor), []).append(name)
 
-    # 2. The same by name.
+    # 2. The same by name. Most tensors have a single one.
     ties = {}
     for name, tensor in expected.items():
         twins = [twin for twin in by_tensor[id(tensor)] if twin != name]
@@ -246,7 +246,9 @@ def _check_ties(
         # A file with one name of a tie is complete.
         if first not in state or second not in state:
             continue
-        if not _same(value(state[first]), value(state[second])):
+
+        are_same = _same(value(state[first]), value(state[second]))
+        if not are_same:
             raise TieConflict(
                 f"'{first}' and '{second}' are one parameter in the model, but differ in {where}",
                 hint="build the model without weight tying",
@@ -256,21 +258,27 @@ def _check_ties(
 def _tied_pairs(ties: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     """Yield every pair of names of one parameter once."""
     for first, *twins in ties.values():
-        for twin in twins:
-            # The other order is the same pair.
-            if first < twin:
-                yield first, twin
+        # The other order is the same pair, and comes with the other name.
+        later = [twin for twin in twins if first < twin]
+        for second in later:
+            yield first, second
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors are equal; two with NaN count as equal."""
+    # The same memory need not be read.
     if first.data_ptr() == second.data_ptr():
         return True
     if torch.equal(first, second):
         return True
+
     # NaN differs from itself. What they hold cannot be compared, and is reported elsewhere.
-    both_have_nan = torch.isnan(first).any() and torch.isnan(second).any()
-    return bool(both_have_nan)
+    return _has_nan(first) and _has_nan(second)
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    """Return whether one of the numbers of a tensor is NaN."""
+    return bool(torch.isnan(tensor).any())
 
 
 def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -281,13 +289,17 @@ def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     replaced = _Replaced()
     for prefix, module in model.named_modules(remove_duplicate=False):
         lead = f"{prefix}." if prefix else ""
+
+        # 1. Its parameters. A place for one may be empty.
         for key, old in module._parameters.items():
             if old is not None:
                 module._parameters[key] = replaced.parameter_for(old, lead + key, tensors)
+
+        # 2. Its buffers. One that is not persistent is in no state dict.
         for key, buffer in module._buffers.items():
-            # A buffer that is not persistent is in no state dict.
-            if buffer is not None and lead + key in tensors:
-                module._buffers[key] = tensors[lead + key]
+            value = tensors.get(lead + key)
+            if buffer is not None and value is not None:
+                module._buffers[key] = value
 
 
 class _Replaced:

@@ -62,14 +62,17 @@ def _base_entries(entries: Mapping[str, Any], adapter: set[str]) -> dict[str, An
         entries: of the base model and the adapter, as PEFT names them.
         adapter: the names of the adapter.
     """
-    # 1. Leave out the adapter, and the copies of modules that were trained in full.
     base = {}
     for name, entry in entries.items():
-        if name not in adapter and _ORIGINAL not in name:
-            plain = _TRAINED.sub(".", name).replace(_BASE, ".")
-            base[plain] = entry
+        # 1. Leave out the adapter, and the copies of modules that were trained in full.
+        if name in adapter or _ORIGINAL in name:
+            continue
 
-    # 2. Take the prefix off, if all names have it.
+        # 2. The others have a name of PEFT inside of theirs.
+        plain = _TRAINED.sub(".", name).replace(_BASE, ".")
+        base[plain] = entry
+
+    # 3. Take the prefix off, if all names have it.
     if not all(name.startswith(_PREFIX) for name in base):
         return base
     return {name.removeprefix(_PREFIX): entry for name, entry in base.items()}

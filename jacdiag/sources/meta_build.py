@@ -170,6 +170,10 @@ def _holds_mark(tensor: Tensor) -> bool:
     # Two values leave no room for a mark, and no values for any.
     if tensor.dtype == torch.bool or tensor.numel() == 0:
         return False
+
+    # One NaN is enough: no initialization gives it.
     if _has_nan(tensor):
         return bool(torch.isnan(tensor).any())
+
+    # The largest integer may be a number of the model, but not all of its numbers.
     return bool((tensor == _mark_for(tensor)).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,14 +23,15 @@ def optimizer_stepped(tree: Any, flat: Mapping[str, Any] | None = None) -> bool:
         >>> optimizer_stepped({"opt": {"state": {0: {"step": 3}}, "param_groups": groups}})
         True
     """
-    # 1. A file with one level.
+    # 1. A file with one level. A count may be a scalar that is still in the file.
     for name, entry in (flat or {}).items():
         is_count = name.rpartition(".")[2] == "step"
         if is_count and _is_positive(entry):
             return True
 
-    # 2. A tree.
-    return any(map(_has_stepped, _optimizer_states(tree, 0)))
+    # 2. A tree, which may hold several optimizers. One that has stepped is enough.
+    states = _optimizer_states(tree, 0)
+    return any(map(_has_stepped, states))
 
 
 def _optimizer_states(node: Any, depth: int) -> Iterator[Mapping[Any, Any]]:
@@ -45,11 +46,20 @@ def _optimizer_states(node: Any, depth: int) -> Iterator[Mapping[Any, Any]]:
         yield state
         return
 
-    # 2. A container that may hold some. Lightning keeps a list of optimizers.
+    # 2. A container that may hold some.
     for child in node.values():
-        is_short_list = isinstance(child, list | tuple) and len(child) < _LONGEST
-        for item in child if is_short_list else [child]:
+        for item in _items_of(child):
             yield from _optimizer_states(item, depth + 1)
+
+
+def _items_of(child: Any) -> Sequence[Any]:
+    """Return the items of a short list, such as the optimizers of Lightning; else the child alone.
+
+    A long list holds something else.
+    """
+    if isinstance(child, list | tuple) and len(child) < _LONGEST:
+        return child
+    return [child]
 
 
 def _has_stepped(state: Mapping[Any, Any]) -> bool:

@@ -135,9 +135,12 @@ class Probe:
     def _hint_on_length(self) -> str:
         """Return what to try if the probe may be too long."""
         length = self.record.seq or 0
+
         # The table of positions says how long it may be.
         if self.limit is not None and self.limit < length:
             return f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
+
+        # Nothing does: half of it is a guess.
         return (
             f"if the model takes less than the probe's {length} tokens a sequence: --seq "
             f"{length // 2}"
@@ -188,34 +191,43 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     """Return a value with its tensors on a device.
 
     Args:
-        value: a tensor, or lists, tuples and dicts with tensors in them. Of a subclass of these, as
-            of any other object, nothing is known: it stays as it is.
+        value: a tensor, or lists, tuples and dicts with tensors in them. Any other object stays as
+            it is.
         device: where they go.
     """
     if isinstance(value, Tensor):
         return value.to(device)
+
+    # Of a subclass of these, nothing is known.
     if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
+        items = [_moved(item, device) for item in value]
+        return type(value)(items)
     if type(value) is dict:
         return {key: _moved(item, device) for key, item in value.items()}
+
     return value
 
 
 def _are_ids(tensor: Tensor) -> bool:
     """Return whether a tensor can be token ids: integers, (B, T)."""
-    # masks are no ids
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.dim() != 2:
         return False
-    return tensor.dim() == 2
+
+    # masks are no ids
+    is_mask = tensor.dtype == torch.bool
+    return not is_mask and not tensor.is_floating_point()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
+        return
+
+    # Of a dict, the values.
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
 
@@ -530,16 +542,19 @@ def _trained_rows(table: nn.Embedding, weight: Tensor | None, vocab: int) -> Ten
         weight: its values, (rows, d); all rows count as trained if they are not known.
         vocab: how many rows the model uses.
     """
+    # 1. The row of padding gets no gradient.
     trained = torch.ones(vocab, dtype=torch.bool)
     if weight is None:
         return trained
     if table.padding_idx is not None and table.padding_idx < vocab:
         trained[table.padding_idx] = False
 
-    # A chunk at a time: a table may be large, and stored in less than float32.
+    # 2. Rows near zero. A chunk at a time: a table may be large, and stored in less than float32.
     chunks = weight[:vocab].split(_ROWS)
     std = torch.cat([chunk.float().cpu().std(dim=1, correction=0) for chunk in chunks])
     trained &= std >= _DEAD * std.median()
+
+    # 3. Twins.
     return trained & ~_twins(weight[:vocab])
 
 

@@ -136,14 +136,16 @@ def _way_from(given: Any) -> str:
 
 def _is_state_dict(value: Any) -> bool:
     """Return whether a value is a mapping of tensors and nothing else."""
-    # an empty mapping is no state dict
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping):
         return False
-    return all(isinstance(item, Tensor) for item in value.values())
+
+    # An empty mapping is no state dict.
+    values = list(value.values())
+    return bool(values) and all(isinstance(item, Tensor) for item in values)
 
 
 def _holds_module(value: Any) -> bool:
     """Return whether a value is a list or tuple with a module in it."""
-    if not isinstance(value, list | tuple):
-        return False
-    return any(isinstance(item, nn.Module) for item in value)
+    # A module that is iterable is one itself.
+    items = value if isinstance(value, list | tuple) else ()
+    return any(isinstance(item, nn.Module) for item in items)

@@ -66,11 +66,15 @@ class Source:
         """Where the model runs."""
         if self._device is not None:
             return self._device
+
         # Weights that stay in their files are read into main memory.
         if self.model is None or self.weights is not None:
             return torch.device("cpu")
-        first = next(self.model.parameters(), None)
-        return torch.device("cpu") if first is None else first.device
+
+        # A model in memory is where its first parameter is.
+        for parameter in self.model.parameters():
+            return parameter.device
+        return torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
         """Move the model; of one whose parameters stay in their files, move the buffers.
@@ -98,9 +102,10 @@ class Source:
             return parameter.detach()
         if self.model is None or self.weights is None:
             return None
+
         # The file knows it by its name.
-        name = next(name for name, own in self.model.named_parameters() if own is parameter)
-        return self.weights[name]
+        names = {id(own): name for name, own in self.model.named_parameters()}
+        return self.weights[names[id(parameter)]]
 
     @property
     def vocab_size(self) -> int | None:
@@ -490,8 +495,11 @@ def _without_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _reason(error: Exception) -> str:
     """Return what an error says in one line."""
+    # 1. An error of Python.
     if not isinstance(error, UsageError):
         return str(error)
+
+    # 2. One of jacdiag, without its hint.
     if not error.got:
         return error.what
     return f"{error.what}: {error.got}"
@@ -501,6 +509,8 @@ def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments as JSON takes them: other values as text."""
     plain = {}
     for name, value in args.items():
-        is_plain = value is None or isinstance(value, str | int | float)
-        plain[str(name)] = value if is_plain else str(value)
+        # None is plain too
+        if not isinstance(value, str | int | float | None):
+            value = str(value)
+        plain[str(name)] = value
     return plain

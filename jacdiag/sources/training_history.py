@@ -100,10 +100,12 @@ def name_says(path: str) -> History | None:
 
 def _telling_name(path: PurePath) -> str:
     """Return the name of a file or folder without its suffix; of a plain one, its folder's name."""
+    # 1. A folder may have a dot in its name: "gpt2-0.5".
     name = path.name
-    # A folder may have a dot in its name: "gpt2-0.5".
     if path.suffix.lower() in _SUFFIXES:
         name = path.stem
+
+    # 2. Files of transformers have the same name in every folder.
     if _PLAIN_NAME.fullmatch(name.lower()):
         return path.parent.name
     return name
@@ -115,12 +117,15 @@ def _said_by_counts(name: str) -> tuple[bool, bool]:
     Args:
         name: in lower case, such as "step500" or "epoch_0".
     """
-    counts = [(word, int(number)) for word, number in _COUNT.findall(name)]
-    if any(number > 0 for _, number in counts):
-        return True, False
-    # Of an epoch that is 0, nobody knows whether it is over.
-    counts_steps = any(word.startswith(("step", "iter")) for word, _ in counts)
-    return False, counts_steps
+    words = []
+    for word, number in _COUNT.findall(name):
+        if int(number) > 0:
+            return True, False
+        words.append(word)
+
+    # All are 0. Of an epoch that is 0, nobody knows whether it is over.
+    steps = [word for word in words if word.startswith(("step", "iter"))]
+    return False, bool(steps)
 
 
 def _state(is_trained: bool) -> Literal["init", "trained"]:

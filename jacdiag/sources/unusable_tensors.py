@@ -185,9 +185,11 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
         entry: the tensor, or where it lies.
         has_scales: whether some tensor next to it is a scale by its name.
     """
-    # 1. By its type alone. Scales and step counts are vectors or single numbers.
+    # 1. By its type alone.
     if str(entry.dtype).startswith(("torch.qint", "torch.quint")):
         return True
+
+    # 2. A matrix of 8 bits. Scales and step counts are vectors or single numbers.
     if len(entry.shape) < 2:
         return False
     if entry.dtype.is_floating_point:
@@ -195,8 +197,9 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
     if entry.dtype == torch.int8:
         return True
 
-    # 2. Other integers may be indices or masks: by their names, next to scales.
-    return has_scales and entry.dtype in _INTEGERS and _is_named_as_weight(name)
+    # 3. Other integers may be indices or masks: by their names, next to scales.
+    is_packed = has_scales and entry.dtype in _INTEGERS
+    return is_packed and _is_named_as_weight(name)
 
 
 def _is_named_as_weight(name: str) -> bool:
@@ -207,15 +210,16 @@ def _is_named_as_weight(name: str) -> bool:
 
 def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
     """Return the name of the scheme, as far as names and types say it."""
+    # 1. The names, which are those of one library.
     by_name = _scheme_by_name(entries)
     if by_name is not None:
         return by_name
+
+    # 2. The types.
     types = {entries[name].dtype for name in quantised}
     if any(dtype.is_floating_point for dtype in types):
         return "fp8"
-    if torch.int8 in types:
-        return "int8"
-    return "integers"
+    return "int8" if torch.int8 in types else "integers"
 
 
 def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
