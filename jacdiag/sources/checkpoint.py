@@ -261,9 +261,9 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
 
 def _is_safetensors(path: Path) -> bool:
     """Return whether a file is in the format of safetensors, by its suffix or else its bytes."""
-    # A suffix that is known is believed.
     if path.suffix in SUFFIXES:
         return path.suffix == ".safetensors"
+    # any other suffix says nothing
     return safetensors_file.is_safetensors(path)
 
 
@@ -440,11 +440,13 @@ def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def _step(top: Mapping[Any, Any]) -> int | None:
     """Return the training steps that a file says under a usual key, if it does."""
-    # The first key with a number: a file may have a key of another meaning, too.
     for key in _STEP_KEYS:
         step = _as_step(top.get(key))
+        # a file may have a key of another meaning, too
         if step is not None:
             return step
+
+    # Most state dicts have none.
     return None
 
 

@@ -60,10 +60,10 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     Args:
         device: any device; only one of CUDA is made the current one.
     """
+    if device.type == "cuda":
+        return torch.cuda.device(device)
     # the CPU has none
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext()
 
 
 def _count(kind: str) -> int:

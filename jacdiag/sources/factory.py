@@ -354,10 +354,10 @@ def _checked_module(name: str, result: Any) -> nn.Module:
     Raises:
         SourceError: it is something else.
     """
+    if isinstance(result, nn.Module):
+        return result
     # Foreign code returns whatever it likes.
-    if not isinstance(result, nn.Module):
-        raise not_a_module(name, result)
-    return result
+    raise not_a_module(name, result)
 
 
 def _any_on_meta(tensors: Iterable[Tensor]) -> bool:
@@ -456,9 +456,11 @@ def _hint_of_place(spec: str, items: Mapping[Any, Any]) -> str:
         spec: the name of the factory.
         items: index or key -> item of the container.
     """
-    # The first module that is in it.
     name = spec.rpartition(":")[2]
     for place, item in items.items():
+        # the first module in it
         if isinstance(item, nn.Module):
             return f"return the model alone, such as `lambda: {name}()[{place!r}]`"
+
+    # There is none.
     return _RETURN_A_MODULE

@@ -144,10 +144,10 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
 
 def _integer(value: Any) -> int | None:
     """Return a value that is an integer; None for any other one."""
+    if isinstance(value, int):
+        return value
     # The file was written by another process, perhaps of another version.
-    if not isinstance(value, int):
-        return None
-    return value
+    return None
 
 
 def _with_steps_of_log(

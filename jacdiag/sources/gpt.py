@@ -177,10 +177,10 @@ def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
         name: of the weight.
         config: of the model, with N layers.
     """
-    # N layers add up in the residual stream
-    if _residual(name):
-        return 0.02 / math.sqrt(2 * config.n_layer)
-    return 0.02
+    if not _residual(name):
+        return 0.02
+    # 2N sub-layers add up in the residual stream
+    return 0.02 / math.sqrt(2 * config.n_layer)
 
 
 def vanilla_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
@@ -289,6 +289,7 @@ def config_of(sizes: Mapping[str, Any]) -> GPTConfig:
 def initialise(model: GPT, std: Std) -> None:
     """Draw every matrix from N(0, std^2); gains become 1, biases 0."""
     for name, p in model.named_parameters():
+        # matrices and embeddings
         if p.dim() >= 2:
             p.normal_(0.0, std(name, p, model.config))
         elif name.endswith("bias"):

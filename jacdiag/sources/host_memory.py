@@ -1,7 +1,7 @@
 """Read how much memory of this machine is free for this process: the one place that knows.
 
 A container or a batch job is a control group of Linux with a limit of its own. The limit may stand
-on the group itself or on any group around it, so every level is asked. Version 1 and version 2 of
+on the group itself or on any group around it, so every level is read. Version 1 and version 2 of
 the interface name their files differently (https://docs.kernel.org/admin-guide/cgroup-v2.html,
 section "Memory Interface Files").
 """
@@ -75,9 +75,9 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
 
 def _available(root: Path) -> Iterator[int]:
     """Yield what `/proc/meminfo` calls available."""
-    # the file says kB and means 1024 bytes
     kilobytes = _value_of_key(root / "proc/meminfo", "MemAvailable:")
     if kilobytes is not None:
+        # the file says kB and means 1024 bytes
         yield kilobytes * 1024
 
 
@@ -101,8 +101,11 @@ def _interface_of(number: str, controllers: str) -> _Interface | None:
         number: of the hierarchy.
         controllers: what it limits, separated by commas; empty in version 2.
     """
+    # 1. The only hierarchy of version 2.
     if number == "0" and not controllers:
         return _V2
+
+    # 2. One of version 1 for each controller, or for several together.
     if "memory" in controllers.split(","):
         return _V1
     return None
@@ -197,10 +200,10 @@ def _number(path: Path) -> int | None:
 
 def _decimal(text: str) -> int | None:
     """Return a number of decimal digits; None for any other text."""
+    if text.isdecimal():
+        return int(text)
     # `max` and such words are no limit
-    if not text.isdecimal():
-        return None
-    return int(text)
+    return None
 
 
 def _lines(path: Path) -> list[str]:

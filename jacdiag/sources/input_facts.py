@@ -65,9 +65,9 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 def _value(config: Any, name: str) -> Any:
     """Return a value of a config, which may be a mapping or an object."""
-    # A mapping has attributes too, such as its methods.
     if isinstance(config, Mapping):
         return config.get(name)
+    # A mapping has attributes too, such as its methods, so it comes first.
     return getattr(config, name, None)
 
 

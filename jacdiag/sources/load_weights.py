@@ -157,6 +157,7 @@ def _other_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     for name, tensor in expected.items():
         if name not in state:
             continue
+
         stored = state[name]
         if stored.shape != tensor.shape:
             differing.append(f"{name} {_size(stored)}, the model has {_size(tensor)}")
@@ -323,8 +324,11 @@ class _Replaced:
             name: of it in the model.
             tensors: the new values by name.
         """
+        # 1. Its module came before, at another place.
         if id(old) in self._new_ids:
             return old
+
+        # 2. A new one, unless it was made for another name of a tie.
         if id(old) not in self._pairs:
             tensor = tensors[name]
             needs_grad = old.requires_grad and tensor.is_floating_point()

@@ -155,6 +155,8 @@ def _mark_for(tensor: Tensor) -> float | int | bool:
     """Return a number that no initialization gives: NaN, the largest integer, or True."""
     if _has_nan(tensor):
         return float("nan")
+
+    # torch has no limits of a bool
     if tensor.dtype == torch.bool:
         return True
     return torch.iinfo(tensor.dtype).max

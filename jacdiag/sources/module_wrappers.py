@@ -14,6 +14,7 @@ def unwrap(module: nn.Module) -> nn.Module:
         inner = _inner(module)
         if inner is None:
             return module
+        # there may be one more wrapper
         module = inner
 
 
@@ -36,7 +37,7 @@ def plain_name(name: str) -> str:
     """Return a parameter's name without what wrappers leave in it.
 
     Args:
-        name: of a parameter, its parts joined by dots.
+        name: of a parameter, with dots in it.
 
     Example:
         >>> plain_name("_orig_mod.layers.0._fsdp_wrapped_module.weight")

@@ -57,7 +57,8 @@ def _items_of(child: Any) -> Sequence[Any]:
 
     A long list holds something else.
     """
-    if isinstance(child, list | tuple) and len(child) < _LONGEST:
+    is_list = isinstance(child, list | tuple)
+    if is_list and len(child) < _LONGEST:
         return child
     return [child]
 

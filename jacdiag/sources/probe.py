@@ -93,6 +93,7 @@ class Probe:
         tensors = list(_tensors((self.args, self.kwargs)))
         if self.token_ids is not None:
             tensors = [self.token_ids]
+
         hashed = hashlib.sha256()
         for tensor in tensors:
             # The type that a device or a loader chose does not count.
@@ -184,6 +185,7 @@ def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
             raise ProbeError(
                 "the probe input is a dict with keys that are no names", got=repr(key), hint=hint
             )
+
     return dict(inputs)
 
 
@@ -295,7 +297,7 @@ def build_probe(
     # 2. Token ids: of a file, of the text that ships, or random.
     length = _length(source, seq)
     if tokens is not None:
-        size = _Size(batch=batch, length=length, given=seq is not None, number=number)
+        size = _Size(batch=batch, length=length, is_length_given=seq is not None, number=number)
         chosen = _of_file(Path(tokens), source, size, trust_code=trust_code)
     else:
         size = _Size(batch=batch, length=length, number=number)
@@ -372,6 +374,7 @@ def _all_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Return whether two inputs are the same tensors, in order."""
     if len(first) != len(second):
         return False
+
     return all(map(_same, first, second))
 
 
@@ -407,13 +410,13 @@ class _Size:
 
     Attributes:
         batch, length: sequences, and tokens of each.
-        given: whether the length was given; else a table of ids keeps its own.
+        is_length_given: whether a length was given; else a table of ids keeps its own.
         number: from 0; each probe takes the tokens after those of the one before.
     """
 
     batch: int
     length: int
-    given: bool = False
+    is_length_given: bool = False
     number: int = 0
 
     @property
@@ -576,6 +579,7 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
     """
     if not facts.takes(model, "input_ids"):
         return (ids,), {}
+
     kwargs: dict[str, Any] = {"input_ids": ids}
     # nothing is generated, so that no cache is needed
     if facts.takes(model, "use_cache"):
@@ -583,6 +587,7 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
     # both sides of an encoder-decoder model get the same ids
     if facts.takes(model, "decoder_input_ids"):
         kwargs["decoder_input_ids"] = ids
+
     return (), kwargs
 
 
@@ -618,7 +623,7 @@ def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
         )
     ids = ids.long()
     is_table = ids.dim() == 2 and ids.numel() > 0
-    if is_table and not size.given:
+    if is_table and not size.is_length_given:
         return _table_rows(ids[:, : size.length], path, size)
 
     # 2. Tokens in a row: those after the probes before this one.
@@ -683,6 +688,7 @@ def _read_tokens(path: Path) -> Tensor:
         raise ProbeError(
             f"'{path}' is no token file", got=path.suffix or "no suffix", hint=_READABLE
         )
+
     # a stranger's bytes in the readers of others: they may raise anything
     try:
         return reader(path)

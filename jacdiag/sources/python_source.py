@@ -79,6 +79,7 @@ def check_module(given: Any, caller: str) -> None:
     """
     if isinstance(given, nn.Module):
         return
+
     # The hint says how to get a module from it.
     if isinstance(given, str | bytes | os.PathLike):
         hint = "jacdiag.sources.load(SOURCE).model is the module that a file or factory holds"
@@ -97,6 +98,7 @@ def path_text(given: Any) -> str:
     """
     if not isinstance(given, str | bytes | os.PathLike):
         raise UsageError("a path is expected", got=kind_of(given), hint="text or a pathlib.Path")
+
     return os.fsdecode(given)
 
 
@@ -104,9 +106,11 @@ def kind_of(value: Any) -> str:
     """Return what a value is, for a message."""
     if value is None:
         return "None"
+
     # the type of a class is no help
     if isinstance(value, type):
         return f"the class {value.__name__}"
+
     return f"type {type(value).__name__}"
 
 

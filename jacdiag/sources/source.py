@@ -86,6 +86,8 @@ class Source:
         if self.weights is None:
             self.model.to(device)
             return
+
+        # The parameters take no memory.
         self._device = device
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
@@ -110,16 +112,18 @@ class Source:
     @property
     def vocab_size(self) -> int | None:
         """The number of token ids that the model takes; None if it takes none."""
-        if self.model is None:
-            return None
-        return vocabulary(self.model)
+        if self.model is not None:
+            return vocabulary(self.model)
+        # weights alone take no input
+        return None
 
     @property
     def max_seq(self) -> int | None:
         """The longest sequence that the model says it takes."""
-        if self.model is None:
-            return None
-        return longest_sequence(self.model)
+        if self.model is not None:
+            return longest_sequence(self.model)
+        # weights alone take no input
+        return None
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Source:
@@ -207,6 +211,7 @@ def load(
     opening = _Opening(
         model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed, key=key
     )
+
     # 1. Models that are built.
     if name.startswith("hf:"):
         return _from_config(name, opening)
@@ -359,6 +364,7 @@ def _build(model: factory.Factory, opening: _Opening, *, empty: bool) -> nn.Modu
     """Return the module that weights are put into; an empty one takes no memory."""
     if empty:
         return factory.build_empty(model, opening.model_args, opening.seed)
+    # its numbers are replaced, so that none need be drawn
     return factory.build(model, opening.model_args, opening.seed, init=False)
 
 
@@ -437,6 +443,7 @@ def _stored(checkpoint: Checkpoint) -> huggingface.StoredState:
     """Return the weights of a checkpoint: where they lie in their file, if they can stay there."""
     if checkpoint.weights is not None:
         return huggingface.StoredState(checkpoint.weights.pieces, True, checkpoint.path)
+    # files of torch.save are mapped into memory
     return huggingface.StoredState(checkpoint.state, False, checkpoint.path)
 
 

@@ -155,9 +155,9 @@ def split_flat(entries: Mapping[str, Any], key: str = "") -> list[Candidate]:
 
 def _joined(key: str, step: str) -> str:
     """Return a key with one more step; "" is the top of the file."""
-    # the top has no dot after it
     if not key:
         return step
+    # the top has no dot after it
     return f"{key}.{step}"
 
 
@@ -266,10 +266,10 @@ def is_pickled_module(value: Any) -> bool:
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
     """Return a mapping, or an empty one in place of something else."""
+    if isinstance(value, Mapping):
+        return value
     # A pickle may hold anything under the names of a module's attributes.
-    if not isinstance(value, Mapping):
-        return {}
-    return value
+    return {}
 
 
 class _Child(NamedTuple):
@@ -305,9 +305,9 @@ def _children(node: Any) -> list[_Child]:
 
 def _text_key(key: Any) -> str | None:
     """Return a key that is text; None for another one."""
-    # optimizers number their parameters
     if isinstance(key, str):
         return key
+    # optimizers number their parameters
     return None
 
 
@@ -394,6 +394,7 @@ def _merged(candidates: list[Candidate]) -> dict[str, Any]:
     """Return the tensors of several sets, each name after the key of its set."""
     merged: dict[str, Any] = {}
     for candidate in candidates:
+        # the key keeps names apart that occur in several sets
         for name, entry in candidate.entries.items():
             merged[f"{candidate.key}.{name}"] = entry
     return merged
@@ -561,7 +562,7 @@ def _moment_names(entries: Mapping[str, Any]) -> set[str]:
 
 
 def _heads(names: Iterable[str]) -> set[str]:
-    """Return the first parts of dotted names."""
+    """Return what stands before the first dot of each name."""
     return {name.partition(".")[0] for name in names}
 
 

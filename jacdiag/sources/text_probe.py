@@ -333,6 +333,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    # JSON may be anything
     if not isinstance(settings, dict):
         return {}
     return settings
@@ -365,6 +366,7 @@ def _utf8_of(path: Path) -> bytes:
     """
     if _is_jsonl(path):
         return read_text(path).encode()
+
     data = path.read_bytes()[:_LARGEST]
     if _marked_encoding(data) is not None:
         return read_text(path).encode()
@@ -424,6 +426,8 @@ def _first_tokens(tokenizer: Any, folder: Path, text: str, tokens: int) -> Tenso
         is_enough = len(ids) >= tokens + 16
         if is_enough or characters >= len(text):
             return ids[:tokens]
+
+        # one token may be many characters
         characters *= 4
 
 
@@ -450,5 +454,6 @@ def _unknown(tokenizer: Any, ids: Tensor) -> float:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not isinstance(unknown, int) or not len(ids):
         return 0.0
+
     is_unknown = ids == unknown
     return float(is_unknown.double().mean())

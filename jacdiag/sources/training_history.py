@@ -132,4 +132,5 @@ def _state(is_trained: bool) -> Literal["init", "trained"]:
     """Return how a report calls weights that are trained, or not."""
     if is_trained:
         return "trained"
+
     return "init"

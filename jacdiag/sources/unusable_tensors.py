@@ -223,7 +223,7 @@ def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
 
 
 def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
-    """Return the scheme that the last parts of the names belong to; None if it is not known."""
+    """Return the scheme to which the names belong, by their ends; None if it is not known."""
     lasts = {name.rpartition(".")[2] for name in entries}
 
     # 1. Only GPTQ stores an order of the columns, and not every version of it.

@@ -282,7 +282,7 @@ def _key_hint(candidates: Sequence[Candidate]) -> str | None:
 
 
 def _heads_of_dotted(candidates: Sequence[Candidate]) -> set[str]:
-    """Return the first parts of the dotted names in all sets."""
+    """Return what stands before the first dot of the names in all sets."""
     heads = set()
     for candidate in candidates:
         for name in candidate.entries:

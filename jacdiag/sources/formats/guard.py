@@ -329,9 +329,9 @@ def _plain_tensor(func: Any, _kind: Any, args: Any, _state: Any) -> Any:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     """Return text as bytes. `codecs.encode` itself would run any codec by name."""
-    # Python writes bytes this way in protocols up to 2.
     if encoding == "latin1":
         return text.encode("latin1")
+    # Python itself writes no other encoding
     return text.encode("utf-8")
 
 

@@ -283,6 +283,7 @@ def _any_matches(pattern: str | None, names: Iterable[str]) -> bool:
     """Return whether one of the names matches a pattern; no pattern is matched by none."""
     if pattern is None:
         return False
+
     return any(re.search(pattern, name) for name in names)
 
 
@@ -328,7 +329,7 @@ def candidate_classes(transformers: Any, config: Any) -> list[Any]:
 
 def _first(entry: Any) -> Any:
     """Return a class, or the first one of several that are registered together."""
-    # the first one is the usual class of the kind
-    if isinstance(entry, tuple | list):
-        return entry[0]
-    return entry
+    if not isinstance(entry, tuple | list):
+        return entry
+    # the usual class of the kind
+    return entry[0]

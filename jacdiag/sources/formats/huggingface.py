@@ -90,9 +90,9 @@ class StoredState:
 
 def _in_memory(entry: Tensor | StoredTensor) -> Tensor:
     """Return a tensor, from its file if it is not in memory."""
-    # the tensors of .bin files are read already
     if isinstance(entry, Tensor):
         return entry
+    # those of .safetensors are still in their file
     return entry.read()
 
 
@@ -335,6 +335,7 @@ def _class_for(transformers: Any, config: Any, stored: StoredState) -> Any:
     best = _best_class(transformers, config, stored)
     if best is not None:
         return best
+    # The message then says what is missing.
     return default_class(transformers, config)
 
 
@@ -396,19 +397,19 @@ def _check_names(
     left_over = naming.layers_left_over
     if not (naming.missing or shapes or left_over):
         return
-    parts = {
+    problems = {
         "missing": naming.missing,
         "unexpected": left_over or naming.unexpected,
         "of another shape": shapes,
     }
     hint = _way_out(transformers, config, type(model), naming, stored)
-    raise _misfit(stored.where, model, parts, hint, inferred)
+    raise _misfit(stored.where, model, problems, hint, inferred)
 
 
 def _misfit(
     where: Path,
     model: nn.Module,
-    parts: Mapping[str, Sequence[str]],
+    problems: Mapping[str, Sequence[str]],
     hint: str,
     inferred: Sequence[str] = (),
 ) -> SourceError:
@@ -417,15 +418,16 @@ def _misfit(
     Args:
         where: the checkpoint.
         model: that they do not fit.
-        parts: what is the matter -> the names that are concerned.
+        problems: what is the matter -> the names that are concerned.
         hint: what to try.
         inferred: notes on the config.
     """
     # What was inferred comes first: it may be the reason.
     lines = list(inferred)
-    for what, names in parts.items():
+    for what, names in problems.items():
         if names:
             lines.append(f"{len(names)} {what}: {_first(names)}")
+
     return SourceError(
         f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint
     )
@@ -492,10 +494,11 @@ def _layers_in(stored: StoredState) -> int:
     """Return the number of layers: the highest number in the names, plus one."""
     highest = -1
     for name in stored.tensors:
-        for part in name.split("."):
-            # longer ones are no numbers of layers
-            if part.isdecimal() and len(part) < 9:
+        for part in filter(str.isdecimal, name.split(".")):
+            # a longer one is no number of a layer
+            if len(part) < 9:
                 highest = max(highest, int(part))
+
     return highest + 1
 
 
@@ -514,9 +517,9 @@ def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
 
 def _builder_of(kind: Any) -> Any:
     """Return what builds a model from a config: of an automatic class, or of a model class."""
-    # only an automatic class has the public method
     if hasattr(kind, "from_config"):
         return kind.from_config
+    # only an automatic class has the public method
     return kind._from_config
 
 
@@ -564,8 +567,8 @@ def _load_all(
     missing = [name for name in _keys(info, "missing_keys") if name not in naming.initialised]
     mismatched = _keys(info, "mismatched_keys")
     if missing or mismatched:
-        parts = {"missing": missing, "of another shape": mismatched}
-        raise _misfit(stored.where, model, parts, _HINT)
+        problems = {"missing": missing, "of another shape": mismatched}
+        raise _misfit(stored.where, model, problems, _HINT)
     return model
 
 
@@ -596,9 +599,9 @@ def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """Return the type that holds the numbers of all types; float32 if there are none."""
-    # weights without any number are of no type
     if not dtypes:
         return torch.float32
+    # float16 and bfloat16 together need float32
     return functools.reduce(torch.promote_types, dtypes)
 
 

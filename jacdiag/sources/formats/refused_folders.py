@@ -92,6 +92,7 @@ def listing(path: Path) -> str:
     names = sorted(printable(file.name) for file in path.iterdir())
     if not names:
         return "an empty folder"
+
     shown = ", ".join(names[:8])
     if len(names) > 8:
         shown += " ..."
@@ -105,6 +106,7 @@ def _first_error(path: Path, *kinds: _ErrorOf) -> SourceError | None:
         error = error_of(path)
         if error is not None:
             return error
+
     return None
 
 

@@ -88,11 +88,13 @@ def _matching(path: Path, pattern: str) -> list[Path]:
 
 
 def _variant(path: Path) -> list[Path]:
-    """Return the only file of a variant; none if there are several, as none of them is meant."""
+    """Return the only file of a variant; none if there are several."""
     for pattern in _VARIANTS:
         files = _matching(path, pattern)
+        # of several, none is meant more than another
         if len(files) == 1:
             return files
+
     return []
 
 
