@@ -158,12 +158,15 @@ class Contents:
         """
         if model is not None and adapter_names(model.state_dict(keep_vars=True)):
             return self.candidates, []
+
         candidates: list[Candidate] = []
         notes: dict[str, None] = {}  # a set that keeps its order
         for candidate in self.candidates:
             base, notes_on_base = take_base_model(candidate)
             candidates.append(base)
+            # every set says the same of the adapter
             notes |= dict.fromkeys(notes_on_base)
+
         return candidates, list(notes)
 
     def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
@@ -360,6 +363,8 @@ def _check_readable(path: Path) -> None:
         )
     if not os.access(path, os.R_OK):
         raise SourceError(f"cannot read '{path}'", got="no permission")
+
+    # 3. It holds something.
     if status.st_size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
 

@@ -42,6 +42,8 @@ def pick(wanted: str | torch.device | None) -> torch.device:
             got=f"--device {wanted}",
             hint="--device cpu",
         )
+
+    # 3. One of several, which count from 0.
     if device.index is not None and device.index >= count:
         last = f"{device.type}:{count - 1}"
         raise UsageError(

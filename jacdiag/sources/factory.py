@@ -135,6 +135,7 @@ def _hint_without_name(spec: str) -> str | None:
     # Only a file is imported to look into it: the text may be anything.
     if not place.endswith(".py") or not path.is_file():
         return None
+
     return _candidates(place, _import_file(path), "")
 
 
@@ -250,6 +251,7 @@ def _import_hint(error: Exception, path: Path) -> str | None:
     if len(names) == 1:
         names.insert(0, file.parent.name)
         folder = file.parent.parent
+
     dotted = ".".join(names)
     return (
         f"from {folder}, name it as a module: {dotted}:CALLABLE (a file alone has no package "

@@ -54,6 +54,8 @@ class FlightBatch:
                 by_place[int(key)] = value
             else:
                 by_name[key] = value
+
+        # the tenth comes after the second
         return tuple(by_place[place] for place in sorted(by_place)), by_name
 
 

@@ -47,6 +47,7 @@ def is_foreign(error: BaseException) -> bool:
     # 2. The last one says whose code it was.
     if not frames:
         return False
+
     return not frames[-1].filename.startswith(str(_PACKAGE))
 
 

@@ -84,6 +84,7 @@ def attach(
     _place(model, tensors)
 
     # 3. The weights by the names of the parameters.
+    #    A tied one has several.
     stored_names = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         stored_names[name] = names[id(tensors[name])]
@@ -335,6 +336,7 @@ class _Replaced:
             new = nn.Parameter(tensor, requires_grad=needs_grad)
             self._pairs[id(old)] = (old, new)
             self._new_ids.add(id(new))
+
         return self._pairs[id(old)][1]
 
 

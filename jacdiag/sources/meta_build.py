@@ -159,6 +159,7 @@ def _mark_for(tensor: Tensor) -> float | int | bool:
     # torch has no limits of a bool
     if tensor.dtype == torch.bool:
         return True
+
     return torch.iinfo(tensor.dtype).max
 
 

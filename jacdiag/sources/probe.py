@@ -693,7 +693,8 @@ def _read_tokens(path: Path) -> Tensor:
     try:
         return reader(path)
     except Exception as error:
-        raise ProbeError(f"cannot read tokens from '{path}'", got=_said(error)) from error
+        got = _said(error)
+        raise ProbeError(f"cannot read tokens from '{path}'", got=got) from error
 
 
 def _read_raw(path: Path) -> Tensor:

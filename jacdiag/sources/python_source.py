@@ -87,6 +87,7 @@ def check_module(given: Any, caller: str) -> None:
         hint = f"call it first: pass {factory.name_of(given)}(...), the model that it builds"
     else:
         hint = _way_from(given)
+
     raise UsageError(f"{caller} takes a torch.nn.Module", got=kind_of(given), hint=hint)
 
 

@@ -234,6 +234,7 @@ def _source_text(source: Any) -> str:
     if not isinstance(source, str | bytes | os.PathLike):
         hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
         raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
+
     name = os.fsdecode(source)
     # no file can have such a name
     if "\0" in name or not name.strip():
@@ -276,6 +277,8 @@ def _from_folder(path: Path, opening: _Opening) -> Source:
     # 3. A folder of transformers.
     if not huggingface.is_folder(path):
         raise refused_folders.refuse_without_config(path)
+
+    # 4. Its config, perhaps with other fields.
     overrides = opening.model_args
     loaded = huggingface.load(path, trust_pickle=opening.trust_pickle, overrides=overrides)
     info = {"path": str(path), **loaded.facts}
@@ -408,10 +411,12 @@ def _from_file(contents: Contents, opening: _Opening) -> Source:
         source.notes += loaded.notes
     elif checkpoint.module is not None:
         source.model = checkpoint.module
+    # A layout that is known needs no factory.
     else:
         source.model, source.why_weights = _rebuild_gpt(checkpoint, source.info)
         if source.model is None:
             source.state = checkpoint.state
+
     if source.why_weights:
         source.info["why_weights"] = source.why_weights
     return source
@@ -509,6 +514,7 @@ def _reason(error: Exception) -> str:
     # 2. One of jacdiag, without its hint.
     if not error.got:
         return error.what
+
     return f"{error.what}: {error.got}"
 
 
@@ -519,5 +525,6 @@ def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
         # None is plain too
         if not isinstance(value, str | int | float | None):
             value = str(value)
+
         plain[str(name)] = value
     return plain

@@ -139,6 +139,7 @@ def split_flat(entries: Mapping[str, Any], key: str = "") -> list[Candidate]:
     moments = _moment_names(entries)
     weights: dict[str, Any] = {}
     state: dict[str, Any] = {}
+
     for name, entry in entries.items():
         group = state if name in moments else weights
         group[name] = entry
@@ -224,6 +225,8 @@ class _Search:
             raise SourceError(
                 "the checkpoint nests too many containers", got=f"more than {_MOST_VISITS:,}"
             )
+
+        # No weights are so deep.
         if depth > _DEEPEST:
             return False
 
@@ -231,6 +234,8 @@ class _Search:
         self.seen[id(node)] += 1
         if self.seen[id(node)] <= _MOST_ALIASES:
             return True
+
+        # Without tensors of its own, it is left out.
         if any(isinstance(child.value, Tensor) for child in _children(node)):
             raise SourceError(
                 "the checkpoint nests too many containers", got="one of them comes again and again"
@@ -287,6 +292,7 @@ def _contents(node: Any) -> Any:
     # A dict or list of a class of its own was filled after it was made.
     if node.entries:
         return node.entries
+
     return node.state
 
 

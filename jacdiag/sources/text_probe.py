@@ -138,6 +138,8 @@ def tokenize_sample(
         ids = _encode(tokenizer, text, folder)
     except ProbeError:
         return None
+
+    # an empty vocabulary
     if not len(ids):
         return None
 
@@ -368,6 +370,7 @@ def _utf8_of(path: Path) -> bytes:
         return read_text(path).encode()
 
     data = path.read_bytes()[:_LARGEST]
+    # UTF-16 and UTF-32 are decoded, and a mark of UTF-8 is left out
     if _marked_encoding(data) is not None:
         return read_text(path).encode()
     return data

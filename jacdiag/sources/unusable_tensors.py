@@ -110,10 +110,12 @@ def _check_zero_optimizer(path: Path, optimizer: Any) -> None:
     stage = optimizer.get("zero_stage")
     if not isinstance(stage, int):
         stage = 1
+
     # Stage 3 shares out the weights too.
     hint = "the weights are in mp_rank_00_model_states.pt of the same folder"
     if stage >= 3:
         hint = _GATHER
+
     raise SourceError(
         f"'{path}' is one rank's part of the optimizer in a DeepSpeed ZeRO-{stage} "
         "checkpoint, not its weights",
@@ -169,9 +171,9 @@ def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
     # 2. Say what they are.
     kinds = sorted({str(entries[name].dtype).removeprefix("torch.") for name in quantised})
     names = clipped(", ".join(quantised), _SHOWN)
+    scheme = _scheme(entries, quantised)
     raise SourceError(
-        f"'{path}' holds quantised weights ({_scheme(entries, quantised)}), which jacdiag does "
-        "not measure",
+        f"'{path}' holds quantised weights ({scheme}), which jacdiag does not measure",
         got=f"{len(quantised)} of {len(entries)} tensors are {', '.join(kinds)}: {names}",
         hint=_DEQUANTISE,
     )

@@ -600,6 +600,7 @@ def _chosen(fit: _Fit, candidates: Sequence[Candidate], complete: Sequence[_Fit]
     chosen = fit.candidate
     read = set(fit.names.values())
     left_out = [printable(name) for name in chosen.entries if name not in read]
+
     others = _others(candidates, chosen) + _groups(left_out)
 
     # 2. Notes on it, and on what would have fitted as well.
@@ -658,6 +659,7 @@ def _overlap(key: str, chosen: str) -> bool:
     # The dot keeps "model" from being above "model_ema".
     is_below = f"{key}.".startswith(f"{chosen}.")
     is_above = f"{chosen}.".startswith(f"{key}.")
+
     return is_below or is_above
 
 

@@ -67,6 +67,7 @@ class Span:
             self._read_into(target)
         except OSError as error:
             raise failed(self.path, error.strerror or str(error)) from error
+
         return tensor
 
     def _read_into(self, target: memoryview) -> None:
