@@ -19,7 +19,7 @@ from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.weight_roles import (
-    Use,
+    ParameterUse,
     length_divided_by,
     pattern,
     tied_to_head,
@@ -121,7 +121,7 @@ def contract_of(
 def record_of(
     name: str,
     shape: Sequence[int],
-    use: Use,
+    use: ParameterUse,
     draw: Draw | None,
     decayed: set[str] | None = None,
     kind: str = "",
@@ -167,15 +167,15 @@ def record_of(
     )
 
 
-def whole_map(use: Use, shape: Sequence[int]) -> Use:
+def whole_map(use: ParameterUse, shape: Sequence[int]) -> ParameterUse:
     """Return the use of all rows of a packed matrix of which one call reads only some.
 
     The packed matrix of a cross-attention makes the queries in one call, keys and values in
     another.
 
     Example:
-        >>> whole_map(Use("W_Q", fan_in=64, fan_out=64), (192, 64))
-        Use(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192, offset=0.0)
+        >>> whole_map(ParameterUse("W_Q", fan_in=64, fan_out=64), (192, 64))
+        ParameterUse(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192, offset=0.0)
     """
     if len(shape) != 2 or use.role not in _PACKED or use.fan_out is None:
         return use
@@ -204,7 +204,7 @@ def is_sorted(vector: Tensor) -> bool:
     return bool((steps >= 0).all() or (steps <= 0).all()) and bool(flat[0] != flat[-1])
 
 
-def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
+def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse]:
     """Return the uses, with the role "adapter" for low-rank additions to a weight.
 
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
@@ -281,7 +281,7 @@ def with_sections(
     return result
 
 
-def _unexplained(uses: Mapping[str, Use], draws: Mapping[str, Draw | None]) -> list[str]:
+def _unexplained(uses: Mapping[str, ParameterUse], draws: Mapping[str, Draw | None]) -> list[str]:
     """Return gains, scales and biases that are not constant, where most of their role are."""
     names: list[str] = []
     for role in ("norm_gain", "scale", "bias"):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jacdiag.records.report import Kind
-from jacdiag.trace.discovery.weight_roles import Use
+from jacdiag.trace.discovery.weight_roles import ParameterUse
 
 Shape = tuple[int, ...]
 SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer", "conv"]
@@ -34,7 +34,7 @@ class RoleRule:
     """A name inside a sub-layer, and the role that it stands for.
 
     Attributes:
-        role: as `jacdiag.trace.discovery.weight_roles.Use.role`.
+        role: as `jacdiag.trace.discovery.weight_roles.ParameterUse.role`.
         words: regular expression of the entire name inside the sub-layer, without ".weight" and
             expert numbers.
         sibling: regular expression; if given, the rule holds only where a weight of the same
@@ -237,7 +237,8 @@ class NamedWeight:
     """Description of one parameter by its name.
 
     Attributes:
-        role: as `jacdiag.trace.discovery.weight_roles.Use.role`; "" where the name does not say.
+        role: as `jacdiag.trace.discovery.weight_roles.ParameterUse.role`; "" where the name
+            does not say.
         layer: number of its layer, counted over all stacks; None outside all layers.
         stack: module path of the list of layers, such as "model.decoder.layers"; "" outside.
         kind: of the sub-layer that it lies in; "" outside.
@@ -255,9 +256,9 @@ class NamedWeight:
     fan_out: int | None = None
 
     @property
-    def use(self) -> Use:
+    def use(self) -> ParameterUse:
         """Return what the init contract reads of it."""
-        return Use(self.role, self.layer, self.sublayer, self.fan_in, self.fan_out)
+        return ParameterUse(self.role, self.layer, self.sublayer, self.fan_in, self.fan_out)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from jacdiag.measure.init_contract import whole_map, without_adapters
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules.init_contract import judged
 from jacdiag.rules.scheme_fit import is_projection
-from jacdiag.trace.discovery.weight_roles import Use
+from jacdiag.trace.discovery.weight_roles import ParameterUse
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
@@ -363,19 +363,20 @@ def test_projections_are_maps_of_their_own_sizes() -> None:
 
 
 def test_a_packed_matrix_that_a_call_reads_in_part() -> None:
-    packed = whole_map(Use("W_KV", fan_in=64, fan_out=128), (384, 64))
+    packed = whole_map(ParameterUse("W_KV", fan_in=64, fan_out=128), (384, 64))
     assert (packed.role, packed.fan_out) == ("W_QKV", 384)
     for use, shape in (
-        (Use("W_1", fan_in=64, fan_out=64), (192, 64)),
-        (Use("W_Q", fan_in=64, fan_out=64), (64, 64)),
-        (Use("W_Q", fan_in=5, fan_out=5), (48, 4)),
+        (ParameterUse("W_1", fan_in=64, fan_out=64), (192, 64)),
+        (ParameterUse("W_Q", fan_in=64, fan_out=64), (64, 64)),
+        (ParameterUse("W_Q", fan_in=5, fan_out=5), (48, 4)),
     ):
         assert whole_map(use, shape) == use
 
 
 def test_adapters_have_their_own_role() -> None:
     uses = dict.fromkeys(
-        ("h.q.base_layer.weight", "h.q.hada_w1_a.default", "h.k.weight", "h.k.lora_A"), Use("W_Q")
+        ("h.q.base_layer.weight", "h.q.hada_w1_a.default", "h.k.weight", "h.k.lora_A"),
+        ParameterUse("W_Q"),
     )
     roles = {name: use.role for name, use in without_adapters(uses).items()}
     assert roles == {

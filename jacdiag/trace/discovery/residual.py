@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jacdiag.trace.graph.additions import FORMS, Term
 from jacdiag.trace.graph.graph import Graph
@@ -79,11 +80,25 @@ class Site:
     summed: bool = True
 
     @property
+    def place(self) -> tuple[int, int]:
+        """The addition and the position of the branch's term in it."""
+        return self.addition, self.position
+
+    @cached_property
+    def cone_set(self) -> frozenset[int]:
+        """The calls between shortcut and branch, to ask whether a call is one of them."""
+        return frozenset(self.cone)
+
+    @property
     def calls(self) -> tuple[int, ...]:
         """The calls that compute the branch, with the addition itself if it holds a product."""
-        if self.term.product:  # addmm
-            return (*self.cone, self.addition)
-        return self.cone
+        return self.with_own_product(self.cone)
+
+    def with_own_product(self, calls: tuple[int, ...]) -> tuple[int, ...]:
+        """Return calls of the branch, with the addition if it computes the branch (addmm)."""
+        if self.term.product:
+            return (*calls, self.addition)
+        return calls
 
 
 class Finder(Walks):
@@ -105,13 +120,18 @@ class Finder(Walks):
 
     def find(self) -> list[Site]:
         """Return the sites of the graph, in no particular order."""
+        # 1. Every addition by itself.
         for node in self.graph.nodes:
-            if node.terms is not None and node.function:
-                self._note_hidden(node.index)
-            elif node.name in RECURRENT_CELLS:
+            if node.name in RECURRENT_CELLS:
                 self._note_cell(node.index)
-            elif node.terms is not None:
+            elif node.terms is None:
+                continue
+            elif node.function:
+                self._note_hidden(node.index)
+            else:
                 self._consider(node.index)
+
+        # 2. What all of them together show.
         self.sites = self._streams_that_go_on()
         return self._within_their_branch()
 
@@ -121,7 +141,7 @@ class Finder(Walks):
 
     def _order(self, site: Site) -> tuple[int, int, int]:
         """Return the sort key of a site: the first matrix product of its branch."""
-        first_product = next((n for n in site.cone if self.is_product(n)), site.cone[0])
+        first_product = next(iter(self.products_among(site.cone)), site.cone[0])
         return first_product, site.addition, site.position
 
     def _leaves(self, node: int) -> list[Leaf]:
@@ -131,30 +151,36 @@ class Finder(Walks):
 
     def _note_hidden(self, node: int) -> None:
         """Note an addition that autograd does not see: it is no site, but reported by name."""
-        leaves = self._leaves(node)
-        if len(leaves) < 2:
-            return
-        pair = self._pair(leaves)
+        pair = self._pair(self._leaves(node))
         if pair is None:
             return
 
         # A branch that is made inside the call cannot be named.
         for branch in pair.branches:
-            if branch.term.operand is not None:
-                self.hidden.append((node, pair.shortcut, branch.term.operand))
+            operand = branch.term.operand
+            if operand is not None:
+                self.hidden.append((node, pair.shortcut, operand))
 
     def _note_cell(self, node: int) -> None:
         """Note a recurrent cell that takes a branch as its input and the shortcut as its state.
 
         It is a gate in one call.
         """
-        read = [value.index for value in self.graph.float_inputs(node)]
+        read = self.graph.float_indices(node)
         for branch, state in itertools.permutations(read, 2):
-            term = Term((branch,), branch)
-            for shortcut in self.carriers(state):
-                if self.is_branch(shortcut, term):
-                    self.hidden.append((node, shortcut, branch))
-                    return
+            # The state is a shortcut if the input is a branch of what it carries.
+            shortcut = self._carried_by(state, branch)
+            if shortcut is not None:
+                self.hidden.append((node, shortcut, branch))
+                return
+
+    def _carried_by(self, state: int, branch: int) -> int | None:
+        """Return the first value that a value carries and that another is a branch of."""
+        term = Term((branch,), branch)
+        for shortcut in self.carriers(state):
+            if self.is_branch(shortcut, term):
+                return shortcut
+        return None
 
     # -- one addition ------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:
@@ -162,43 +188,58 @@ class Finder(Walks):
         pair = self._pair_of_addition(node)
         if pair is None:
             return
-        shortcut, carrier = pair.shortcut, pair.carrier
 
         # 1. The group: a sum that adds to an earlier sum of the same shortcut continues it.
-        listed = {(site.addition, site.position) for site in self.sites}
+        listed = {site.place for site in self.sites}
         group = self._group_of(pair)
-        operand = carrier.term.operand
-        if operand is not None and shortcut not in self.carriers(operand):
+        if self._carries_a_mixture(pair):
             self._mixed.add(group)
 
         # 2. All branches of the group share the last sum.
         output = self.graph.nodes[node].outputs[0]
+        self._continue_group(group, output)
+
+        # 3. The branches that are new.
+        for branch in pair.branches:
+            for leaf in self._split(pair.shortcut, branch):
+                if leaf.place not in listed:
+                    self.sites.append(self._new_site(pair, leaf, output, group))
+
+    def _carries_a_mixture(self, pair: _Pair) -> bool:
+        """Return whether the shortcut enters the sum by a mixture of streams."""
+        operand = pair.carrier.term.operand
+        if operand is None:
+            return False
+        return pair.shortcut not in self.carriers(operand)
+
+    def _continue_group(self, group: int, output: int) -> None:
+        """Give a later sum to all sites of a group."""
         for index, site in enumerate(self.sites):
             if site.group == group:
                 self.sites[index] = replace(site, output=output)
 
-        # 3. The branches that are new.
-        leaves: list[Leaf] = []
-        for branch in pair.branches:
-            leaves += self._split(shortcut, branch)
-        for leaf in leaves:
-            if leaf.place in listed:
-                continue
-            cone = self.cone(shortcut, leaf.term.values)
-            self.sites.append(
-                Site(
-                    addition=leaf.addition,
-                    position=leaf.position,
-                    term=leaf.term,
-                    shortcut=shortcut,
-                    carrier=carrier.place,
-                    scaled=operand != shortcut,
-                    cone=cone,
-                    output=output,
-                    group=group,
-                    mixed=self._is_mixed(shortcut, cone),
-                )
-            )
+    def _new_site(self, pair: _Pair, leaf: Leaf, output: int, group: int) -> Site:
+        """Return the site of one branch of a pair.
+
+        Args:
+            pair: its shortcut and the term by which that enters the sum.
+            leaf: the branch.
+            output: value index of the sum.
+            group: index of the parallel branches.
+        """
+        cone = self.cone(pair.shortcut, leaf.term.values)
+        return Site(
+            addition=leaf.addition,
+            position=leaf.position,
+            term=leaf.term,
+            shortcut=pair.shortcut,
+            carrier=pair.carrier.place,
+            scaled=pair.carrier.term.operand != pair.shortcut,
+            cone=cone,
+            output=output,
+            group=group,
+            mixed=self._is_mixed(pair.shortcut, cone),
+        )
 
     def _pair_of_addition(self, node: int) -> _Pair | None:
         """Return the shortcut and the branches of an addition, or None if it is not residual.
@@ -208,22 +249,26 @@ class Finder(Walks):
         leaves = self._leaves(node)
         if len(leaves) < 2:
             return None
+
+        # Pair the terms as they are, then with one sum after another taken apart.
         pair = self._pair(leaves)
-        for _ in range(_MOST_EXPANSIONS):
-            if pair is not None:
-                break
+        expansions = 0
+        while pair is None and expansions < _MOST_EXPANSIONS:
             expanded = self._expand_one(node, leaves)
             if expanded is None:
                 return None
             leaves = expanded
             pair = self._pair(leaves)
+            expansions += 1
         return pair
 
     def _group_of(self, pair: _Pair) -> int:
         """Return the group of a pair: that of a branch already listed, or a new one."""
         places = {branch.place for branch in pair.branches}
         for site in self.sites:
-            if site.shortcut == pair.shortcut and (site.addition, site.position) in places:
+            # The same term may be a branch of two shortcuts.
+            has_same_shortcut = site.shortcut == pair.shortcut
+            if has_same_shortcut and site.place in places:
                 return site.group
         return len(self.sites)
 
@@ -234,30 +279,45 @@ class Finder(Walks):
             node: the addition.
             term: one of its terms.
         """
-        # 1. The sum and the term are floats, and the term depends on the input.
+        # 1. The sum is of floats.
         outputs = self.graph.nodes[node].outputs
         if not outputs:
             return False
         total = self.graph.values[outputs[0]]
-        values = [self.graph.values[index] for index in term.values]
-        is_differentiable = any(value.is_differentiable for value in values)
-        if not total.is_float or not is_differentiable:
+        if not total.is_float:
             return False
 
-        # 2. The shape. That of a product inside the call is not known.
+        # 2. The term depends on the input.
+        if not self._is_differentiable(term):
+            return False
+
+        # 3. The shape. That of a product inside the call is not known.
         if term.operand is None:
             return True
         return self.graph.values[term.operand].shape == total.shape
 
+    def _is_differentiable(self, term: Term) -> bool:
+        """Return whether a term is made of floats that depend on the model's input."""
+        return any(self.graph.values[index].is_differentiable for index in term.values)
+
     def _pair(self, leaves: list[Leaf]) -> _Pair | None:
         """Return the shortcut among terms; None if no term is an ancestor of all the others."""
+        if len(leaves) < 2:
+            return None
+
         # Carriers of one stream come first, mixtures of several streams second.
-        for origins in (self.carriers, self._streams):
-            for k, carrier in enumerate(leaves):
-                others = leaves[:k] + leaves[k + 1 :]
-                shortcut = self._shortcut_of(carrier.term, others, origins)
-                if shortcut is not None:
-                    return _Pair(shortcut, carrier, others)
+        pair = self._pair_by(leaves, self.carriers)
+        if pair is None:
+            pair = self._pair_by(leaves, self._streams)
+        return pair
+
+    def _pair_by(self, leaves: list[Leaf], origins: Callable[[int], Iterable[int]]) -> _Pair | None:
+        """Return the shortcut among terms, where `origins` yields what a term may carry."""
+        for k, carrier in enumerate(leaves):
+            others = leaves[:k] + leaves[k + 1 :]
+            shortcut = self._shortcut_of(carrier.term, others, origins)
+            if shortcut is not None:
+                return _Pair(shortcut, carrier, others)
         return None
 
     def _shortcut_of(
@@ -268,35 +328,47 @@ class Finder(Walks):
         A value that only some of them are branches of ends the search.
         """
         # 1. Where the search begins.
-        start = carrier.operand
+        start = _start_of_search(carrier)
         if start is None:
-            if len(carrier.values) != 1:
-                return None
-            start = carrier.values[0]
+            return None
 
         # 2. The first candidate that any of the other terms is a branch of.
         for candidate in origins(start):
-            branches = [leaf for leaf in others if self.is_branch(candidate, leaf.term)]
-            if not branches:
-                continue
-            if len(branches) < len(others):
+            branches = self._count_branches(candidate, others)
+            if branches == len(others):
+                return candidate
+            if branches > 0:
                 return None
-            return candidate
         return None
+
+    def _count_branches(self, shortcut: int, leaves: list[Leaf]) -> int:
+        """Return how many terms are branches of a shortcut."""
+        return sum(self.is_branch(shortcut, leaf.term) for leaf in leaves)
 
     def carriers(self, value: int) -> Iterable[int]:
         """Yield a value and what it is a scaled, cast or reshaped copy of."""
         for _ in range(_MOST_CARRIERS):
             yield value
-            node = self.graph.values[value].node
-            if node < 0 or not self._carries(node):
+            source = self._carried_value(value)
+            if source is None:
                 return
+            value = source
 
-            # A call that reads several live values does not pass on one of them.
-            live = [read.index for read in self.graph.float_inputs(node)]
-            if len(live) != 1:
-                return
-            value = live[0]
+    def _carried_value(self, value: int) -> int | None:
+        """Return what a value is a scaled, cast or reshaped copy of; None if of nothing."""
+        node = self.graph.values[value].node
+        if node < 0:
+            return None
+        if not self._carries(node):
+            return None
+        return self._only_float_input(node)
+
+    def _only_float_input(self, node: int) -> int | None:
+        """Return the one live value that a call reads; None if it reads several, or none."""
+        live = self.graph.float_indices(node)
+        if len(live) != 1:
+            return None
+        return live[0]
 
     def _carries(self, node: int) -> bool:
         """Return whether a call passes a value on: scaled, cast, reshaped, or plus a constant.
@@ -305,9 +377,9 @@ class Finder(Walks):
         """
         # 1. Indexing that keeps everything, as in y[:, :] += f(x).
         record = self.graph.nodes[node]
-        read = [self.graph.values[index] for index in record.inputs]
         if record.name == "__getitem__":
-            return self.graph.values[record.outputs[0]].shape == read[0].shape
+            indexed = self.graph.values[record.inputs[0]]
+            return self.graph.values[record.outputs[0]].shape == indexed.shape
 
         # 2. Additions.
         if record.name in SCATTERS:
@@ -318,19 +390,23 @@ class Finder(Walks):
         # 3. With running statistics, and in eval mode, a batch norm is a gain and a bias per
         # channel.
         if record.name == "batch_norm":
-            from_state = [value for value in read if value.from_state]
-            return len(from_state) >= 4
+            return self._count_states_read(node) >= 4
         return record.name in CARRIERS
+
+    def _count_states_read(self, node: int) -> int:
+        """Return how many values a call reads that depend on parameters or buffers."""
+        return sum(value.from_state for value in self.graph.values_read(node))
 
     def _adds_a_constant(self, terms: Iterable[Term]) -> bool:
         """Return whether an addition has one live term at most, and that one is a plain value."""
         live = [term for term in terms if self._is_live(term)]
-        if not live:
-            return True
         if len(live) > 1:
             return False
-        (term,) = live
-        return not term.product and len(term.values) == 1
+
+        # With no live term nothing is carried, and nothing is mixed either.
+        if not live:
+            return True
+        return _is_one_value(live[0])
 
     def _is_live(self, term: Term) -> bool:
         """Return whether a term depends on the model's input."""
@@ -344,21 +420,35 @@ class Finder(Walks):
         shape = self.graph.values[value].shape
         if len(shape) < 4:
             return
-        stack, seen = [value], {value}
-        while stack and len(seen) < _MOST_VALUES:
-            current = stack.pop(0)
-            if current != value and self.graph.values[current].shape == shape:
+
+        # Walk back from the value, breadth first.
+        queue = [value]
+        seen = {value}
+        while queue and len(seen) < _MOST_VALUES:
+            current = queue.pop(0)
+            is_stream = self.graph.values[current].shape == shape
+            if is_stream and current != value:
                 yield current
 
-            # Go back, but not through a product that makes something other than a mixture.
-            node = self.graph.values[current].node
-            if node < 0:
-                continue
-            if self.is_product(node) and not self._mixes(node, shape):
-                continue
-            fresh = [read.index for read in self.graph.float_inputs(node) if read.index not in seen]
-            seen.update(fresh)
-            stack.extend(fresh)
+            # What the current value is made of, each once.
+            for index in self._sources_of_mixture(current, shape):
+                if index not in seen:
+                    seen.add(index)
+                    queue.append(index)
+
+    def _sources_of_mixture(self, value: int, shape: tuple[int, ...]) -> list[int]:
+        """Return what a value is made of; [] if a product made it that is no mixture of streams.
+
+        Args:
+            value: its index.
+            shape: (B, T, S, d) of the streams.
+        """
+        node = self.graph.values[value].node
+        if node < 0:
+            return []
+        if self.is_product(node) and not self._mixes(node, shape):
+            return []
+        return self.graph.float_indices(node)
 
     def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
         """Return whether a product mixes the streams by a small matrix and keeps their shape.
@@ -371,15 +461,23 @@ class Finder(Walks):
             return False
 
         # 2. The matrix is small.
-        read = [self.graph.values[index] for index in record.inputs]
-        sizes_of_weights = [math.prod(value.shape) for value in read if value.is_weight]
-        is_small = max(sizes_of_weights, default=0) <= shape[-2] ** 2
+        streams = shape[-2]
+        if self._largest_weight(node) > streams**2:
+            return False
 
         # 3. The streams come in and go out in the same shape.
-        shapes_read = {value.shape for value in read if value.live}
-        shapes_made = {self.graph.values[index].shape for index in record.outputs}
-        keeps_shape = shape in shapes_read and shape in shapes_made
-        return is_small and keeps_shape
+        shapes_made = [self.graph.values[index].shape for index in record.outputs]
+        return shape in self._live_shapes(node) and shape in shapes_made
+
+    def _largest_weight(self, node: int) -> int:
+        """Return how many numbers the largest weight has that a call reads; 0 if it reads none."""
+        read = self.graph.values_read(node)
+        sizes = [math.prod(value.shape) for value in read if value.is_weight]
+        return max(sizes, default=0)
+
+    def _live_shapes(self, node: int) -> set[tuple[int, ...]]:
+        """Return the shapes of what a call reads that depends on the model's input."""
+        return {self.graph.values[index].shape for index in self.graph.live_inputs(node)}
 
     def inner_calls(self, site: Site) -> tuple[int, ...]:
         """Return the calls of a branch.
@@ -390,31 +488,37 @@ class Finder(Walks):
         if not site.mixed:
             return site.cone
         mixture = _shape_of_mixture(self.graph.values[site.shortcut].shape)
-        products = [node for node in site.cone if self.is_product(node)]
+        products = self.products_among(site.cone)
         on_mixture = [node for node in products if self._has_shape_around(node, mixture)]
         if not on_mixture:
             return site.cone
-        first, last = on_mixture[0], on_mixture[-1]
-        return tuple(node for node in site.cone if first <= node <= last)
+
+        # From the first of them to the last.
+        begin = site.cone.index(on_mixture[0])
+        end = site.cone.index(on_mixture[-1]) + 1
+        return site.cone[begin:end]
 
     def _has_shape_around(self, node: int, shape: tuple[int, ...]) -> bool:
         """Return whether a call reads or makes a value of a shape."""
         record = self.graph.nodes[node]
-        around = (*record.inputs, *record.outputs)
-        return any(self.graph.values[index].shape == shape for index in around)
+        return any(
+            self.graph.values[index].shape == shape for index in (*record.inputs, *record.outputs)
+        )
 
     def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
         """Return whether the shortcut is (B, T, S, d) and the branch works on one (B, T, d)."""
         shape = self.graph.values[shortcut].shape
         if len(shape) < 4:
             return False
+
+        # A product reads one mixture of the streams.
         mixture = _shape_of_mixture(shape)
-        for node in cone:
-            if not self.is_product(node):
-                continue
-            if any(value.shape == mixture for value in self.graph.float_inputs(node)):
-                return True
-        return False
+        products = self.products_among(cone)
+        return any(self._reads_shape(node, mixture) for node in products)
+
+    def _reads_shape(self, node: int, shape: tuple[int, ...]) -> bool:
+        """Return whether a call reads a differentiable value of a shape."""
+        return any(value.shape == shape for value in self.graph.float_inputs(node))
 
     def is_branch(self, shortcut: int, term: Term) -> bool:
         """Return whether a term is a function of the shortcut with a product on its way.
@@ -432,20 +536,26 @@ class Finder(Walks):
         if not self.reaches(shortcut, term.values, through_products=True):
             return False
 
-        # 2. Every path passes a product.
+        # 2. The addition itself multiplies, so that every path passes a product.
         if term.product:
             return True
+
+        # 3. A path around all products carries a statistic at most, and one path has a product.
         if self.reaches(shortcut, term.values, through_products=False, statistics=False):
             return False
-        return any(self.is_product(node) for node in self.cone(shortcut, term.values))
+        return self.has_product(self.cone(shortcut, term.values))
 
     def _expand_one(self, node: int, leaves: list[Leaf]) -> list[Leaf] | None:
-        """Replace the first term that is itself a sum made in the same module call by its terms."""
+        """Replace the first term that is itself a sum made in the same module call by its terms.
+
+        None is returned if there is no such term.
+        """
         owner = self.graph.nodes[node].invocation
         for k, leaf in enumerate(leaves):
             inner = self._inner_sum(leaf.term, owner)
             if inner is not None:
-                return leaves[:k] + inner + leaves[k + 1 :]
+                before, after = leaves[:k], leaves[k + 1 :]
+                return before + inner + after
         return None
 
     def _inner_sum(self, term: Term, owner: int) -> list[Leaf] | None:
@@ -455,22 +565,38 @@ class Finder(Walks):
             term: of an addition.
             owner: the module call in which the sum has to be made.
         """
-        value = term.operand
-        while value is not None and self.graph.values[value].node >= 0:
-            node = self.graph.nodes[self.graph.values[value].node]
+        maker = self._maker_before_reshaping(term.operand, owner)
+        if maker is None:
+            return None
 
-            # 1. The sum. The experts of one MoE layer, added by a scatter, are one branch.
-            if node.name in SCATTERS or node.invocation != owner:
-                return None
-            if node.terms is not None:
-                leaves = self._leaves(node.index)
-                return leaves if len(leaves) >= 2 else None
+        # The experts of one MoE layer, added by a scatter, are one branch.
+        if self.graph.nodes[maker].name in SCATTERS:
+            return None
+        leaves = self._leaves(maker)
+        if len(leaves) < 2:
+            return None
+        return leaves
 
-            # 2. A reshaping before it.
-            if node.name not in SHAPE_ONLY:
+    def _maker_before_reshaping(self, value: int | None, owner: int) -> int | None:
+        """Return the call that made a value, before it was reshaped; None outside the owner.
+
+        Args:
+            value: its index, None for a term that is no plain value.
+            owner: the module call in which all of it has to happen.
+        """
+        while value is not None:
+            node = self.graph.values[value].node
+            if node < 0:
                 return None
-            live = [read.index for read in self.graph.float_inputs(node.index)]
-            value = live[0] if len(live) == 1 else None
+            record = self.graph.nodes[node]
+            if record.invocation != owner:
+                return None
+
+            # Only a reshaping of one value leads further back.
+            is_reshaping = record.terms is None and record.name in SHAPE_ONLY
+            if not is_reshaping:
+                return node
+            value = self._only_float_input(node)
         return None
 
     def _split(self, shortcut: int, branch: Leaf) -> list[Leaf]:
@@ -478,21 +604,16 @@ class Finder(Walks):
 
         Two that share a product are one branch.
         """
-        # 1. The terms of the branch, all of which have to be branches.
+        # 1. The terms of the branch, if it is a sum.
         inner = self._inner_sum(branch.term, self.graph.nodes[branch.addition].invocation)
         if inner is None:
             return [branch]
-        if not all(self.is_branch(shortcut, leaf.term) for leaf in inner):
-            return [branch]
 
-        # 2. No product belongs to two of them.
-        claimed: set[int] = set()
-        for leaf in inner:
-            cone = self.cone(shortcut, leaf.term.values)
-            products = {node for node in cone if self.is_product(node)}
-            if products & claimed:
-                return [branch]
-            claimed |= products
+        # 2. All of them have to be branches, with products of their own.
+        if self._count_branches(shortcut, inner) < len(inner):
+            return [branch]
+        if self._share_a_product(shortcut, inner):
+            return [branch]
 
         # 3. Each may be a sum itself.
         leaves: list[Leaf] = []
@@ -500,82 +621,114 @@ class Finder(Walks):
             leaves += self._split(shortcut, leaf)
         return leaves
 
+    def _share_a_product(self, shortcut: int, leaves: Iterable[Leaf]) -> bool:
+        """Return whether one product leads from a shortcut to two terms."""
+        claimed: set[int] = set()
+        for leaf in leaves:
+            products = self.products_among(self.cone(shortcut, leaf.term.values))
+            if not claimed.isdisjoint(products):
+                return True
+            claimed.update(products)
+        return False
+
     # -- over all ----------------------------------------------------------------------------------
     def _streams_that_go_on(self) -> list[Site]:
         """Return the sites without lone sums of mixed streams.
 
         Positions mixed by attention look like mixed streams, but end there.
         """
-        lone = [s for s in self.sites if s.group in self._mixed and not self._is_linked(s)]
-        return [site for site in self.sites if site not in lone]
+        return [site for site in self.sites if not self._is_lone_mixture(site)]
+
+    def _is_lone_mixture(self, site: Site) -> bool:
+        """Return whether a sum mixes streams and no other sum continues it or is continued."""
+        return site.group in self._mixed and not self._is_linked(site)
 
     def _is_linked(self, site: Site) -> bool:
         """Return whether the sum of another site is this one's shortcut, or the reverse."""
         others = [other for other in self.sites if other.group != site.group]
-        for other in others:
-            if other.output in self.carriers(site.shortcut):
-                return True
-            if site.output in self.carriers(other.shortcut):
-                return True
-        return False
+        return any(self._continue_each_other(site, other) for other in others)
+
+    def _continue_each_other(self, site: Site, other: Site) -> bool:
+        """Return whether the sum of one of two sites is the other's shortcut."""
+        if other.output in self.carriers(site.shortcut):
+            return True
+        return site.output in self.carriers(other.shortcut)
 
     def _within_their_branch(self) -> list[Site]:
         """Return the sites without sums inside a branch whose shortcut comes from outside it.
 
         Such a sum adds a bias or a state that layers share.
         """
-        accepted: list[tuple[Site, frozenset[int]]] = []
+        accepted: list[Site] = []
         streams = self._separate_streams()
-        for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
-            outer_sites = [
-                outer for outer, cone in accepted if self._enters_from_outside(site, outer, cone)
-            ]
 
-            # A sum of a second stream is a sub-layer if the outer branch reads its own shortcut
-            # without it too.
-            is_second_stream = id(site) in streams and all(
-                self._reads_without(outer, site) for outer in outer_sites
-            )
-            if not outer_sites or is_second_stream:
-                accepted.append((site, frozenset(site.cone)))
+        # From the last sum to the first, so that a branch comes before what lies inside it.
+        for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
+            outer_sites = [outer for outer in accepted if self._enters_from_outside(site, outer)]
+            is_second_stream = id(site) in streams
+            if self._belongs(site, outer_sites, is_second_stream):
+                accepted.append(site)
             else:
                 reason = "it lies inside another sub-layer's branch, and its shortcut does not"
                 self.dropped.append((site, reason))
-        return [site for site, _ in accepted]
+        return accepted
 
-    def _enters_from_outside(self, site: Site, outer: Site, cone: Set[int]) -> bool:
+    def _belongs(self, site: Site, outer_sites: list[Site], is_second_stream: bool) -> bool:
+        """Return whether a sum is a sub-layer although it lies inside branches of others.
+
+        Args:
+            site: the sum.
+            outer_sites: the others, whose branches its shortcut enters from outside.
+            is_second_stream: its sum continues another, or is continued by one.
+        """
+        if not outer_sites:
+            return True
+        if not is_second_stream:
+            return False
+
+        # The outer branches have to read their own shortcuts without it too.
+        return all(self._reads_without(outer, site) for outer in outer_sites)
+
+    def _enters_from_outside(self, site: Site, outer: Site) -> bool:
         """Return whether a sum lies inside a branch and its shortcut is made outside of it.
 
         Args:
             site: the sum.
-            outer: the branch.
-            cone: the calls of the branch.
+            outer: the sub-layer of the branch.
         """
+        # Parallel branches, and sums on one shortcut, do not lie inside each other.
         if site.group == outer.group or site.shortcut == outer.shortcut:
             return False
-        return site.addition in cone and self.graph.values[site.shortcut].node not in cone
+
+        # The sum is inside, what makes its shortcut is not.
+        if site.addition not in outer.cone_set:
+            return False
+        maker = self.graph.values[site.shortcut].node
+        return maker not in outer.cone_set
 
     def _separate_streams(self) -> set[int]:
-        """Return the ids of sites whose sum continues another, or is continued by one.
-
-        No product lies between the two.
-        """
+        """Return the ids of sites whose sum continues another, or is continued by one."""
         linked: set[int] = set()
         for earlier, later in itertools.product(self.sites, repeat=2):
-            if earlier.group == later.group or earlier.addition >= later.addition:
-                continue
-
-            # Values of two shapes cannot be of one stream.
-            shape = self.graph.values[earlier.output].shape
-            if shape != self.graph.values[later.shortcut].shape:
-                continue
-            if self.reaches(earlier.output, (later.shortcut,), through_products=False):
+            if self._continues(earlier, later):
                 linked |= {id(earlier), id(later)}
         return linked
 
+    def _continues(self, earlier: Site, later: Site) -> bool:
+        """Return whether a later sum continues an earlier one with no product between."""
+        # 1. Two sums, one after the other.
+        if earlier.group == later.group or earlier.addition >= later.addition:
+            return False
+
+        # 2. Values of two shapes cannot be of one stream.
+        shape = self.graph.values[earlier.output].shape
+        if shape != self.graph.values[later.shortcut].shape:
+            return False
+        return self.reaches(earlier.output, (later.shortcut,), through_products=False)
+
     def _reads_without(self, outer: Site, inner: Site) -> bool:
         """Return whether a product of the outer branch reads its shortcut around the inner sum."""
-        return any(self.is_product(node) for node in self.cone_around(outer, (inner,)))
+        return self.has_product(self.cone_around(outer, (inner,)))
 
     def cone_around(self, outer: Site, inner: Iterable[Site]) -> tuple[int, ...]:
         """Return the calls that lead from a branch's shortcut to its end without inner sums.
@@ -586,13 +739,8 @@ class Finder(Walks):
         """
         # 1. Forward: the calls that the shortcut reaches.
         closed = {site.addition for site in inner}
-        live = {outer.shortcut}
-        forward: list[int] = []
-        for node in sorted(set(outer.cone) - closed):
-            reads_live = any(value.index in live for value in self.graph.float_inputs(node))
-            if reads_live:
-                forward.append(node)
-                live.update(self.graph.nodes[node].outputs)
+        open_calls = sorted(outer.cone_set - closed)
+        forward = self.calls_reached(outer.shortcut, open_calls)
 
         # 2. Backward: those of them that lead to the end.
         needed = set(outer.term.values)
@@ -601,7 +749,7 @@ class Finder(Walks):
             is_needed = not needed.isdisjoint(self.graph.nodes[node].outputs)
             if is_needed:
                 around.append(node)
-                needed.update(value.index for value in self.graph.float_inputs(node))
+                needed.update(self.graph.float_indices(node))
         return tuple(reversed(around))
 
     def own_calls(self, site: Site, sites: Iterable[Site]) -> tuple[int, ...]:
@@ -611,29 +759,29 @@ class Finder(Walks):
             site: the branch.
             sites: all sub-layers.
         """
-        cone = frozenset(site.cone)
-        others = [other for other in sites if self._enters_from_outside(other, site, cone)]
+        others = [other for other in sites if self._enters_from_outside(other, site)]
         if not others:
             return site.calls
+
+        # A sum of another stream is made inside the branch, which is not part of it.
         around = self.cone_around(site, others)
-        if site.term.product:
-            return (*around, site.addition)
-        return around
+        return site.with_own_product(around)
 
     def _mark_nested(self, sites: list[Site]) -> list[Site]:
         """Mark sites whose addition lies inside another's branch.
 
         They are left out of products over depth.
         """
-        cones = [(other, set(other.cone)) for other in sites]
-        marked: list[Site] = []
-        for site in sites:
-            is_nested = any(
-                self._lies_in(site, other, cone) and not self._escapes(site, other, sites)
-                for other, cone in cones
-            )
-            marked.append(replace(site, nested=is_nested))
-        return marked
+        return [replace(site, nested=self._is_nested(site, sites)) for site in sites]
+
+    def _is_nested(self, site: Site, sites: Iterable[Site]) -> bool:
+        """Return whether a sum is part of another branch and not a stream of its own."""
+        for other in sites:
+            if not self._lies_in(site, other):
+                continue
+            if not self._escapes(site, other, sites):
+                return True
+        return False
 
     def _escapes(self, site: Site, other: Site, sites: Iterable[Site]) -> bool:
         """Return whether a sum's stream goes on around another sum: it is then a stream of its own.
@@ -641,29 +789,51 @@ class Finder(Walks):
         A message-passing layer's edge branch holds the entire node update, which the next layer's
         nodes continue.
         """
+        # 1. Two sums of one shape are of one stream.
         values = self.graph.values
         shape = values[site.output].shape
         if shape == values[other.output].shape:
             return False
 
-        # Later sub-layers on a stream of this shape, one of which may go on with the sum.
-        shortcuts = {later.shortcut for later in sites if later.addition > other.addition}
-        ends = {shortcut for shortcut in shortcuts if values[shortcut].shape == shape}
-        return self.reaches(site.output, ends, through_products=False, statistics=False)
+        # 2. Later sub-layers on a stream of this shape, one of which may go on with the sum.
+        shortcuts: set[int] = set()
+        for later in sites:
+            is_of_this_shape = values[later.shortcut].shape == shape
+            if is_of_this_shape and later.addition > other.addition:
+                shortcuts.add(later.shortcut)
+        return self.reaches(site.output, shortcuts, through_products=False, statistics=False)
 
-    def _lies_in(self, site: Site, other: Site, cone: set[int]) -> bool:
+    def _lies_in(self, site: Site, other: Site) -> bool:
         """Return whether a sum, its shortcut included, lies inside another branch.
 
         Args:
             site: the sum.
-            other: the branch.
-            cone: the calls of the branch.
+            other: the sub-layer of the branch.
         """
+        # Parallel branches do not lie inside each other.
         if site is other or site.group == other.group:
             return False
-        if site.addition not in cone:
+        if site.addition not in other.cone_set:
             return False
-        return site.shortcut == other.shortcut or self.graph.values[site.shortcut].node in cone
+
+        # The shortcut is the branch's own, or is made inside it.
+        if site.shortcut == other.shortcut:
+            return True
+        return self.graph.values[site.shortcut].node in other.cone_set
+
+
+def _start_of_search(carrier: Term) -> int | None:
+    """Return the value from which a term is followed back; None if the term has several."""
+    if carrier.operand is not None:
+        return carrier.operand
+    if len(carrier.values) == 1:
+        return carrier.values[0]
+    return None
+
+
+def _is_one_value(term: Term) -> bool:
+    """Return whether a term is one value, perhaps times a number, and no product by a matrix."""
+    return not term.product and len(term.values) == 1
 
 
 def _shape_of_mixture(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.trace.discovery.residual import Finder, Site
@@ -52,11 +52,14 @@ def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOu
 
     # 3. Other calls on a stream.
     for node in graph.nodes:
-        if node.index in listed or node.index in reasons or node.function:
+        has_place = node.index in listed or node.index in reasons
+        if has_place or node.function:
             continue
         reason = _reason_of_unpaired(node, streams)
         if reason:
             reasons[node.index] = reason
+
+    # 4. In the order of the forward.
     return [_described(graph, node, reasons[node]) for node in sorted(reasons)]
 
 
@@ -64,8 +67,12 @@ def _dropped_pairs(finder: Finder, streams: _Streams, listed: set[int]) -> dict[
     """Return the reasons of pairs that were recognised and then not taken, by their addition."""
     reasons: dict[int, str] = {}
     for site, reason in finder.dropped:
-        on_stream = streams.goes_on(site.output) or streams.is_stream(site.shortcut)
-        if site.addition not in listed and on_stream:
+        # Another pair of the same addition may be listed.
+        if site.addition in listed:
+            continue
+
+        # A sum that begins and ends apart from every stream is not worth a line.
+        if streams.goes_on(site.output) or streams.is_stream(site.shortcut):
             reasons[site.addition] = reason
     return reasons
 
@@ -75,16 +82,17 @@ def _gated_sums(
 ) -> dict[int, str]:
     """Return the reasons of sums whose shortcut is gated; one inside a branch is part of that."""
     # 1. The calls that have a place already.
-    assigned = set(listed)
-    for site in sites:
-        assigned.update(site.cone)
+    assigned = listed.union(*(site.cone for site in sites))
 
-    # 2. The other sums.
+    # 2. The other sums that autograd sees.
     reasons: dict[int, str] = {}
     for node in graph.nodes:
-        is_visible_sum = node.terms is not None and not node.function
-        if not is_visible_sum or node.index in assigned:
+        if node.terms is None or node.function:
             continue
+        if node.index in assigned:
+            continue
+
+        # 3. Those whose shortcut is gated.
         if streams.gates_its_shortcut(node.index):
             reasons[node.index] = (
                 "a gate or another function changes the shortcut on its way into the sum"
@@ -94,23 +102,58 @@ def _gated_sums(
 
 def _reason_of_unpaired(node: Node, streams: _Streams) -> str:
     """Return why a call on a stream makes no pair, "" if it does not belong to a stream."""
+    # 1. A sum.
     if node.terms is not None:
-        if streams.adds_to_another(node.index):
-            if streams.projects_its_shortcut(node.index):
-                return "a product with weights changes the shortcut on its way into the sum"
-            return "the branch does not read this sum's own shortcut"
-        if streams.adds_to_part(node.index):
-            return "the branch is added to some positions only, which are then written back"
+        return _reason_of_sum(node.index, streams)
+
+    # 2. A stack, which a later call sums.
     if node.name == "stack" and streams.mixes(node.index):
         count = len(node.operands)
         return f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
     return ""
 
 
+def _reason_of_sum(node: int, streams: _Streams) -> str:
+    """Return why a sum on a stream makes no pair, "" if it does not belong to a stream."""
+    # 1. One term is on the stream, the other is a function of something else.
+    if streams.adds_to_another(node):
+        if streams.projects_its_shortcut(node):
+            return "a product with weights changes the shortcut on its way into the sum"
+        return "the branch does not read this sum's own shortcut"
+
+    # 2. One term is a part of the stream.
+    if streams.adds_to_part(node):
+        return "the branch is added to some positions only, which are then written back"
+    return ""
+
+
 def _described(graph: Graph, node: int, reason: str) -> LeftOut:
+    """Return a sum with the module and the line that make it."""
     record = graph.nodes[node]
-    line = record.line or f"{record.key[1]}:{record.key[2]}"
-    return LeftOut(graph.path(record.invocation), line, reason)
+    return LeftOut(graph.path(record.invocation), record.source_line, reason)
+
+
+class _Queue:
+    """Values that a walk has still to visit, the nearest first and each once.
+
+    Attributes:
+        waiting: the values, by index.
+    """
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self.waiting = list(values)
+        self._seen = set(self.waiting)
+
+    def next(self) -> int:
+        """Return the nearest value, which waits no longer."""
+        return self.waiting.pop(0)
+
+    def add(self, values: Iterable[int]) -> None:
+        """Append the values that have not been added before."""
+        for value in values:
+            if value not in self._seen:
+                self._seen.add(value)
+                self.waiting.append(value)
 
 
 class _Streams:
@@ -119,17 +162,22 @@ class _Streams:
     def __init__(self, graph: Graph, finder: Finder, sites: Sequence[Site]) -> None:
         self.graph = graph
         self.finder = finder
-        self.sites = [*sites, *(site for site, _ in finder.dropped)]
+        dropped = [site for site, _ in finder.dropped]
+        self.sites = [*sites, *dropped]
+
+        # The calls that make their sums, and the source lines of those.
         self.sums = {graph.values[site.output].node for site in self.sites}
         self.lines = {graph.nodes[node].line for node in self.sums}
 
     def _two_terms(self, node: int) -> list[Term]:
         """Return the terms of a sum of two values of its own shape; [] if it is none."""
-        record = self.graph.nodes[node]
-        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        if len(terms) != 2:
+        terms = self.graph.nodes[node].terms or ()
+        full_terms = [term for term in terms if self.finder.is_full(node, term)]
+
+        # A sum of three is taken apart elsewhere.
+        if len(full_terms) != 2:
             return []
-        return terms
+        return full_terms
 
     def _pairs(self, node: int) -> list[tuple[Term, Term]]:
         """Return a sum's two terms as (shortcut, branch), either way around; [] if it has not two.
@@ -145,22 +193,29 @@ class _Streams:
     def adds_to_another(self, node: int) -> bool:
         """Return whether a sum adds a function of something else to a stream that goes on."""
         # 1. The sum goes on.
-        record, pairs = self.graph.nodes[node], self._pairs(node)
-        if not pairs or not record.outputs:
+        pairs = self._pairs(node)
+        if not pairs:
             return False
+        record = self.graph.nodes[node]
         if not self.goes_on(record.outputs[0]):
             return False
 
         # 2. One term is on the stream, the other is a function of something else.
         for shortcut, branch in pairs:
-            if shortcut.operand is None or shortcut.product:
+            start = shortcut.operand
+            if start is None or not self._is_on_stream(start, record.line):
                 continue
-            # The first pass through a loop or a layer class has no sum before it, but the same
-            # source line.
-            on_stream = self.is_stream(shortcut.operand) or record.line in self.lines
-            if on_stream and self._is_function(shortcut.operand, branch.values):
+            if self._is_function(start, branch.values):
                 return True
         return False
+
+    def _is_on_stream(self, value: int, line: str) -> bool:
+        """Return whether a value that is added at a source line is on a stream.
+
+        The first pass through a loop or a layer class has no sum before it, but the same source
+        line as the listed sums of the other passes.
+        """
+        return self.is_stream(value) or line in self.lines
 
     def projects_its_shortcut(self, node: int) -> bool:
         """Return whether both terms are products of one value with weights.
@@ -168,34 +223,38 @@ class _Streams:
         A ResNet block that changes width has such terms.
         """
         for shortcut, branch in self._pairs(node):
+            # 1. The shortcut's own product, which is not part of the branch.
             product = self._last_product(shortcut.values)
             if product is None or self._made_by(product, branch.values):
                 continue
 
-            # The branch is a product of what the shortcut's own product reads.
-            for read in self.graph.float_inputs(product):
-                if self._passes_product(read.index, branch.values):
+            # 2. The branch is a product of what the shortcut's own product reads.
+            for source in self.graph.float_indices(product):
+                if self._passes_product(source, branch.values):
                     return True
         return False
 
     def _made_by(self, node: int, values: Sequence[int]) -> bool:
         """Return whether a call's results lead to one of `values`."""
-        results = self.graph.nodes[node].outputs
-        return any(self.finder.reaches(result, values, through_products=True) for result in results)
+        for result in self.graph.nodes[node].outputs:
+            # Whatever lies between.
+            if self.finder.reaches(result, values, through_products=True):
+                return True
+        return False
 
     def _last_product(self, values: Sequence[int]) -> int | None:
         """Return the nearest product before `values`; None if a sum of the stream is nearer."""
-        queue, seen = list(values), set(values)
-        while queue:
-            maker = self.graph.values[queue.pop(0)].node
+        queue = _Queue(values)
+        while queue.waiting:
+            # 1. The call that made the next value.
+            maker = self.graph.values[queue.next()].node
             if maker < 0 or maker in self.sums:
                 return None
             if self.finder.is_product(maker):
                 return maker
-            for read in self.graph.float_inputs(maker):
-                if read.index not in seen:
-                    seen.add(read.index)
-                    queue.append(read.index)
+
+            # 2. Go back to what it reads.
+            queue.add(self.graph.float_indices(maker))
         return None
 
     def gates_its_shortcut(self, node: int) -> bool:
@@ -203,14 +262,22 @@ class _Streams:
 
         An example is a highway gate, x * (1 - g) + g * f(x).
         """
-        record, pairs = self.graph.nodes[node], self._pairs(node)
-        if not pairs or not record.outputs:
+        pairs = self._pairs(node)
+        if not pairs:
             return False
-        shape = self.graph.values[record.outputs[0]].shape
-        for shortcut, branch in pairs:
-            for source in self._elementwise_sources(shortcut.values, shape):
-                if source not in branch.values and self._passes_product(source, branch.values):
-                    return True
+
+        # Of a sum that has a shape, either term may be the gated shortcut.
+        shape = self.graph.values[self.graph.nodes[node].outputs[0]].shape
+        return any(self._is_gated(shortcut, branch, shape) for shortcut, branch in pairs)
+
+    def _is_gated(self, shortcut: Term, branch: Term, shape: tuple[int, ...]) -> bool:
+        """Return whether a value of a shape leads to a term by gates and to another by a branch."""
+        for source in self._elementwise_sources(shortcut.values, shape):
+            # The branch has to be a function of the source, not the source itself.
+            if source in branch.values:
+                continue
+            if self._passes_product(source, branch.values):
+                return True
         return False
 
     def _elementwise_sources(self, values: Sequence[int], shape: tuple[int, ...]) -> Iterator[int]:
@@ -218,56 +285,74 @@ class _Streams:
 
         The nearest comes first.
         """
-        queue, seen = list(values), set(values)
+        queue = _Queue(values)
         steps = 0
-        while queue and steps < _MOST_STEPS:
+        while queue.waiting and steps < _MOST_STEPS:
+            # 1. The next value.
             steps += 1
-            value = self.graph.values[queue.pop(0)]
-            if value.shape == shape and value.is_differentiable:
+            value = self.graph.values[queue.next()]
+            if value.is_differentiable and value.shape == shape:
                 yield value.index
 
-            # Go back, but through no product and no sum of the stream.
-            if value.node < 0 or value.node in self.sums:
-                continue
-            if self.finder.is_product(value.node):
-                continue
-            for read in self.graph.float_inputs(value.node):
-                if read.index not in seen:
-                    seen.add(read.index)
-                    queue.append(read.index)
+            # 2. Go back, but through no product and no sum of the stream.
+            if not self._ends_a_way(value.node):
+                queue.add(self.graph.float_indices(value.node))
+
+    def _ends_a_way(self, maker: int) -> bool:
+        """Return whether a walk back ends at what made a value.
+
+        Args:
+            maker: a call, or below 0 for an input, a parameter or a constant.
+        """
+        if maker < 0 or maker in self.sums:
+            return True
+        return self.finder.is_product(maker)
 
     def _passes_product(self, source: int, values: Sequence[int]) -> bool:
         """Return whether a path from a value to `values` passes a product with a parameter."""
         if not self.finder.reaches(source, values, through_products=True):
             return False
-        return any(self.finder.is_product(call) for call in self.finder.cone(source, values))
+        calls_between = self.finder.cone(source, values)
+        return self.finder.has_product(calls_between)
 
     def adds_to_part(self, node: int) -> bool:
         """Return whether a branch is added to some positions of its shortcut and written back."""
         pairs = self._pairs(node)
         if not pairs or not self._is_written_back(node):
             return False
-        for shortcut, branch in pairs:
-            # 1. The shortcut is a selection of positions.
-            if shortcut.operand is None:
-                continue
-            maker = self.graph.values[shortcut.operand].node
-            if maker < 0 or self.graph.nodes[maker].name not in SELECT_POSITIONS:
-                continue
 
-            # 2. The branch is a function of all positions.
-            all_positions = self.graph.nodes[maker].inputs[0]
+        # The branch is a function of all positions.
+        for shortcut, branch in pairs:
+            all_positions = self._selected_from(shortcut.operand)
+            if all_positions is None:
+                continue
             if self.finder.is_branch(all_positions, branch):
                 return True
         return False
 
+    def _selected_from(self, value: int | None) -> int | None:
+        """Return the value that another is a selection of positions of; None if of none."""
+        if value is None:
+            return None
+
+        # An input, a parameter or a constant was not selected from anything.
+        maker = self.graph.values[value].node
+        if maker < 0:
+            return None
+
+        # A selection reads what it selects from first.
+        record = self.graph.nodes[maker]
+        if record.name not in SELECT_POSITIONS:
+            return None
+        return record.inputs[0]
+
     def _is_written_back(self, node: int) -> bool:
         """Return whether a call that writes to positions reads a result of another call."""
+        readers: set[str] = set()
         for output in self.graph.nodes[node].outputs:
-            for reader in self.graph.values[output].consumers:
-                if self.graph.nodes[reader].name in WRITE_POSITIONS:
-                    return True
-        return False
+            calls = self.graph.values[output].consumers
+            readers.update(self.graph.nodes[call].name for call in calls)
+        return not readers.isdisjoint(WRITE_POSITIONS)
 
     def mixes(self, node: int) -> bool:
         """Return whether outputs of one shape are stacked and then summed into the stream again."""
@@ -281,14 +366,15 @@ class _Streams:
 
         # 2. The later ones are made from the first.
         first, *later = [value.index for value in stacked]
-        between = self.finder.cone(first, later)
-        if not any(self.finder.is_product(call) for call in between):
+        if not self.finder.has_product(self.finder.cone(first, later)):
             return False
 
-        # 3. The sum that the stack leads to continues the stream, or what is stacked does.
+        # 3. A call sums the stack.
         output = self._reduced(record.outputs[0], shape)
         if output is None:
             return False
+
+        # 4. The sum continues the stream, or what is stacked does.
         if self.goes_on(output):
             return True
         return any(self.is_stream(index) for index in (first, *later))
@@ -304,33 +390,50 @@ class _Streams:
         for _ in range(_MOST_VALUES):
             if not stack:
                 return None
-            for node in self.graph.values[stack.pop(0)].consumers:
-                if self.finder.is_product(node):
-                    continue
+
+            # What the next value becomes.
+            for node in self._readers_without_product(stack.pop(0)):
                 record = self.graph.nodes[node]
-                is_sum = record.name in SUMS_OF_A_STACK
-                for output in record.outputs:
-                    if is_sum and self.graph.values[output].shape == shape:
-                        return output
-                    stack.append(output)
+                if record.name in SUMS_OF_A_STACK:
+                    result = self._output_of_shape(record, shape)
+                    if result is not None:
+                        return result
+                stack.extend(record.outputs)
+        return None
+
+    def _readers_without_product(self, value: int) -> list[int]:
+        """Return the calls that read a value and multiply by no matrix of parameters."""
+        readers = self.graph.values[value].consumers
+        return [node for node in readers if not self.finder.is_product(node)]
+
+    def _output_of_shape(self, record: Node, shape: tuple[int, ...]) -> int | None:
+        """Return the first result of a call that has a shape; None if none has."""
+        for output in record.outputs:
+            if self.graph.values[output].shape == shape:
+                return output
         return None
 
     def goes_on(self, output: int) -> bool:
         """Return whether a listed shortcut continues a value with no product between."""
+        # 1. Only a value of the same shape can be of the stream.
         shape = self.graph.values[output].shape
-        shortcuts = [site.shortcut for site in self.sites]
+        shortcuts = {site.shortcut for site in self.sites}
         later = [index for index in shortcuts if self.graph.values[index].shape == shape]
-        if not later:
-            return False
+
+        # 2. One of them is reached from the value.
         return self.finder.reaches(output, later, through_products=False, statistics=False)
 
     def is_stream(self, value: int) -> bool:
         """Return whether a value continues the output of a listed sum with no product between."""
         shape = self.graph.values[value].shape
         for site in self.sites:
-            if self.graph.values[site.output].shape != shape:
+            # Only a sum of the same shape can be of the stream.
+            output = site.output
+            if self.graph.values[output].shape != shape:
                 continue
-            if self.finder.reaches(site.output, (value,), through_products=False, statistics=False):
+
+            # The value is that sum, perhaps cast or normalised since.
+            if self.finder.reaches(output, (value,), through_products=False, statistics=False):
                 return True
         return False
 
@@ -341,15 +444,15 @@ class _Streams:
             return False
 
         # 2. A product lies before it, nearer than a sum of the stream.
-        stack, seen = list(branch), set()
-        while stack:
-            node = self.graph.values[stack.pop()].node
-            if node < 0 or node in seen:
+        queue = _Queue(branch)
+        while queue.waiting:
+            maker = self.graph.values[queue.next()].node
+            if maker < 0:
                 continue
-            seen.add(node)
-            if self.finder.is_product(node):
+            if self.finder.is_product(maker):
                 return True
-            if node in self.sums:
-                continue
-            stack.extend(value.index for value in self.graph.float_inputs(node))
+
+            # Go back, but through no sum of the stream.
+            if maker not in self.sums:
+                queue.add(self.graph.float_indices(maker))
         return False

@@ -54,6 +54,13 @@ class Value:
         return self.live and self.is_float
 
     @property
+    def features(self) -> int | None:
+        """The size of its last dimension, None for a scalar."""
+        if not self.shape:
+            return None
+        return self.shape[-1]
+
+    @property
     def is_weight(self) -> bool:
         """Whether it is made of parameters or buffers alone."""
         return self.from_state and not self.live
@@ -84,6 +91,12 @@ class Node:
     operands: tuple[int, ...] = ()
     function: str = ""
     added: float = 0.0
+
+    @property
+    def source_line(self) -> str:
+        """The line of the model's code for an addition, else that of the call itself."""
+        _, file, number = self.key
+        return self.line or f"{file}:{number}"
 
 
 @dataclass(slots=True)
@@ -127,19 +140,35 @@ class Graph:
 
     def ancestors(self, invocation: int) -> Iterator[int]:
         """Yield an invocation and those around it, innermost first; 0 is the model itself."""
-        while invocation >= 0:
-            yield invocation
-            invocation = self.invocations[invocation].parent
+        around = invocation
+        while around >= 0:
+            yield around
+            around = self.invocations[around].parent
 
-    def float_inputs(self, node: int) -> Iterator[Value]:
-        """Yield the differentiable live values that a call reads."""
-        record = self.nodes[node]
-        if record.name in CUTS:
-            return
-        for index in record.inputs:
-            value = self.values[index]
-            if value.live and value.is_float:
-                yield value
+    def values_read(self, node: int) -> list[Value]:
+        """Return the values that a call reads."""
+        return [self.values[index] for index in self.nodes[node].inputs]
+
+    def float_inputs(self, node: int) -> list[Value]:
+        """Return the differentiable live values that a call reads.
+
+        There are none if no gradient passes the call.
+        """
+        if self.nodes[node].name in CUTS:
+            return []
+        return [value for value in self.values_read(node) if value.is_differentiable]
+
+    def float_indices(self, node: int) -> list[int]:
+        """Return the indices of the differentiable live values that a call reads."""
+        return [value.index for value in self.float_inputs(node)]
+
+    def reads_weight(self, node: int) -> bool:
+        """Return whether a call reads something made of parameters or buffers alone."""
+        return any(value.is_weight for value in self.values_read(node))
+
+    def reads_stream(self, node: int) -> bool:
+        """Return whether a call reads floats that depend on the model's input."""
+        return any(value.is_differentiable for value in self.values_read(node))
 
     def live_inputs(self, node: int) -> list[int]:
         """Return the values that a call reads and that depend on the model's input."""

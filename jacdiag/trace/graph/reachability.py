@@ -17,17 +17,21 @@ class Walks:
 
     def is_product(self, node: int) -> bool:
         """Return whether a call multiplies the stream by a matrix made of parameters alone."""
-        record = self.graph.nodes[node]
-        if record.name in MIXERS:
-            return True
-        if record.name not in PRODUCTS:
-            return False
+        name = self.graph.nodes[node].name
+        if name in PRODUCTS:
+            # One factor has to be a weight, the other has to depend on the input.
+            return self.graph.reads_weight(node) and self.graph.reads_stream(node)
 
-        # One factor has to be a weight, the other has to depend on the input.
-        values = [self.graph.values[index] for index in record.inputs]
-        reads_weight = any(value.is_weight for value in values)
-        reads_stream = any(value.is_differentiable for value in values)
-        return reads_weight and reads_stream
+        # A Fourier transform counts as a product, although it has no parameter.
+        return name in MIXERS
+
+    def products_among(self, calls: Iterable[int]) -> list[int]:
+        """Return the matrix products among some calls, in their order."""
+        return [node for node in calls if self.is_product(node)]
+
+    def has_product(self, calls: Iterable[int]) -> bool:
+        """Return whether a matrix product is among some calls."""
+        return any(self.is_product(node) for node in calls)
 
     def reaches(
         self,
@@ -64,37 +68,51 @@ class Walks:
                 continue
 
             # Another result of the same reduction may be large enough, so it is not yet seen.
-            is_reduction = self.graph.nodes[node].name in REDUCTIONS
-            if is_reduction and math.prod(self.graph.values[index].shape) <= size_of_statistic:
+            if self._is_statistic(index, size_of_statistic):
                 continue
             seen.add(node)
-            if not through_products and self.is_product(node):
-                continue
-            stack.extend(value.index for value in self.graph.float_inputs(node))
+
+            # Go on with what the call reads.
+            is_closed = not through_products and self.is_product(node)
+            if not is_closed:
+                stack.extend(self.graph.float_indices(node))
         return False
+
+    def _is_statistic(self, value: int, size: int) -> bool:
+        """Return whether a value is the result of a reduction to `size` numbers or fewer."""
+        record = self.graph.values[value]
+        if self.graph.nodes[record.node].name not in REDUCTIONS:
+            return False
+        return math.prod(record.shape) <= size
 
     def cone(self, ancestor: int, values: Iterable[int]) -> tuple[int, ...]:
         """Return the calls that depend on `ancestor` and lead to `values`, ascending."""
-        # 1. Backward: the calls that lead to the values, down to where the ancestor was made.
-        floor = max(self.graph.values[ancestor].node, -1)
+        leading = self._calls_leading_to(values, since=ancestor)
+        return tuple(self.calls_reached(ancestor, sorted(leading)))
+
+    def _calls_leading_to(self, values: Iterable[int], *, since: int) -> set[int]:
+        """Return the calls that lead to values and were made after the value `since`."""
+        floor = max(self.graph.values[since].node, -1)
         leading: set[int] = set()
         stack = list(values)
         while stack:
             node = self.graph.values[stack.pop()].node
-            if node <= floor or node in leading:
-                continue
-            leading.add(node)
-            stack.extend(value.index for value in self.graph.float_inputs(node))
+            is_new = node > floor and node not in leading
+            if is_new:
+                leading.add(node)
+                stack.extend(self.graph.float_indices(node))
+        return leading
 
-        # 2. Forward: those of them that the ancestor reaches.
-        live = {ancestor}
+    def calls_reached(self, ancestor: int, calls: Iterable[int]) -> list[int]:
+        """Return those of some calls, in ascending order, that a value reaches through them."""
+        reached = {ancestor}
         cone: list[int] = []
-        for node in sorted(leading):
-            reads_live = any(value.index in live for value in self.graph.float_inputs(node))
-            if reads_live:
+        for node in calls:
+            # The call depends on the value if it reads the result of a call that does.
+            if not reached.isdisjoint(self.graph.float_indices(node)):
                 cone.append(node)
-                live.update(self.graph.nodes[node].outputs)
-        return tuple(cone)
+                reached.update(self.graph.nodes[node].outputs)
+        return cone
 
 
 def _numbers_of_statistic(shape: tuple[int, ...]) -> int:
