@@ -23,7 +23,7 @@ from jacdiag.trace.discovery.declarations import (
 )
 from jacdiag.trace.discovery.naming import home_of
 from jacdiag.trace.discovery.residual import Finder, Site
-from jacdiag.trace.discovery.residual_stream import Group, Streams, owner_of
+from jacdiag.trace.discovery.residual_stream import Streams, StreamSum, owner_of
 from jacdiag.trace.discovery.unlisted_sums import left_out
 from jacdiag.trace.execution.determinism import culprit, same_output
 from jacdiag.trace.execution.hook_parity import OriginalRun
@@ -319,7 +319,7 @@ def _owner(graph: Graph, site: Site) -> int:
     return owner_of(graph, innermost, site.cone[0], site.addition, site.shortcut)
 
 
-def _owner_after(graph: Graph, group: Group) -> int:
+def _owner_after(graph: Graph, group: StreamSum) -> int:
     """Return the innermost module call that holds a sum and what the stream then becomes."""
     sum_node = graph.values[group.output].node
     after_node = graph.values[group.after].node

@@ -39,26 +39,33 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
     """
     names: dict[str, None] = {}
     for node in nodes:
-        # What is read first is popped first.
-        stack = list(reversed(graph.nodes[node].inputs))
-        seen: set[int] = set()
-        while stack:
-            value = graph.values[stack.pop()]
-            if value.index in seen:
-                continue
+        states = _states_read(graph, node)
+        names.update(dict.fromkeys(states))
+    return [name for name in names if name in skeleton.params]
 
-            # What depends on the input is not made of parameters alone.
-            is_state = value.node == STATE
-            if value.live and not is_state:
-                continue
-            seen.add(value.index)
 
-            # A parameter, or what was made of some.
-            if is_state and value.name in skeleton.params:
-                names[value.name] = None
-            elif value.node >= 0:
-                stack.extend(graph.nodes[value.node].inputs)
-    return list(names)
+def _states_read(graph: Graph, node: int) -> list[str]:
+    """Return the parameters and buffers that a call reads, also through values made of them."""
+    # What is read first is popped first.
+    stack = list(reversed(graph.nodes[node].inputs))
+    seen: set[int] = set()
+    names: list[str] = []
+    while stack:
+        value = graph.values[stack.pop()]
+        if value.index in seen:
+            continue
+        seen.add(value.index)
+
+        # A parameter or buffer.
+        if value.node == STATE:
+            names.append(value.name)
+            continue
+
+        # What was made of some. What depends on the input is not.
+        is_computed = value.node >= 0
+        if is_computed and not value.live:
+            stack.extend(graph.nodes[value.node].inputs)
+    return names
 
 
 def cover(
@@ -79,8 +86,8 @@ def cover(
         calls = _calls_of(graph, finder, site, home)
         result.sublayers[index] = parameters_of(graph, calls, skeleton)
 
-    # 2. What lies outside them.
-    if not sites:  # nothing to be before or after
+    # 2. What lies outside them. Without sub-layers there is nothing to lie before or after.
+    if not sites:
         result.uncovered.update(dict.fromkeys(skeleton.params, "no sub-layer was found"))
         return result
     _cover_outside(graph, finder, sites, skeleton, result)
@@ -90,11 +97,14 @@ def cover(
 
 def _calls_of(graph: Graph, finder: Finder, site: Site, home: int) -> list[int]:
     """Return the calls whose parameters belong to a sub-layer."""
+    # 1. Those of the branch, and all of a module that is the branch's alone.
     calls = list(site.calls)
     own = _own_module(graph, site, home)
     if own is not None:
         calls += _span(graph, own)
-    if site.scaled:  # the parameters that scale the shortcut
+
+    # 2. Those that scale the shortcut.
+    if site.scaled:
         addition, position = site.carrier
         terms = graph.nodes[addition].terms or ()
         calls += finder.cone(site.shortcut, terms[position].values)
@@ -118,9 +128,10 @@ def _cover_outside(
         claimed.update(names)
 
         # 3. Their place.
+        is_norm = node.name in FUSED_NORMS or not finder.is_product(node.index)
         if node.index <= first or node.name in LOOKUPS:
             result.embedding += names
-        elif node.name in FUSED_NORMS or not finder.is_product(node.index):
+        elif is_norm:
             result.norms += names
         elif node.index > last:
             result.head += names
@@ -133,23 +144,27 @@ def _ends_of_stream(graph: Graph, sites: list[Site]) -> tuple[int, int]:
 
     Both are the number of calls if all sub-layers are nested.
     """
+    # 1. The sub-layers on the stream.
     outer = [site for site in sites if not site.nested]
-    makers_of_shortcuts = [graph.values[site.shortcut].node for site in outer]
-    makers_of_outputs = [graph.values[site.output].node for site in outer]
-    end = len(graph.nodes)
-    return min(makers_of_shortcuts, default=end), max(makers_of_outputs, default=end)
+    if not outer:
+        return len(graph.nodes), len(graph.nodes)
+
+    # 2. Where the first shortcut and the last sum are made.
+    first = min(graph.values[site.shortcut].node for site in outer)
+    last = max(graph.values[site.output].node for site in outer)
+    return first, last
 
 
 def _note_unread(graph: Graph, skeleton: Skeleton, result: Coverage) -> None:
     """Note the parameters that no recorded call read, each with the reason."""
     assigned = result.covered() | set(result.uncovered)
-    for name in skeleton.params:
-        if name in assigned:
-            continue
+    unread = [name for name in skeleton.params if name not in assigned]
+    for name in unread:
+        # Code inside torch or another library may have read it.
+        reason = "not read in this forward"
         if name in graph.used_state:
-            result.uncovered[name] = "read, but not by a recorded call"
-        else:
-            result.uncovered[name] = "not read in this forward"
+            reason = "read, but not by a recorded call"
+        result.uncovered[name] = reason
 
 
 def _own_module(graph: Graph, site: Site, home: int) -> int | None:

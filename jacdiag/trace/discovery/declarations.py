@@ -91,26 +91,44 @@ def declarations(
     Raises:
         UsageError: an entry is neither a declaration nor such a table.
     """
+    # 1. Tables by name, as in a configuration file.
+    if isinstance(entries, Mapping):
+        return [_declaration(name, entry) for name, entry in entries.items()]
+
+    # 2. A list of them. A text could be iterated over too.
     if isinstance(entries, str) or not isinstance(entries, Iterable):
         raise UsageError(
             "declared is a list of declarations", got=repr(entries), hint="jacdiag.declare(...)"
         )
-    if isinstance(entries, Mapping):
-        return [_declaration(name, entry) for name, entry in entries.items()]
     return [_declaration(f"number {k}", entry) for k, entry in enumerate(entries, start=1)]
 
 
 def _declaration(name: str, entry: Any) -> Declaration:
+    """Return a declaration from itself or from a table.
+
+    Args:
+        name: of the entry, for the message.
+        entry: the declaration or the table.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if isinstance(entry, Declaration):
         return entry
-    is_table = isinstance(entry, Mapping) and set(entry) == {"shortcut", "branch"}
-    if not is_table or not all(isinstance(text, str) for text in entry.values()):
+    if not _is_table_of_texts(entry):
         raise UsageError(
             f"site '{name}' cannot be used",
             got=repr(entry),
             hint="a table with the strings `shortcut` and `branch`",
         )
     return declare(**entry)
+
+
+def _is_table_of_texts(entry: Any) -> bool:
+    """Return whether an entry has the keys of a declaration and texts for values."""
+    if not isinstance(entry, Mapping) or set(entry) != {"shortcut", "branch"}:
+        return False
+    return all(isinstance(text, str) for text in entry.values())
 
 
 def declared_sites(
@@ -131,9 +149,12 @@ def declared_sites(
     sites: list[Site] = []
     for declaration in declared:
         for x, f, where in _values(graph, declaration):
+            # Two declarations may name one sub-layer.
             if (x, f) in known:
                 continue
             known.add((x, f))
+
+            # Each has a group of its own.
             group = len(recognised) + len(sites)
             sites.append(_site(graph, finder, x, f, where, group))
     return sites
@@ -192,8 +213,11 @@ def _values_at(graph: Graph, text: str, default: str) -> dict[tuple[str, ...], l
 
 def _closest_modules(graph: Graph, path: str) -> str | None:
     """Return which modules that ran have a name like a path; None if none has."""
-    names = dict.fromkeys(call.module for call in graph.invocations)
-    modules_run = [name for name in names if name]
+    # The model itself has no name.
+    modules_run = dict.fromkeys(call.module for call in graph.invocations)
+    modules_run.pop("", None)
+
+    # Those that a typing error may have meant.
     close = get_close_matches(path, modules_run, n=3, cutoff=0.4)
     if not close:
         return None
@@ -202,10 +226,13 @@ def _closest_modules(graph: Graph, path: str) -> str | None:
 
 def _stream_value(graph: Graph, call: Invocation, end: str, text: str) -> int:
     """Return the first floating value that a module call is given ("in") or returns ("out")."""
+    # 1. The values at that end of the call.
     if end == "in":
         candidates, verb = call.arguments, "is given"
     else:
         candidates, verb = call.outputs, "returns"
+
+    # 2. Masks and positions are no values of the stream.
     for value in candidates:
         if graph.values[value].is_differentiable:
             return value
@@ -250,8 +277,12 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
     """Return the sum, if a call that adds reads both, seen by autograd or not."""
     for node in graph.values[f].consumers:
         record = graph.nodes[node]
+        if record.terms is None or not record.outputs:
+            continue
+
+        # The branch may be added to something else before.
         reads_both = {x, f} <= set(record.inputs)
-        if record.terms is not None and reads_both and record.outputs:
+        if reads_both:
             return record.outputs[0]
     return None
 
@@ -265,7 +296,8 @@ def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | No
         values: what the call is to be given, or to return, first.
         which: "arguments" or "outputs".
     """
-    deepest, depth = None, 0
+    deepest = None
+    depth = 0
     for call in graph.invocations:
         # 1. The module that calls it makes the addition, and the call itself does not.
         is_next_to = _holds(graph, call.parent, node) and not _holds(graph, call.index, node)
@@ -273,21 +305,30 @@ def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | No
             continue
 
         # 2. Its first value is one of those.
-        first_value = set(getattr(call, which)[:1])
-        if not values & first_value:
+        first_value = getattr(call, which)[:1]
+        if values.isdisjoint(first_value):
             continue
+
+        # 3. It is deeper than any before.
         depth_of_call = len(list(graph.ancestors(call.index)))
         if depth_of_call > depth:
-            deepest, depth = call.module, depth_of_call
+            deepest = call.module
+            depth = depth_of_call
     return deepest
 
 
 def _holds(graph: Graph, invocation: int, node: int) -> bool:
-    """Return whether a call stands inside a module call."""
+    """Return whether a call stands inside a module call.
+
+    Args:
+        graph: what one forward did.
+        invocation: the module call; below 0 there is none.
+        node: the call.
+    """
     if invocation < 0:
         return False
-    call = graph.invocations[invocation]
-    return call.start <= node < call.end
+    module_call = graph.invocations[invocation]
+    return module_call.start <= node < module_call.end
 
 
 def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list[str]:
@@ -298,26 +339,40 @@ def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list
         finder: of the same graph.
         declared: the sites of declarations, which are not listed.
     """
+    # 1. Tensors that came in from code which was not recorded. A declaration explains them.
     declared_outputs = {site.output for site in declared}
     lines: list[str] = []
     if not declared_outputs:
         lines += graph.foreign
+
+    # 2. Additions inside one call.
     for node, x, f in finder.hidden:
         record = graph.nodes[node]
-        if declared_outputs & set(record.outputs):
+        is_declared = not declared_outputs.isdisjoint(record.outputs)
+        if is_declared:
             continue
 
-        # 1. How to declare it.
-        start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
-        end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
-        declaration = "its shortcut and branch"
-        if start and end:
-            declaration = f'shortcut = "{start}", branch = "{end}"'
-
-        # 2. What it is, and where.
+        # 3. What it is, where it is, and how to declare it.
         event = f"{record.name} gates"
         if record.function:
             event = f"{record.function} (a custom autograd.Function) adds"
-        line = record.line or f"{record.key[1]}:{record.key[2]}"
-        lines.append(f"{event} at {line}; declare {declaration}")
+        declaration = _declaration_of_hidden(graph, finder, node, x, f)
+        lines.append(f"{event} at {record.source_line}; declare {declaration}")
     return lines
+
+
+def _declaration_of_hidden(graph: Graph, finder: Finder, node: int, x: int, f: int) -> str:
+    """Return how to declare a hidden addition, by its modules if they show.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        node: the addition.
+        x: value index of its shortcut.
+        f: value index of its branch.
+    """
+    start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
+    end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
+    if not start or not end:
+        return "its shortcut and branch"
+    return f'shortcut = "{start}", branch = "{end}"'

@@ -10,6 +10,8 @@ from jacdiag.trace.discovery.residual import Finder
 from jacdiag.trace.graph.graph import STATE, Graph, Node
 from jacdiag.trace.graph.ops import CUTS, DETACHES
 
+_MOST_MAKERS = 4  # calls that a value is followed back through
+
 
 @dataclass(frozen=True)
 class CutAddition:
@@ -39,8 +41,7 @@ def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
     additions: list[CutAddition] = []
     for node in graph.nodes:
         # 1. The call adds two values.
-        terms = node.terms or ()
-        operands = [term.operand for term in terms if term.operand is not None]
+        operands = node.operands_added
         if len(operands) != 2:
             continue
         first, second = operands
@@ -87,10 +88,8 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
         names: parameters that may be listed.
     """
     # 1. Split the calls that lead to the output by whether a way without a detach is left.
-    with_gradient = _calls_before(graph, graph.outputs, through_detach=False)
-    cut_off = _calls_before(graph, graph.outputs, through_detach=True) - with_gradient
-    if not cut_off:
-        return []
+    with_gradient = _calls_before(graph, graph.outputs, closed=CUTS)
+    cut_off = _calls_before(graph, graph.outputs, closed=CUTS - DETACHES) - with_gradient
 
     # 2. A parameter that a call with a gradient reads too is not cut off.
     live_calls = [call for call in with_gradient if graph.nodes[call].name not in CUTS]
@@ -106,11 +105,14 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
     return parts
 
 
-def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
-    """Return the calls that lead to values by floats; a call without a derivative ends a way."""
-    closed = CUTS
-    if through_detach:
-        closed = CUTS - DETACHES
+def _calls_before(graph: Graph, values: Iterable[int], *, closed: Collection[str]) -> set[int]:
+    """Return the calls that lead to values by floats.
+
+    Args:
+        graph: what one forward did.
+        values: the values.
+        closed: names of the calls that end a way.
+    """
     calls: set[int] = set()
     stack = list(values)
     while stack:
@@ -118,10 +120,11 @@ def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) 
         if call < 0 or call in calls:
             continue
         calls.add(call)
-        record = graph.nodes[call]
-        if record.name in closed:
-            continue
-        stack += [index for index in record.inputs if graph.values[index].is_float]
+
+        # Go back to the floats that the call reads.
+        if graph.nodes[call].name not in closed:
+            read = graph.values_read(call)
+            stack += [value.index for value in read if value.is_float]
     return calls
 
 
@@ -147,8 +150,8 @@ def _parameters_read(graph: Graph, calls: Iterable[int]) -> list[str]:
     """Return the names of the parameters and buffers that calls read themselves, in order."""
     names: dict[str, None] = {}
     for call in calls:
-        for index in graph.nodes[call].inputs:
-            value = graph.values[index]
+        for value in graph.values_read(call):
+            # An input and a constant have no name.
             if value.node == STATE:
                 names[value.name] = None
     return list(names)
@@ -157,19 +160,29 @@ def _parameters_read(graph: Graph, calls: Iterable[int]) -> list[str]:
 def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:
     """Return which operand a detached value is, "" if the addition is not residual."""
     # 1. The detached value is the shortcut: the other operand is a function of it.
-    for value in finder.carriers(source):
-        if value != other and _is_function_of(finder, other, value):
-            return "shortcut"
+    if _is_function_of_carried(finder, other, source):
+        return "shortcut"
 
     # 2. The detached value is the branch: a function of the other operand.
-    for value in finder.carriers(other):
-        if value != source and _is_function_of(finder, source, value):
-            return "branch"
+    if _is_function_of_carried(finder, source, other):
+        return "branch"
     return ""
+
+
+def _is_function_of_carried(finder: Finder, value: int, source: int) -> bool:
+    """Return whether a value is a function of what another is a scaled or cast copy of."""
+    for origin in finder.carriers(source):
+        # Two copies of one value are no function of each other.
+        if origin == value:
+            continue
+        if _is_function_of(finder, value, origin):
+            return True
+    return False
 
 
 def _is_function_of(finder: Finder, value: int, source: int) -> bool:
     """Return whether every way from a source to a value passes a product with a parameter."""
+    # There has to be a way at all.
     if not finder.reaches(source, [value], through_products=True):
         return False
     return not finder.reaches(source, [value], through_products=False, statistics=False)
@@ -177,10 +190,8 @@ def _is_function_of(finder: Finder, value: int, source: int) -> bool:
 
 def _detach_before(graph: Graph, value: int) -> int | None:
     """Return the detach that made a value, perhaps cast or scaled since."""
-    for maker in _makers(graph, value):
-        if graph.nodes[maker].name in DETACHES:
-            return maker
-    return None
+    makers = _makers(graph, value)
+    return next((maker for maker in makers if graph.nodes[maker].name in DETACHES), None)
 
 
 def _makers(graph: Graph, value: int) -> Iterator[int]:
@@ -188,11 +199,14 @@ def _makers(graph: Graph, value: int) -> Iterator[int]:
 
     It ends at a call that reads more than one live value.
     """
-    for _ in range(4):
+    for _ in range(_MOST_MAKERS):
+        # 1. An input, a parameter or a constant has no maker.
         maker = graph.values[value].node
         if maker < 0:
             return
         yield maker
+
+        # 2. Go back to the only live value that it reads.
         live = graph.live_inputs(maker)
         if len(live) != 1:
             return
@@ -203,6 +217,8 @@ def _line_of(graph: Graph, node: int) -> str:
     """Return "file.py:12" of a call, by the path inside its package or below the current folder."""
     _, file, number = graph.nodes[node].key
     _, installed, inside = file.rpartition("site-packages/")
+
+    # The file is the model's own.
     if not installed:
         inside = file.removeprefix(f"{Path.cwd()}/")
     return f"{inside}:{number}"

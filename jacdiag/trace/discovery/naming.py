@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jacdiag.records.report import Kind
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.graph import Graph
 from jacdiag.trace.graph.ops import BILINEAR, CONVOLUTIONS, FUSED_ATTENTION, ROUTING
+
+# What two sub-layers of one layer have in common: a module and a call of it, or a sum.
+_LayerKey = tuple[object, ...]
 
 
 def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()) -> int:
@@ -23,18 +27,21 @@ def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()
         site: the sub-layer.
         sites: all sub-layers.
     """
-    own_calls = finder.own_calls(site, sites)
-    products = [node for node in own_calls if finder.is_product(node)]
+    # 1. The module calls around each product.
+    products = finder.products_among(finder.own_calls(site, sites))
     first, *others = products or site.cone
+    around_all = _calls_around(graph, first)
 
-    # The module calls around the first product, without those that do not hold the others.
-    around_all = list(graph.ancestors(graph.nodes[first].invocation))
+    # 2. Without those that do not hold all of them. The innermost comes first.
     for node in others:
-        around = set(graph.ancestors(graph.nodes[node].invocation))
+        around = set(_calls_around(graph, node))
         around_all = [invocation for invocation in around_all if invocation in around]
-    if not around_all:
-        return 0
-    return around_all[0]
+    return next(iter(around_all), 0)
+
+
+def _calls_around(graph: Graph, node: int) -> list[int]:
+    """Return the module calls that a call stands in, the innermost first."""
+    return list(graph.ancestors(graph.nodes[node].invocation))
 
 
 def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[str]:
@@ -52,9 +59,9 @@ def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[s
 
     # 2. The kind, where names repeat.
     counts = Counter(names)
-    for index, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+    for index, name in enumerate(names):
         if counts[name] > 1:
-            names[index] = f"{name}:{kind}"
+            names[index] = f"{name}:{kinds[index]}"
 
     # 3. A running number, where names repeat even so.
     counts = Counter(names)
@@ -68,18 +75,22 @@ def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[s
 
 def _name_of_call(graph: Graph, home: int) -> str:
     """Return the name of a module call: its module, and which call of it unless the first."""
-    name = graph.path(home) or graph.invocations[home].cls
+    name = graph.path(home)
+    if not name:
+        name = graph.invocations[home].cls
+
+    # A shared layer runs several times.
     call = _repeat(graph, home)
-    if call == 1:
-        return name
-    return f"{name}@{call}"
+    if call > 1:
+        name = f"{name}@{call}"
+    return name
 
 
 def _repeat(graph: Graph, home: int) -> int:
     """Return which call of its module this is; shared layers run several times."""
-    path = graph.path(home)
-    calls = [call for call in graph.invocations[: home + 1] if call.module == path]
-    return len(calls)
+    until_this = graph.invocations[: home + 1]
+    modules = [call.module for call in until_this]
+    return modules.count(graph.path(home))
 
 
 def kind_of(
@@ -101,14 +112,17 @@ def kind_of(
     if _is_convolution(graph, finder, site):
         return "conv"
 
-    # 2. By whether tokens are mixed. A router alone does not show it.
+    # 2. By whether tokens are mixed.
     is_token_wise = token_wise()
-    is_routed = _is_routed(graph, site, calls, home)
     if is_token_wise is False:
         return "mixer"
-    if is_routed:
+
+    # 3. A router alone does not show that they are not.
+    if _is_routed(graph, site, calls, home):
         return "moe"
-    return "mlp" if is_token_wise else "other"
+    if is_token_wise:
+        return "mlp"
+    return "other"
 
 
 def _is_attention(graph: Graph, calls: Sequence[int]) -> bool:
@@ -116,36 +130,40 @@ def _is_attention(graph: Graph, calls: Sequence[int]) -> bool:
     names = {graph.nodes[node].name for node in calls}
     if names & FUSED_ATTENTION:
         return True
-    if "softmax" not in names:
-        return False
-    return any(_is_bilinear(graph, node) for node in calls)
+
+    # Written out, attention weighs values by a softmax of scores.
+    has_softmax = "softmax" in names
+    return has_softmax and any(_is_bilinear(graph, node) for node in calls)
 
 
 def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
     """Return whether all products are convolutions, and one sees more than one position."""
-    products = [node for node in site.calls if finder.is_product(node)]
+    # 1. Every product is a convolution.
+    products = finder.products_among(site.calls)
     names = {graph.nodes[node].name for node in products}
     if not names or not names <= CONVOLUTIONS:
         return False
 
-    # Pointwise convolutions alone are linear maps of each token.
-    return not all(_is_pointwise(graph, node) for node in products)
+    # 2. Pointwise convolutions alone are linear maps of each token.
+    are_pointwise = all(_is_pointwise(graph, node) for node in products)
+    return not are_pointwise
 
 
 def _is_routed(graph: Graph, site: Site, calls: Sequence[int], home: int) -> bool:
     """Return whether a call of the branch, or of its module meanwhile, routes tokens to experts."""
     # 1. A call of the branch.
-    if any(graph.nodes[node].name in ROUTING for node in calls):
+    if any(_routes(graph, node) for node in calls):
         return True
 
     # 2. A call that the module makes between the branch's first call and the sum.
-    for node in range(site.cone[0], site.addition):
-        record = graph.nodes[node]
-        if record.name not in ROUTING:
-            continue
-        if home in graph.ancestors(record.invocation):
-            return True
-    return False
+    meanwhile = range(site.cone[0], site.addition)
+    routers = [node for node in meanwhile if _routes(graph, node)]
+    return any(home in _calls_around(graph, node) for node in routers)
+
+
+def _routes(graph: Graph, node: int) -> bool:
+    """Return whether a call sends tokens to experts."""
+    return graph.nodes[node].name in ROUTING
 
 
 def _is_pointwise(graph: Graph, node: int) -> bool:
@@ -153,20 +171,16 @@ def _is_pointwise(graph: Graph, node: int) -> bool:
 
     It is then a linear map of each token, written channels first.
     """
-    for index in graph.nodes[node].inputs:
-        value = graph.values[index]
-        is_kernel = not value.live and len(value.shape) >= 3
-        if is_kernel and set(value.shape[2:]) == {1}:
-            return True
-    return False
+    kernels = [value.shape[2:] for value in graph.values_read(node) if not value.live]
+    return any(set(sizes) == {1} for sizes in kernels)
 
 
 def _is_bilinear(graph: Graph, node: int) -> bool:
     """Return whether a call multiplies two values that depend on the input."""
     if graph.nodes[node].name not in BILINEAR:
         return False
-    factors = {value.index for value in graph.float_inputs(node)}
-    return len(factors) >= 2
+    factors = graph.float_indices(node)
+    return len(set(factors)) >= 2
 
 
 def depths_of(
@@ -186,18 +200,11 @@ def depths_of(
         kinds: their kinds.
     """
     # 1. The level of numbered modules at which most layers hold two sub-layers.
-    keys: list[tuple[object, ...]] = []
-    most_shared = -1
-    for level in range(3):
-        keys_of_level = [
-            _layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)
-        ]
-        shared = [key for key, count in Counter(keys_of_level).items() if count >= 2]
-        if len(shared) > most_shared:
-            keys, most_shared = keys_of_level, len(shared)
+    levels = [_layer_keys(graph, homes, groups, level) for level in range(3)]
+    keys = max(levels, key=_count_shared)
 
     # 2. If there is no such level: the period of the kinds.
-    if keys and not most_shared:
+    if keys and not _count_shared(keys):
         keys = _periods(keys, kinds)
 
     # 3. Numbers in the order of the stream.
@@ -205,19 +212,37 @@ def depths_of(
     return [order[key] for key in keys]
 
 
-def _periods(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple[object, ...]]:
+def _layer_keys(
+    graph: Graph, homes: Sequence[int], groups: Sequence[int], level: int
+) -> list[_LayerKey]:
+    """Return the layer key of every sub-layer, if layers are of a level."""
+    pairs = zip(homes, groups, strict=True)
+    return [_layer_key(graph, home, group, level) for home, group in pairs]
+
+
+def _count_shared(keys: Iterable[_LayerKey]) -> int:
+    """Return how many layers hold two sub-layers or more."""
+    return sum(count >= 2 for count in Counter(keys).values())
+
+
+def _periods(keys: list[_LayerKey], kinds: Sequence[str]) -> list[_LayerKey]:
     """Return layer keys from the shortest pattern that the kinds repeat.
 
     All sub-layers are one layer if no kind comes twice. The keys are left as they are if there is
     one kind only, or no pattern.
     """
+    # 1. No kind comes twice: one layer.
     count = len(kinds)
     different = len(set(kinds))
     if different == count:
         return [("layer", 0)] * count
+
+    # 2. One kind only has no pattern to go by.
     period = _shortest_period(kinds)
     if period is None or different == 1:
         return keys
+
+    # 3. A layer is one period.
     return [("layer", index // period) for index in range(count)]
 
 
@@ -225,24 +250,35 @@ def _shortest_period(kinds: Sequence[str]) -> int | None:
     """Return the length of the shortest pattern of two sub-layers or more that repeats."""
     count = len(kinds)
     for period in range(2, count // 2 + 1):
-        if count % period:
-            continue
-        if list(kinds) == list(kinds[:period]) * (count // period):
+        repeats, left_over = divmod(count, period)
+        pattern = list(kinds[:period])
+
+        # The pattern fills all of them.
+        if not left_over and pattern * repeats == list(kinds):
             return period
     return None
 
 
-def _layer_key(graph: Graph, home: int, group: int, level: int) -> tuple[object, ...]:
+def _layer_key(graph: Graph, home: int, group: int, level: int) -> _LayerKey:
     """Return what two sub-layers of one layer have in common, if layers are of this level."""
-    # 1. The paths up to a number, as "layers.3" of "layers.3.mlp".
-    parts = graph.path(home).split(".")
-    numbered = [".".join(parts[: k + 1]) for k, part in enumerate(parts) if part.isdigit()]
+    # 1. A sub-layer in no numbered module.
+    numbered = _numbered_paths(graph.path(home))
     if not numbered:
         return ("sum", group)
 
-    # 2. The module at that level, and the call of it; a layer may run several times.
-    prefix = numbered[min(level, len(numbered) - 1)]
+    # 2. The module at that level, or at the deepest one that there is.
+    level_there_is = min(level, len(numbered) - 1)
+    prefix = numbered[level_there_is]
+
+    # 3. The outermost call of it around the sub-layer, since a layer may run several times.
     calls = [call for call in graph.ancestors(home) if graph.path(call) == prefix]
     if not calls:
         return (prefix, ("call", _repeat(graph, home)))
     return (prefix, calls[-1])
+
+
+def _numbered_paths(path: str) -> list[str]:
+    """Return the beginnings of a path that end in a number, as "layers.3" of "layers.3.mlp"."""
+    parts = path.split(".")
+    beginnings = itertools.accumulate(parts, lambda before, part: f"{before}.{part}")
+    return [start for start, part in zip(beginnings, parts, strict=True) if part.isdigit()]

@@ -18,7 +18,7 @@ from jacdiag.trace.discovery.norms_by_structure import looks_like_norm
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.replay import Replayer
 from jacdiag.trace.execution.tap import Spot, Where
-from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.graph import Graph, Node
 from jacdiag.trace.graph.ops import FUSED_NORMS, PRODUCTS_BY_ELEMENT
 
 
@@ -68,13 +68,25 @@ class Norm:
 
 
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
-    """Return the last call of the cone that reads the source, and the last reader of each call."""
+    """Return the last call of the cone that reads the source, and the last reader of each call.
+
+    Args:
+        graph: what one forward did.
+        cone: calls, ascending.
+        source: index of a value.
+
+    Returns:
+        The last reader of the source, -1 if none reads it; for every call of the cone the last call
+        that reads its results, or the call itself.
+    """
+    # 1. The last reader of each call's results.
     inside = set(cone)
     last: dict[int, int] = {}
     for node in cone:
-        last[node] = _last_reader(graph, graph.nodes[node].outputs, inside)
-        if last[node] < 0:
-            last[node] = node
+        reader = _last_reader(graph, graph.nodes[node].outputs, inside)
+        last[node] = max(reader, node)
+
+    # 2. The last reader of the source.
     return _last_reader(graph, (source,), inside), last
 
 
@@ -83,30 +95,38 @@ def _last_reader(graph: Graph, values: Iterable[int], inside: Collection[int]) -
     last = -1
     for value in values:
         for consumer in graph.values[value].consumers:
-            if consumer <= last or consumer not in inside:
-                continue
-            read = [live.index for live in graph.float_inputs(consumer)]
-            if value in read:
+            # Later ones only, since the readers of two values are not in order.
+            is_later = consumer > last and consumer in inside
+            if is_later and value in graph.float_indices(consumer):
                 last = consumer
     return last
 
 
 def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
-    """Return the calls that every path through the cone passes (its dominators), ascending."""
+    """Return the calls that every path through the cone passes (its dominators), ascending.
+
+    Args:
+        graph: what one forward did.
+        cone: calls, ascending.
+        source: index of the value at which the paths begin.
+    """
     furthest, last = reach(graph, cone, source)
     waists: list[int] = []
     for node in cone:
-        record = graph.nodes[node]
+        # No path goes around a call that nothing before it is read after.
         nothing_goes_around = furthest <= node
-        if nothing_goes_around and len(record.outputs) == 1 and not record.function:
+        if nothing_goes_around and _can_be_replaced(graph.nodes[node]):
             waists.append(node)
         furthest = max(furthest, last[node])
     return waists
 
 
-def reads_state(graph: Graph, node: int) -> bool:
-    """Return whether a call reads something made of parameters or buffers alone."""
-    return any(graph.values[index].is_weight for index in graph.nodes[node].inputs)
+def _can_be_replaced(record: Node) -> bool:
+    """Return whether a call has one result, which a re-run can replace.
+
+    Nothing inside a custom autograd.Function can be replaced.
+    """
+    return len(record.outputs) == 1 and not record.function
 
 
 @dataclass(frozen=True)
@@ -154,33 +174,51 @@ class Anatomist:
             if before and gain_call is None:
                 break
 
-            # 2. A fused norm, or another call that reads a parameter, is the last point.
-            if self.graph.nodes[node].name in FUSED_NORMS:
-                if not before:
-                    candidates.append(_Candidate(node, Where.NORMALISED))
+            # 2. A fused norm is the last point.
+            is_fused_norm = self._is_fused_norm(node)
+            if is_fused_norm and not before:
+                candidates.append(_Candidate(node, Where.NORMALISED))
+            if is_fused_norm:
                 break
-            if reads_state(self.graph, node):
+
+            # 3. So is another call that reads a parameter.
+            if self.graph.reads_weight(node):
                 break
             candidates.append(_Candidate(node, Where.RESULT, gain_call))
         return candidates
 
-    def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
-        """Return a norm after the last matrix product, and where its input h is met."""
-        # 1. The points that every path passes, from the last product on.
-        products = [node for node in site.cone if self.finder.is_product(node)]
-        points = waists(self.graph, site.cone, site.shortcut)
-        if products:
-            points = [node for node in points if node >= products[-1]]
+    def _is_fused_norm(self, node: int) -> bool:
+        """Return whether a call is one of torch's norms of each token."""
+        return self.graph.nodes[node].name in FUSED_NORMS
 
-        # 2. A fused norm, else one of several calls.
+    def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
+        """Return a norm after the last matrix product, and where its input h is met.
+
+        Args:
+            site: the sub-layer.
+            owner: the module call that is run again.
+            x: the shortcut's tensor.
+        """
+        # 1. The points that every path passes, from the last product on.
+        products = self.finder.products_among(site.cone)
+        points = self._points_from_last_product(site, products)
+
+        # 2. A fused norm.
         source = self.replayer.spot_of(site.shortcut, owner)
         for node in points:
-            is_fused_norm = self.graph.nodes[node].name in FUSED_NORMS
-            if is_fused_norm and node not in products:
+            if self._is_fused_norm(node) and node not in products:
                 return self._norm_of_operand(owner, source, x, node)
+
+        # 3. A norm of several calls, between two points.
         if len(points) < 2:
             return None
         return self._unfused_after(owner, source, x, points, site.cone)
+
+    def _points_from_last_product(self, site: Site, products: Sequence[int]) -> list[int]:
+        """Return the calls that every path through a branch passes, from its last product on."""
+        points = waists(self.graph, site.cone, site.shortcut)
+        last_product = max(products, default=-1)
+        return [node for node in points if node >= last_product]
 
     def norm_after(self, value: int, until: tuple[int, ...], owner: int, y: Tensor) -> Norm | None:
         """Return a norm that all of `value` passes before anything else happens to it.
@@ -194,10 +232,15 @@ class Anatomist:
         cone = self.finder.cone(value, until)
         source = self.replayer.spot_of(value, owner)
         for node in waists(self.graph, cone, value):
-            if self.graph.nodes[node].name in FUSED_NORMS:
+            # 1. A fused norm.
+            if self._is_fused_norm(node):
                 return self._norm(owner, source, y, _Candidate(node, Where.NORMALISED))
-            if reads_state(self.graph, node):
+
+            # 2. Any other call that reads a parameter ends the search.
+            if self.graph.reads_weight(node):
                 return None
+
+            # 3. The last call of a norm of several calls.
             before = self._calls_reading_state(cone, until=node)
             candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
             norm = self._norm(owner, source, y, candidate)
@@ -210,7 +253,7 @@ class Anatomist:
     ) -> list[int]:
         """Return the calls of a cone between two others that read parameters or buffers."""
         between = [node for node in cone if after < node < until]
-        return [node for node in between if reads_state(self.graph, node)]
+        return [node for node in between if self.graph.reads_weight(node)]
 
     def _gain_call(self, reading_state: Sequence[int]) -> int | None:
         """Return the only call that reads a parameter, if it is a product by element.
@@ -219,6 +262,8 @@ class Anatomist:
         """
         if len(reading_state) != 1:
             return None
+
+        # A gain multiplies; a bias or a matrix is none.
         (call,) = reading_state
         if self.graph.nodes[call].name not in PRODUCTS_BY_ELEMENT:
             return None
@@ -228,9 +273,12 @@ class Anatomist:
         self, owner: int, source: Spot, x: Tensor, node: int
     ) -> tuple[Norm, Spot] | None:
         """Return a fused norm as a norm of its own operand, and where that is met."""
+        # 1. The operand, met in a run.
         operand = self.replayer.spot_at(Where.OPERAND, node, owner)
         h = self.replayer.run(owner, source, x, operand)
-        live = next(iter(self.graph.float_inputs(node)))
+
+        # 2. The norm of it.
+        live = self.graph.float_inputs(node)[0]
         entry = self.replayer.spot_of(live.index, owner)
         norm = self._norm(owner, entry, h, _Candidate(node, Where.NORMALISED))
         if norm is None:
@@ -249,13 +297,8 @@ class Anatomist:
         self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
     ) -> tuple[Norm, Spot] | None:
         """Return a norm between two points of a branch, and where its input is met."""
-        # 1. Pairs of neighbouring points that may hold a norm, before any other parameter is read.
-        suspects: list[tuple[int, int]] = []
-        for start, stop in itertools.pairwise(points):
-            if reads_state(self.graph, stop):
-                break
-            if self._may_normalise(start, stop, cone):
-                suspects.append((start, stop))
+        # 1. Pairs of neighbouring points that may hold a norm.
+        suspects = self._pairs_that_may_normalise(points, cone)
         if not suspects:
             return None
 
@@ -265,15 +308,27 @@ class Anatomist:
         for start in dict.fromkeys(starts):
             entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
             h = self.replayer.run(owner, source, x, entry)
-            for first, stop in suspects:
-                if first < start:
-                    continue
+            stops = [stop for first, stop in suspects if first >= start]
+            for stop in stops:
                 between = self._calls_reading_state(cone, after=start, until=stop)
                 candidate = _Candidate(stop, Where.RESULT, self._gain_call(between))
                 norm = self._norm(owner, entry, h, candidate)
                 if norm is not None:
                     return norm, entry
         return None
+
+    def _pairs_that_may_normalise(
+        self, points: list[int], cone: tuple[int, ...]
+    ) -> list[tuple[int, int]]:
+        """Return neighbouring points between which a norm may lie, until a parameter is read."""
+        pairs: list[tuple[int, int]] = []
+        for start, stop in itertools.pairwise(points):
+            # A norm has no parameter but its gain, which comes later.
+            if self.graph.reads_weight(stop):
+                break
+            if self._may_normalise(start, stop, cone):
+                pairs.append((start, stop))
+        return pairs
 
     def _norm(self, owner: int, source: Spot, x: Tensor, candidate: _Candidate) -> Norm | None:
         """Return the norm at a call, if its value is a norm of x.
@@ -284,14 +339,18 @@ class Anatomist:
             x: what may be normalised.
             candidate: the call.
         """
+        # 1. The function from x to the value. There is none if the call itself makes x.
         node = candidate.node
         spot = self.replayer.spot_at(candidate.where, node, owner)
-        same_call = source.key == spot.key and source.occurrence == spot.occurrence
-        if same_call and source.where is not Where.READ:
+        if spot.is_same_call(source) and source.where is not Where.READ:
             return None
         segment = self.replayer.segment(owner, source, spot)
+
+        # 2. Its gain comes after the value.
         if candidate.gain_call is None:
             return self._tested(x, node, spot, segment)
+
+        # 3. Its gain came before, and is taken off again.
         gain = self._gain_of(owner, source, x, candidate.gain_call)
         if gain is None:
             return None
@@ -305,23 +364,35 @@ class Anatomist:
 
         None is returned if it multiplies by anything else.
         """
-        # 1. One of two factors is learned, with one number per feature.
-        operands = [self.graph.values[index] for index in self.graph.nodes[call].operands]
-        learned = [position for position, value in enumerate(operands) if value.is_weight]
-        if len(operands) != 2 or len(learned) != 1:
+        # 1. The learned factor has one number per feature.
+        features = x.shape[-1:]
+        position = self._position_of_learned_factor(call)
+        if position is None:
             return None
-        (position,) = learned
-        if operands[position].shape != x.shape[-1:]:
+        learned = self.graph.nodes[call].operands[position]
+        if self.graph.values[learned].shape != features:
             return None
 
         # 2. Its value, met in a run.
         spot = self.replayer.spot_at(Where.OPERAND, call, owner, position)
-        spot = replace(spot, shape=x.shape[-1:])
+        spot = replace(spot, shape=features)
         with torch.no_grad():
             gain = self.replayer.run(owner, source, x, spot).detach()
+
+        # 3. What was multiplied by 0 cannot be divided again.
         if gain.is_meta or bool((gain != 0).all()):
             return gain
         return None
+
+    def _position_of_learned_factor(self, call: int) -> int | None:
+        """Return which of a call's two operands is learned; None unless it is one of two."""
+        operands = [self.graph.values[index] for index in self.graph.nodes[call].operands]
+        is_learned = [value.is_weight for value in operands]
+
+        # A product of two live values has no gain, nor has one of two weights.
+        if len(operands) != 2 or is_learned.count(True) != 1:
+            return None
+        return is_learned.index(True)
 
     def _tested(
         self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
@@ -331,21 +402,21 @@ class Anatomist:
             # 1. Without numbers to test it on.
             if not x.is_meta and not bool(torch.isfinite(x).all()):
                 return self._norm_without_numbers(x, node, spot, normalise)
+
+            # 2. It has to return as many floats as it is given.
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
+
+            # 3. A norm whose operations are known needs no test of its scale.
             if x.is_meta:
                 return self._norm_by_structure(z, spot, normalise, node)
             if spot.where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
 
-            # 2. The value does not change with the scale of x, where x is so large that eps does
-            # not count.
-            unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()
-            large = normalise(x * unit)
-            twice_as_large = normalise(x * (unit * 2))
-        if not _close(large, twice_as_large, 1e-3):
-            return None
+            # 4. The value of any other does not change with the scale of x.
+            if not _ignores_scale(normalise, x):
+                return None
         return self._factor(x, z, spot, normalise)
 
     def _norm_without_numbers(
@@ -362,14 +433,17 @@ class Anatomist:
         self, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
     ) -> Norm | None:
         """Return a norm as its operations show it, without values; its gain is unknown."""
-        name = self.graph.nodes[node].name
-        if name in FUSED_NORMS:
-            is_norm, centred = True, name == "layer_norm"
-        else:
-            is_norm, centred = looks_like_norm(self.graph, node)
+        # 1. A fused norm says by its name what it is.
+        unknown_gain = z.new_empty(z.shape[:-1])
+        if self._is_fused_norm(node):
+            is_layer_norm = self.graph.nodes[node].name == "layer_norm"
+            return Norm(spot, normalise, z, unknown_gain, centred=is_layer_norm)
+
+        # 2. One of several calls.
+        is_norm, centred = looks_like_norm(self.graph, node)
         if not is_norm:
             return None
-        return Norm(spot, normalise, z, z.new_empty(z.shape[:-1]), centred)
+        return Norm(spot, normalise, z, unknown_gain, centred)
 
     def _factor(
         self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]
@@ -382,22 +456,44 @@ class Anatomist:
         tiny = torch.finfo(torch.float64).tiny
         last = x.dim() - 1
         for dim, centred in itertools.product(range(last, -1, -1), (True, False)):
+            # 1. x with the features last, centred or not.
             base = x.double().movedim(dim, -1)
             if dim != last and base.shape != z.shape:
                 continue
             if centred:
                 base = base - base.mean(-1, keepdim=True)
+
+            # 2. The number per token that fits best.
             flat = z.double().reshape(base.shape)
             gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
+
+            # 3. Whether it fits.
             if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
                 feature_dim = -1 if dim == last else dim
                 return Norm(spot, normalise, z, gain.abs(), centred, feature_dim)
         return None
 
 
+def _ignores_scale(normalise: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Return whether the value of a function does not change with the scale of x.
+
+    x is made so large that the eps of a norm does not count.
+    """
+    unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()
+    large = normalise(x * unit)
+    twice_as_large = normalise(x * (unit * 2))
+    return _close(large, twice_as_large, 1e-3)
+
+
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Return whether two tensors are finite and equal to a relative tolerance, and not zero."""
+    # 1. NaN and Inf are equal to nothing.
     a, b = a.double(), b.double()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+    are_finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+    if not are_finite:
         return False
-    return bool((a - b).norm() <= tolerance * b.norm()) and bool(b.norm() > 0)
+
+    # 2. Zeros are equal to everything at no tolerance, and show nothing.
+    size = b.norm()
+    is_within_tolerance = bool((a - b).norm() <= tolerance * size)
+    return is_within_tolerance and bool(size > 0)

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.graph import Graph, Node
 from jacdiag.trace.graph.ops import REDUCTIONS, ROOTS, SCALINGS, TOKEN_WISE, WITHIN_A_NORM
 
 _MOST_STEPS = 12  # the statistics of a norm are a few calls away
+_CALLS_OF_ONE_TOKEN = TOKEN_WISE | SCALINGS | REDUCTIONS | ROOTS | {"reciprocal"}
 
 
 def looks_like_norm(graph: Graph, node: int) -> tuple[bool, bool]:
     """Return whether a call is the last one of a norm, and whether that norm is centred.
 
     Such a call scales its operand by a root of a mean, one number per token.
+
+    Args:
+        graph: what one forward did.
+        node: the call.
     """
-    # 1. The call has two factors.
-    record = graph.nodes[node]
-    values = [graph.values[index] for index in record.inputs]
-    factors = [value for value in values if value.is_differentiable]
-    if record.name not in SCALINGS or len(factors) != 2:
+    # 1. The call scales, and has two factors.
+    factors = graph.values_read(node)
+    factors = [value for value in factors if value.is_differentiable]
+    if graph.nodes[node].name not in SCALINGS or len(factors) != 2:
         return False, False
 
     # 2. One of them holds one number per token.
-    shapes = sorted((value.shape for value in factors), key=lambda shape: shape[-1:])
-    small, large = shapes
+    small, large = sorted((value.shape for value in factors), key=lambda shape: shape[-1:])
     if small != (*large[:-1], 1):
         return False, False
 
-    # 3. A mean and a root lead to it. If the mean is taken off, the norm is centred.
+    # 3. A mean and a root lead to it.
     names = _names_before(graph, [value.index for value in factors])
-    is_norm = bool(names & REDUCTIONS) and bool(names & ROOTS)
+    has_mean = not names.isdisjoint(REDUCTIONS)
+    has_root = not names.isdisjoint(ROOTS)
+
+    # 4. If the mean is taken off, the norm is centred.
     is_centred = any("sub" in name for name in names)
-    return is_norm, is_centred
+    return has_mean and has_root, is_centred
 
 
 def _names_before(graph: Graph, values: list[int]) -> set[str]:
@@ -38,8 +44,7 @@ def _names_before(graph: Graph, values: list[int]) -> set[str]:
     names: set[str] = set()
     steps_of_a_norm = REDUCTIONS | ROOTS | WITHIN_A_NORM
     for _ in range(_MOST_STEPS):
-        makers = {graph.values[index].node for index in values}
-        calls = [graph.nodes[maker] for maker in makers if maker >= 0]
+        calls = _makers_of(graph, values)
         names.update(call.name for call in calls)
 
         # Go on from the calls that belong to a norm.
@@ -50,6 +55,12 @@ def _names_before(graph: Graph, values: list[int]) -> set[str]:
     return names
 
 
+def _makers_of(graph: Graph, values: list[int]) -> list[Node]:
+    """Return the calls that made values, each once."""
+    makers = {graph.values[index].node for index in values}
+    return [graph.nodes[maker] for maker in makers if maker >= 0]
+
+
 def looks_token_wise(graph: Graph, cone: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
     """Return True if every call of a branch treats tokens one by one, None if one may not.
 
@@ -58,11 +69,14 @@ def looks_token_wise(graph: Graph, cone: tuple[int, ...], shape: tuple[int, ...]
         cone: the calls of the branch.
         shape: of its shortcut, features last.
     """
-    token_wise = TOKEN_WISE | SCALINGS | REDUCTIONS | ROOTS | {"reciprocal"}
+    tokens = shape[:-1]
     for node in cone:
         record = graph.nodes[node]
-        leads = {graph.values[index].shape[:-1] for index in record.outputs}
-        keeps_tokens = leads <= {shape[:-1]}
-        if not keeps_tokens or record.name not in token_wise:
+        if record.name not in _CALLS_OF_ONE_TOKEN:
+            return None
+
+        # A result of another shape may have joined tokens.
+        shapes = [graph.values[index].shape for index in record.outputs]
+        if any(result[:-1] != tokens for result in shapes):
             return None
     return True

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from jacdiag.trace.discovery.norms import waists
 from jacdiag.trace.discovery.residual import Finder, Site
-from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.graph import Graph, Invocation
 
 
 @dataclass
-class Group:
+class StreamSum:
     """One sum on the stream: a shortcut and its one or more parallel branches.
 
     Attributes:
@@ -42,10 +42,10 @@ class Streams:
                 by_group.setdefault(site.group, []).append(index)
 
         # 2. The sums, in the order of the forward.
-        self.groups: list[Group] = []
+        self.groups: list[StreamSum] = []
         for members in by_group.values():
             first = sites[members[0]]
-            group = Group(members, first.shortcut, output=first.output, after=first.output)
+            group = StreamSum(members, first.shortcut, output=first.output, after=first.output)
             self.groups.append(group)
         self.groups.sort(key=lambda group: self.graph.values[group.output].node)
 
@@ -74,9 +74,12 @@ class Streams:
         """Return the nearest earlier sum that a sum continues and no other does; None if none."""
         shortcut = self.groups[k].shortcut
         for j in range(k - 1, -1, -1):
+            # Another sum continues this one already.
             earlier = self.groups[j]
             if earlier.following is not None:
                 continue
+
+            # The shortcut is the sum itself, or what became of it without a product.
             if earlier.output == shortcut:
                 return j
             if self.finder.reaches(earlier.output, (shortcut,), through_products=False):
@@ -92,23 +95,28 @@ class Streams:
         end = output
         shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
-            output_value = self.graph.values[self.graph.nodes[node].outputs[0]]
+            # 1. A product ends the stream.
             if self.finder.is_product(node):
                 break
-            if sorted(output_value.shape) != sorted(shape):
-                break
 
-            # A norm of channels-first data works on a transposed sum.
-            if output_value.shape == shape:
-                end = output_value.index
+            # 2. So does a value of other sizes. A norm of channels-first data works on a
+            # transposed sum, which has the same ones.
+            result = self.graph.values[self.graph.nodes[node].outputs[0]]
+            if sorted(result.shape) != sorted(shape):
+                break
+            if result.shape == shape:
+                end = result.index
         return end
 
     def _longest(self) -> list[int]:
         """Return the stream of most sums; of two as long, the one that ends later."""
+        # 1. Every stream, from a sum that continues no other.
         chains: list[list[int]] = []
         for k, group in enumerate(self.groups):
             if group.preceding is None:
                 chains.append(self._chain_from(k))
+
+        # 2. The longest of them.
         return max(chains, key=lambda chain: (len(chain), chain[-1]), default=[])
 
     def _chain_from(self, first: int) -> list[int]:
@@ -133,14 +141,23 @@ def owner_of(graph: Graph, innermost: int, first: int, last: int, value: int) ->
     """
     maker = graph.values[value].node
     for index in graph.ancestors(innermost):
-        # 1. It holds the calls. A call that has not ended yet holds all that follow.
+        # 1. It holds the calls.
         call = graph.invocations[index]
-        is_open = call.end < 0
-        holds = call.start <= first and (is_open or last < call.end)
-        if not holds:
+        if not _holds_calls(call, first, last):
             continue
 
         # 2. It makes the value, or is given it.
-        if maker >= call.start or value in call.arguments:
+        makes_value = maker >= call.start
+        if makes_value or value in call.arguments:
             return index
     return 0
+
+
+def _holds_calls(call: Invocation, first: int, last: int) -> bool:
+    """Return whether a module call makes all calls from the first to the last."""
+    if call.start > first:
+        return False
+
+    # A call that has not ended yet holds all that follow.
+    is_open = call.end < 0
+    return is_open or last < call.end

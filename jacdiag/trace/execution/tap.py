@@ -61,7 +61,14 @@ class Spot:
     shape: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.key[1]}:{self.key[2]}" if self.key else "the arguments"
+        if self.key is None:
+            return "the arguments"
+        _, file, line = self.key
+        return f"{file}:{line}"
+
+    def is_same_call(self, other: Spot) -> bool:
+        """Return whether two places are at one call."""
+        return self.key == other.key and self.occurrence == other.occurrence
 
 
 Visit = Callable[[Spot, Tensor], Tensor]

@@ -93,6 +93,12 @@ class Node:
     added: float = 0.0
 
     @property
+    def operands_added(self) -> list[int]:
+        """The plain operands among its terms, by value index."""
+        operands = [term.operand for term in self.terms or ()]
+        return [operand for operand in operands if operand is not None]
+
+    @property
     def source_line(self) -> str:
         """The line of the model's code for an addition, else that of the call itself."""
         _, file, number = self.key
