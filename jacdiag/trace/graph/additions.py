@@ -42,17 +42,22 @@ class Part:
 
 def _plain(tensor: Any) -> Part | None:
     """Return an operand as a term, None if it is no tensor."""
-    if not isinstance(tensor, Tensor):
-        return None
-    return Part((tensor,), lambda: tensor, plain=True)
+    if isinstance(tensor, Tensor):
+        return Part((tensor,), lambda: tensor, plain=True)
+
+    # A number adds a constant.
+    return None
 
 
 def _scaled(tensor: Any, factor: Any) -> Part | None:
     """Return an operand times a number as a term, None if it is no tensor."""
-    if not isinstance(tensor, Tensor):
-        return None
+    # A factor of 1 leaves the operand itself, which keeps its identity in the record.
     if factor == 1:
         return _plain(tensor)
+
+    # A number adds a constant, however it is scaled.
+    if not isinstance(tensor, Tensor):
+        return None
     return Part((tensor,), lambda: tensor * factor)
 
 
@@ -112,12 +117,14 @@ def _scatter_reduce(
     a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, **_: Any
 ) -> list[Part | None]:
     # Without its own values, or with a maximum, a scatter adds nothing to `a`.
-    if reduce != "sum" or not include_self:
-        return []
-    return _scatter_add(a, dim, index, src)
+    adds_to_a = reduce == "sum" and include_self
+    if adds_to_a:
+        return _scatter_add(a, dim, index, src)
+    return []
 
 
 def _index_put(a: Any, indices: Any, values: Any, accumulate: bool = False) -> list[Part | None]:
+    # Without `accumulate` the values replace those of `a`.
     if not accumulate or not isinstance(values, Tensor):
         return []
 
@@ -157,10 +164,17 @@ def parts_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[P
     """Return the terms of a call in a fixed order, [] if the call adds nothing.
 
     None stands for a term that is no tensor.
+
+    Args:
+        name: of the call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
     """
     form = FORMS.get(name)
     if form is None:
         return []
+
+    # A call with arguments that the form does not know adds in another way.
     renamed = {_ARGUMENTS.get(key, key): value for key, value in kwargs.items()}
     try:
         return form(*args, **renamed)
@@ -183,8 +197,8 @@ def terms_of(
         value_of: the value index of a tensor, None if the call did not read it.
     """
     parts = parts_of(name, args, kwargs)
-    tensors_added = [part for part in parts if part is not None]
-    if len(tensors_added) < 2:
+    numbers_added = parts.count(None)
+    if len(parts) - numbers_added < 2:
         return None
     return tuple(_term(part, value_of) for part in parts)
 
@@ -194,12 +208,14 @@ def _term(part: Part | None, value_of: Callable[[Tensor], int | None]) -> Term:
     if part is None:
         return Term((), None)
 
+    # The values that it is made of, as far as the call read them.
     indices = [value_of(tensor) for tensor in part.tensors]
     values = tuple(index for index in indices if index is not None)
-    operand = None
+
+    # A plain operand is one of them.
     if part.plain and values:
-        operand = values[0]
-    return Term(values, operand, part.product)
+        return Term(values, values[0], part.product)
+    return Term(values, None, part.product)
 
 
 def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -214,17 +230,22 @@ def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         >>> number_added("__radd__", (torch.zeros(2), 1.0), {})
         1.0
     """
+    # 1. The call adds or subtracts.
     form = FORMS.get(name)
     if form not in (_add, _sub):
         return 0.0
 
-    # One operand is a number, the other a tensor.
+    # 2. One operand is a number, the other a tensor.
     operands = (*args[:2], kwargs.get("other"))
     numbers = [value for value in operands if _is_number(value)]
     if len(numbers) != 1:
         return 0.0
+
+    # 3. Its size and sign.
     number = float(numbers[0] * kwargs.get("alpha", 1))
-    return number if form is _add else -number
+    if form is _sub:
+        return -number
+    return number
 
 
 def _is_number(value: Any) -> bool:

@@ -8,9 +8,10 @@ no tensor outlives the run because of it.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -58,27 +59,47 @@ def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
     """Return a key of a call: its function and the source line that made it.
 
     Unlike the number of a call, the key is the same from run to run.
+
+    Args:
+        func: the torch function.
+        depth: how many frames lie between this function and the line.
     """
+    # The innermost frame outside torch's own plumbing.
     frame = sys._getframe(depth)
-    while frame.f_back is not None and frame.f_code.co_filename in _PLUMBING:
+    while frame.f_code.co_filename in _PLUMBING:
+        if frame.f_back is None:
+            break
         frame = frame.f_back
-    return (getattr(func, "__name__", str(func)), frame.f_code.co_filename, frame.f_lineno)
+
+    name = getattr(func, "__name__", str(func))
+    return (name, frame.f_code.co_filename, frame.f_lineno)
 
 
 def _name_of_call(func: Callable[..., Any], key: CallKey) -> str:
     """Return the name of a call; reading `.data` is a detach."""
+    name, _, _ = key
+    if name != "__get__":
+        return name
+
+    # The attribute that is read.
     attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-    if key[0] == "__get__" and attribute == "data":
+    if attribute == "data":
         return "detach"
-    return key[0]
+    return name
 
 
 def user_line(depth: int = 2) -> str:
-    """Return "file.py:12" of the innermost frame outside torch."""
+    """Return "file.py:12" of the innermost frame outside torch.
+
+    Args:
+        depth: how many frames lie between this function and the call.
+    """
     frame = sys._getframe(depth)
     while frame.f_back is not None:
+        # A frame of the model's code.
         filename = frame.f_code.co_filename
-        if not filename.startswith(_TORCH_DIR) and filename != __file__:
+        is_outside = not filename.startswith(_TORCH_DIR) and filename != __file__
+        if is_outside:
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -95,7 +116,7 @@ class WritesParameter(BaseException):
 
 
 @dataclass(frozen=True)
-class _Flow:
+class _Inherited:
     """What the results of a call inherit from what it read.
 
     Attributes:
@@ -173,20 +194,30 @@ class Recorder(TorchFunctionMode):
         if value is not None or storage in self._held:
             written = self._storages.get(storage)
 
-        # 3. A tensor without a value.
+        # 3. A tensor that no recorded call made.
         if value is None:
-            if written is None:
-                self._note_foreign(tensor)
-                return (self.new_value(tensor, CONSTANT),)
-            # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory,
-            # same history.
-            value = self._adopt(tensor, written)
+            value = self._value_of_unknown(tensor, written)
 
         # 4. A write counts if it came after the value was made.
-        if written is None or written == value:
-            return (value,)
-        is_later = self.values[written].node > self.values[value].node
-        return (value, written) if is_later else (value,)
+        if written is not None and self._is_later(written, value):
+            return (value, written)
+        return (value,)
+
+    def _value_of_unknown(self, tensor: Tensor, written: int | None) -> int:
+        """Return a value for a tensor object that no recorded call made.
+
+        Args:
+            tensor: the object.
+            written: the last value that was written to its memory, if any.
+        """
+        # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory, same
+        # history.
+        if written is not None:
+            return self._adopt(tensor, written)
+
+        # Made by code that is not recorded, or before the run.
+        self._note_foreign(tensor)
+        return self.new_value(tensor, CONSTANT)
 
     def _note_foreign(self, tensor: Tensor) -> None:
         """Note a tensor of a live value's shape that no recorded call made."""
@@ -205,8 +236,13 @@ class Recorder(TorchFunctionMode):
 
     def _value_of_object(self, tensor: Tensor) -> int | None:
         """Return the value that a recorded call gave to this object, if any."""
-        reference, index = self._objects.get(id(tensor), (None, -1))
-        if reference is None or reference() is not tensor:
+        entry = self._objects.get(id(tensor))
+        if entry is None:
+            return None
+
+        # Another object may have had this id before.
+        reference, index = entry
+        if reference() is not tensor:
             return None
         return index
 
@@ -240,18 +276,23 @@ class Recorder(TorchFunctionMode):
         # 3. The model's own weights must not change.
         key = signature(func)
         if tensors and writes_in_place(key[0]):
-            parameter = self.guests.get(storage_of(tensors[0]))
-            if parameter:
-                raise WritesParameter(parameter)
+            self._refuse_write(tensors[0])
 
-        # 4. The call itself, and what it wrote to.
+        # 4. The call itself.
         result = self.precision.call(func, args, kwargs)
-        mutated = [
-            tensor
-            for tensor, version in zip(tensors, versions, strict=True)
-            if version_of(tensor) != version
-        ]
+
+        # 5. What it wrote to.
+        mutated: list[Tensor] = []
+        for tensor, version in zip(tensors, versions, strict=True):
+            if version_of(tensor) != version:
+                mutated.append(tensor)
         return self._note(func, args, kwargs, result, mutated, key)
+
+    def _refuse_write(self, tensor: Tensor) -> None:
+        """Raise if a tensor is a parameter that is the model's own memory."""
+        parameter = self.guests.get(storage_of(tensor))
+        if parameter:
+            raise WritesParameter(parameter)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey
@@ -276,20 +317,19 @@ class Recorder(TorchFunctionMode):
 
         # An identity makes nothing new: x.to(x.dtype), contiguous(), eval-mode dropout written by
         # hand.
-        if not mutated and all(id(tensor) in value_of for tensor in results):
+        is_identity = all(id(tensor) in value_of for tensor in results)
+        if is_identity and not mutated:
             return result
 
         # 2. The call itself.
         name = _name_of_call(func, key)
-        inputs: dict[int, None] = {}
-        for values in value_of.values():
-            inputs.update(dict.fromkeys(values))
-        flow = self._flow(name, tuple(inputs), value_of, args)
+        inputs = tuple(dict.fromkeys(itertools.chain.from_iterable(value_of.values())))
+        inherited = self._inherited(name, inputs, value_of, args)
         node = Node(
             index=len(self.nodes),
             name=name,
             key=key,
-            inputs=tuple(inputs),
+            inputs=inputs,
             outputs=(),
             invocation=self.stack[-1] if self.stack else 0,
             operands=tuple(value_of[id(tensor)][-1] for tensor in read),
@@ -304,33 +344,37 @@ class Recorder(TorchFunctionMode):
         written: list[int] = []
         for tensor in mutated:
             position = _position(tensor, results, read)
-            written.append(self._write(tensor, node.index, position, flow))
-        created = self._new_results(node.index, results, read, mutated, flow)
+            written.append(self._write(tensor, node.index, position, inherited))
+        created = self._new_results(node.index, results, read, mutated, inherited)
         node.outputs = (*written, *created)
 
         # 4. What it adds, if it is an addition.
-        if flow.live:
+        if inherited.live:
             node.terms = terms_of(name, args, kwargs, lambda t: value_of.get(id(t), (None,))[-1])
             if node.terms:
                 node.line = user_line(3)
         return result
 
-    def _flow(
+    def _inherited(
         self, name: str, inputs: tuple[int, ...], value_of: dict[int, tuple[int, ...]], args: Any
-    ) -> _Flow:
+    ) -> _Inherited:
         """Return what a call's results inherit from its inputs."""
-        # Only the shape of the first argument counts for a call such as zeros_like.
+        # 1. Indices and masks that are computed from floats of the stream.
         values = [self.values[index] for index in inputs]
         is_routed = any(value.routed or value.is_differentiable for value in values)
-        if name in METADATA_ONLY:
-            return _Flow(live=False, from_state=False, routed=is_routed)
 
-        # Rows of a weight are a weight, whatever picks them.
+        # 2. Only the shape of the first argument counts for a call such as zeros_like.
+        if name in METADATA_ONLY:
+            return _Inherited(live=False, from_state=False, routed=is_routed)
+
+        # 3. Rows of a weight are a weight, whatever picks them.
         is_live = any(value.live for value in values)
         if is_live and self._selects_weights(name, value_of, args):
             is_live = False
+
+        # 4. Whatever reads a parameter or a buffer depends on it.
         reads_state = any(value.from_state for value in values)
-        return _Flow(live=is_live, from_state=reads_state, routed=is_routed)
+        return _Inherited(live=is_live, from_state=reads_state, routed=is_routed)
 
     def _new_results(
         self,
@@ -338,7 +382,7 @@ class Recorder(TorchFunctionMode):
         results: list[Tensor],
         read: list[Tensor],
         mutated: list[Tensor],
-        flow: _Flow,
+        inherited: _Inherited,
     ) -> list[int]:
         """Give a value to every result of a call that was neither read nor written to."""
         storages_read = {storage_of(tensor) for tensor in read}
@@ -353,9 +397,9 @@ class Recorder(TorchFunctionMode):
                 tensor,
                 node,
                 position,
-                live=flow.live,
-                from_state=flow.from_state,
-                routed=flow.routed and not is_float(tensor),
+                live=inherited.live,
+                from_state=inherited.from_state,
+                routed=inherited.routed and not is_float(tensor),
             )
             values.append(value)
 
@@ -372,25 +416,36 @@ class Recorder(TorchFunctionMode):
 
         What it picks is a weight still, although the indices depend on the input.
         """
-        # 1. The table that is indexed comes first, and depends on no input.
+        # 1. The table that is indexed comes first.
         if name not in SELECT_ROWS or not args:
             return False
-        table = value_of.get(id(args[0]))
-        if table is None or any(self.values[index].live for index in table):
+        table_id = id(args[0])
+        table = value_of.get(table_id)
+
+        # 2. It depends on no input.
+        if table is None or self._are_live(table):
             return False
 
-        # 2. Whatever else depends on the input is a routed index.
+        # 3. Whatever else depends on the input is a routed index.
         for tensor_id, values in value_of.items():
-            if tensor_id == id(args[0]):
+            if tensor_id == table_id:
                 continue
-            for number in values:
-                value = self.values[number]
-                is_routed_index = value.routed and not value.is_float
-                if value.live and not is_routed_index:
-                    return False
+            if not all(self._may_be_index(value) for value in values):
+                return False
         return True
 
-    def _write(self, tensor: Tensor, node: int, position: int, flow: _Flow) -> int:
+    def _are_live(self, values: Iterable[int]) -> bool:
+        """Return whether one of some values depends on the model's input."""
+        return any(self.values[index].live for index in values)
+
+    def _may_be_index(self, index: int) -> bool:
+        """Return whether a value is constant, or an index that was computed from the stream."""
+        value = self.values[index]
+        if not value.live:
+            return True
+        return value.routed and not value.is_float
+
+    def _write(self, tensor: Tensor, node: int, position: int, inherited: _Inherited) -> int:
         """Note an in-place write: a new version of the object and of what shares its storage."""
         # 1. What the memory held before is no longer there.
         storage = storage_of(tensor)
@@ -401,7 +456,9 @@ class Recorder(TorchFunctionMode):
             self.values[old].mutated = True
 
         # 2. The new version.
-        index = self.new_value(tensor, node, position, live=flow.live, from_state=flow.from_state)
+        index = self.new_value(
+            tensor, node, position, live=inherited.live, from_state=inherited.from_state
+        )
         self._wrote(storage, tensor, index)
         self._members.setdefault(storage, []).append(index)
         return index
@@ -409,23 +466,46 @@ class Recorder(TorchFunctionMode):
     def _wrote(self, storage: int, tensor: Tensor, index: int) -> None:
         """Note the last value that was written to a storage, and hold the storage's name."""
         self._storages[storage] = index
-        if storage >= 0 and storage not in self._held:
+
+        # A number below 0 names an object without storage.
+        has_storage = storage >= 0
+        if has_storage and storage not in self._held:
             self._held[storage] = StorageWeakRef(tensor.untyped_storage())
+
+    def _is_later(self, written: int, value: int) -> bool:
+        """Return whether a value was written after another was made."""
+        return self.values[written].node > self.values[value].node
 
     # -- modules -----------------------------------------------------------------------------------
     def enter(self, module: str, cls: str, arguments: list[Tensor]) -> None:
-        """Begin a module call."""
-        values = tuple(self.lookup(t)[-1] for t in arguments)
-        index = len(self.invocations)
+        """Begin a module call.
+
+        Args:
+            module: name of the module.
+            cls: name of its class.
+            arguments: the tensors that it is given.
+        """
         parent = self.stack[-1] if self.stack else -1
-        self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, values, cls))
-        self.stack.append(index)
+        call = Invocation(
+            index=len(self.invocations),
+            module=module,
+            parent=parent,
+            start=len(self.nodes),
+            arguments=self._last_values(arguments),
+            cls=cls,
+        )
+        self.invocations.append(call)
+        self.stack.append(call.index)
+
+    def _last_values(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
+        """Return what tensors hold at present, by value index."""
+        return tuple(self.lookup(tensor)[-1] for tensor in tensors)
 
     def leave(self, results: list[Tensor]) -> None:
         """End the innermost module call."""
         call = self.invocations[self.stack.pop()]
         call.end = len(self.nodes)
-        call.outputs = tuple(self.lookup(t)[-1] for t in results)
+        call.outputs = self._last_values(results)
 
 
 AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
@@ -560,8 +640,19 @@ def _position(tensor: Tensor, results: list[Tensor], read: list[Tensor]) -> int:
 
     A tensor that is not among them has a negative one, -1 - k, for the k-th that the call read.
     """
-    for position, result in enumerate(results):
-        if result is tensor:
-            return position
-    position_in_read = next(k for k, operand in enumerate(read) if operand is tensor)
+    position = _index_of(tensor, results)
+    if position is not None:
+        return position
+
+    # The call wrote to an argument and did not return it.
+    position_in_read = _index_of(tensor, read)
+    assert position_in_read is not None
     return -1 - position_in_read
+
+
+def _index_of(tensor: Tensor, tensors: list[Tensor]) -> int | None:
+    """Return where a list holds a tensor itself, None if nowhere."""
+    for index, other in enumerate(tensors):
+        if other is tensor:
+            return index
+    return None
