@@ -51,9 +51,12 @@ class Stored(Mapping[str, Tensor]):
 
         Parameters that no run has needed yet are read now.
         """
+        # 1. A read notes whether the parameter is finite.
         for name in self:
             if name not in self._finite:
                 self[name]
+
+        # 2. The others, in the order in which they were read.
         return [name for name, finite in self._finite.items() if not finite]
 
     def holds(self, value: Any) -> bool:
@@ -71,11 +74,18 @@ class Stored(Mapping[str, Tensor]):
         return value
 
     def asks(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Return whether a call reads an outline's shape, dtype or place, and not its numbers."""
+        """Return whether a call reads an outline's shape, dtype or place, and not its numbers.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+        """
         if not args or not self.holds(args[0]):
             return False
+
+        # `__get__` reads an attribute.
         name = getattr(func, "__name__", "")
-        return name in OUTLINE_QUESTIONS or name == "__get__"
+        return name == "__get__" or name in OUTLINE_QUESTIONS
 
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -95,10 +105,12 @@ class Stored(Mapping[str, Tensor]):
             return self.device
         if attribute in ("is_cuda", "is_cpu"):
             return self.device.type == attribute.removeprefix("is_")
+
+        # 2. What the outline alone is: a tensor without numbers.
         if attribute in _PLACE:
             return _PLACE[attribute]
 
-        # 2. Its shape and dtype are those of the outline.
+        # 3. Its shape and dtype are those of the outline.
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             return func(self.read(args[0]), *args[1:], **kwargs)

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.trace.execution.precision import map_leaves
-from jacdiag.trace.execution.tensors import collect_deep
+from jacdiag.trace.execution.tensors import tensors_in
+
+# What a copy of arguments shares with them.
+_SHARED = (int, float, str, bool, torch.nn.Module)
 
 
 class _Swap(TorchFunctionMode):
@@ -28,9 +31,12 @@ class _Swap(TorchFunctionMode):
         self.swap = swap
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # 1. A tensor is shared, or replaced.
         if func is Tensor.__deepcopy__:
             return self.swap.get(id(args[0]), args[0])
-        with torch._C.DisableTorchFunction():  # no other mode counts what a copy does
+
+        # 2. Any other call runs as it is. No other mode counts what a copy does.
+        with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))
 
     def copy(self, value: Any) -> Any:
@@ -58,9 +64,16 @@ class _Swap(TorchFunctionMode):
 
 def _is_shared(value: Any) -> bool:
     """Return whether a copy of arguments holds a value itself, such as a number or a module."""
-    if value is None or isinstance(value, (int, float, str, bool, torch.nn.Module)):
+    # 1. What cannot change, or has its weights replaced in another way.
+    if value is None or isinstance(value, _SHARED):
         return True
-    return callable(value) or type(value).__name__.endswith("Config")
+
+    # 2. Functions.
+    if callable(value):
+        return True
+
+    # 3. Configurations, which a forward only reads.
+    return type(value).__name__.endswith("Config")
 
 
 @dataclass
@@ -92,14 +105,15 @@ class Call:
             values: the values of the tensors among them, in order.
             mutated: values that the run writes to.
         """
-        originals: list[Tensor] = []
-        collect_deep((args, kwargs), originals)
+        # 1. A value may come in twice: the last of its tensors stands for all.
+        originals = tensors_in((args, kwargs))
+        tensors = dict(zip(values, originals, strict=True))
 
-        # A value may come in twice: the last of its tensors stands for all.
-        by_value = dict(zip(values, originals, strict=True))
-        tensors: dict[int, Tensor] = {}
-        for value, tensor in by_value.items():
-            tensors[value] = tensor.clone() if value in mutated else tensor
+        # 2. What the run writes to is kept as it is before.
+        for value in mutated.intersection(tensors):
+            tensors[value] = tensors[value].clone()
+
+        # 3. The arguments with these tensors in them.
         swapper = _Swap({id(t): tensors[v] for v, t in zip(values, originals, strict=True)})
         return cls(module, swapper.copy(args), swapper.copy(kwargs), tensors)
 
@@ -111,8 +125,12 @@ class Call:
         Args:
             replaced: value -> the tensor that takes its place.
         """
-        replaced = replaced or {}
-        swapper = _Swap({id(self.tensors[value]): tensor for value, tensor in replaced.items()})
+        swap: dict[int, Tensor] = {}
+        if replaced is not None:
+            swap = {id(self.tensors[value]): tensor for value, tensor in replaced.items()}
+
+        # Containers are copied even if no tensor is replaced.
+        swapper = _Swap(swap)
         return swapper.copy(self.args), swapper.copy(self.kwargs)
 
 
@@ -131,9 +149,13 @@ def prepared(
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+
+        # Autograd cannot save an inference tensor.
         leaf = leaf.detach()
         if leaf.is_inference():
             leaf = leaf.clone()
+
+        # Tokens and masks keep their dtype.
         if leaf.is_floating_point():
             return leaf.to(dtype)
         return leaf
@@ -144,10 +166,16 @@ def prepared(
         kwargs = map_leaves(cast, kwargs)
 
     # 2. The cache.
+    if "use_cache" in kwargs or not _takes_use_cache(model):
+        return args, kwargs
+    return args, {**kwargs, "use_cache": False}
+
+
+def _takes_use_cache(model: torch.nn.Module) -> bool:
+    """Return whether a model's forward has an argument that switches its KV cache."""
     try:
         parameters = inspect.signature(type(model).forward).parameters
     except (TypeError, ValueError):
-        return args, kwargs
-    if "use_cache" in parameters and "use_cache" not in kwargs:
-        kwargs = {**kwargs, "use_cache": False}
-    return args, kwargs
+        # A forward that is no Python function has no signature.
+        return False
+    return "use_cache" in parameters

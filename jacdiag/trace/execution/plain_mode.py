@@ -25,11 +25,17 @@ _depth = 0
 
 
 def custom_function(depth: int = 2) -> str:
-    """Return the custom autograd.Function in whose forward the caller stands, "" if in none."""
+    """Return the custom autograd.Function in whose forward the caller stands, "" if in none.
+
+    Args:
+        depth: how many frames lie between this function and the call that is asked about.
+    """
     frame: Any = sys._getframe(depth)
     while frame is not None and frame.f_code is not _MODULE_CALL:
         if frame.f_code is _APPLY:
             return str(frame.f_locals["cls"].__name__)
+
+        # Go on to the caller, up to the module's forward.
         frame = frame.f_back
     return ""
 
@@ -39,52 +45,75 @@ def unseen_code() -> str:
 
     That is a scripted function, if the code names one.
     """
-    frame: Any = sys._getframe(2)
     innermost = ""
-    while frame is not None and frame.f_code.co_name != "observe":
-        code = frame.f_code
-        is_model_code = not code.co_filename.startswith(_OURS)
-        if is_model_code:
-            where = f"{code.co_filename}:{frame.f_lineno}"
-            innermost = innermost or where
-            name = _scripted_function(frame)
-            if name is not None:
-                return (
-                    f"{name} (torch.jit.script), before {where}; run with PYTORCH_JIT=0, or "
-                    "declare what it hides"
-                )
-        frame = frame.f_back
+    for frame in _frames_of_model(sys._getframe(2)):
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        innermost = innermost or where
+
+        # 1. A scripted function.
+        name = _scripted_function(frame)
+        if name is not None:
+            return (
+                f"{name} (torch.jit.script), before {where}; run with PYTORCH_JIT=0, or "
+                "declare what it hides"
+            )
+
+    # 2. Something in another language.
     return (
         f"a call before {innermost} whose inside torch does not show (C++, Triton); declare what "
         "it hides"
     )
 
 
+def _frames_of_model(frame: Any) -> Iterator[Any]:
+    """Yield the frames of the model's code from a frame outwards, up to the start of the run."""
+    while frame is not None and frame.f_code.co_name != "observe":
+        is_model_code = not frame.f_code.co_filename.startswith(_OURS)
+        if is_model_code:
+            yield frame
+        frame = frame.f_back
+
+
 def _scripted_function(frame: Any) -> str | None:
     """Return the first scripted function that the code of a frame names, if any."""
     for name in frame.f_code.co_names:
-        if isinstance(frame.f_globals.get(name), torch.jit.ScriptFunction):
+        # Names of attributes are among them, which the globals do not have.
+        named = frame.f_globals.get(name)
+        if isinstance(named, torch.jit.ScriptFunction):
             return str(name)
     return None
 
 
 def modules_with_functions(graph: Graph) -> set[str]:
     """Return the names of the modules in whose run a custom autograd.Function makes a call."""
+    # 1. The innermost module calls.
     innermost = {node.invocation for node in graph.nodes if node.function}
+
+    # 2. Those around them too.
     names: set[str] = set()
     for invocation in innermost:
-        names.update(graph.path(around) for around in graph.ancestors(invocation))
+        names.update(graph.paths_around(invocation))
     return names
 
 
 def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
-    """Return the first call of a module call that reads a value outside of custom Functions."""
+    """Return the first call of a module call that reads a value outside of custom Functions.
+
+    Args:
+        graph: what one forward did.
+        value: index of the value.
+        invocation: index of the module call.
+    """
     end = graph.invocations[invocation].end
     for node in graph.values[value].consumers:
+        # 1. The module call makes it. One that has not ended makes all that follow.
+        is_inside = end < 0 or node < end
+        if not is_inside:
+            continue
+
+        # 2. A re-run can put another tensor in the value's place.
         record = graph.nodes[node]
-        is_inside = node < end or end < 0
-        may_be_replaced = not record.function and value in record.operands
-        if is_inside and may_be_replaced:
+        if not record.function and value in record.operands:
             return node
     return None
 
@@ -111,17 +140,27 @@ def _without_checkpoints() -> Iterator[None]:
     with _lock:
         _depth += 1
         if _depth == 1:
-            for name, stand_in in _STAND_INS.items():
-                _patched[name] = getattr(torch.utils.checkpoint, name, None)
-                setattr(torch.utils.checkpoint, name, stand_in)
+            _put_stand_ins()
     try:
         yield
     finally:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                for name, original in _patched.items():
-                    setattr(torch.utils.checkpoint, name, original)
+                _put_originals()
+
+
+def _put_stand_ins() -> None:
+    """Put the stand-ins in the place of torch's checkpointing, and keep what was there."""
+    for name, stand_in in _STAND_INS.items():
+        _patched[name] = getattr(torch.utils.checkpoint, name, None)
+        setattr(torch.utils.checkpoint, name, stand_in)
+
+
+def _put_originals() -> None:
+    """Put torch's checkpointing back."""
+    for name, original in _patched.items():
+        setattr(torch.utils.checkpoint, name, original)
 
 
 class _NoCheckpoint:

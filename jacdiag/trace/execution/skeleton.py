@@ -122,13 +122,18 @@ class Skeleton:
             if not name.startswith(start) or first in seen:
                 continue
             seen.add(first)
+
+            # The first name inside the module stands for all names of the tensor.
             state[name.removeprefix(start)] = self._for_one_run(first)
         return state
 
     def _for_one_run(self, name: str) -> Tensor:
         """Return a tensor of the state: a copy of one that a run may write to."""
+        # A forward may update its buffers.
         if name in self.buffers:
             return self.buffers[name].clone()
+
+        # This code writes to a parameter.
         if name in self._written:
             return self.params[name].clone()
         return self.outlines[name]
@@ -144,8 +149,11 @@ class Skeleton:
         """
         state = self.fresh_state_of(prefix)
         for name, tensor in state.items():
+            # 1. The weight itself in place of its outline.
             if self.stored is not None:
                 tensor = self.stored.filled(tensor)
+
+            # 2. Its precision. Positions and masks keep theirs.
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             state[name] = tensor
@@ -156,11 +164,11 @@ class Skeleton:
         """Whether the weights take less memory than raised ones, which no graph should keep."""
         if self.stored is not None:
             return True
-        floats = [t for t in self.outlines.values() if t.is_floating_point()]
-        return any(tensor.dtype.itemsize < 4 for tensor in floats)
+        return any(_is_low(tensor) for tensor in self.outlines.values())
 
     def non_finite(self) -> list[str]:
         """Return the names of parameters with NaN or Inf in them."""
+        # Stored parameters are not all read again for it.
         if self.stored is not None:
             return self.stored.non_finite()
         return [name for name, tensor in self.params.items() if not is_finite(tensor)]
@@ -177,7 +185,7 @@ class Skeleton:
         tensors: list[Tensor] = []
         for module in self.root.modules():
             collect_attribute_tensors(vars(module), tensors)
-        return {id(t) for t in tensors}
+        return set(map(id, tensors))
 
     def own(self, name: str) -> None:
         """Put a copy in place of a parameter that the code writes to, a fresh one for every run."""
@@ -201,6 +209,11 @@ class Skeleton:
         if not name:
             return self.root
         return self.root.get_submodule(name)
+
+
+def _is_low(tensor: Tensor) -> bool:
+    """Return whether a tensor holds floats of less than 32 bits."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
 def _names_of_modules(root: nn.Module) -> dict[int, str]:
@@ -246,16 +259,25 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
 def _copy_hooks(
     module: nn.Module, kind: str, attributes: dict[str, Any], copied: Any, keep_all: bool
 ) -> None:
-    """Copy torch's own hooks that compute a weight, or all hooks with `keep_all`."""
+    """Copy torch's own hooks that compute a weight, or all hooks with `keep_all`.
+
+    Args:
+        module: the original.
+        kind: the dict of its hooks.
+        attributes: of the copy.
+        copied: returns a copy of a hook.
+        keep_all: whether to copy hooks that are not torch's own, too.
+    """
     for key, hook in getattr(module, kind).items():
-        computes_weight = is_code(hook) and kind == "_forward_pre_hooks"
+        computes_weight = kind == "_forward_pre_hooks" and is_code(hook)
         if not keep_all and not computes_weight:
             continue
         attributes[kind][key] = copied(hook)
 
         # How torch calls the hook is noted apart.
         for flag in (f"{kind}_with_kwargs", f"{kind}_always_called"):
-            if key in getattr(module, flag, ()):
+            is_set = key in getattr(module, flag, ())
+            if is_set:
                 attributes[flag][key] = True
 
 
@@ -286,10 +308,13 @@ def _copy_structure(module: nn.Module, memo: dict[int, Any], clones: list[Any]) 
 
 def _meta(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
     """Return the outline of a tensor: its shape and dtype on the meta device."""
+    # 1. A name without a tensor, and a tensor with two names.
     if tensor is None:
         return None
     if id(tensor) in memo:
         return memo[id(tensor)]
+
+    # 2. An outline of its own.
     outline = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         outline = nn.Parameter(outline, requires_grad=False)

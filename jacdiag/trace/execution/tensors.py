@@ -29,6 +29,11 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
     """Append the tensors of nested containers, dataclasses and plain objects.
 
     Model outputs and caches are such objects. Slices are not looked into.
+
+    Args:
+        value: what holds the tensors.
+        into: the list that is appended to.
+        depth: how many levels of containers are looked into.
     """
     if isinstance(value, Tensor):
         into.append(value)
@@ -37,37 +42,58 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
         return
 
     # What the value holds.
-    items: Iterable[Any] = ()
-    if isinstance(value, dict):
-        items = value.values()
-    elif isinstance(value, (tuple, list)):
-        items = value
-    elif _is_plain_object(value):
-        items = vars(value).values()
-
-    for item in items:
+    for item in _items_of(value):
         collect_deep(item, into, depth - 1)
+
+
+def _items_of(value: Any) -> Iterable[Any]:
+    """Return what a container or a plain object holds, () for anything else."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+
+    # Model outputs and caches.
+    if _is_plain_object(value):
+        return vars(value).values()
+    return ()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of nested containers, dataclasses and plain objects."""
+    tensors: list[Tensor] = []
+    collect_deep(value, tensors)
+    return tensors
 
 
 def _is_plain_object(value: Any) -> bool:
     """Return whether a value is an object that holds data and is no module or function."""
-    if not hasattr(value, "__dict__"):
-        return False
     is_code = isinstance(value, torch.nn.Module) or callable(value)
-    return not is_code
+    if is_code:
+        return False
+    return hasattr(value, "__dict__")
 
 
 def device_of(value: Any) -> torch.device:
     """Return the device of the first tensor in nested arguments, the CPU if there is none."""
-    tensors: list[Tensor] = []
-    collect_deep(value, tensors)
-    return tensors[0].device if tensors else torch.device("cpu")
+    tensors = tensors_in(value)
+    if not tensors:
+        return torch.device("cpu")
+    return tensors[0].device
 
 
 def is_identity(name: str, result: Any, read: Any) -> bool:
-    """Return whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
+    """Return whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode.
+
+    Args:
+        name: of the call.
+        result: what it returned.
+        read: its arguments.
+    """
     if writes_in_place(name):
         return False
+
+    # Every result is one of the operands.
     results: list[Tensor] = []
     collect(result, results)
     operands: list[Tensor] = []
@@ -97,6 +123,8 @@ def writes_in_place(name: str) -> bool:
     """Return whether a call writes to its first argument, by torch's own way of naming."""
     if name in IN_PLACE_OPERATORS:
         return True
+
+    # As in `add_`, unlike `__add__`.
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -112,8 +140,13 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not is_float(tensor) or not tensor.numel():
         return True
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(real))
+
+    # A complex number is two real ones.
+    real = tensor
+    if tensor.is_complex():
+        real = torch.view_as_real(tensor)
+    least, largest = torch.aminmax(real)
+    return bool(torch.isfinite(least)) and bool(torch.isfinite(largest))
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -16,8 +16,11 @@ from jacdiag.errors import TraceError
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before FSDP2 (`fully_shard`) put its own in front."""
     cls = type(module)
-    if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+    names = [base.__name__ for base in cls.__mro__]
+    if "FSDPModule" not in names:
         return cls
+
+    # The first of its bases that is a module by itself.
     return next(base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
 
 
@@ -55,13 +58,16 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     # structure alone.
     valueless = all(parameter.is_meta for parameter in module.parameters())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if id(tensor) in weights:
+        key = id(tensor)
+        if key in weights:
             continue
+
+        # 3. A shard is gathered, a placeholder has its weight elsewhere.
         gather = getattr(tensor.detach(), "full_tensor", None)
         if gather is not None:
-            weights[id(tensor)] = gather()
-        elif id(tensor) in offloaded:
-            weights[id(tensor)] = offloaded[id(tensor)]
+            weights[key] = gather()
+        elif key in offloaded:
+            weights[key] = offloaded[key]
         elif tensor.is_meta and not valueless:
             raise TraceError(
                 f"parameter '{name}' is on the meta device: it has a shape and no values",
@@ -76,12 +82,16 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
 def _refuse_scripted_modules(module: nn.Module) -> None:
     """Raise if a module is scripted, since its code cannot be recorded."""
     for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise TraceError(
-                f"'{name or type(module).__name__}' is a scripted module: its code is no Python "
-                "any more",
-                hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
-            )
+        if not isinstance(part, torch.jit.ScriptModule):
+            continue
+
+        # The model itself has no name.
+        if not name:
+            name = type(module).__name__
+        raise TraceError(
+            f"'{name}' is a scripted module: its code is no Python any more",
+            hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
+        )
 
 
 def refuse_flat_shards(module: nn.Module) -> None:
@@ -90,10 +100,13 @@ def refuse_flat_shards(module: nn.Module) -> None:
     It keeps a slice of a flat tensor per process, so that nothing can be run outside its context.
     """
     for part in module.modules():
+        # 1. A module that FSDP1 wraps, with weights that may be sharded.
         handle: Any = getattr(part, "_handle", None)
         flat = getattr(handle, "flat_param", None)
         if flat is None or not handle.uses_sharded_strategy:
             continue
+
+        # 2. Inside summon_full_params they are whole.
         if handle.is_sharded(flat):
             raise TraceError(
                 "the weights are sharded by FullyShardedDataParallel: this process holds a slice "
@@ -107,20 +120,29 @@ def refuse_flat_shards(module: nn.Module) -> None:
 def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
     """Yield accelerate's hooks on a module, one by one where it has put several in sequence."""
     hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
-        yield from getattr(hook, "hooks", [hook])
+    if hook is None:
+        return
+    yield from getattr(hook, "hooks", [hook])
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the placeholders of a module's own weights, each with the weight."""
+    # 1. The placeholders.
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     placeholders = [(name, tensor) for name, tensor in named if tensor.is_meta]
+
+    # 2. The weight of each, where a hook of accelerate keeps them.
     for hook in _hooks_of_accelerate(module):
         weights = getattr(hook, "weights_map", None)
-        if weights is None or not getattr(hook, "offload", False):
+        if weights is None or not _offloads(hook):
             continue
         for name, placeholder in placeholders:
             yield placeholder, weights[name]
+
+
+def _offloads(hook: Any) -> bool:
+    """Return whether a hook of accelerate brings weights in for each call."""
+    return bool(getattr(hook, "offload", False))
 
 
 def moves_weights(module: nn.Module) -> bool:
@@ -128,7 +150,7 @@ def moves_weights(module: nn.Module) -> bool:
 
     A copy has them in place anyway.
     """
-    return any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(module))
+    return any(_offloads(hook) for hook in _hooks_of_accelerate(module))
 
 
 def skipped_attributes(module: nn.Module) -> set[str]:
@@ -158,13 +180,26 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     """
     for part in module.modules():
         # FSDP2's own hooks gather weights, and a run of one process alone would wait for ever.
-        if original_class(part) is not type(part):
+        is_sharded = original_class(part) is not type(part)
+        if is_sharded:
             continue
 
-        # The model's own hooks, and a forward that replaces that of its class.
-        pre_hooks = part._forward_pre_hooks.values()
-        if part._forward_hooks or not all(is_code(hook) for hook in pre_hooks):
-            return True
-        if "forward" in part.__dict__ and not moves_weights(part):
+        # Hooks, and a forward that replaces that of its class.
+        if _has_hooks(part) or _has_replaced_forward(part):
             return True
     return False
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has forward hooks that are not its own code."""
+    if module._forward_hooks:
+        return True
+    return not all(is_code(hook) for hook in module._forward_pre_hooks.values())
+
+
+def _has_replaced_forward(module: nn.Module) -> bool:
+    """Return whether a module runs another forward than its class, for another reason than weights.
+
+    Accelerate's own forward brings the weights in and calls the module's.
+    """
+    return "forward" in module.__dict__ and not moves_weights(module)

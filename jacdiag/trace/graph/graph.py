@@ -183,3 +183,7 @@ class Graph:
     def path(self, invocation: int) -> str:
         """Return the name of the module that an invocation calls."""
         return self.invocations[invocation].module
+
+    def paths_around(self, invocation: int) -> list[str]:
+        """Return the names of the modules around an invocation, its own first."""
+        return [self.path(around) for around in self.ancestors(invocation)]
