@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jacdiag.trace.execution.tensors import version_of
+
 CopyModule = Callable[[nn.Module, dict[int, Any]], nn.Module]
 _OWN = frozenset(nn.Module().__dict__)  # parameters, buffers, modules, hooks: not plain
+_CALLABLES = (types.MethodType, types.FunctionType, functools.partial)
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type)
 
 
@@ -21,9 +24,12 @@ def copy_attribute(value: Any, memo: dict[int, Any], copy_module: CopyModule) ->
 
     A function is copied if its closure holds something that has a copy. A monkey-patched `forward`
     would otherwise go on to run the original module with the original's weights.
-    """
-    again = functools.partial(copy_attribute, memo=memo, copy_module=copy_module)
 
+    Args:
+        value: the attribute.
+        memo: id of an original -> its copy.
+        copy_module: copies a module.
+    """
     # 1. What has a copy, modules and tensors.
     if isinstance(value, Tensor) and id(value) not in memo:
         memo[id(value)] = value.detach().clone()
@@ -32,14 +38,15 @@ def copy_attribute(value: Any, memo: dict[int, Any], copy_module: CopyModule) ->
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
 
-    # 2. Containers.
+    # 2. Containers, whose items are copied in the same way.
+    again = functools.partial(copy_attribute, memo=memo, copy_module=copy_module)
     if type(value) in (list, tuple):
-        return type(value)(again(item) for item in value)
+        return type(value)(map(again, value))
     if type(value) is dict:
         return {key: again(item) for key, item in value.items()}
 
     # 3. Functions, and anything else.
-    if isinstance(value, (types.MethodType, types.FunctionType, functools.partial)):
+    if isinstance(value, _CALLABLES):
         return _copy_callable(value, memo, again)
     return _copy_or_share(value, memo)
 
@@ -54,12 +61,17 @@ def _copy_or_share(value: Any, memo: dict[int, Any]) -> Any:
 
 def _copy_callable(value: Any, memo: dict[int, Any], again: Callable[[Any], Any]) -> Any:
     """Return a copy of a bound method, a partial or a function."""
+    # 1. A method of another object.
     if isinstance(value, types.MethodType):
         return types.MethodType(again(value.__func__), again(value.__self__))
+
+    # 2. A function with arguments.
     if isinstance(value, functools.partial):
         function = again(value.func)
         args = [again(item) for item in value.args]
         return functools.partial(function, *args, **again(dict(value.keywords)))
+
+    # 3. A function by itself.
     return _copy_function(value, memo, again)
 
 
@@ -104,6 +116,16 @@ class _Original:
     fingerprint: Any
     pristine: Any
 
+    @classmethod
+    def of(cls, value: Any) -> _Original:
+        """Return an attribute as it is at present."""
+        return cls(value, _fingerprint(value), _duplicate(value))
+
+    def renewed(self) -> _Original:
+        """Return the same attribute with a fresh object in place of one that was written to."""
+        fresh = _duplicate(self.pristine)
+        return _Original(fresh, _fingerprint(fresh), self.pristine)
+
 
 class Attributes:
     """The plain attributes of a skeleton's modules as they were before any run.
@@ -117,37 +139,45 @@ class Attributes:
         self._originals: list[tuple[nn.Module, dict[str, _Original]]] = []
         for module in root.modules():
             originals: dict[str, _Original] = {}
+            self._originals.append((module, originals))
+
+            # Parameters, buffers, modules and hooks are put back in other ways.
             for name, value in vars(module).items():
                 if name not in _OWN:
-                    originals[name] = _Original(value, _fingerprint(value), _duplicate(value))
-            self._originals.append((module, originals))
+                    originals[name] = _Original.of(value)
 
     def restore(self) -> list[str]:
         """Put back what was written to since; return the names of those attributes."""
         written: list[str] = []
         for module, originals in self._originals:
-            attributes = vars(module)
-
             # 1. Attributes that a run added.
+            attributes = vars(module)
             added = [name for name in attributes if name not in originals and name not in _OWN]
             for name in added:
                 del attributes[name]
             written += added
 
-            # 2. Attributes that a run changed.
+            # 2. Attributes that a run changed, or put another object in place of.
             for name, original in originals.items():
                 is_same_object = name in attributes and attributes[name] is original.value
                 if is_same_object and _fingerprint(original.value) == original.fingerprint:
                     continue
-                fresh = _duplicate(original.pristine)
-                attributes[name] = fresh
-                originals[name] = _Original(fresh, _fingerprint(fresh), original.pristine)
+
+                # A fresh copy of what it was.
+                originals[name] = original.renewed()
+                attributes[name] = originals[name].value
                 written.append(name)
         return written
 
 
 def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) -> None:
-    """Append the tensors in a module's plain attributes, containers and objects included."""
+    """Append the tensors in a module's plain attributes, containers and objects included.
+
+    Args:
+        value: the attributes.
+        into: the list that is appended to.
+        depth: how many levels of containers are looked into.
+    """
     if isinstance(value, Tensor):
         into.append(value)
         return
@@ -155,22 +185,30 @@ def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) ->
         return
 
     # What the value holds.
-    items: Iterable[Any] = ()
-    if isinstance(value, (list, tuple, set)):
-        items = value
-    elif isinstance(value, dict):
-        items = value.values()
-    elif _has_parts(value):
-        items = (vars(value),)
-
-    for item in items:
+    for item in _items_of(value):
         collect_attribute_tensors(item, into, depth - 1)
+
+
+def _items_of(value: Any) -> Iterable[Any]:
+    """Return what a container holds, the attributes of an object, () for anything else."""
+    if isinstance(value, (list, tuple, set)):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+
+    # The attributes of an object are a level of their own.
+    if _has_parts(value):
+        return (vars(value),)
+    return ()
 
 
 def _has_parts(value: Any) -> bool:
     """Return whether a value is an object whose attributes may be looked at."""
+    # 1. A number, a text, a module or a function.
     if isinstance(value, (nn.Module, _PLAIN)) or callable(value):
         return False
+
+    # 2. A configuration, which a forward only reads.
     if type(value).__name__.endswith("Config"):
         return False
     return hasattr(value, "__dict__")
@@ -180,43 +218,45 @@ def _fingerprint(value: Any, depth: int = 4) -> Any:
     """Return what changes when a value is written to: identities, lengths, versions."""
     # 1. Leaves.
     if isinstance(value, Tensor):
-        version = 0 if value.is_inference() else value._version
-        return id(value), version
+        return id(value), version_of(value)
     if isinstance(value, _PLAIN):
         return value
     if not depth:
         return id(value)
 
-    # 2. What holds other values.
-    contents: Any
+    # 2. Containers.
     if isinstance(value, (list, tuple)):
-        contents = tuple(_fingerprint(item, depth - 1) for item in value)
-    elif isinstance(value, dict):
-        contents = tuple((key, _fingerprint(item, depth - 1)) for key, item in value.items())
-    elif _has_parts(value):
-        contents = _fingerprint(vars(value), depth - 1)
-    else:
-        return id(value)
-    return id(value), contents
+        items = tuple(_fingerprint(item, depth - 1) for item in value)
+        return id(value), items
+    if isinstance(value, dict):
+        entries = tuple((key, _fingerprint(item, depth - 1)) for key, item in value.items())
+        return id(value), entries
+
+    # 3. Objects.
+    if _has_parts(value):
+        return id(value), _fingerprint(vars(value), depth - 1)
+    return id(value)
 
 
 def _duplicate(value: Any, depth: int = 4) -> Any:
     """Return a copy that a run may write to; modules, functions, configurations are shared."""
-    # 1. Leaves.
+    # 1. Tensors. A parameter is the skeleton's own.
     if isinstance(value, nn.Parameter):
         return value
     if isinstance(value, Tensor):
         return value.clone()
+
+    # 2. What is not looked into.
     if not depth or isinstance(value, _PLAIN):
         return value
 
-    # 2. Containers.
+    # 3. Containers.
     if type(value) in (list, tuple):
         return type(value)(_duplicate(item, depth - 1) for item in value)
     if type(value) is dict:
         return _duplicate_items(value, depth)
 
-    # 3. Objects.
+    # 4. Objects.
     return _duplicate_object(value, depth)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.skeleton import Skeleton
-from jacdiag.trace.execution.tensors import collect, collect_deep
+from jacdiag.trace.execution.tensors import collect, tensors_in
 from jacdiag.trace.graph.graph import Node
 from jacdiag.trace.graph.ops import RANDOM_DRAWS
 from jacdiag.trace.graph.recorder import Recorder, observe, user_line
@@ -20,20 +20,24 @@ def same_output(a: Any, b: Any) -> bool:
     """Return whether two outputs of a model are equal bit for bit; NaN equals NaN.
 
     On the meta device, where there are no values, shapes are compared.
+
+    Args:
+        a: one output, a tensor or a container of tensors.
+        b: the other.
     """
-    first: list[Tensor] = []
-    second: list[Tensor] = []
-    collect_deep(a, first)
-    collect_deep(b, second)
+    first = tensors_in(a)
+    second = tensors_in(b)
     if len(first) != len(second):
         return False
-    return all(same_tensor(x, y) for x, y in zip(first, second, strict=True))
+    return all(map(same_tensor, first, second))
 
 
 def same_tensor(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors are equal; NaN equals NaN, and meta tensors have only a shape."""
     if x.shape != y.shape:
         return False
+
+    # There are no values to compare.
     if x.is_meta:
         return True
     return bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
@@ -65,8 +69,13 @@ class Fingerprints(Recorder):
 
 def _checksum(t: Tensor) -> float:
     """Return a sum of a tensor's numbers, each with a weight that depends on its place."""
-    if t.is_meta or t.numel() == 0 or t.is_complex():
+    # 1. Without real numbers there is nothing to sum.
+    if t.is_meta or t.is_complex():
         return 0.0
+    if t.numel() == 0:
+        return 0.0
+
+    # 2. The sum.
     flat = torch.nan_to_num(t.detach().double()).flatten()
     weights = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
     return float((flat * weights).sum())
@@ -82,6 +91,10 @@ def first_difference(a: Fingerprints, b: Fingerprints) -> str:
     """Return the first call whose results differ between two runs, "" if none does.
 
     The text names the operation, the module and the line.
+
+    Args:
+        a: one run.
+        b: the other.
     """
     # 1. The first call.
     pairs = itertools.zip_longest(a.prints, b.prints)
@@ -89,17 +102,18 @@ def first_difference(a: Fingerprints, b: Fingerprints) -> str:
     if index is None:
         return ""
 
-    # 2. Where it stands, in the run that made it.
-    run = a if index < len(a.prints) else b
+    # 2. The run that made it, if only one did.
+    run = a
+    if index >= len(a.prints):
+        run = b
     node: Node = run.nodes[index]
-    module = ""
-    if run.invocations:
-        module = run.invocations[node.invocation].module
-    where = run.lines[index]
-    if module:
-        where = f"in '{module}', {where}"
 
-    # 3. What differs.
+    # 3. Where it stands.
+    where = run.lines[index]
+    if run.invocations and run.invocations[node.invocation].module:
+        where = f"in '{run.invocations[node.invocation].module}', {where}"
+
+    # 4. What differs.
     event = "gives another result"
     if node.name in RANDOM_DRAWS:
         event = "draws random numbers"

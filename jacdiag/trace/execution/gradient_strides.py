@@ -48,9 +48,14 @@ def with_regular_gradient(name: str, result: Any) -> Any:
     if name != "batch_norm" or not isinstance(result, Tensor):
         return result
 
-    # Only such a result is misread, and only a backward reads it.
+    # Only a backward reads a gradient.
+    if torch.is_grad_enabled() and _is_misread(result):
+        return _RegularGradient.apply(result)
+    return result
+
+
+def _is_misread(result: Tensor) -> bool:
+    """Return whether the backward of a batch norm may misread the gradient of its result."""
+    # A gradient of shape (1, C, ...) on the CPU.
     is_one_sequence = result.dim() > 2 and result.shape[0] == 1
-    is_misread = is_one_sequence and result.device.type == "cpu"
-    if not is_misread or not torch.is_grad_enabled():
-        return result
-    return _RegularGradient.apply(result)
+    return is_one_sequence and result.device.type == "cpu"

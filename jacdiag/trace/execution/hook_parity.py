@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.precision import map_leaves
-from jacdiag.trace.execution.tensors import collect_deep
+from jacdiag.trace.execution.tensors import tensors_in
 
 _TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-3}
 Outputs = dict[tuple[str, int], float]
@@ -43,17 +43,23 @@ class OriginalRun:
             return torch.func.functional_call(self.model, buffers, args, kwargs, strict=False)
 
     def agrees(self, output: Any) -> bool:
-        """Return whether the copy's output is the model's, as far as its precision goes."""
-        of_copy: list[Tensor] = []
-        of_model: list[Tensor] = []
-        collect_deep(output, of_copy)
-        collect_deep(self.output, of_model)
+        """Return whether the copy's output is the model's, as far as its precision goes.
+
+        Args:
+            output: what the copy returned.
+        """
+        # 1. As many tensors.
+        of_copy = tensors_in(output)
+        of_model = tensors_in(self.output)
         if len(of_copy) != len(of_model):
             return False
 
-        # The lowest precision of the weights sets the tolerance.
-        dtypes = [parameter.dtype for parameter in self.model.parameters()]
-        tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-3)
+        # 2. The lowest precision of the weights sets the tolerance.
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        tolerances = [_TOLERANCE.get(dtype, 0.0) for dtype in dtypes]
+        tolerance = max(tolerances, default=1e-3)
+
+        # 3. Equal to it.
         return all(_close(a, b, tolerance) for a, b in zip(of_copy, of_model, strict=True))
 
     def first_stray(self, copy: nn.Module, run_copy: Callable[[], Any]) -> str:
@@ -66,9 +72,12 @@ class OriginalRun:
         of_copy = _outputs(copy, run_copy)
         of_model = _outputs(self.model, self.run)
         for (name, call), size in of_copy.items():
+            # 1. The model does not make this call.
             other = of_model.get((name, call))
             if other is None:
                 return name
+
+            # 2. It makes the call, with another output.
             scale = max(abs(size), abs(other), 1e-6)
             if abs(size - other) > 1e-2 * scale:
                 return name
@@ -77,12 +86,13 @@ class OriginalRun:
 
 def _as_given(arguments: Any, model: nn.Module) -> Any:
     """Return floating inputs in the precision of the model's own weights."""
-    low = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    low = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
+    # Tokens and masks keep their dtype.
     def lowered(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf.to(low)
-        return leaf
+        is_float_tensor = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(low) if is_float_tensor else leaf
 
     return map_leaves(lowered, arguments)
 
@@ -90,6 +100,7 @@ def _as_given(arguments: Any, model: nn.Module) -> Any:
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, and back in its own afterwards."""
+    # By the flag of each, since a model may override `eval()`.
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -104,26 +115,33 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Return whether two tensors are equal to a relative tolerance; NaN counts as 0."""
     if a.shape != b.shape:
         return False
+
+    # In float64, so that the norms do not overflow.
     a = torch.nan_to_num(a.detach().double())
     b = torch.nan_to_num(b.detach().double())
     return bool((a - b).norm() <= tolerance * b.norm() + 1e-12)
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
-    """Return a number for every module call's output, in the order in which the calls ended."""
+    """Return a number for every module call's output, in the order in which the calls ended.
+
+    Args:
+        model: its modules are listed.
+        run: runs it.
+    """
     names = {id(m): plain_name(name) for name, m in model.named_modules()}
     counts: Counter[str] = Counter()
     sizes: Outputs = {}
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
+        # The hook is called for the modules of every model.
         name = names.get(id(module))
         if name is None:
             return
+
+        # The norms of its floating tensors stand for the output.
         with torch._C.DisableTorchFunction():
-            tensors: list[Tensor] = []
-            collect_deep(output, tensors)
-            floats = [t for t in tensors if t.is_floating_point()]
-            size = sum(float(torch.nan_to_num(t.detach().double()).norm()) for t in floats)
+            size = sum(_norm_if_float(tensor) for tensor in tensors_in(output))
         sizes[name, counts[name]] = size
         counts[name] += 1
 
@@ -133,3 +151,10 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
     finally:
         handle.remove()
     return sizes
+
+
+def _norm_if_float(tensor: Tensor) -> float:
+    """Return the norm of a floating tensor, with NaN as 0; 0 for any other tensor."""
+    if not tensor.is_floating_point():
+        return 0.0
+    return float(torch.nan_to_num(tensor.detach().double()).norm())

@@ -30,47 +30,76 @@ class KnownValues:
         """Call `func`, or answer a question about a meta tensor from its copy.
 
         Copies are kept up to date.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
         """
         # 1. A question about values that are known.
         name = getattr(func, "__name__", "")
         tensors = _tensors_in((args, kwargs))
-        is_known = all(self._copy(tensor) is not None for tensor in tensors if tensor.is_meta)
-        if name in VALUE_QUESTIONS and is_known:
+        is_known = self._are_known(tensors)
+        if is_known and name in VALUE_QUESTIONS:
             return func(*self._real(args), **self._real(kwargs))
 
         # 2. The call itself. What it writes to is not known any more.
         result = func(*args, **kwargs)
         results = _tensors_in(result)
         if writes_in_place(name):
-            for tensor in (*tensors[:1], *results):
-                self._known.pop(id(tensor), None)
+            self._forget([*tensors[:1], *results])
             return result
 
         # 3. Copies of its results.
-        is_draw = any(piece in name for piece in NAMES_OF_DRAWS)
-        if is_known and not is_draw and _all_small(results):
+        is_repeatable = is_known and not _is_draw(name)
+        if is_repeatable and _all_small(results):
             self._keep(func, args, kwargs, results)
         return result
 
+    def _are_known(self, tensors: Iterable[Tensor]) -> bool:
+        """Return whether all values of some tensors are known, on the meta device or not."""
+        return all(self._copy(tensor) is not None for tensor in tensors if tensor.is_meta)
+
+    def _forget(self, tensors: Iterable[Tensor]) -> None:
+        """Drop the copies of tensors that were written to."""
+        for tensor in tensors:
+            self._known.pop(id(tensor), None)
+
     def _keep(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-        """Make a call again on the CPU and keep what it returns as copies of its results."""
-        # A call that reads no tensor makes one on the device that it names.
+        """Make a call again on the CPU and keep what it returns as copies of its results.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            results: what it returned on the meta device.
+        """
+        # 1. A call that reads no tensor makes one on the device that it names.
         reads_tensors = bool(_tensors_in((args, kwargs)))
         try:
             kwargs = self._real(kwargs)
             if not reads_tensors:
                 kwargs = {**kwargs, "device": "cpu"}
+
+            # 2. The call on the CPU.
             with torch._C.DisableTorchFunction():
                 copies = _tensors_in(func(*self._real(args), **kwargs))
         except Exception:
             return  # then nothing is known of it
+
+        # 3. A copy of each result.
         for tensor, copy in zip(results, copies, strict=False):
             self._known[id(tensor)] = (weakref.ref(tensor), copy)
 
     def _copy(self, tensor: Tensor) -> Tensor | None:
         """Return the copy of a tensor, None if its values are not known."""
-        reference, copy = self._known.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor:
+        entry = self._known.get(id(tensor))
+        if entry is None:
+            return None
+
+        # Another tensor may have had this id before.
+        reference, copy = entry
+        if reference() is not tensor:
             return None
         return copy
 
@@ -79,21 +108,33 @@ class KnownValues:
         # 1. Leaves.
         if isinstance(value, Tensor):
             copy = self._copy(value)
-            if copy is None:
-                return value
-            return copy
-        if isinstance(value, torch.device) and value.type == "meta":
-            return torch.device("cpu")
+            return value if copy is None else copy
+        if isinstance(value, torch.device):
+            return _real_device(value)
 
         # 2. Containers. A device may also be named by a string.
         if type(value) in (tuple, list):
-            return type(value)(self._real(item) for item in value)
+            return type(value)(map(self._real, value))
         if type(value) is dict:
             entries = {key: self._real(item) for key, item in value.items()}
             if "device" in entries:
                 entries["device"] = torch.device("cpu")
             return entries
+
+        # 3. Numbers, dtypes and so on.
         return value
+
+
+def _real_device(device: torch.device) -> torch.device:
+    """Return the CPU in place of the meta device, and any other device as it is."""
+    if device.type == "meta":
+        return torch.device("cpu")
+    return device
+
+
+def _is_draw(name: str) -> bool:
+    """Return whether another run would not repeat what a call of that name returns."""
+    return any(piece in name for piece in NAMES_OF_DRAWS)
 
 
 def _all_small(tensors: Iterable[Tensor]) -> bool:
@@ -108,11 +149,13 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 def _leaves(value: Any) -> Iterable[Any]:
     """Yield the leaves of nested tuples, lists and dicts."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    else:
+    # 1. A leaf.
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if not isinstance(value, (tuple, list)):
         yield value
+        return
+
+    # 2. The leaves of each item.
+    for item in value:
+        yield from _leaves(item)

@@ -8,9 +8,9 @@ float64 run) are answered with the run's own precision, so that every product ha
 
 from __future__ import annotations
 
-import itertools
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -54,15 +54,18 @@ class Raisings:
 
     def _pack(self, saved: Tensor) -> Any:
         """Return what a graph keeps in place of a tensor."""
+        # 1. Zeros are made again.
         if _is_zero(saved):
             return partial(torch.zeros, saved.size(), dtype=saved.dtype, device=saved.device)
 
-        # A raised tensor is made once more when it is needed.
+        # 2. So is a raised tensor, when it is needed.
         entry = None
         if self._low is not None:
             entry = self._low.get(saved.untyped_storage().data_ptr())
         if entry is None or saved.requires_grad:
             return saved
+
+        # 3. Another tensor may have the memory of one that is gone.
         raised, again = entry
         if raised() is None:
             return saved
@@ -83,10 +86,13 @@ class Raisings:
 
 def _is_zero(tensor: Tensor) -> bool:
     """Return whether a large tensor is all zero."""
-    if tensor.is_meta or tensor.dim() == 0 or tensor.numel() < _LARGE:
+    # 1. A small one costs nothing to keep.
+    if tensor.is_meta or tensor.dim() == 0:
+        return False
+    if tensor.numel() < _LARGE:
         return False
 
-    # The first element of a tensor that is not all zero mostly shows it.
+    # 2. The first element of a tensor that is not all zero mostly shows it.
     first = tensor[(0,) * tensor.dim()]
     if first != 0:
         return False
@@ -138,6 +144,11 @@ class Precision:
         """Call `func` with its low-precision state raised.
 
         Casts down are answered in the run's precision.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
         """
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -161,10 +172,15 @@ class Precision:
         if is_cast_down and args and isinstance(args[0], Tensor):
             return self._raise(args[0]).to(self.dtype)
 
-        # 4. Any other call.
-        args, kwargs = map_leaves(self._argument, args), map_leaves(self._argument, kwargs)
+        # 4. Its arguments in the run's precision.
+        args = map_leaves(self._argument, args)
+        kwargs = map_leaves(self._argument, kwargs)
+
+        # 5. Torch's own grouped product refuses float64.
         if name in GROUPED_PRODUCTS and self.dtype is torch.float64:
             return grouped_mm(*args, **kwargs)
+
+        # 6. On the meta device, some values are known even so.
         if self.known is not None:
             return self.known.call(func, args, kwargs)
         return self._call_raised_if_needed(func, args, kwargs)
@@ -176,9 +192,10 @@ class Precision:
         result = func(*args, **kwargs)
 
         # 1. The dtype of a weight.
-        is_low_dtype = isinstance(result, torch.dtype) and self.lower(result)
-        if is_low_dtype and args and id(args[0]) in self.state:
-            return self.dtype
+        reads_state = bool(args) and id(args[0]) in self.state
+        if reads_state and isinstance(result, torch.dtype):
+            is_low = self.lower(result)
+            return self.dtype if is_low else result
 
         # 2. Anything of a weight that is not in memory.
         if self.stored is not None and self.stored.asks(func, args):
@@ -189,17 +206,18 @@ class Precision:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call `func`; if dtypes do not agree, call it again with every low tensor raised."""
+        # 1. Most calls run as they are.
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
             message = str(error)
 
-            # A number that only float64 holds, as in torch.full((), finfo(x.dtype).min).
+            # 2. A number that only float64 holds, as in torch.full((), finfo(x.dtype).min).
             if "overflow" in message and self.dtype is torch.float64:
                 with default_dtype(self.dtype):
                     return func(*args, **kwargs)
 
-            # Tensors of two dtypes.
+            # 3. Tensors of two dtypes. Any other error is the model's own.
             if "dtype" not in message:
                 raise
             args, kwargs = self.raised(args, kwargs)
@@ -213,27 +231,28 @@ class Precision:
 
     def _argument(self, value: Any) -> Any:
         """Return an argument with a tensor of the state raised, and a low dtype replaced."""
-        # 1. A tensor of the state.
-        if isinstance(value, Tensor):
-            if id(value) not in self.state:
-                return value
-            raised: Tensor = self._raise(value)
-            if raised is not value and self.raisings is not None:
-                self.raisings.add(raised, lambda: self._raise(value))
-            return raised
+        # 1. A dtype below the run's.
+        if isinstance(value, torch.dtype):
+            return self.dtype if self.lower(value) else value
 
-        # 2. A dtype below the run's.
-        if isinstance(value, torch.dtype) and self.lower(value):
-            return self.dtype
-        return value
+        # 2. Anything else that is not of the state.
+        if not isinstance(value, Tensor) or id(value) not in self.state:
+            return value
+
+        # 3. A tensor of the state. A graph that saves it can make it again.
+        raised: Tensor = self._raise(value)
+        if raised is not value and self.raisings is not None:
+            self.raisings.add(raised, lambda: self._raise(value))
+        return raised
 
     def _raise(self, value: Any) -> Any:
         """Return a floating tensor in the run's precision, and anything else as it is."""
+        # 1. A weight that is not in memory.
         if self.stored is not None:
             value = self.stored.filled(value)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        if self.lower(value.dtype):
+
+        # 2. Its precision. No type but a floating one is below the run's.
+        if isinstance(value, Tensor) and self.lower(value.dtype):
             return value.to(self.dtype)
         return value
 
@@ -255,17 +274,31 @@ def grouped_mm(
     Returns:
         (n, m); rows after the last group are 0.
     """
-    # 1. One product.
-    if offs is None or a.dim() != 2 or b.dim() != 3:
-        out = a @ b
-        return out if bias is None else out + bias
+    # 1. Without groups of rows it is one product.
+    has_rows = a.dim() == 2 and b.dim() == 3
+    if has_rows and offs is not None:
+        product = _product_by_group(a, b, offs)
+    else:
+        product = a @ b
 
-    # 2. A product for each group, and zeros for the rows that belong to none.
-    ends = [0, *offs.tolist()]
-    rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(itertools.pairwise(ends))]
-    zeros = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
-    out = torch.cat([*rows, zeros])
-    return out if bias is None else out + bias
+    # 2. The bias.
+    if bias is None:
+        return product
+    return product + bias
+
+
+def _product_by_group(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """Return a product for each group of rows, and zeros for the rows that belong to none."""
+    # 1. A product for each group.
+    products: list[Tensor] = []
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        products.append(a[start:end] @ b[group])
+        start = end
+
+    # 2. The rows after the last group.
+    zeros = a.new_zeros(a.shape[0] - start, b.shape[-1])
+    return torch.cat([*products, zeros])
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
@@ -273,25 +306,35 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
 
     Containers of which no leaf changes are returned as they are. `torch.utils._pytree` would take
     the containers apart that libraries register (caches, model outputs), which are leaves here.
+
+    Args:
+        fn: the function.
+        value: a leaf, or a container of them.
     """
+    # 1. A shape is no container of leaves.
     if isinstance(value, torch.Size):
         return value
     kind = type(value)
 
-    # 1. Tuples and lists. A named tuple takes its items one by one.
+    # 2. Tuples and lists. A named tuple takes its items one by one.
     if isinstance(value, tuple) or kind is list:
         items = [map_leaves(fn, item) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
+        if _same_objects(items, value):
             return value
-        is_named = kind is not tuple and kind is not list
-        return kind(*items) if is_named else kind(items)
+        is_plain = kind is tuple or kind is list
+        return kind(items) if is_plain else kind(*items)
 
-    # 2. Dicts.
+    # 3. Dicts.
     if kind is dict:
         entries = {key: map_leaves(fn, item) for key, item in value.items()}
-        if all(entries[key] is value[key] for key in value):
+        if _same_objects(entries.values(), value.values()):
             return value
         return entries
 
-    # 3. A leaf.
+    # 4. A leaf.
     return fn(value)
+
+
+def _same_objects(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Return whether two containers of one length hold the same objects."""
+    return all(map(operator.is_, first, second))

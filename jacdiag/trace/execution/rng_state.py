@@ -29,8 +29,10 @@ class RandomState:
     @classmethod
     def now(cls) -> RandomState:
         """Return the present state."""
-        started = torch.cuda.is_initialized()
-        cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
+        # Asking a device for its state would start CUDA.
+        cuda: tuple[Tensor, ...] = ()
+        if torch.cuda.is_initialized():
+            cuda = tuple(torch.cuda.get_rng_state_all())
         return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
 
     def restore(self) -> None:
@@ -43,15 +45,24 @@ class RandomState:
         random.setstate(self.python)
 
     def same_as(self, other: RandomState) -> bool:
-        """Return whether two states are equal, so that nothing was drawn between them."""
-        # 1. Python's and torch's generators.
-        if len(self.cuda) != len(other.cuda) or self.python != other.python:
-            return False
-        tensors = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
-        if not all(torch.equal(a, b) for a, b in tensors):
+        """Return whether two states are equal, so that nothing was drawn between them.
+
+        Args:
+            other: the other state.
+        """
+        # 1. Python's generator.
+        if self.python != other.python:
             return False
 
-        # 2. numpy's: its key is an array, the other fields are numbers.
+        # 2. Torch's, on each device.
+        devices = (self.cpu, *self.cuda)
+        devices_of_other = (other.cpu, *other.cuda)
+        if len(devices) != len(devices_of_other):
+            return False
+        if not all(map(torch.equal, devices, devices_of_other)):
+            return False
+
+        # 3. numpy's: its key is an array, the other fields are numbers.
         has_same_key = np.array_equal(self.numpy[1], other.numpy[1])
         return has_same_key and bool(self.numpy[2:] == other.numpy[2:])
 
