@@ -46,13 +46,17 @@ class _Norms:
     @property
     def placement(self) -> Placement:
         """Where the norms stand, as reports name it."""
+        # 1. At both ends of the branch, or at one.
+        has_entry = self.entry is not None
         has_exit = self.exit is not None
-        if self.entry is not None and has_exit:
+        if has_entry and has_exit:
             return "sandwich"
-        if self.entry is not None:
+        if has_entry:
             return "pre"
         if has_exit:
             return "reordered"
+
+        # 2. After the sum.
         if self.post is not None:
             return "post"
         return "none"
@@ -86,6 +90,8 @@ class _Assembler:
         groups = [site.group for site in self.sites]
         depths = depths_of(self.graph, self.homes, groups, kinds)
         names = names_of(self.graph, self.homes, kinds)
+
+        # 3. Each takes its own.
         for sublayer, name, depth in zip(sublayers, names, depths, strict=True):
             sublayer.name = name
             sublayer.depth = depth
@@ -101,7 +107,7 @@ class _Assembler:
 
         # 2. Its norms, products and operations.
         norms = self._norms_of(index, x)
-        products = [node for node in site.calls if self.finder.is_product(node)]
+        products = self.finder.products_among(site.calls)
         records = [self.graph.nodes[node] for node in site.cone]
         operations = {record.name for record in records}
         custom_functions = {record.function for record in records} - {""}
@@ -186,28 +192,38 @@ class _Assembler:
         Only after the last sum is there a doubt. That sum is post-norm if the one before it is,
         or, if it is alone on its stream, if its module makes both.
         """
+        # 1. A sum that another follows.
         group = self.groups[index]
         if group.following is not None:
             return True
+
+        # 2. The last sum of several.
         if group.preceding is not None:
             return group.preceding in self.groups_with_post_norm
+
+        # 3. The only sum of its stream.
         module = self.graph.nodes[self.graph.values[group.output].node].invocation
-        return module != 0 and self.captured.owners_after[index] == module
+        is_made_by_part = module != 0
+        return is_made_by_part and self.captured.owners_after[index] == module
 
     # -- maps --------------------------------------------------------------------------------------
     def _core(self, owner: int, norm: Norm | None, end: Spot) -> Map | None:
         """Return the branch after its input norm as a function of z, the learned gain included."""
         if norm is None:
             return None
+
+        # A gain that comes before z is applied to it first.
         segment = self.replayer.segment(owner, norm.spot, end)
         if norm.gain_before is None:
             return segment
         return lambda z: segment(norm.with_gain(z))
 
     def _before_exit(self, owner: int, source: Spot, norms: _Norms) -> Map | None:
-        if norms.before_exit is None:
+        """Return the branch up to the norm at its end; None if it has no such norm."""
+        sink = norms.before_exit
+        if sink is None:
             return None
-        return self.replayer.segment(owner, source, norms.before_exit)
+        return self.replayer.segment(owner, source, sink)
 
     def _carry(self, site: Site, owner: int, source: Spot) -> Map | None:
         """Return the shortcut's way into the sum; None if the sum adds the shortcut itself."""
@@ -219,24 +235,33 @@ class _Assembler:
 
     def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
         """Return the map from z to what the last product (W_O) reads."""
-        read = list(self.graph.float_inputs(last_product))
+        read = self.graph.float_indices(last_product)
         if len(read) != 1:
             return None
-        return self.replayer.segment(owner, source, self.replayer.spot_of(read[0].index, owner))
+
+        # The concatenated heads.
+        sink = self.replayer.spot_of(read[0], owner)
+        return self.replayer.segment(owner, source, sink)
 
     def _sum_of_group(self, group: int | None) -> Tensor | None:
+        """Return the sum of a group as captured; None for a sub-layer that is on no stream."""
         if group is None:
             return None
-        return self.captured.values.get(self.groups[group].output)
+        output = self.groups[group].output
+        return self.captured.values.get(output)
 
     # -- layout and kind ---------------------------------------------------------------------------
     def _feature_dim(
         self, site: Site, entry: Norm | None, products: Sequence[int], x: Tensor
     ) -> int:
         """Return the dimension of x that holds the features."""
+        # 1. The norm at the beginning shows it.
         if entry is not None:
             return entry.feature_dim
-        if products and x.dim() > 2 and self._channels_first(site, products[0]):
+
+        # 2. So does a convolution. Tokens (T, d) have no channels.
+        may_have_channels = x.dim() > 2 and len(products) > 0
+        if may_have_channels and self._channels_first(site, products[0]):
             return 1
         return -1
 
@@ -244,12 +269,15 @@ class _Assembler:
         """Return whether the branch begins with a convolution of the shortcut, not transposed."""
         if not self.graph.nodes[product].name.startswith("conv"):
             return False
+
+        # A transposition before it would have put the channels first.
         calls_before = [node for node in site.cone if node < product]
         names_before = {self.graph.nodes[node].name for node in calls_before}
-        return not names_before & TRANSPOSITIONS
+        return names_before.isdisjoint(TRANSPOSITIONS)
 
     def _classify(self, sublayer: Sublayer, site: Site, home: int) -> None:
         """Fill in what a sub-layer's kind depends on, its kind, and the roles of its weights."""
+        # 1. Without values, or with NaN among them, the operations have to do.
         x = sublayer.shortcut
         if x.is_meta:
             sublayer.notes["placement"] = (
@@ -258,6 +286,8 @@ class _Assembler:
             sublayer.valueless = True
         if x.is_meta or not sublayer.finite:
             sublayer.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
+
+        # 2. The kind, and what depends on it.
         sublayer.kind = kind_of(self.graph, self.finder, site, home, lambda: sublayer.token_wise)
         sublayer.roles = roles_of(sublayer.kind, sublayer.products)
 
@@ -266,7 +296,8 @@ def _weights(graph: Graph, products: Sequence[int], skeleton: Skeleton) -> list[
     """Return the names of the weight matrices of products, in order of use, without biases."""
     names: dict[str, None] = {}
     for node in products:
-        for name in parameters_of(graph, (node,), skeleton):
-            if skeleton.outlines[name].dim() >= 2:
-                names[name] = None
-    return list(names)
+        read = parameters_of(graph, (node,), skeleton)
+        names.update(dict.fromkeys(read))
+
+    # A bias has one dimension.
+    return [name for name in names if skeleton.outlines[name].dim() >= 2]

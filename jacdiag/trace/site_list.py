@@ -58,12 +58,16 @@ class Sites(Sequence[Sublayer]):
 
     def __str__(self) -> str:
         """Return one line for each sub-layer; of a long model, for the first ones."""
+        # 1. How many there are.
         count = len(self)
         noun = "sub-layer" if count == 1 else "sub-layers"
-        lines = [
-            f"{count} {noun}, {self.layers} deep",
-            *(f"  {site}" for site in self._sublayers[:_PRINTED]),
-        ]
+        lines = [f"{count} {noun}, {self.layers} deep"]
+
+        # 2. The first of them.
+        for site in self._sublayers[:_PRINTED]:
+            lines.append(f"  {site}")
+
+        # 3. How many are not listed.
         if count > _PRINTED:
             lines.append(f"  ... and {count - _PRINTED} more")
         return "\n".join(lines)
@@ -93,11 +97,15 @@ class Sites(Sequence[Sublayer]):
         """Return the sub-layers in groups; parallel branches share a shortcut."""
         groups: dict[int, list[Sublayer]] = {}
         for site in self:
-            groups.setdefault(site.group, []).append(site)
+            members = groups.setdefault(site.group, [])
+            members.append(site)
         return list(groups.values())
 
     def named(self, name: str) -> Sublayer:
         """Return the sub-layer of that name.
+
+        Args:
+            name: such as "transformer.h.0.attn".
 
         Raises:
             TraceError: no sub-layer has the name; the hint lists the closest ones.
@@ -105,8 +113,11 @@ class Sites(Sequence[Sublayer]):
         for site in self._sublayers:
             if site.name == name:
                 return site
-        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
-        raise TraceError(
-            f"no sub-layer is called '{name}'",
-            hint=f"closest: {', '.join(close)}" if close else None,
-        )
+
+        # Names that a typing error may have meant.
+        names = [site.name for site in self._sublayers]
+        close = get_close_matches(name, names, n=3)
+        hint = None
+        if close:
+            hint = f"closest: {', '.join(close)}"
+        raise TraceError(f"no sub-layer is called '{name}'", hint=hint)

@@ -133,18 +133,34 @@ class Sublayer:
 
         Without an input norm it is the branch itself. For a reordered norm it is the branch before
         its output norm.
+
+        Args:
+            z: of the shape of the shortcut.
         """
+        # 1. After the input norm.
         if self.core_of_norm is not None:
             return self.core_of_norm(z)
-        if self.placement == "reordered" and self.before_output_norm is not None:
+
+        # 2. Before the output norm.
+        is_reordered = self.placement == "reordered"
+        if is_reordered and self.before_output_norm is not None:
             return self.before_output_norm(z)
+
+        # 3. All of it.
         return self.branch(z)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return the next shortcut: a x + f(x), and for post-norm the norm of it."""
+        """Return the next shortcut: a x + f(x), and for post-norm the norm of it.
+
+        Args:
+            x: of the shape of the shortcut.
+        """
+        # 1. The shortcut's part of the sum.
         carried = x
         if self.carry is not None:
             carried = self.carry(x)
+
+        # 2. The sum, and what follows it.
         y = carried + self.branch(x)
         if self.after is None:
             return y
@@ -183,7 +199,8 @@ class Sublayer:
     @cached_property
     def finite(self) -> bool:
         """Whether the shortcut and the branch are free of NaN and Inf; there have to be values."""
-        return bool(torch.isfinite(self.shortcut).all() and torch.isfinite(self.value).all())
+        is_shortcut_finite = bool(torch.isfinite(self.shortcut).all())
+        return is_shortcut_finite and bool(torch.isfinite(self.value).all())
 
     @property
     def token_wise(self) -> bool | None:
@@ -191,8 +208,12 @@ class Sublayer:
 
         If it does, pulled cotangents of two tokens stay on their tokens.
         """
-        if self.valueless or not self.finite:
+        # 1. Without values to measure, the operations have to do.
+        can_be_measured = not self.valueless and self.finite
+        if not can_be_measured:
             return self.looks_token_wise
+
+        # 2. A vector has no tokens.
         if self.shortcut.dim() < 2:
             return None
         return self.splits_tokens(self.independent())

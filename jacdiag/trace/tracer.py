@@ -31,8 +31,8 @@ from jacdiag.trace.execution.module_call import Call, prepared
 from jacdiag.trace.execution.replay import Replayer
 from jacdiag.trace.execution.rng_state import another_draw, borrowed
 from jacdiag.trace.execution.skeleton import Skeleton
-from jacdiag.trace.execution.tap import Where
-from jacdiag.trace.execution.tensors import collect_deep, device_of
+from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.execution.tensors import device_of, tensors_in
 from jacdiag.trace.execution.wrappers import has_foreign_hooks, refuse_flat_shards
 from jacdiag.trace.graph.graph import Graph
 from jacdiag.trace.graph.recorder import Recorder, observe, record
@@ -84,13 +84,16 @@ def sites(
 
 def _check_inputs(model: nn.Module, inputs: Any) -> None:
     """Raise for what cannot be recorded: parameters without a shape, inputs without an element."""
+    # 1. Lazy modules.
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             hint = "run the model once on an input: lazy modules take their shape from it"
             raise TraceError(f"parameter '{name}' has no shape yet", hint=hint)
-    tensors: list[Tensor] = []
-    collect_deep(inputs, tensors)
-    if tensors and not tensors[0].numel():
+
+    # 2. Empty inputs. The first tensor holds the tokens.
+    tensors = tensors_in(inputs)
+    is_empty = bool(tensors) and tensors[0].numel() == 0
+    if is_empty:
         got = f"a tensor of shape {tuple(tensors[0].shape)}"
         raise TraceError("the input is empty", got=got, hint="at least one sequence of one token")
 
@@ -171,8 +174,7 @@ class Tracer:
             ) from error
 
         # The inputs are known by negative keys, since no call of the record made them.
-        inputs: list[Tensor] = []
-        collect_deep((self.args, self.kwargs), inputs)
+        inputs = tensors_in((self.args, self.kwargs))
         keys = tuple(range(-1, -1 - len(inputs), -1))
         root = Call.take("", self.args, self.kwargs, keys, set())
         replayer = Replayer(skeleton, graph, self.dtype, root)
@@ -235,29 +237,39 @@ class Tracer:
 
 
 def _strays(graph: Graph, site: Site, stray: str) -> bool:
-    """Return whether a site has to do with a module whose copy computes something else."""
+    """Return whether a site has to do with a module whose copy computes something else.
+
+    Args:
+        graph: what one forward did.
+        site: the residual sum.
+        stray: name of the module, "" for none.
+    """
     if not stray:
         return False
+
+    # The modules in whose run a call of the branch, or the addition, is made.
+    around: set[str] = set()
     for node in (*site.cone, site.addition):
-        for invocation in graph.ancestors(graph.nodes[node].invocation):
-            path = graph.path(invocation)
-            if path == stray or path.startswith(f"{stray}."):
-                return True
-    return False
+        around.update(graph.paths_around(graph.nodes[node].invocation))
+    return any(f"{path}.".startswith(f"{stray}.") for path in around)
 
 
 def capture_or_blame(residuals: Residuals) -> Captured:
     """Run the model once more and keep its tensors; name the call if the two runs differ.
 
+    Args:
+        residuals: the residual sums of a recording.
+
     Raises:
         TraceError: the second run did not make the same calls.
     """
+    # 1. The second run. One that makes other calls does not meet the recorded values.
     recording = residuals.recording
-    replayer = recording.replayer
+    root = recording.replayer.root
     try:
         captured = capture(residuals)
     except (TraceError, LookupError) as error:
-        call = culprit(recording.skeleton, replayer.root, recording.dtype)
+        call = culprit(recording.skeleton, root, recording.dtype)
         if not call:
             raise
         raise TraceError(
@@ -267,35 +279,50 @@ def capture_or_blame(residuals: Residuals) -> Captured:
         ) from error
     if captured.deterministic:
         return captured
-    call = culprit(recording.skeleton, replayer.root, recording.dtype)
+
+    # 2. The call at which two runs begin to differ.
+    call = culprit(recording.skeleton, root, recording.dtype)
     return replace(captured, culprit=call or "two more runs agreed: it comes and goes")
 
 
 def capture(residuals: Residuals) -> Captured:
-    """Run the model once more and keep the arguments of owners, the shortcuts and the branches."""
-    recording, sites, groups = residuals.recording, residuals.sites, residuals.streams.groups
-    graph, replayer = recording.graph, recording.replayer
+    """Run the model once more and keep the arguments of owners, the shortcuts and the branches.
+
+    Args:
+        residuals: the residual sums of a recording.
+    """
+    recording = residuals.recording
+    sites = residuals.sites
+    groups = residuals.streams.groups
+    replayer = recording.replayer
 
     # 1. Which module calls are to be made again later.
-    owners = [_owner(graph, site) for site in sites]
-    owners_after = [_owner_after(graph, group) for group in groups]
+    owners = [_owner(recording.graph, site) for site in sites]
+    owners_after = [_owner_after(recording.graph, group) for group in groups]
 
-    # 2. Which values are to be kept, and where the run meets them.
-    shortcuts_and_sums = {site.shortcut for site in sites} | {group.output for group in groups}
-    spots = {value: replayer.spot_of(value, 0) for value in shortcuts_and_sums}
-    results = {value: spot for value, spot in spots.items() if spot.where is not Where.ARGUMENT}
+    # 2. Which values are to be kept. Those among the arguments are kept with the call.
+    values_to_keep = {site.shortcut for site in sites} | {group.output for group in groups}
+    results: dict[int, Spot] = {}
+    for value in values_to_keep:
+        spot = replayer.spot_of(value, 0)
+        if spot.where is not Where.ARGUMENT:
+            results[value] = spot
+
+    # 3. Where each branch is met.
     terms = {("term", k): replayer.end_of(site, 0) for k, site in enumerate(sites)}
 
-    # 3. Run.
+    # 4. Run.
     output, tensors = replayer.capture({0, *owners, *owners_after}, results, terms)
     tensors |= replayer.calls[0].tensors
+
+    # 5. Whether the run was the same as the recorded one.
     same = same_output(output, recording.output) and _same_with_other_numbers(recording)
     return Captured(
         residuals=residuals,
         owners=owners,
         owners_after=owners_after,
         values=tensors,
-        branches=[tensors["term", k] for k in range(len(sites))],
+        branches=[tensors[key] for key in terms],
         deterministic=same,
     )
 
@@ -307,6 +334,8 @@ def _same_with_other_numbers(recording: Recording) -> bool:
     """
     if recording.graph.start is None:
         return True
+
+    # The caller puts the generators back.
     another_draw()
     args, kwargs = recording.replayer.root.arguments()
     _, output = observe(Recorder, recording.skeleton, args, kwargs, recording.dtype)

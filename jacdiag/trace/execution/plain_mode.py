@@ -28,7 +28,7 @@ def custom_function(depth: int = 2) -> str:
     """Return the custom autograd.Function in whose forward the caller stands, "" if in none.
 
     Args:
-        depth: how many frames lie between this function and the call that is asked about.
+        depth: how many frames lie between this function and the call in question.
     """
     frame: Any = sys._getframe(depth)
     while frame is not None and frame.f_code is not _MODULE_CALL:

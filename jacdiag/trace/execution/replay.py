@@ -26,7 +26,7 @@ from jacdiag.trace.execution.plain_mode import first_reader, modules_with_functi
 from jacdiag.trace.execution.precision import Precision, Raisings
 from jacdiag.trace.execution.rng_state import RandomState, borrowed
 from jacdiag.trace.execution.skeleton import Skeleton
-from jacdiag.trace.execution.tap import Spot, Stop, Tap, Visit, Where
+from jacdiag.trace.execution.tap import SinkReached, Spot, Tap, Visit, Where
 from jacdiag.trace.graph.graph import CallKey, Graph
 
 
@@ -56,10 +56,9 @@ class Replayer:
         """
         names: set[str] = set()
         for invocation in self.graph.invocations:
-            for around in self.graph.ancestors(invocation.index):
-                path = self.graph.path(around)
-                if path and not f"{invocation.module}.".startswith(f"{path}."):
-                    names.add(path)
+            # The modules around it by whose name its own does not begin.
+            paths = self.graph.paths_around(invocation.index)
+            names.update(path for path in paths if not _is_inside(invocation.module, path))
         return names
 
     # -- places ------------------------------------------------------------------------------------
@@ -97,17 +96,26 @@ class Replayer:
         """Return where a site's branch is met: as a term of its addition.
 
         A declared branch is met where it is made.
+
+        Args:
+            site: the residual sum.
+            invocation: index of the module call that is run again.
         """
-        if site.result is None:
-            return self.spot_at(Where.TERM, site.addition, invocation, site.position)
-        return self.spot_of(site.result, invocation)
+        if site.result is not None:
+            return self.spot_of(site.result, invocation)
+
+        # The addition need not be run: the re-run computes the term alone.
+        return self.spot_at(Where.TERM, site.addition, invocation, site.position)
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
         """Return a call's key, and how many calls of the module call with that key come before."""
         key = self.graph.nodes[node].key
+        calls = self.graph.calls_by_key[key]
+
+        # The number is that of the run of the module call, which begins with none.
         start = self.graph.invocations[invocation].start
-        before = [n for n in self.graph.calls_by_key[key] if start <= n < node]
-        return key, len(before)
+        count = sum(start <= other < node for other in calls)
+        return key, count
 
     # -- runs --------------------------------------------------------------------------------------
     def whole_graph(self) -> AbstractContextManager[None]:
@@ -136,9 +144,11 @@ class Replayer:
             TraceError: the run does not meet the sink.
         """
         y = self._run(invocation, source, x, sink)
-        is_cut = x.requires_grad and not y.requires_grad and torch.is_grad_enabled()
-        if is_cut:  # the model's code ran it under no_grad
-            y = self._run(invocation, source, x, sink, grad=True)
+
+        # No graph leads from x to y: the model's code ran it under no_grad.
+        needs_graph = x.requires_grad and torch.is_grad_enabled()
+        if needs_graph and not y.requires_grad:
+            return self._run(invocation, source, x, sink, grad=True)
         return y
 
     def _run(
@@ -155,7 +165,7 @@ class Replayer:
         def visit(spot: Spot, tensor: Tensor) -> Tensor:
             nonlocal met
             if spot is sink:
-                raise Stop(tensor)
+                raise SinkReached(tensor)
             met = True
             return value
 
@@ -163,9 +173,9 @@ class Replayer:
         start = self.starts.get(invocation)
         try:
             self._execute(call.module, args, kwargs, (source, sink), visit, grad, start)
-        except Stop as stop:
+        except SinkReached as reached:
             if met:
-                return stop.value
+                return reached.value
 
         # 3. The sink was not met, or was met before the source.
         raise TraceError(
@@ -288,6 +298,13 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, tensors
+
+
+def _is_inside(module: str, path: str) -> bool:
+    """Return whether a module is another one or lies inside it, by name; all lie in the model."""
+    if not path:
+        return True
+    return f"{module}.".startswith(f"{path}.")
 
 
 class _Part(nn.Module):

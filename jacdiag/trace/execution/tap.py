@@ -21,8 +21,8 @@ from jacdiag.trace.graph.graph import CallKey
 from jacdiag.trace.graph.recorder import signature
 
 
-class Stop(BaseException):
-    """Unwinds the model's code once the value is known.
+class SinkReached(BaseException):
+    """Unwinds the model's code once the value at the end of a segment is known.
 
     It is no Exception, because the code of models catches those.
     """
@@ -103,10 +103,13 @@ class Tap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.grad:
             return self._call(func, args, kwargs or {})
+
+        # Differentiate what the model's code runs under no_grad.
         with torch.enable_grad():
             result = self._call(func, args, kwargs or {})
+
+        # A custom Function inside no_grad asks for the mode itself.
         if func is torch._C._set_grad_enabled:
-            # a custom Function inside no_grad asks for the mode itself
             torch._C._set_grad_enabled(True)
         return result
 
@@ -148,8 +151,12 @@ class Tap(TorchFunctionMode):
         for spot in self._spots_at(key):
             if spot.where is not Where.READ:
                 continue
+
+            # 1. Show the operand.
             tensor = _checked(operand_at(args, kwargs, spot.position), spot)
             new = self.visit(spot, tensor)
+
+            # 2. Put another in its place.
             if new is not tensor:
                 self.shadows[id(tensor)] = (tensor, new)
                 args = map_leaves(self._shadowed, args)
@@ -164,7 +171,14 @@ class Tap(TorchFunctionMode):
         return places.get(self.counts[key], [])
 
     def _after(self, key: CallKey, result: Any, read: Any, func: Any) -> Any:
-        """Count a call, show its results, and return what takes their place."""
+        """Count a call, show its results, and return what takes their place.
+
+        Args:
+            key: of the call.
+            result: what it returned.
+            read: its arguments.
+            func: the torch function.
+        """
         # 1. Count the call, unless the record does not count it either.
         if key not in self.spots or is_identity(key[0], result, read):
             return result
@@ -213,18 +227,24 @@ class Tap(TorchFunctionMode):
 
     def _shadowed(self, leaf: Any) -> Any:
         """Return what stands in for a tensor, and any other leaf as it is."""
-        original, replacement = self.shadows.get(id(leaf), (None, None))
-        if replacement is not None and original is leaf:
-            return replacement
-        return leaf
+        shadow = self.shadows.get(id(leaf))
+        if shadow is None:
+            return leaf
+
+        # The original is held, so that no other object has its id.
+        _, replacement = shadow
+        return replacement
 
 
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
     """Return a tensor; raise if its shape is not the recorded one."""
-    if spot.shape and tuple(tensor.shape) != spot.shape:
-        raise TraceError(
-            f"a re-run met another value than the record at {spot}",
-            got=f"shape {tuple(tensor.shape)} instead of {spot.shape}",
-            hint="the model's control flow depends on the values; try another --seed",
-        )
-    return tensor
+    is_as_recorded = not spot.shape or tuple(tensor.shape) == spot.shape
+    if is_as_recorded:
+        return tensor
+
+    # Another branch of the code ran.
+    raise TraceError(
+        f"a re-run met another value than the record at {spot}",
+        got=f"shape {tuple(tensor.shape)} instead of {spot.shape}",
+        hint="the model's control flow depends on the values; try another --seed",
+    )
