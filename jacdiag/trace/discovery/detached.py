@@ -185,6 +185,8 @@ def _is_function_of(finder: Finder, value: int, source: int) -> bool:
     # There has to be a way at all.
     if not finder.reaches(source, [value], through_products=True):
         return False
+
+    # None of them goes around all products, but for a statistic.
     return not finder.reaches(source, [value], through_products=False, statistics=False)
 
 

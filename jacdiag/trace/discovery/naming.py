@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -88,6 +87,7 @@ def _name_of_call(graph: Graph, home: int) -> str:
 
 def _repeat(graph: Graph, home: int) -> int:
     """Return which call of its module this is; shared layers run several times."""
+    # The calls up to this one, of any module.
     until_this = graph.invocations[: home + 1]
     modules = [call.module for call in until_this]
     return modules.count(graph.path(home))
@@ -127,13 +127,15 @@ def kind_of(
 
 def _is_attention(graph: Graph, calls: Sequence[int]) -> bool:
     """Return whether a branch has fused attention, or a softmax and a product of two values."""
+    # 1. Attention in one call.
     names = {graph.nodes[node].name for node in calls}
     if names & FUSED_ATTENTION:
         return True
 
-    # Written out, attention weighs values by a softmax of scores.
-    has_softmax = "softmax" in names
-    return has_softmax and any(_is_bilinear(graph, node) for node in calls)
+    # 2. Written out, attention weighs values by a softmax of scores.
+    if "softmax" not in names:
+        return False
+    return any(_is_bilinear(graph, node) for node in calls)
 
 
 def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
@@ -152,18 +154,20 @@ def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
 def _is_routed(graph: Graph, site: Site, calls: Sequence[int], home: int) -> bool:
     """Return whether a call of the branch, or of its module meanwhile, routes tokens to experts."""
     # 1. A call of the branch.
-    if any(_routes(graph, node) for node in calls):
+    if _calls_that_route(graph, calls):
         return True
 
     # 2. A call that the module makes between the branch's first call and the sum.
     meanwhile = range(site.cone[0], site.addition)
-    routers = [node for node in meanwhile if _routes(graph, node)]
-    return any(home in _calls_around(graph, node) for node in routers)
+    for node in _calls_that_route(graph, meanwhile):
+        if home in _calls_around(graph, node):
+            return True
+    return False
 
 
-def _routes(graph: Graph, node: int) -> bool:
-    """Return whether a call sends tokens to experts."""
-    return graph.nodes[node].name in ROUTING
+def _calls_that_route(graph: Graph, calls: Iterable[int]) -> list[int]:
+    """Return those of some calls that send tokens to experts."""
+    return [node for node in calls if graph.nodes[node].name in ROUTING]
 
 
 def _is_pointwise(graph: Graph, node: int) -> bool:
@@ -279,6 +283,10 @@ def _layer_key(graph: Graph, home: int, group: int, level: int) -> _LayerKey:
 
 def _numbered_paths(path: str) -> list[str]:
     """Return the beginnings of a path that end in a number, as "layers.3" of "layers.3.mlp"."""
+    beginnings: list[str] = []
     parts = path.split(".")
-    beginnings = itertools.accumulate(parts, lambda before, part: f"{before}.{part}")
-    return [start for start, part in zip(beginnings, parts, strict=True) if part.isdigit()]
+    for k, part in enumerate(parts):
+        # A number names a layer of a list.
+        if part.isdigit():
+            beginnings.append(".".join(parts[: k + 1]))
+    return beginnings

@@ -95,9 +95,12 @@ def _last_reader(graph: Graph, values: Iterable[int], inside: Collection[int]) -
     last = -1
     for value in values:
         for consumer in graph.values[value].consumers:
-            # Later ones only, since the readers of two values are not in order.
-            is_later = consumer > last and consumer in inside
-            if is_later and value in graph.float_indices(consumer):
+            # 1. Later ones only, since the readers of two values are not in order.
+            if consumer <= last or consumer not in inside:
+                continue
+
+            # 2. A call without a derivative is no reader.
+            if value in graph.float_indices(consumer):
                 last = consumer
     return last
 
@@ -217,6 +220,8 @@ class Anatomist:
     def _points_from_last_product(self, site: Site, products: Sequence[int]) -> list[int]:
         """Return the calls that every path through a branch passes, from its last product on."""
         points = waists(self.graph, site.cone, site.shortcut)
+
+        # Without a product among its calls, the addition itself multiplies (addmm).
         last_product = max(products, default=-1)
         return [node for node in points if node >= last_product]
 

@@ -79,6 +79,8 @@ def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
     """
     if sites.graph.foreign:
         return []
+
+    # Those of every part that a detach cuts off.
     trained = set(sites.skeleton.params) - set(frozen)
     names: list[str] = []
     for part in cut_off_parts(sites.graph, trained):
@@ -91,6 +93,8 @@ def _patterns(names: Iterable[str]) -> str:
     patterns = list(dict.fromkeys(NUMBER.sub("*", name) for name in names))
     more = len(patterns) - _MOST_PATTERNS
     text = ", ".join(patterns[:_MOST_PATTERNS])
+
+    # A long list is cut off.
     if more <= 0:
         return text
     return f"{text} and {more} more"

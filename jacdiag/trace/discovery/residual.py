@@ -98,6 +98,8 @@ class Site:
         """Return calls of the branch, with the addition if it computes the branch (addmm)."""
         if self.term.product:
             return (*calls, self.addition)
+
+        # The addition adds only.
         return calls
 
 
@@ -151,11 +153,12 @@ class Finder(Walks):
 
     def _note_hidden(self, node: int) -> None:
         """Note an addition that autograd does not see: it is no site, but reported by name."""
+        # 1. The shortcut and the branches, as for any other addition.
         pair = self._pair(self._leaves(node))
         if pair is None:
             return
 
-        # A branch that is made inside the call cannot be named.
+        # 2. Each branch. One that is made inside the call cannot be named.
         for branch in pair.branches:
             operand = branch.term.operand
             if operand is not None:
@@ -168,7 +171,8 @@ class Finder(Walks):
         """
         read = self.graph.float_indices(node)
         for branch, state in itertools.permutations(read, 2):
-            # The state is a shortcut if the input is a branch of what it carries.
+            # The state is a shortcut if the input is a branch of what it carries. The names of the
+            # arguments do not say which is which.
             shortcut = self._carried_by(state, branch)
             if shortcut is not None:
                 self.hidden.append((node, shortcut, branch))
@@ -178,6 +182,7 @@ class Finder(Walks):
         """Return the first value that a value carries and that another is a branch of."""
         term = Term((branch,), branch)
         for shortcut in self.carriers(state):
+            # The nearest one comes first.
             if self.is_branch(shortcut, term):
                 return shortcut
         return None
@@ -215,6 +220,7 @@ class Finder(Walks):
     def _continue_group(self, group: int, output: int) -> None:
         """Give a later sum to all sites of a group."""
         for index, site in enumerate(self.sites):
+            # Sites are frozen, so that a new one takes the place.
             if site.group == group:
                 self.sites[index] = replace(site, output=output)
 
@@ -314,6 +320,7 @@ class Finder(Walks):
     def _pair_by(self, leaves: list[Leaf], origins: Callable[[int], Iterable[int]]) -> _Pair | None:
         """Return the shortcut among terms, where `origins` yields what a term may carry."""
         for k, carrier in enumerate(leaves):
+            # Every term may be the shortcut's.
             others = leaves[:k] + leaves[k + 1 :]
             shortcut = self._shortcut_of(carrier.term, others, origins)
             if shortcut is not None:
@@ -352,13 +359,18 @@ class Finder(Walks):
             source = self._carried_value(value)
             if source is None:
                 return
+
+            # Go on from what it is a copy of.
             value = source
 
     def _carried_value(self, value: int) -> int | None:
         """Return what a value is a scaled, cast or reshaped copy of; None if of nothing."""
+        # 1. An input, a parameter or a constant is no copy.
         node = self.graph.values[value].node
         if node < 0:
             return None
+
+        # 2. The result of a call that passes a value on.
         if not self._carries(node):
             return None
         return self._only_float_input(node)
@@ -471,9 +483,12 @@ class Finder(Walks):
 
     def _largest_weight(self, node: int) -> int:
         """Return how many numbers the largest weight has that a call reads; 0 if it reads none."""
-        read = self.graph.values_read(node)
-        sizes = [math.prod(value.shape) for value in read if value.is_weight]
-        return max(sizes, default=0)
+        largest = 0
+        for value in self.graph.values_read(node):
+            # What the stream is multiplied by.
+            if value.is_weight:
+                largest = max(largest, math.prod(value.shape))
+        return largest
 
     def _live_shapes(self, node: int) -> set[tuple[int, ...]]:
         """Return the shapes of what a call reads that depends on the model's input."""
@@ -553,6 +568,8 @@ class Finder(Walks):
         owner = self.graph.nodes[node].invocation
         for k, leaf in enumerate(leaves):
             inner = self._inner_sum(leaf.term, owner)
+
+            # Its terms take its place, in their order.
             if inner is not None:
                 before, after = leaves[:k], leaves[k + 1 :]
                 return before + inner + after
@@ -626,6 +643,8 @@ class Finder(Walks):
         claimed: set[int] = set()
         for leaf in leaves:
             products = self.products_among(self.cone(shortcut, leaf.term.values))
+
+            # A term before it has one of them.
             if not claimed.isdisjoint(products):
                 return True
             claimed.update(products)
@@ -652,6 +671,8 @@ class Finder(Walks):
         """Return whether the sum of one of two sites is the other's shortcut."""
         if other.output in self.carriers(site.shortcut):
             return True
+
+        # The other way around.
         return site.output in self.carriers(other.shortcut)
 
     def _within_their_branch(self) -> list[Site]:
@@ -710,14 +731,17 @@ class Finder(Walks):
         """Return the ids of sites whose sum continues another, or is continued by one."""
         linked: set[int] = set()
         for earlier, later in itertools.product(self.sites, repeat=2):
+            # Both are on a stream of their own then.
             if self._continues(earlier, later):
                 linked |= {id(earlier), id(later)}
         return linked
 
     def _continues(self, earlier: Site, later: Site) -> bool:
         """Return whether a later sum continues an earlier one with no product between."""
-        # 1. Two sums, one after the other.
-        if earlier.group == later.group or earlier.addition >= later.addition:
+        # 1. Two sums, one after the other. Parallel branches have one sum.
+        if earlier.group == later.group:
+            return False
+        if earlier.addition >= later.addition:
             return False
 
         # 2. Values of two shapes cannot be of one stream.
@@ -824,8 +848,11 @@ class Finder(Walks):
 
 def _start_of_search(carrier: Term) -> int | None:
     """Return the value from which a term is followed back; None if the term has several."""
+    # 1. The operand itself.
     if carrier.operand is not None:
         return carrier.operand
+
+    # 2. An operand that the addition scales.
     if len(carrier.values) == 1:
         return carrier.values[0]
     return None

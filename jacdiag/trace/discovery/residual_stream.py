@@ -155,9 +155,10 @@ def owner_of(graph: Graph, innermost: int, first: int, last: int, value: int) ->
 
 def _holds_calls(call: Invocation, first: int, last: int) -> bool:
     """Return whether a module call makes all calls from the first to the last."""
+    # 1. It begins before the first.
     if call.start > first:
         return False
 
-    # A call that has not ended yet holds all that follow.
+    # 2. It ends after the last. A call that has not ended yet holds all that follow.
     is_open = call.end < 0
     return is_open or last < call.end

@@ -238,7 +238,8 @@ class _Streams:
         """Return whether a call's results lead to one of `values`."""
         for result in self.graph.nodes[node].outputs:
             # Whatever lies between.
-            if self.finder.reaches(result, values, through_products=True):
+            is_made = self.finder.reaches(result, values, through_products=True)
+            if is_made:
                 return True
         return False
 
@@ -304,8 +305,11 @@ class _Streams:
         Args:
             maker: a call, or below 0 for an input, a parameter or a constant.
         """
+        # 1. Nothing made it, or a sum of the stream did.
         if maker < 0 or maker in self.sums:
             return True
+
+        # 2. A product makes something else of what it reads.
         return self.finder.is_product(maker)
 
     def _passes_product(self, source: int, values: Sequence[int]) -> bool:
@@ -350,6 +354,7 @@ class _Streams:
         """Return whether a call that writes to positions reads a result of another call."""
         readers: set[str] = set()
         for output in self.graph.nodes[node].outputs:
+            # The names of the calls that read it.
             calls = self.graph.values[output].consumers
             readers.update(self.graph.nodes[call].name for call in calls)
         return not readers.isdisjoint(WRITE_POSITIONS)
@@ -409,7 +414,9 @@ class _Streams:
     def _output_of_shape(self, record: Node, shape: tuple[int, ...]) -> int | None:
         """Return the first result of a call that has a shape; None if none has."""
         for output in record.outputs:
-            if self.graph.values[output].shape == shape:
+            # The shape of one of the stacked values.
+            output_shape = self.graph.values[output].shape
+            if output_shape == shape:
                 return output
         return None
 

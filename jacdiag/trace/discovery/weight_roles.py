@@ -111,6 +111,7 @@ def _uses_in_sublayer(sites: Sites, site: Sublayer, raw: Site) -> dict[str, Para
     uses_of_matrices = _Branch(sites, site, raw).roles()
     uses: dict[str, ParameterUse] = {}
     for name in site.parameters:
+        # A matrix has its role from the products, a vector from the first call that reads it.
         use = uses_of_matrices.get(name) or _small_use(sites, name)
         uses[name] = replace(use, layer=site.depth, sublayer=site.name)
     return uses
@@ -606,6 +607,7 @@ def _values_in_products(terms: Iterable[Term]) -> set[int]:
     """Return the values that terms multiply by a matrix."""
     values: set[int] = set()
     for term in terms:
+        # As in addmm, of which the other term is what is added.
         if term.product:
             values.update(term.values)
     return values
@@ -715,6 +717,8 @@ def _first_reader_of(sites: Sites, calls: Iterable[int], name: str) -> int | Non
     for node in calls:
         # Through values made of parameters alone, too.
         read = parameters_of(sites.graph, (node,), sites.skeleton)
+
+        # The first one decides.
         if name in read:
             return node
     return None
@@ -776,6 +780,8 @@ def _use_in_fused_norm(graph: Graph, use: _FirstUse, name: str) -> ParameterUse:
     """Return the use of a vector that a fused norm reads: its gain or its bias."""
     if _is_gain(graph, use.node, name):
         return ParameterUse("norm_gain", offset=use.added)
+
+    # The other vector, if it takes two.
     return ParameterUse("bias")
 
 
@@ -913,6 +919,8 @@ def _times_one_more(graph: Graph, node: int) -> float:
 def _is_added_to(graph: Graph, value: int, others: set[int]) -> bool:
     """Return whether a call adds a value to others, and to nothing else."""
     terms_of_such_a_sum = {value} | others
+
+    # Whatever reads the value may be the sum.
     consumers = graph.values[value].consumers
     return any(_operands_added(graph, node) == terms_of_such_a_sum for node in consumers)
 

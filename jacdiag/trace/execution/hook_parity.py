@@ -157,4 +157,6 @@ def _norm_if_float(tensor: Tensor) -> float:
     """Return the norm of a floating tensor, with NaN as 0; 0 for any other tensor."""
     if not tensor.is_floating_point():
         return 0.0
+
+    # In float64, so that it does not overflow.
     return float(torch.nan_to_num(tensor.detach().double()).norm())

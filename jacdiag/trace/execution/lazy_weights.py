@@ -52,12 +52,16 @@ class Stored(Mapping[str, Tensor]):
         Parameters that no run has needed yet are read now.
         """
         # 1. A read notes whether the parameter is finite.
-        for name in self:
-            if name not in self._finite:
-                self[name]
+        not_read = [name for name in self if name not in self._finite]
+        for name in not_read:
+            self[name]
 
-        # 2. The others, in the order in which they were read.
-        return [name for name, finite in self._finite.items() if not finite]
+        # 2. Those that are not, in the order in which they were read.
+        names: list[str] = []
+        for name, finite in self._finite.items():
+            if not finite:
+                names.append(name)
+        return names
 
     def holds(self, value: Any) -> bool:
         """Return whether a value is one of the outlines."""
@@ -71,6 +75,8 @@ class Stored(Mapping[str, Tensor]):
         """Return the tensor of an outline, and any other value as it is."""
         if self.holds(value):
             return self.read(value)
+
+        # A buffer, a number and so on.
         return value
 
     def asks(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -80,10 +86,11 @@ class Stored(Mapping[str, Tensor]):
             func: the torch function.
             args: its positional arguments.
         """
+        # 1. The call is about an outline.
         if not args or not self.holds(args[0]):
             return False
 
-        # `__get__` reads an attribute.
+        # 2. It reads an attribute, or asks for the shape in another way.
         name = getattr(func, "__name__", "")
         return name == "__get__" or name in OUTLINE_QUESTIONS
 

@@ -129,6 +129,8 @@ def _real_device(device: torch.device) -> torch.device:
     """Return the CPU in place of the meta device, and any other device as it is."""
     if device.type == "meta":
         return torch.device("cpu")
+
+    # A device that has values.
     return device
 
 

@@ -68,6 +68,7 @@ def unseen_code() -> str:
 def _frames_of_model(frame: Any) -> Iterator[Any]:
     """Yield the frames of the model's code from a frame outwards, up to the start of the run."""
     while frame is not None and frame.f_code.co_name != "observe":
+        # Frames of torch and of the tracer lie between.
         is_model_code = not frame.f_code.co_filename.startswith(_OURS)
         if is_model_code:
             yield frame
@@ -79,6 +80,8 @@ def _scripted_function(frame: Any) -> str | None:
     for name in frame.f_code.co_names:
         # Names of attributes are among them, which the globals do not have.
         named = frame.f_globals.get(name)
+
+        # The first that the code names stands for all.
         if isinstance(named, torch.jit.ScriptFunction):
             return str(name)
     return None
@@ -153,6 +156,7 @@ def _without_checkpoints() -> Iterator[None]:
 def _put_stand_ins() -> None:
     """Put the stand-ins in the place of torch's checkpointing, and keep what was there."""
     for name, stand_in in _STAND_INS.items():
+        # Some versions of torch do not have all of them.
         _patched[name] = getattr(torch.utils.checkpoint, name, None)
         setattr(torch.utils.checkpoint, name, stand_in)
 

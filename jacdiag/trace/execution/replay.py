@@ -56,9 +56,11 @@ class Replayer:
         """
         names: set[str] = set()
         for invocation in self.graph.invocations:
-            # The modules around it by whose name its own does not begin.
-            paths = self.graph.paths_around(invocation.index)
-            names.update(path for path in paths if not _is_inside(invocation.module, path))
+            for path in self.graph.paths_around(invocation.index):
+                # It runs inside that module, and is not registered in it.
+                is_registered = _is_inside(invocation.module, path)
+                if not is_registered:
+                    names.add(path)
         return names
 
     # -- places ------------------------------------------------------------------------------------
@@ -122,6 +124,8 @@ class Replayer:
         """Return a context in which a graph through the model holds no raised copy of it."""
         if self.skeleton.light:
             return self.raisings.not_kept()
+
+        # The weights themselves are what the graph keeps.
         return nullcontext()
 
     def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
@@ -302,6 +306,7 @@ class Replayer:
 
 def _is_inside(module: str, path: str) -> bool:
     """Return whether a module is another one or lies inside it, by name; all lie in the model."""
+    # The model itself has no name.
     if not path:
         return True
     return f"{module}.".startswith(f"{path}.")

@@ -15,13 +15,15 @@ from jacdiag.errors import TraceError
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before FSDP2 (`fully_shard`) put its own in front."""
+    # 1. Its own class, if FSDP2 did not change it.
     cls = type(module)
-    names = [base.__name__ for base in cls.__mro__]
+    names = {base.__name__ for base in cls.__mro__}
     if "FSDPModule" not in names:
         return cls
 
-    # The first of its bases that is a module by itself.
-    return next(base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
+    # 2. The first of its bases that is a module by itself.
+    bases = cls.__mro__[1:]
+    return next(base for base in bases if issubclass(base, nn.Module))
 
 
 _GATHERED: ContextVar[Mapping[int, Tensor]] = ContextVar("gathered", default={})  # noqa: B039 - never written to
@@ -192,9 +194,13 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Return whether a module has forward hooks that are not its own code."""
+    # 1. Hooks after the forward. Torch's own code has none.
     if module._forward_hooks:
         return True
-    return not all(is_code(hook) for hook in module._forward_pre_hooks.values())
+
+    # 2. Hooks before it, some of which compute a weight.
+    pre_hooks = module._forward_pre_hooks.values()
+    return not all(is_code(hook) for hook in pre_hooks)
 
 
 def _has_replaced_forward(module: nn.Module) -> bool:

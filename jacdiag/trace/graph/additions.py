@@ -197,6 +197,8 @@ def terms_of(
         value_of: the value index of a tensor, None if the call did not read it.
     """
     parts = parts_of(name, args, kwargs)
+
+    # A tensor and a number make no sum of two tensors.
     numbers_added = parts.count(None)
     if len(parts) - numbers_added < 2:
         return None
@@ -208,14 +210,18 @@ def _term(part: Part | None, value_of: Callable[[Tensor], int | None]) -> Term:
     if part is None:
         return Term((), None)
 
-    # The values that it is made of, as far as the call read them.
-    indices = [value_of(tensor) for tensor in part.tensors]
-    values = tuple(index for index in indices if index is not None)
+    # 1. The values that it is made of, as far as the call read them.
+    values: list[int] = []
+    for tensor in part.tensors:
+        value = value_of(tensor)
+        if value is not None:
+            values.append(value)
 
-    # A plain operand is one of them.
+    # 2. A plain operand is the only one of them.
+    operand = None
     if part.plain and values:
-        return Term(values, values[0], part.product)
-    return Term(values, None, part.product)
+        operand = values[0]
+    return Term(tuple(values), operand, part.product)
 
 
 def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

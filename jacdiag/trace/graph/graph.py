@@ -58,6 +58,8 @@ class Value:
         """The size of its last dimension, None for a scalar."""
         if not self.shape:
             return None
+
+        # The last one, as in (B, T, d).
         return self.shape[-1]
 
     @property
@@ -162,7 +164,10 @@ class Graph:
         """
         if self.nodes[node].name in CUTS:
             return []
-        return [value for value in self.values_read(node) if value.is_differentiable]
+
+        # Masks, indices and weights are left out.
+        read = self.values_read(node)
+        return [value for value in read if value.is_differentiable]
 
     def float_indices(self, node: int) -> list[int]:
         """Return the indices of the differentiable live values that a call reads."""

@@ -19,7 +19,8 @@ class Walks:
         """Return whether a call multiplies the stream by a matrix made of parameters alone."""
         name = self.graph.nodes[node].name
         if name in PRODUCTS:
-            # One factor has to be a weight, the other has to depend on the input.
+            # One factor has to be a weight, and the other has to depend on the input. A product of
+            # two values of the stream is no matrix of the model.
             return self.graph.reads_weight(node) and self.graph.reads_stream(node)
 
         # A Fourier transform counts as a product, although it has no parameter.
@@ -96,6 +97,7 @@ class Walks:
         leading: set[int] = set()
         stack = list(values)
         while stack:
+            # The call that made the next value, unless it is known or older.
             node = self.graph.values[stack.pop()].node
             is_new = node > floor and node not in leading
             if is_new:
@@ -119,4 +121,6 @@ def _numbers_of_statistic(shape: tuple[int, ...]) -> int:
     """Return how many numbers a value of one number per token has; -1 for a scalar stream."""
     if not shape:
         return -1
+
+    # The features are in the last dimension.
     return math.prod(shape) // max(1, shape[-1])

@@ -229,6 +229,8 @@ class Recorder(TorchFunctionMode):
         name = self.precision.state.get(id(tensor))
         if name is None:
             return None
+
+        # One value stands for all reads of it.
         self.used_state.add(name)
         if name not in self._state_values:
             self._state_values[name] = self.new_value(tensor, STATE, name=name, from_state=True)
@@ -291,6 +293,8 @@ class Recorder(TorchFunctionMode):
     def _refuse_write(self, tensor: Tensor) -> None:
         """Raise if a tensor is a parameter that is the model's own memory."""
         parameter = self.guests.get(storage_of(tensor))
+
+        # The run is made again, with a copy of it.
         if parameter:
             raise WritesParameter(parameter)
 
@@ -443,6 +447,8 @@ class Recorder(TorchFunctionMode):
         value = self.values[index]
         if not value.live:
             return True
+
+        # An index holds whole numbers.
         return value.routed and not value.is_float
 
     def _write(self, tensor: Tensor, node: int, position: int, inherited: _Inherited) -> int:
@@ -469,6 +475,8 @@ class Recorder(TorchFunctionMode):
 
         # A number below 0 names an object without storage.
         has_storage = storage >= 0
+
+        # Storages are named once.
         if has_storage and storage not in self._held:
             self._held[storage] = StorageWeakRef(tensor.untyped_storage())
 
