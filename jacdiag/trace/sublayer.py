@@ -97,10 +97,13 @@ class Sublayer:
 
     def __str__(self) -> str:
         """Return one line: name, kind, norm, depth, shape of the shortcut, number of parameters."""
+        # 1. Its norm.
         norm = f"{self.placement}-norm"
         if self.placement == "none":
             norm = "no norm"
-        shape = " x ".join(str(size) for size in self.shortcut.shape)
+
+        # 2. Its sizes.
+        shape = " x ".join(map(str, self.shortcut.shape))
         count = len(self.parameters)
         parameters = f"{count} parameter tensors"
         if count == 1:

@@ -37,11 +37,14 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
         nodes: the calls.
         skeleton: the names of the parameters.
     """
-    names: dict[str, None] = {}
+    # 1. Parameters and buffers, each once.
+    states: dict[str, None] = {}
     for node in nodes:
-        states = _states_read(graph, node)
-        names.update(dict.fromkeys(states))
-    return [name for name in names if name in skeleton.params]
+        states.update(dict.fromkeys(_states_read(graph, node)))
+
+    # 2. The parameters among them.
+    parameters = skeleton.params
+    return [name for name in states if name in parameters]
 
 
 def _states_read(graph: Graph, node: int) -> list[str]:
@@ -149,18 +152,23 @@ def _ends_of_stream(graph: Graph, sites: list[Site]) -> tuple[int, int]:
     if not outer:
         return len(graph.nodes), len(graph.nodes)
 
-    # 2. Where the first shortcut and the last sum are made.
-    first = min(graph.values[site.shortcut].node for site in outer)
-    last = max(graph.values[site.output].node for site in outer)
-    return first, last
+    # 2. The calls that make their shortcuts and their sums.
+    makers_of_shortcuts = [graph.values[site.shortcut].node for site in outer]
+    makers_of_sums = [graph.values[site.output].node for site in outer]
+
+    # 3. The first shortcut and the last sum.
+    return min(makers_of_shortcuts), max(makers_of_sums)
 
 
 def _note_unread(graph: Graph, skeleton: Skeleton, result: Coverage) -> None:
     """Note the parameters that no recorded call read, each with the reason."""
     assigned = result.covered() | set(result.uncovered)
-    unread = [name for name in skeleton.params if name not in assigned]
-    for name in unread:
-        # Code inside torch or another library may have read it.
+    for name in skeleton.params:
+        # 1. It has a place, or a reason.
+        if name in assigned:
+            continue
+
+        # 2. Code that the record does not show may have read it.
         reason = "not read in this forward"
         if name in graph.used_state:
             reason = "read, but not by a recorded call"

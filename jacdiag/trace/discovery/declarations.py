@@ -126,9 +126,14 @@ def _declaration(name: str, entry: Any) -> Declaration:
 
 def _is_table_of_texts(entry: Any) -> bool:
     """Return whether an entry has the keys of a declaration and texts for values."""
-    if not isinstance(entry, Mapping) or set(entry) != {"shortcut", "branch"}:
+    # 1. A table with these keys and no others.
+    if not isinstance(entry, Mapping):
         return False
-    return all(isinstance(text, str) for text in entry.values())
+    if set(entry) != {"shortcut", "branch"}:
+        return False
+
+    # 2. Both values are texts.
+    return isinstance(entry["shortcut"], str) and isinstance(entry["branch"], str)
 
 
 def declared_sites(
@@ -276,11 +281,12 @@ def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) 
 def _sum_of(graph: Graph, x: int, f: int) -> int | None:
     """Return the sum, if a call that adds reads both, seen by autograd or not."""
     for node in graph.values[f].consumers:
+        # 1. The call adds.
         record = graph.nodes[node]
         if record.terms is None or not record.outputs:
             continue
 
-        # The branch may be added to something else before.
+        # 2. It adds these two. The branch may be added to something else before.
         reads_both = {x, f} <= set(record.inputs)
         if reads_both:
             return record.outputs[0]
@@ -371,8 +377,11 @@ def _declaration_of_hidden(graph: Graph, finder: Finder, node: int, x: int, f: i
         x: value index of its shortcut.
         f: value index of its branch.
     """
+    # 1. The modules that are given the shortcut and return the branch.
     start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
     end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
+
+    # 2. One of them is no module's first argument or result.
     if not start or not end:
         return "its shortcut and branch"
     return f'shortcut = "{start}", branch = "{end}"'

@@ -166,15 +166,19 @@ def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:
     # 2. The detached value is the branch: a function of the other operand.
     if _is_function_of_carried(finder, source, other):
         return "branch"
+
+    # 3. Neither is a function of the other.
     return ""
 
 
 def _is_function_of_carried(finder: Finder, value: int, source: int) -> bool:
     """Return whether a value is a function of what another is a scaled or cast copy of."""
     for origin in finder.carriers(source):
-        # Two copies of one value are no function of each other.
+        # 1. Two copies of one value are no function of each other.
         if origin == value:
             continue
+
+        # 2. The other one is made of it by a product.
         if _is_function_of(finder, value, origin):
             return True
     return False

@@ -33,7 +33,15 @@ def roles_of(kind: str, products: Sequence[str]) -> dict[str, str]:
     count = len(products)
     roles = _ROLES.get((kind, count))
     if roles is None:
-        roles = [f"W_{k}" for k in range(1, count + 1)]
-        if kind == "attention" and count:
-            roles[-1] = "W_O"
+        roles = _numbered(kind, count)
     return dict(zip(roles, products, strict=True))
+
+
+def _numbered(kind: str, count: int) -> list[str]:
+    """Return roles by number, W_1 to the number of matrices."""
+    roles = [f"W_{k}" for k in range(1, count + 1)]
+
+    # Whatever else an attention has, its last product makes the output.
+    if kind == "attention" and roles:
+        roles[-1] = "W_O"
+    return roles

@@ -146,9 +146,12 @@ def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
     if not names or not names <= CONVOLUTIONS:
         return False
 
-    # 2. Pointwise convolutions alone are linear maps of each token.
-    are_pointwise = all(_is_pointwise(graph, node) for node in products)
-    return not are_pointwise
+    # 2. Pointwise convolutions alone are linear maps of each token. One that sees neighbours is
+    # enough.
+    for node in products:
+        if not _is_pointwise(graph, node):
+            return True
+    return False
 
 
 def _is_routed(graph: Graph, site: Site, calls: Sequence[int], home: int) -> bool:
@@ -175,8 +178,13 @@ def _is_pointwise(graph: Graph, node: int) -> bool:
 
     It is then a linear map of each token, written channels first.
     """
-    kernels = [value.shape[2:] for value in graph.values_read(node) if not value.live]
-    return any(set(sizes) == {1} for sizes in kernels)
+    for value in graph.values_read(node):
+        # The kernel depends on no input. The sizes of a bias are an empty set.
+        sizes = set(value.shape[2:])
+        is_kernel = not value.live
+        if is_kernel and sizes == {1}:
+            return True
+    return False
 
 
 def _is_bilinear(graph: Graph, node: int) -> bool:
@@ -283,10 +291,11 @@ def _layer_key(graph: Graph, home: int, group: int, level: int) -> _LayerKey:
 
 def _numbered_paths(path: str) -> list[str]:
     """Return the beginnings of a path that end in a number, as "layers.3" of "layers.3.mlp"."""
-    beginnings: list[str] = []
     parts = path.split(".")
+
+    # A number names a layer of a list.
+    beginnings: list[str] = []
     for k, part in enumerate(parts):
-        # A number names a layer of a list.
         if part.isdigit():
             beginnings.append(".".join(parts[: k + 1]))
     return beginnings

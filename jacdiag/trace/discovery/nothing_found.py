@@ -59,17 +59,17 @@ def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceE
 
 def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
     """Return a line for each detached operand, at most three of them."""
-    lines = [
-        (
-            f"a detach at {cut.line} cuts the {cut.operand} of an addition in "
-            f"{cut.module or 'the model'}"
-        )
-        for cut in cuts
-    ]
-    more = len(lines) - _MOST_CUTS
-    if more <= 0:
-        return lines
-    return [*lines[:_MOST_CUTS], f"and {more} more"]
+    lines: list[str] = []
+    for cut in cuts[:_MOST_CUTS]:
+        # The model itself has no name.
+        module = cut.module or "the model"
+        lines.append(f"a detach at {cut.line} cuts the {cut.operand} of an addition in {module}")
+
+    # How many are not listed.
+    more = len(cuts) - _MOST_CUTS
+    if more > 0:
+        lines.append(f"and {more} more")
+    return lines
 
 
 def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:

@@ -181,8 +181,9 @@ class Finder(Walks):
     def _carried_by(self, state: int, branch: int) -> int | None:
         """Return the first value that a value carries and that another is a branch of."""
         term = Term((branch,), branch)
+
+        # The nearest one comes first.
         for shortcut in self.carriers(state):
-            # The nearest one comes first.
             if self.is_branch(shortcut, term):
                 return shortcut
         return None
@@ -270,11 +271,14 @@ class Finder(Walks):
 
     def _group_of(self, pair: _Pair) -> int:
         """Return the group of a pair: that of a branch already listed, or a new one."""
-        places = {branch.place for branch in pair.branches}
+        places = [branch.place for branch in pair.branches]
         for site in self.sites:
-            # The same term may be a branch of two shortcuts.
-            has_same_shortcut = site.shortcut == pair.shortcut
-            if has_same_shortcut and site.place in places:
+            # 1. The same term may be a branch of two shortcuts.
+            if site.shortcut != pair.shortcut:
+                continue
+
+            # 2. A branch that both have.
+            if site.place in places:
                 return site.group
         return len(self.sites)
 
@@ -323,6 +327,8 @@ class Finder(Walks):
             # Every term may be the shortcut's.
             others = leaves[:k] + leaves[k + 1 :]
             shortcut = self._shortcut_of(carrier.term, others, origins)
+
+            # The others are branches of it.
             if shortcut is not None:
                 return _Pair(shortcut, carrier, others)
         return None
@@ -411,13 +417,16 @@ class Finder(Walks):
 
     def _adds_a_constant(self, terms: Iterable[Term]) -> bool:
         """Return whether an addition has one live term at most, and that one is a plain value."""
+        # 1. Two live terms make a sum.
         live = [term for term in terms if self._is_live(term)]
         if len(live) > 1:
             return False
 
-        # With no live term nothing is carried, and nothing is mixed either.
+        # 2. Without a live term there is nothing to be mixed.
         if not live:
             return True
+
+        # 3. One live term, which may still be a product.
         return _is_one_value(live[0])
 
     def _is_live(self, term: Term) -> bool:
@@ -455,11 +464,17 @@ class Finder(Walks):
             value: its index.
             shape: (B, T, S, d) of the streams.
         """
+        # 1. An input, a parameter or a constant.
         node = self.graph.values[value].node
         if node < 0:
             return []
-        if self.is_product(node) and not self._mixes(node, shape):
+
+        # 2. A product that makes something other than a mixture.
+        ends_the_streams = self.is_product(node) and not self._mixes(node, shape)
+        if ends_the_streams:
             return []
+
+        # 3. Any other call.
         return self.graph.float_indices(node)
 
     def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
@@ -582,13 +597,16 @@ class Finder(Walks):
             term: of an addition.
             owner: the module call in which the sum has to be made.
         """
+        # 1. The call that made the term.
         maker = self._maker_before_reshaping(term.operand, owner)
         if maker is None:
             return None
 
-        # The experts of one MoE layer, added by a scatter, are one branch.
+        # 2. The experts of one MoE layer, added by a scatter, are one branch.
         if self.graph.nodes[maker].name in SCATTERS:
             return None
+
+        # 3. Its terms, if it is a sum.
         leaves = self._leaves(maker)
         if len(leaves) < 2:
             return None
@@ -702,12 +720,15 @@ class Finder(Walks):
             outer_sites: the others, whose branches its shortcut enters from outside.
             is_second_stream: its sum continues another, or is continued by one.
         """
+        # 1. It lies inside no branch, as most do.
         if not outer_sites:
             return True
+
+        # 2. It is a sum of a stream that it does not share with them.
         if not is_second_stream:
             return False
 
-        # The outer branches have to read their own shortcuts without it too.
+        # 3. The outer branches have to read their own shortcuts without it too.
         return all(self._reads_without(outer, site) for outer in outer_sites)
 
     def _enters_from_outside(self, site: Site, outer: Site) -> bool:
@@ -717,13 +738,15 @@ class Finder(Walks):
             site: the sum.
             outer: the sub-layer of the branch.
         """
-        # Parallel branches, and sums on one shortcut, do not lie inside each other.
+        # 1. Parallel branches, and sums on one shortcut, do not enter from outside.
         if site.group == outer.group or site.shortcut == outer.shortcut:
             return False
 
-        # The sum is inside, what makes its shortcut is not.
+        # 2. The sum is made inside.
         if site.addition not in outer.cone_set:
             return False
+
+        # 3. Its shortcut is not.
         maker = self.graph.values[site.shortcut].node
         return maker not in outer.cone_set
 
@@ -783,11 +806,12 @@ class Finder(Walks):
             site: the branch.
             sites: all sub-layers.
         """
+        # 1. Sums of other streams inside the branch.
         others = [other for other in sites if self._enters_from_outside(other, site)]
         if not others:
             return site.calls
 
-        # A sum of another stream is made inside the branch, which is not part of it.
+        # 2. The calls around them, since such a sum is no part of the branch.
         around = self.cone_around(site, others)
         return site.with_own_product(around)
 
@@ -801,8 +825,11 @@ class Finder(Walks):
     def _is_nested(self, site: Site, sites: Iterable[Site]) -> bool:
         """Return whether a sum is part of another branch and not a stream of its own."""
         for other in sites:
+            # 1. It lies inside the branch of the other.
             if not self._lies_in(site, other):
                 continue
+
+            # 2. Nothing on its stream goes on around that branch.
             if not self._escapes(site, other, sites):
                 return True
         return False
@@ -834,13 +861,15 @@ class Finder(Walks):
             site: the sum.
             other: the sub-layer of the branch.
         """
-        # Parallel branches do not lie inside each other.
+        # 1. Parallel branches do not lie inside each other.
         if site is other or site.group == other.group:
             return False
+
+        # 2. The sum is made inside the branch.
         if site.addition not in other.cone_set:
             return False
 
-        # The shortcut is the branch's own, or is made inside it.
+        # 3. The shortcut is the branch's own, or is made inside it.
         if site.shortcut == other.shortcut:
             return True
         return self.graph.values[site.shortcut].node in other.cone_set
@@ -855,6 +884,8 @@ def _start_of_search(carrier: Term) -> int | None:
     # 2. An operand that the addition scales.
     if len(carrier.values) == 1:
         return carrier.values[0]
+
+    # 3. A product of two, or a number.
     return None
 
 

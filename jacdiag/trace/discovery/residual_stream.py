@@ -116,8 +116,10 @@ class Streams:
             if group.preceding is None:
                 chains.append(self._chain_from(k))
 
-        # 2. The longest of them.
-        return max(chains, key=lambda chain: (len(chain), chain[-1]), default=[])
+        # 2. The longest of them. Without a sum there is no stream.
+        if not chains:
+            return []
+        return max(chains, key=lambda chain: (len(chain), chain[-1]))
 
     def _chain_from(self, first: int) -> list[int]:
         """Return a sum and all that follow it."""

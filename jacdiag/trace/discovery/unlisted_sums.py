@@ -171,8 +171,11 @@ class _Streams:
 
     def _two_terms(self, node: int) -> list[Term]:
         """Return the terms of a sum of two values of its own shape; [] if it is none."""
-        terms = self.graph.nodes[node].terms or ()
-        full_terms = [term for term in terms if self.finder.is_full(node, term)]
+        full_terms: list[Term] = []
+        for term in self.graph.nodes[node].terms or ():
+            # A bias has another shape.
+            if self.finder.is_full(node, term):
+                full_terms.append(term)
 
         # A sum of three is taken apart elsewhere.
         if len(full_terms) != 2:
@@ -267,16 +270,20 @@ class _Streams:
         if not pairs:
             return False
 
-        # Of a sum that has a shape, either term may be the gated shortcut.
+        # The values on the stream have the shape of the sum.
         shape = self.graph.values[self.graph.nodes[node].outputs[0]].shape
+
+        # Either term may be the gated shortcut.
         return any(self._is_gated(shortcut, branch, shape) for shortcut, branch in pairs)
 
     def _is_gated(self, shortcut: Term, branch: Term, shape: tuple[int, ...]) -> bool:
         """Return whether a value of a shape leads to a term by gates and to another by a branch."""
         for source in self._elementwise_sources(shortcut.values, shape):
-            # The branch has to be a function of the source, not the source itself.
+            # 1. The branch has to be a function of the source, not the source itself.
             if source in branch.values:
                 continue
+
+            # 2. A function with a product.
             if self._passes_product(source, branch.values):
                 return True
         return False
@@ -424,8 +431,10 @@ class _Streams:
         """Return whether a listed shortcut continues a value with no product between."""
         # 1. Only a value of the same shape can be of the stream.
         shape = self.graph.values[output].shape
-        shortcuts = {site.shortcut for site in self.sites}
-        later = [index for index in shortcuts if self.graph.values[index].shape == shape]
+        later: list[int] = []
+        for site in self.sites:
+            if self.graph.values[site.shortcut].shape == shape:
+                later.append(site.shortcut)
 
         # 2. One of them is reached from the value.
         return self.finder.reaches(output, later, through_products=False, statistics=False)
@@ -442,6 +451,8 @@ class _Streams:
             # The value is that sum, perhaps cast or normalised since.
             if self.finder.reaches(output, (value,), through_products=False, statistics=False):
                 return True
+
+        # No sum leads to it.
         return False
 
     def _is_function(self, shortcut: int, branch: tuple[int, ...]) -> bool:

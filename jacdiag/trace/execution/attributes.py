@@ -178,27 +178,30 @@ def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) ->
         into: the list that is appended to.
         depth: how many levels of containers are looked into.
     """
+    # 1. A tensor.
     if isinstance(value, Tensor):
         into.append(value)
         return
-    if not depth:
-        return
 
-    # What the value holds.
-    for item in _items_of(value):
-        collect_attribute_tensors(item, into, depth - 1)
+    # 2. What the value holds, if it is not too deep inside others.
+    if depth > 0:
+        for item in _items_of(value):
+            collect_attribute_tensors(item, into, depth - 1)
 
 
 def _items_of(value: Any) -> Iterable[Any]:
     """Return what a container holds, the attributes of an object, () for anything else."""
+    # 1. Containers.
     if isinstance(value, (list, tuple, set)):
         return value
     if isinstance(value, dict):
         return value.values()
 
-    # The attributes of an object are a level of their own.
+    # 2. The attributes of an object are a level of their own.
     if _has_parts(value):
         return (vars(value),)
+
+    # 3. Numbers, texts, modules and functions.
     return ()
 
 

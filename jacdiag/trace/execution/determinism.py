@@ -40,6 +40,8 @@ def same_tensor(x: Tensor, y: Tensor) -> bool:
     # There are no values to compare.
     if x.is_meta:
         return True
+
+    # Bit for bit, but for NaN.
     return bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
 
 
@@ -70,9 +72,8 @@ class Fingerprints(Recorder):
 def _checksum(t: Tensor) -> float:
     """Return a sum of a tensor's numbers, each with a weight that depends on its place."""
     # 1. Without real numbers there is nothing to sum.
-    if t.is_meta or t.is_complex():
-        return 0.0
-    if t.numel() == 0:
+    has_real_numbers = not t.is_meta and not t.is_complex()
+    if not has_real_numbers or t.numel() == 0:
         return 0.0
 
     # 2. The sum.

@@ -35,9 +35,12 @@ class _Swap(TorchFunctionMode):
         if func is Tensor.__deepcopy__:
             return self.swap.get(id(args[0]), args[0])
 
-        # 2. Any other call runs as it is. No other mode counts what a copy does.
+        # 2. Any other call runs as it is.
+        kwargs = kwargs or {}
+
+        # No other mode counts what a copy does.
         with torch._C.DisableTorchFunction():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     def copy(self, value: Any) -> Any:
         """Return a copy of nested arguments; what cannot be copied is shared."""
@@ -125,11 +128,12 @@ class Call:
         Args:
             replaced: value -> the tensor that takes its place.
         """
+        # 1. Which tensors take the place of others.
         swap: dict[int, Tensor] = {}
         if replaced is not None:
             swap = {id(self.tensors[value]): tensor for value, tensor in replaced.items()}
 
-        # Containers are copied even if no tensor is replaced.
+        # 2. Containers are copied even if no tensor is replaced.
         swapper = _Swap(swap)
         return swapper.copy(self.args), swapper.copy(self.kwargs)
 

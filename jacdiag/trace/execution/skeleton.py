@@ -136,6 +136,8 @@ class Skeleton:
         # This code writes to a parameter.
         if name in self._written:
             return self.params[name].clone()
+
+        # The model's own memory, or an outline that is filled when it is read.
         return self.outlines[name]
 
     def filled_state_of(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -326,9 +328,10 @@ def _meta(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
     if id(tensor) in memo:
         return memo[id(tensor)]
 
-    # 2. An outline of its own.
+    # 2. An outline of its own, a parameter for a parameter.
     outline = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    if isinstance(tensor, nn.Parameter):
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if is_parameter:
         outline = nn.Parameter(outline, requires_grad=False)
     memo[id(tensor)] = outline
     return outline

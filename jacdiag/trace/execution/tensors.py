@@ -35,27 +35,30 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
         into: the list that is appended to.
         depth: how many levels of containers are looked into.
     """
+    # 1. A tensor.
     if isinstance(value, Tensor):
         into.append(value)
         return
-    if not depth:
-        return
 
-    # What the value holds.
-    for item in _items_of(value):
-        collect_deep(item, into, depth - 1)
+    # 2. What the value holds, if it is not too deep inside others.
+    if depth > 0:
+        for item in _items_of(value):
+            collect_deep(item, into, depth - 1)
 
 
 def _items_of(value: Any) -> Iterable[Any]:
     """Return what a container or a plain object holds, () for anything else."""
+    # 1. Containers. A named tuple is one, too.
     if isinstance(value, dict):
         return value.values()
     if isinstance(value, (tuple, list)):
         return value
 
-    # Model outputs and caches.
+    # 2. Model outputs and caches.
     if _is_plain_object(value):
         return vars(value).values()
+
+    # 3. Numbers, texts, modules and functions.
     return ()
 
 
@@ -68,9 +71,12 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _is_plain_object(value: Any) -> bool:
     """Return whether a value is an object that holds data and is no module or function."""
+    # A module holds its weights, which are no outputs.
     is_code = isinstance(value, torch.nn.Module) or callable(value)
     if is_code:
         return False
+
+    # Numbers and texts have no attributes of their own.
     return hasattr(value, "__dict__")
 
 

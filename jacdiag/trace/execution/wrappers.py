@@ -84,6 +84,7 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
 def _refuse_scripted_modules(module: nn.Module) -> None:
     """Raise if a module is scripted, since its code cannot be recorded."""
     for name, part in module.named_modules():
+        # Python runs its code.
         if not isinstance(part, torch.jit.ScriptModule):
             continue
 

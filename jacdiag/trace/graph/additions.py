@@ -58,6 +58,8 @@ def _scaled(tensor: Any, factor: Any) -> Part | None:
     # A number adds a constant, however it is scaled.
     if not isinstance(tensor, Tensor):
         return None
+
+    # Any other factor makes a new tensor of it.
     return Part((tensor,), lambda: tensor * factor)
 
 
@@ -118,9 +120,11 @@ def _scatter_reduce(
 ) -> list[Part | None]:
     # Without its own values, or with a maximum, a scatter adds nothing to `a`.
     adds_to_a = reduce == "sum" and include_self
-    if adds_to_a:
-        return _scatter_add(a, dim, index, src)
-    return []
+    if not adds_to_a:
+        return []
+
+    # A sum is what scatter_add makes.
+    return _scatter_add(a, dim, index, src)
 
 
 def _index_put(a: Any, indices: Any, values: Any, accumulate: bool = False) -> list[Part | None]:
@@ -170,11 +174,12 @@ def parts_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[P
         args: its positional arguments.
         kwargs: its keyword arguments.
     """
+    # 1. The form in which the call adds.
     form = FORMS.get(name)
     if form is None:
         return []
 
-    # A call with arguments that the form does not know adds in another way.
+    # 2. Its terms. A call with arguments that the form does not know adds in another way.
     renamed = {_ARGUMENTS.get(key, key): value for key, value in kwargs.items()}
     try:
         return form(*args, **renamed)
@@ -202,6 +207,8 @@ def terms_of(
     numbers_added = parts.count(None)
     if len(parts) - numbers_added < 2:
         return None
+
+    # A number has a place among the terms, too.
     return tuple(_term(part, value_of) for part in parts)
 
 

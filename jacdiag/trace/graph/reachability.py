@@ -93,11 +93,13 @@ class Walks:
 
     def _calls_leading_to(self, values: Iterable[int], *, since: int) -> set[int]:
         """Return the calls that lead to values and were made after the value `since`."""
+        # A call before it cannot depend on it.
         floor = max(self.graph.values[since].node, -1)
+
+        # Walk back from the values.
         leading: set[int] = set()
         stack = list(values)
         while stack:
-            # The call that made the next value, unless it is known or older.
             node = self.graph.values[stack.pop()].node
             is_new = node > floor and node not in leading
             if is_new:

@@ -173,10 +173,15 @@ class Recorder(TorchFunctionMode):
             name: of a parameter or buffer.
             **flags: `live`, `from_state` and `routed` of the value.
         """
+        # 1. The value.
         index = len(self.values)
         shape = tuple(tensor.shape)
         self.values.append(Value(index, node, position, shape, tensor.dtype, name, **flags))
+
+        # 2. How it is known again, without keeping the tensor.
         self._objects[id(tensor)] = (weakref.ref(tensor), index)
+
+        # 3. A shape that a tensor of the stream has.
         if flags.get("live") and tensor.dim() > 1:
             self.stream_shapes.add(shape)
         return index
