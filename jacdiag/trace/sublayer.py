@@ -126,7 +126,14 @@ class Sublayer:
         return self._norm.value
 
     def norm(self, x: Tensor) -> Tensor:
-        """Return z of x: the input norm without its learned gain and bias."""
+        """Return z of x: the input norm without its learned gain and bias.
+
+        Args:
+            x: of the shape of the shortcut.
+
+        Raises:
+            TraceError: the sub-layer has no norm at its beginning.
+        """
         return self._norm.normalise(x)
 
     def core(self, z: Tensor) -> Tensor:
@@ -222,7 +229,11 @@ class Sublayer:
         return self.splits_tokens(self.independent())
 
     def splits_tokens(self, dims: Iterable[int]) -> bool:
-        """Return whether independent dimensions are all but the features' (and the streams')."""
+        """Return whether independent dimensions are all but the features' (and the streams').
+
+        Args:
+            dims: dimensions of x over which the branch's Jacobian is block diagonal.
+        """
         rank = self.shortcut.dim()
         inner = {self.feature_dim % rank}
         if self.stream_dim is not None:

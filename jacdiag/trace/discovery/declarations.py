@@ -37,6 +37,12 @@ def declare(*, shortcut: str, branch: str) -> Declaration:
             a path, and for the same one in both, so that "layers.*.norm1" and "layers.*.attn"
             declare a sub-layer in every layer.
 
+    Returns:
+        The declaration, to be passed to `jacdiag.sites` or `jacdiag.audit`.
+
+    Raises:
+        UsageError: a text is no module boundary, or the stars of the two do not agree.
+
     Example:
         >>> import torch, jacdiag
         >>> class Net(torch.nn.Module):
@@ -87,6 +93,9 @@ def declarations(
 
     Args:
         entries: declarations or tables of `shortcut` and `branch`; a mapping names each table.
+
+    Returns:
+        The declarations, in the order of the entries.
 
     Raises:
         UsageError: an entry is neither a declaration nor such a table.
