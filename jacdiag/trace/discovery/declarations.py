@@ -254,6 +254,19 @@ def _stream_value(graph: Graph, call: Invocation, end: str, text: str) -> int:
 
 
 def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) -> Site:
+    """Return the site of a declared sub-layer.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        x: value index of the shortcut.
+        f: value index of the branch.
+        where: how a message names the pair.
+        group: index of the set of parallel branches.
+
+    Raises:
+        TraceError: the branch is no function of the shortcut, or has another shape.
+    """
     # 1. The branch is a function of the shortcut, of the same shape.
     if graph.values[x].shape != graph.values[f].shape:
         raise TraceError(

@@ -1,4 +1,4 @@
-"""The values that a model's code may still read on the meta device, where tensors have shapes only.
+"""The values that a model's code may read on the meta device, where tensors have shapes only.
 
 Small tensors that the code makes from nothing (positions, causal masks) are computed on the CPU as
 well, so that `if mask.all():` finds its answer. A question about anything else raises torch's own

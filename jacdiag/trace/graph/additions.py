@@ -77,6 +77,8 @@ def _sub(
 
 
 def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
+    """Return the terms a and value * x * y."""
+
     def product() -> Tensor:
         result: Tensor = x * y if value == 1 else value * x * y
         return result

@@ -1,4 +1,4 @@
-"""One table of the torch operations that the tracer distinguishes, by the names of their functions.
+"""One table of the torch operations that the tracer distinguishes, by their functions' names.
 
 A name is what `func.__name__` gives under a TorchFunctionMode: `mul` for `torch.mul` and
 `Tensor.mul`, `__mul__` for `x * y`. Sets that look alike differ on purpose: each holds what its
