@@ -23,8 +23,8 @@ from jacdiag.remedies.changes import (
 )
 from jacdiag.rules import Deviation, deviations_of
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.init.schemes import INNER, RESIDUAL, VECTORS
 from jacdiag.rules.remedy_targets import aims
-from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 from jacdiag.rules.thresholds import Thresholds
 
 _LARGER = {"JD102", "JD103", "JD104", "JD105", "JD110"}  # what a larger shortcut is tried against

@@ -26,7 +26,7 @@ from jacdiag.remedies.changes import (
     Spare,
 )
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.schemes import INNER, RESIDUAL
+from jacdiag.rules.init.schemes import INNER, RESIDUAL
 
 DIALECTS = {
     "pytorch": "PyTorch",

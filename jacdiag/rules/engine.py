@@ -12,20 +12,22 @@ from jacdiag.errors import UsageError
 from jacdiag.records import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.rules import (
     backward,
-    computed_tables,
     conditions,
     forward,
+    live_catalogue,
+    measurement,
+    regression,
+    risk_at_lr,
+    shortcut_factors,
+)
+from jacdiag.rules.init import (
+    computed_tables,
     identical_layers,
     init_contract,
     leftover_memory,
-    live_catalogue,
     low_rank_adapters,
-    measurement,
     modulation,
-    regression,
-    risk_at_lr,
     routers,
-    shortcut_factors,
     small_parameters,
     state_space_rates,
     tied_weights,

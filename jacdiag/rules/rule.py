@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from jacdiag.records import Condition, Finding, Level, Report, SublayerRecord
-from jacdiag.rules.contract_judgement import Judgement
+from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
 from jacdiag.rules.thresholds import Thresholds

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jacdiag.errors import UsageError
-from jacdiag.rules.formula import Formula
+from jacdiag.rules.init.formula import Formula
 
 VALUES = {"N": 12.0, "d": 768.0, "fan_in": 3072.0, "l": 3.0}
 

@@ -19,8 +19,8 @@ from benchmarks._fresh.recipes import RECIPES, Decoder, Place, Recipe
 from jacdiag.measure.fused_sections import is_sinusoid, sections_of
 from jacdiag.measure.init_contract import whole_map, without_adapters
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
-from jacdiag.rules.init_contract import judged
-from jacdiag.rules.scheme_fit import is_projection
+from jacdiag.rules.init.init_contract import judged
+from jacdiag.rules.init.scheme_fit import is_projection
 from jacdiag.trace.discovery.weight_roles import ParameterUse
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")

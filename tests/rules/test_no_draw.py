@@ -32,7 +32,7 @@ from benchmarks.initbench.others import ResidualMLP
 from jacdiag.measure.init_distribution import draw_of, find_outliers
 from jacdiag.records import Finding, Report, WeightRecord
 from jacdiag.records.init_contract import ContractRecord
-from jacdiag.rules.never_drawn import find_no_draws
+from jacdiag.rules.init.never_drawn import find_no_draws
 
 WIDTH = 64
 DOWN = "layers.*.mlp.down_proj.weight"

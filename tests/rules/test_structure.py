@@ -20,8 +20,8 @@ from jacdiag.measure.low_rank_adapters import adapters_of
 from jacdiag.measure.state_space_rates import rates_of
 from jacdiag.measure.tied_weights import declared_tie
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
-from jacdiag.rules.computed_tables import fault_of
-from jacdiag.rules.modulation import drawn_beside_zero
+from jacdiag.rules.init.computed_tables import fault_of
+from jacdiag.rules.init.modulation import drawn_beside_zero
 
 WIDTH = 32
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import jacdiag
 from benchmarks._families import family
 from jacdiag.records import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.identical_layers import copies
-from jacdiag.rules.init_contract import judge as judge_contract
-from jacdiag.rules.leftover_memory import LARGEST, leftovers
-from jacdiag.rules.routers import unlike_routers
-from jacdiag.rules.small_parameters import differences
+from jacdiag.rules.init.identical_layers import copies
+from jacdiag.rules.init.init_contract import judge as judge_contract
+from jacdiag.rules.init.leftover_memory import LARGEST, leftovers
+from jacdiag.rules.init.routers import unlike_routers
+from jacdiag.rules.init.small_parameters import differences
 
 WIDTH = 64
 Fill = Callable[[Tensor], object]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import CONSTANT, MAJORITY
-from jacdiag.rules.odd_parameter import Difference
-from jacdiag.rules.schemes import INNER
+from jacdiag.rules.init.layer_groups import CONSTANT, MAJORITY
+from jacdiag.rules.init.odd_parameter import Difference
+from jacdiag.rules.init.schemes import INNER
 
 _DRAWN = ("normal", "truncated", "uniform")
 _LEAST_SIZE = 100  # biases of one name, over all layers

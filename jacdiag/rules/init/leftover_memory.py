@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import CONSTANT
-from jacdiag.rules.odd_parameter import draw_in_words, names_of
+from jacdiag.rules.init.layer_groups import CONSTANT
+from jacdiag.rules.init.odd_parameter import draw_in_words, names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 # Over the fresh families of transformers the largest number of any parameter is 10

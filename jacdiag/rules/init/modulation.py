@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.layer_groups import DRAWN
+from jacdiag.rules.init.layer_groups import DRAWN
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 # What code calls the map from the condition to shifts, scales and gates: DiT and its descendants,

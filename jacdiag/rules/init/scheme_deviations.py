@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.records import WeightRecord
-from jacdiag.rules.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mistake
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.scheme_fit import Mismatch, Spread, Yardstick, holds
-from jacdiag.rules.schemes import MATRICES, OUTSIDE
+from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mistake
+from jacdiag.rules.init.scheme_fit import Mismatch, Spread, Yardstick, holds
+from jacdiag.rules.init.schemes import MATRICES, OUTSIDE
 from jacdiag.rules.wording import layers_in_words
 
 _LINEAR_DEFAULT = "PyTorch's default for nn.Linear"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from jacdiag.records import ContractRecord, WeightRecord
-from jacdiag.rules.formula import Formula
-from jacdiag.rules.scheme_fit import Yardstick, holds, judged_by_schemes, variables
-from jacdiag.rules.schemes import MATRICES, Scheme, catalogue
+from jacdiag.rules.init.formula import Formula
+from jacdiag.rules.init.scheme_fit import Yardstick, holds, judged_by_schemes, variables
+from jacdiag.rules.init.schemes import MATRICES, Scheme, catalogue
 
 # Schemes with one formula of the sizes of a matrix for all of them.
 _FORMULAS = ("lecun", "kaiming", "pytorch", "xavier")

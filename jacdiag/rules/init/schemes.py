@@ -13,7 +13,7 @@ from typing import Any
 
 from jacdiag.errors import UsageError
 from jacdiag.records import WeightRecord
-from jacdiag.rules.formula import Formula
+from jacdiag.rules.init.formula import Formula
 
 RESIDUAL = ("W_O", "W_2")  # the matrices that write to the shortcut
 INNER = (

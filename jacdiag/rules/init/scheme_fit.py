@@ -16,8 +16,8 @@ from functools import cached_property
 
 from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.records.init_contract import FUSED
-from jacdiag.rules.formula import Formula
-from jacdiag.rules.schemes import (
+from jacdiag.rules.init.formula import Formula
+from jacdiag.rules.init.schemes import (
     INNER,
     MATRICES,
     OUTSIDE,

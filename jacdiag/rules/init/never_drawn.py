@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.scheme_fit import is_of_unit_spread, is_projection
-from jacdiag.rules.schemes import MATRICES
+from jacdiag.rules.init.scheme_fit import is_of_unit_spread, is_projection
+from jacdiag.rules.init.schemes import MATRICES
 
 _TABLES = ("embedding", "head", "projection")
 # Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.

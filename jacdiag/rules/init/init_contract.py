@@ -9,22 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
-from jacdiag.rules.contract_judgement import Judged, Judgement, pinned_scheme
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.leftover_memory import without_leftovers
-from jacdiag.rules.mistaken_formulas import find_mistaken
-from jacdiag.rules.never_drawn import NoDraw, find_no_draws, without_no_draws
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.scheme_choice import followed
-from jacdiag.rules.scheme_deviations import (
+from jacdiag.rules.init.contract_judgement import Judged, Judgement, pinned_scheme
+from jacdiag.rules.init.leftover_memory import without_leftovers
+from jacdiag.rules.init.mistaken_formulas import find_mistaken
+from jacdiag.rules.init.never_drawn import NoDraw, find_no_draws, without_no_draws
+from jacdiag.rules.init.scheme_choice import followed
+from jacdiag.rules.init.scheme_deviations import (
     Deviation,
     describe,
     deviations,
     head_left_at_default,
     layers_that_differ,
 )
-from jacdiag.rules.scheme_fit import Yardstick
-from jacdiag.rules.schemes import MATRICES, Scheme, published_for
+from jacdiag.rules.init.scheme_fit import Yardstick
+from jacdiag.rules.init.schemes import MATRICES, Scheme, published_for
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.wording import list_names
 
 # Roles that are usually spared from weight decay, in words.

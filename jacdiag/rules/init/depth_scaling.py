@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 
-from jacdiag.rules.scheme_fit import Mismatch, Yardstick, holds
-from jacdiag.rules.schemes import INNER, RESIDUAL
+from jacdiag.rules.init.scheme_fit import Mismatch, Yardstick, holds
+from jacdiag.rules.init.schemes import INNER, RESIDUAL
 
 _MISSING = "the scaling with depth is missing"
 _TWICE = "scaled with depth once too often"

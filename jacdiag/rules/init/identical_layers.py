@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import DRAWN
-from jacdiag.rules.odd_parameter import names_of
+from jacdiag.rules.init.contract_judgement import Judgement
+from jacdiag.rules.init.layer_groups import DRAWN
+from jacdiag.rules.init.odd_parameter import names_of
+from jacdiag.rules.init.schemes import MATRICES
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.schemes import MATRICES
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Tables that are computed, such as the decay rates of a state space model, are alike in all layers

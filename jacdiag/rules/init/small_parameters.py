@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.biases import wrong_biases
-from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import (
+from jacdiag.rules.init.biases import wrong_biases
+from jacdiag.rules.init.contract_judgement import Judgement
+from jacdiag.rules.init.layer_groups import (
     DRAWN,
     MAJORITY,
     Group,
@@ -20,11 +20,11 @@ from jacdiag.rules.layer_groups import (
     same_value,
     usual_value,
 )
-from jacdiag.rules.leftover_memory import leftovers
-from jacdiag.rules.norm_gains import error_of_mean, gains_unlike_the_model, wrong_gains
-from jacdiag.rules.odd_parameter import Difference, draw_in_words, fix_for
+from jacdiag.rules.init.leftover_memory import leftovers
+from jacdiag.rules.init.norm_gains import error_of_mean, gains_unlike_the_model, wrong_gains
+from jacdiag.rules.init.odd_parameter import Difference, draw_in_words, fix_for
+from jacdiag.rules.init.schemes import MATRICES, Scheme, formulas_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
 from jacdiag.rules.wording import layers_in_words
 
 _LEAST = 3  # layers: of two that differ nobody can say which is usual

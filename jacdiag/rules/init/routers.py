@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
-from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import DRAWN
-from jacdiag.rules.odd_parameter import names_of
+from jacdiag.rules.init.contract_judgement import Judgement
+from jacdiag.rules.init.layer_groups import DRAWN
+from jacdiag.rules.init.odd_parameter import names_of
+from jacdiag.rules.init.schemes import INNER, Scheme, formulas_of
+from jacdiag.rules.init.small_parameters import differences
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.schemes import INNER, Scheme, formulas_of
-from jacdiag.rules.small_parameters import differences
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)

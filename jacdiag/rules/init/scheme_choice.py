@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, WeightRecord
-from jacdiag.rules.depth_scaling import depth_factor
-from jacdiag.rules.scheme_fit import (
+from jacdiag.rules.init.depth_scaling import depth_factor
+from jacdiag.rules.init.scheme_fit import (
     TABLES,
     Mismatch,
     Spread,
@@ -17,7 +17,7 @@ from jacdiag.rules.scheme_fit import (
     is_of_unit_spread,
     judged_by_schemes,
 )
-from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
+from jacdiag.rules.init.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
 
 # Share of a model's matrices that must agree before a scheme is called its own: a clear majority,
 # or half of them if the scheme has no base std of its own to choose and several different values

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jacdiag.records import ContractRecord
-from jacdiag.rules.scheme_deviations import Deviation, deviations
-from jacdiag.rules.scheme_fit import Yardstick
-from jacdiag.rules.schemes import Scheme, formulas_of
+from jacdiag.rules.init.scheme_deviations import Deviation, deviations
+from jacdiag.rules.init.scheme_fit import Yardstick
+from jacdiag.rules.init.schemes import Scheme, formulas_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.layer_groups import DRAWN, MAJORITY, is_constant
-from jacdiag.rules.odd_parameter import Difference
+from jacdiag.rules.init.layer_groups import DRAWN, MAJORITY, is_constant
+from jacdiag.rules.init.odd_parameter import Difference
 
 # Gains of one name, over all layers. Of fewer numbers a mean says little: around 0 or around 1 lie
 # 8 errors apart only if the std is below 1/2, which a gain's is.
