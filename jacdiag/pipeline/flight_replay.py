@@ -42,9 +42,9 @@ from jacdiag.rules.flight_replay import (
     GRADIENT,
     LOSS,
     WINDOW,
-    Context,
     Decision,
     Figure,
+    ReplayContext,
     decide,
     first_out,
     out_of_range,
@@ -423,7 +423,7 @@ def _decide(
     # 3. How the run ended, and what could not be run.
     is_crash = flight.ended == "crash" and any(item.kept.running for item in suspects)
     reasons = [item.why for item in suspects if item.why]
-    context = Context(
+    context = ReplayContext(
         step=onset,
         checkpoint_step=checkpoint,
         highest_before=_highest(run, onset) if flight.complete else None,

@@ -10,25 +10,25 @@ from jacdiag.records import Finding, Level, SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.forward import Measured, loudest
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 _NEVER_WRITTEN = "no init writes such numbers; initialise"
 _RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), or in the forward"
 
 
-def _backward(context: Context) -> BackwardRecord | None:
+def _backward(context: RuleContext) -> BackwardRecord | None:
     network = context.report.network
     return network.backward if network is not None else None
 
 
 # -- JD401 ---------------------------------------------
-def _no_gradient(context: Context, rule: Rule) -> Outcome:
+def _no_gradient(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
     if record.dead is None:
-        return Outcome(0, note=record.notes.get("dead", ""))
+        return CheckOutcome(0, note=record.notes.get("dead", ""))
 
     # 1. One finding for each part without a gradient, but for those that are meant to be so.
     findings: list[Finding] = []
@@ -43,7 +43,7 @@ def _no_gradient(context: Context, rule: Rule) -> Outcome:
     note = ""
     if left_out:
         note = f"frozen, and cut off by the model's code: {list_names(left_out)}"
-    return Outcome(max(len(context.rows(rule)), 1), findings, note=note)
+    return CheckOutcome(max(len(context.rows(rule)), 1), findings, note=note)
 
 
 def _is_meant(path: DeadPath) -> bool:
@@ -54,7 +54,7 @@ def _is_meant(path: DeadPath) -> bool:
     return path.frozen and path.cause == "cut"
 
 
-def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
+def _dead_path(context: RuleContext, rule: Rule, path: DeadPath) -> Finding:
     # 1. The sentence.
     level: Level = "warning"
     if path.head or path.elsewhere:
@@ -166,7 +166,7 @@ def _fix(path: DeadPath) -> str:
 
 
 # -- JD402 ---------------------------------------------
-def _dead_branch(context: Context, rule: Rule) -> Outcome:
+def _dead_branch(context: RuleContext, rule: Rule) -> CheckOutcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
         return NOT_APPLICABLE
@@ -195,7 +195,7 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
     for rows_of_kind, level in kinds:
         if rows_of_kind:
             findings.append(_branches(context, rule, rows_of_kind, level))
-    return Outcome(len(rows), findings)
+    return CheckOutcome(len(rows), findings)
 
 
 def _is_dead_for_ever(branch: DeadBranch) -> bool:
@@ -207,7 +207,7 @@ def _is_dead_for_ever(branch: DeadBranch) -> bool:
 
 
 def _branches(
-    context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level
+    context: RuleContext, rule: Rule, rows: Sequence[SublayerRecord], level: Level
 ) -> Finding:
     """Return the finding about dead branches of one kind."""
     # 1. The causes, and the branches without a known one.
@@ -305,7 +305,7 @@ def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
 
 
 # -- JD403 ---------------------------------------------
-def _growth(context: Context, rule: Rule) -> Outcome:
+def _growth(context: RuleContext, rule: Rule) -> CheckOutcome:
     network = context.report.network
     if network is None:
         return NOT_APPLICABLE
@@ -314,7 +314,7 @@ def _growth(context: Context, rule: Rule) -> Outcome:
     exponents = {"activation": network.growth.activation, "gradient": network.growth.gradient}
     known = {name: value for name, value in exponents.items() if value is not None}
     if not known:
-        return Outcome(0, note=network.notes.get("gradient_norms", ""))
+        return CheckOutcome(0, note=network.notes.get("gradient_norms", ""))
 
     # 2. Those beyond their limit over the depth of the model.
     findings = []
@@ -323,11 +323,11 @@ def _growth(context: Context, rule: Rule) -> Outcome:
         over_all_layers = exponent * context.report.model.layers
         if limit is not None and abs(over_all_layers) > limit:
             findings.append(_growth_finding(context, rule, name, exponent, limit))
-    return Outcome(len(known), findings)
+    return CheckOutcome(len(known), findings)
 
 
 def _growth_finding(
-    context: Context, rule: Rule, name: str, exponent: float, limit: float
+    context: RuleContext, rule: Rule, name: str, exponent: float, limit: float
 ) -> Finding:
     """Return the finding about the norms of "activation" or "gradient" over depth."""
     over_all_layers = exponent * context.report.model.layers
@@ -348,14 +348,14 @@ def _growth_finding(
 
 
 # -- JD404 ---------------------------------------------
-def _embedding(context: Context, rule: Rule) -> Outcome:
+def _embedding(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
     share = record.embedding_share
     if share is None:
         note = record.notes.get("embedding_norm") or record.notes.get("others_median", "")
-        return Outcome(0, note=note)
+        return CheckOutcome(0, note=note)
 
     def sentence(worst: Measured) -> str:
         return (
@@ -364,17 +364,17 @@ def _embedding(context: Context, rule: Rule) -> Outcome:
         )
 
     measured = Measured(record.embedding or "", share)
-    return Outcome(1, loudest(context, rule, [measured], "embedding_gradient", sentence))
+    return CheckOutcome(1, loudest(context, rule, [measured], "embedding_gradient", sentence))
 
 
 # -- JD405 ---------------------------------------------
-def _update(context: Context, rule: Rule) -> Outcome:
+def _update(context: RuleContext, rule: Rule) -> CheckOutcome:
     plan = context.report.plan
     rows = context.rows(rule)
     if not rows:
         return NOT_APPLICABLE
     if plan.lr is None:
-        return Outcome(0, note="no learning rate was given")
+        return CheckOutcome(0, note="no learning rate was given")
 
     # 1. The rate of the first step: a linear warm-up from zero has one part of it there.
     rate = plan.lr / max(plan.warmup or 1, 1)
@@ -394,19 +394,19 @@ def _update(context: Context, rule: Rule) -> Outcome:
         )
 
     findings = loudest(context, rule, list(figures.values()), "first_update", sentence)
-    return Outcome(len(figures), findings)
+    return CheckOutcome(len(figures), findings)
 
 
 # -- JD406 ---------------------------------------------
-def _not_finite(context: Context, rule: Rule) -> Outcome:
+def _not_finite(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     network = context.report.network
     if record is None or network is None:
         return NOT_APPLICABLE
     if network.gradient_norms is None:
-        return Outcome(0, note=network.notes.get("gradient_norms", ""))
+        return CheckOutcome(0, note=network.notes.get("gradient_norms", ""))
     if not record.not_finite:
-        return Outcome(1)
+        return CheckOutcome(1)
 
     # 1. The sentence. A finite loss shows that the backward alone is at fault.
     loss = (network.loss or {}).get("value")
@@ -422,18 +422,20 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
         "names the operation"
     )
     level = context.level(rule, "warning")
-    return Outcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary, fix=fix)])
+    return CheckOutcome(
+        1, [Finding(rule.code, level, [], what, evidence, why=rule.summary, fix=fix)]
+    )
 
 
 # -- JD409 ---------------------------------------------
-def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
+def _cut_shortcut(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
     matched = max(len(context.rows(rule)), 1)
     cut = record.cut_shortcuts
     if not cut:
-        return Outcome(matched)
+        return CheckOutcome(matched)
 
     where = [shortcut.where for shortcut in cut]
     calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
@@ -445,7 +447,7 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
     fix = f"add the shortcut itself, without {list_names(calls)}"
     level = context.level(rule, "warning")
     finding = Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
-    return Outcome(matched, [finding])
+    return CheckOutcome(matched, [finding])
 
 
 RULES = (

@@ -9,8 +9,8 @@ from typing import Any
 from jacdiag.records import Finding, Interval, Level, SublayerRecord
 from jacdiag.records.report import PRODUCT_ALONE
 from jacdiag.rules.finding_numbers import plain, span
-from jacdiag.rules.interval_status import Placed, placed
-from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.interval_status import ComparedFigure, compare_with_limits
+from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import CUTS, Limits
 from jacdiag.rules.wording import placement_in_words
 
@@ -18,10 +18,12 @@ from jacdiag.rules.wording import placement_in_words
 _UNSCALED = 0.7
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
-Sentence = Callable[[Context, Rule, Sequence[Placed], Level], Finding]
+Sentence = Callable[[RuleContext, Rule, Sequence[ComparedFigure], Level], Finding]
 
 
-def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: Sentence) -> Outcome:
+def _compare_with_cuts(
+    context: RuleContext, rule: Rule, value: Value, limits: Cut, sentence: Sentence
+) -> CheckOutcome:
     """Compare every sub-layer's figure with its cuts, and return one finding per level.
 
     A sub-layer that has no cut is left out if it was measured. What could not be measured is
@@ -36,10 +38,10 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
     """
     rows = context.rows(rule)
     if not rows:
-        return Outcome(0, note=_why_not(context, rule))
+        return CheckOutcome(0, note=_why_not(context, rule))
 
     # 1. Place each figure between its cuts.
-    places: list[Placed] = []
+    compared: list[ComparedFigure] = []
     uncalibrated: set[str] = set()
     for row in rows:
         limits_of_row = limits(row)
@@ -47,7 +49,7 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
         if is_measured and not limits_of_row.cuts:
             uncalibrated.add(f"{row.kind} ({row.placement})")
             continue
-        places.append(placed(row, _trusted(context, row, value), limits_of_row))
+        compared.append(compare_with_limits(row, _trusted(context, row, value), limits_of_row))
     note = ""
     if uncalibrated:
         note = f"no threshold is calibrated for {', '.join(sorted(uncalibrated))}"
@@ -55,17 +57,17 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
     # 2. One finding per level.
     findings = []
     for level in reversed(CUTS):
-        group = [place for place in places if place.beyond == level]
+        group = [figure for figure in compared if figure.beyond == level]
         if group:
             findings.append(sentence(context, rule, group, level))
 
     # 3. What the intervals leave open, and the condition at each sub-layer.
-    undecided = [place.row.name for place in places if place.is_undecided]
-    conditions = {place.row.name: place.condition for place in places}
-    return Outcome(len(places), findings, undecided, note, conditions)
+    undecided = [figure.row.name for figure in compared if figure.is_undecided]
+    conditions = {figure.row.name: figure.condition for figure in compared}
+    return CheckOutcome(len(compared), findings, undecided, note, conditions)
 
 
-def _why_not(context: Context, rule: Rule) -> str:
+def _why_not(context: RuleContext, rule: Rule) -> str:
     """Return why a rule applies to no sub-layer, if the placement of the norms is the reason."""
     is_for_all = set(rule.placements) == set(ALL_PLACEMENTS)
     if context.report.tier != "measured" or is_for_all:
@@ -82,30 +84,30 @@ def _why_not(context: Context, rule: Rule) -> str:
     return f"the paper states it for pre-norm; this model has {names}"
 
 
-def _trusted(context: Context, row: SublayerRecord, value: Value) -> Interval | None:
+def _trusted(context: RuleContext, row: SublayerRecord, value: Value) -> Interval | None:
     """Return the figure of a sub-layer; None if its replay differs from the model."""
     if row.name in context.distrusted:
         return None
     return value(row)
 
 
-def _worst(group: Sequence[Placed]) -> Placed:
+def _worst(group: Sequence[ComparedFigure]) -> ComparedFigure:
     """Return the sub-layer whose figure is the largest for certain."""
 
-    def lower_bound(place: Placed) -> float:
-        if place.value is None:
+    def lower_bound(figure: ComparedFigure) -> float:
+        if figure.value is None:
             return -math.inf
-        return place.value.lower
+        return figure.value.lower
 
     return max(group, key=lower_bound)
 
 
-def _extent(context: Context, group: Sequence[Placed]) -> str:
+def _extent(context: RuleContext, group: Sequence[ComparedFigure]) -> str:
     """Return which depths a group covers, in words.
 
     An excess at the first layer only is another thing than one that persists.
     """
-    depths = sorted({place.row.depth for place in group})
+    depths = sorted({figure.row.depth for figure in group})
     last = context.report.model.layers - 1
 
     # 1. The first layer alone, all layers, or all up to one of them.
@@ -123,14 +125,14 @@ def _extent(context: Context, group: Sequence[Placed]) -> str:
     return f"at depths {shown} of 0 to {last}"
 
 
-def _share(context: Context, rule: Rule, group: Sequence[Placed]) -> str:
+def _share(context: RuleContext, rule: Rule, group: Sequence[ComparedFigure]) -> str:
     return f"{len(group)} of {len(context.rows(rule))} sub-layers, {_extent(context, group)}"
 
 
 def _finding(
-    context: Context,
+    context: RuleContext,
     rule: Rule,
-    group: Sequence[Placed],
+    group: Sequence[ComparedFigure],
     cut: Level,
     limit: float | None,
     what: str,
@@ -158,17 +160,17 @@ def _finding(
         "lower": worst.value.lower,
         "upper": worst.value.upper,
         "threshold": limit,
-        "depths": sorted({place.row.depth for place in group}),
+        "depths": sorted({figure.row.depth for figure in group}),
         "count": len(group),
         "of": len(context.rows(rule)),
     }
-    where = [place.row.name for place in group]
+    where = [figure.row.name for figure in group]
     level = context.level(rule, cut)
     return Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
 
 
 # -- JD101 -----------------------------------------------------------------------------------------
-def _small(context: Context, rule: Rule) -> Outcome:
+def _small(context: RuleContext, rule: Rule) -> CheckOutcome:
     scale = math.sqrt(2 * max(context.report.model.layers, 1))
 
     def value(row: SublayerRecord) -> Interval | None:
@@ -180,7 +182,9 @@ def _small(context: Context, rule: Rule) -> Outcome:
     def limits(row: SublayerRecord) -> Limits:
         return context.thresholds.limits("core_norm", row.kind)
 
-    def sentence(context: Context, rule: Rule, group: Sequence[Placed], cut: Level) -> Finding:
+    def sentence(
+        context: RuleContext, rule: Rule, group: Sequence[ComparedFigure], cut: Level
+    ) -> Finding:
         # 1. The largest norm.
         worst = _worst(group)
         assert worst.value is not None
@@ -194,10 +198,10 @@ def _small(context: Context, rule: Rule) -> Outcome:
         fix = _smaller(context, worst.row)
         return _finding(context, rule, group, cut, limit, what, fix, "core_norm")
 
-    return _judged(context, rule, value, limits, sentence)
+    return _compare_with_cuts(context, rule, value, limits, sentence)
 
 
-def _smaller(context: Context, row: SublayerRecord) -> str:
+def _smaller(context: RuleContext, row: SublayerRecord) -> str:
     """Return what to change: the depth scaling where it is missing, else the std of matrices."""
     if context.report.state == "trained":
         return ""
@@ -224,7 +228,7 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
 
 
 # -- JD102 -----------------------------------------------------------------------------------------
-def _large(context: Context, rule: Rule) -> Outcome:
+def _large(context: RuleContext, rule: Rule) -> CheckOutcome:
     limits = context.thresholds.limits("norm_gain")
 
     def value(row: SublayerRecord) -> Interval | None:
@@ -236,7 +240,9 @@ def _large(context: Context, rule: Rule) -> Outcome:
             return Interval.exact(gain.estimate)
         return Interval.exact(gain.per_token.p99)
 
-    def sentence(context: Context, rule: Rule, group: Sequence[Placed], cut: Level) -> Finding:
+    def sentence(
+        context: RuleContext, rule: Rule, group: Sequence[ComparedFigure], cut: Level
+    ) -> Finding:
         # 1. The smallest σ, if it was kept.
         worst = _worst(group)
         assert worst.value is not None
@@ -254,7 +260,7 @@ def _large(context: Context, rule: Rule) -> Outcome:
         limit = getattr(limits, cut)
         return _finding(context, rule, group, cut, limit, what, _larger(context), "norm_gain")
 
-    return _judged(context, rule, value, lambda _row: limits, sentence)
+    return _compare_with_cuts(context, rule, value, lambda _row: limits, sentence)
 
 
 def _token(row: SublayerRecord) -> str:
@@ -271,7 +277,7 @@ def _token(row: SublayerRecord) -> str:
     return f"; smallest at {token}, position {place.position}"
 
 
-def _larger(context: Context) -> str:
+def _larger(context: RuleContext) -> str:
     """Return how to make the shortcut larger."""
     if context.report.state == "trained":
         return ""
@@ -283,11 +289,13 @@ def _larger(context: Context) -> str:
 
 
 # -- JD103 -----------------------------------------------------------------------------------------
-def _amplification(context: Context, rule: Rule) -> Outcome:
+def _amplification(context: RuleContext, rule: Rule) -> CheckOutcome:
     def limits(row: SublayerRecord) -> Limits:
         return context.thresholds.limits("branch_norm", row.placement or "")
 
-    def sentence(context: Context, rule: Rule, group: Sequence[Placed], cut: Level) -> Finding:
+    def sentence(
+        context: RuleContext, rule: Rule, group: Sequence[ComparedFigure], cut: Level
+    ) -> Finding:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
@@ -300,11 +308,11 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
         )
         return _finding(context, rule, group, cut, limit, what, "", "branch_norm")
 
-    return _judged(context, rule, lambda row: row.branch_norm, limits, sentence)
+    return _compare_with_cuts(context, rule, lambda row: row.branch_norm, limits, sentence)
 
 
 # -- JD104 -----------------------------------------------------------------------------------------
-def _product(context: Context, rule: Rule) -> Outcome:
+def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
     network = context.report.network
     if network is None or network.gain_product_log is None:
         return NOT_APPLICABLE
@@ -317,7 +325,7 @@ def _product(context: Context, rule: Rule) -> Outcome:
         if limit_of_cut is not None and log > limit_of_cut:
             beyond, limit = cut, limit_of_cut
     if beyond is None:
-        return Outcome(1)
+        return CheckOutcome(1)
 
     # 2. The finding, with the true gain if it was measured.
     end_to_end = network.end_to_end
@@ -333,7 +341,7 @@ def _product(context: Context, rule: Rule) -> Outcome:
         true_gain = f"the true end-to-end gain is {span(end_to_end)}"
     what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true_gain}"
     level = context.level(rule, beyond)
-    return Outcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary)])
+    return CheckOutcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary)])
 
 
 SMALL = Rule(

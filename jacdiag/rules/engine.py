@@ -34,7 +34,7 @@ from jacdiag.rules.init import (
 )
 from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
-from jacdiag.rules.rule import Context, Outcome, Rule, RuleInfo
+from jacdiag.rules.rule import CheckOutcome, Rule, RuleContext, RuleInfo
 from jacdiag.rules.thresholds import CUTS, Thresholds
 
 SMALL_ROLES = (small_parameters.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
@@ -137,7 +137,7 @@ def evaluate(
     """
     report = replace(report, risk=risk_at_lr.assess(report, thresholds.risk))
     judgement = init_contract.judge(report.contract) if report.contract else None
-    context = Context(report, thresholds, profile_of(profile, _CODES), judgement)
+    context = RuleContext(report, thresholds, profile_of(profile, _CODES), judgement)
     chosen = selected(select, ignore)
     outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}
     context = replace(context, outcomes=outcomes)
@@ -161,7 +161,7 @@ def evaluate(
     )
 
 
-def _result(rule: Rule, outcome: Outcome) -> RuleResult:
+def _result(rule: Rule, outcome: CheckOutcome) -> RuleResult:
     status: Status = "clean"
     if outcome.findings:
         status = "fired"
@@ -172,7 +172,7 @@ def _result(rule: Rule, outcome: Outcome) -> RuleResult:
     return RuleResult(rule.code, status, outcome.matched, rule.name, outcome.note)
 
 
-def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
+def _conditions(report: Report, outcomes: Mapping[str, CheckOutcome]) -> Conditions:
     """Return the two conditions of the paper, each over all sub-layers."""
 
     def condition_of(code: str) -> Any:
@@ -187,10 +187,10 @@ def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
 
 
 def _verdict(
-    context: Context,
+    context: RuleContext,
     findings: list[Finding],
     results: list[RuleResult],
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, CheckOutcome],
 ) -> Verdict:
     """Return "fail" for an error, "warn" for a warning.
 
@@ -223,7 +223,7 @@ def _verdict(
     return "pass"
 
 
-def _observing_rules(context: Context) -> set[str]:
+def _observing_rules(context: RuleContext) -> set[str]:
     """Return the codes of the rules that only observe a trained model.
 
     A level that the user gave makes a rule judge.
@@ -237,7 +237,7 @@ def _observing_rules(context: Context) -> set[str]:
 
 
 def _trained_verdict(
-    context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]
+    context: RuleContext, results: list[RuleResult], outcomes: Mapping[str, CheckOutcome]
 ) -> Verdict:
     """Return the verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.

@@ -70,7 +70,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class ReplayContext:
     """What is known around the figures.
 
     Attributes:
@@ -95,7 +95,7 @@ class Context:
 
 
 @dataclass
-class Judged:
+class JudgedFigure:
     """What one figure says.
 
     Attributes:
@@ -244,7 +244,7 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
 
 
 # -- the verdict -----------------------------------------------------------------------------------
-def decide(figures: Sequence[Figure], context: Context) -> Decision:
+def decide(figures: Sequence[Figure], context: ReplayContext) -> Decision:
     """Decide whether the batch of a step or the weights of a checkpoint stand out.
 
     Args:
@@ -276,7 +276,7 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
 
 
 def _weigh(
-    known: Sequence[Figure], judged: dict[str, Judged], context: Context
+    known: Sequence[Figure], judged: dict[str, JudgedFigure], context: ReplayContext
 ) -> tuple[ReplayVerdict, str]:
     """Return the verdict over all figures, and the sentence that gives its reason."""
     # 1. Sort the figures by what they say.
@@ -303,7 +303,7 @@ def _weigh(
 
 
 def _open_question(
-    says_weights: Sequence[Figure], judged: dict[str, Judged], context: Context
+    says_weights: Sequence[Figure], judged: dict[str, JudgedFigure], context: ReplayContext
 ) -> str:
     """Return why the weights may be others than those that the batch met; "" if they are not."""
     not_these = _not_these_weights(says_weights, judged, context)
@@ -312,7 +312,9 @@ def _open_question(
     return _not_the_run_itself(says_weights[0], context)
 
 
-def _figures_with_a_jump(known: Sequence[Figure], judged: dict[str, Judged]) -> Sequence[Figure]:
+def _figures_with_a_jump(
+    known: Sequence[Figure], judged: dict[str, JudgedFigure]
+) -> Sequence[Figure]:
     """Return the figures whose jump in the run is known, or all if that of none is.
 
     A figure without a known jump is evidence only if no other figure has one.
@@ -323,7 +325,7 @@ def _figures_with_a_jump(known: Sequence[Figure], judged: dict[str, Judged]) -> 
     return known
 
 
-def _decide_error(figures: Sequence[Figure], context: Context) -> Decision:
+def _decide_error(figures: Sequence[Figure], context: ReplayContext) -> Decision:
     """Decide about a step that crashed, or whose batch cannot be run again."""
     start = f"on {_weights(context)} the batch of step {context.step}"
     others = max((len(figure.others) for figure in figures), default=0)
@@ -358,7 +360,7 @@ def _decide_error(figures: Sequence[Figure], context: Context) -> Decision:
     return Decision("not decided", f"{text}.")
 
 
-def _missing(figures: Sequence[Figure], context: Context) -> str:
+def _missing(figures: Sequence[Figure], context: ReplayContext) -> str:
     """Return what the flight lacks for a verdict; "" if it lacks nothing."""
     if not figures:
         return "no loss and no gradient could be computed"
@@ -379,12 +381,12 @@ def _missing(figures: Sequence[Figure], context: Context) -> str:
     )
 
 
-def _judge(figure: Figure) -> Judged:
+def _judge(figure: Figure) -> JudgedFigure:
     """Judge one figure: its jump in the run, its suspects, and the other batches."""
     logarithm = figure.name == GRADIENT
     suspects = _scaled(figure.suspects, logarithm)
     others = _scaled(figure.others, logarithm)
-    judgement = Judged()
+    judgement = JudgedFigure()
 
     # 1. The jump that is to be explained.
     before, at_step = figure.before, figure.at_step
@@ -431,7 +433,7 @@ def _are_finite(values: Sequence[float]) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
-def _judge_broken_others(judgement: Judged, others: Sequence[float]) -> None:
+def _judge_broken_others(judgement: JudgedFigure, others: Sequence[float]) -> None:
     """Judge the weights by other batches of which some are NaN or Inf."""
     finite = [value for value in others if math.isfinite(value)]
     # Most of them have to be so: one of them may be broken as well.
@@ -516,7 +518,7 @@ def _limit_of_range(chance: float, spread: float, count: int) -> float:
 
 
 def _not_these_weights(
-    figures: Sequence[Figure], judged: dict[str, Judged], context: Context
+    figures: Sequence[Figure], judged: dict[str, JudgedFigure], context: ReplayContext
 ) -> str:
     """Return why the model that was run cannot be that of the run; "" if it can be.
 
@@ -557,7 +559,7 @@ def _is_as_in_the_run(figure: Figure, jump: float | None) -> bool:
     return abs(value_now - value_in_run) < HALF * jump
 
 
-def _not_the_run_itself(figure: Figure, context: Context) -> str:
+def _not_the_run_itself(figure: Figure, context: ReplayContext) -> str:
     """Return why the figures may be those of an earlier part of the run; "" if they cannot be."""
     if context.checkpoint_step is not None:
         return ""
@@ -582,7 +584,7 @@ _SAVE_THE_STEP = (
 
 
 # -- sentences -------------------------------------------------------------------------------------
-def _batch_sentence(figure: Figure, context: Context) -> str:
+def _batch_sentence(figure: Figure, context: ReplayContext) -> str:
     what, size = _WORDS[figure.name], three(max(figure.suspects))
     text = f"The batch: on {_weights(context)} its {what} is {size}, and {_range(figure)}"
 
@@ -600,7 +602,7 @@ def _batch_sentence(figure: Figure, context: Context) -> str:
     return text + "."
 
 
-def _weights_sentence(figure: Figure, context: Context) -> str:
+def _weights_sentence(figure: Figure, context: ReplayContext) -> str:
     what, level = _WORDS[figure.name], figure.at_checkpoint
     text = f"The weights: on {_weights(context)} {_range(figure, what=True)}"
     if level is not None:
@@ -618,7 +620,7 @@ def _weights_sentence(figure: Figure, context: Context) -> str:
     return text + "."
 
 
-def _both_sentence(weights: Figure, batch: Figure, context: Context) -> str:
+def _both_sentence(weights: Figure, batch: Figure, context: ReplayContext) -> str:
     level = weights.at_checkpoint
     run = ""
     if level is not None:
@@ -632,7 +634,10 @@ def _both_sentence(weights: Figure, batch: Figure, context: Context) -> str:
 
 
 def _neither_sentence(
-    figures: Sequence[Figure], judged: dict[str, Judged], out: Sequence[Figure], context: Context
+    figures: Sequence[Figure],
+    judged: dict[str, JudgedFigure],
+    out: Sequence[Figure],
+    context: ReplayContext,
 ) -> str:
     """Return why neither the batch nor the weights explain the jump."""
     # 1. The figures that jumped in the run, and those that show the jump here.
@@ -675,7 +680,9 @@ def _neither_sentence(
     )
 
 
-def _no_jump_sentence(known: Sequence[Figure], out: Sequence[Figure], context: Context) -> str:
+def _no_jump_sentence(
+    known: Sequence[Figure], out: Sequence[Figure], context: ReplayContext
+) -> str:
     values = " and ".join(f"{_WORDS[figure.name]} {three(figure.at_step)}" for figure in known)
     verb = "are" if len(known) > 1 else "is"
     text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
@@ -690,7 +697,7 @@ def _above(figure: Figure) -> str:
     return f"above the others ({_WORDS[figure.name]} {three(max(figure.suspects))})"
 
 
-def _what_decides(figure: Figure, context: Context) -> str:
+def _what_decides(figure: Figure, context: ReplayContext) -> str:
     """Return what to look at if neither the batch nor the weights show the jump."""
     if context.checkpoint_step is None or context.step is None:
         return "a checkpoint that says its step, from right before or after that step, would decide"
@@ -714,14 +721,14 @@ def _what_decides(figure: Figure, context: Context) -> str:
     )
 
 
-def _weights(context: Context) -> str:
+def _weights(context: ReplayContext) -> str:
     step = context.checkpoint_step
     if step is None:
         return "these weights (of a step that the checkpoint does not say)"
     return f"these weights (step {step})"
 
 
-def _holds_the_update(context: Context) -> bool:
+def _holds_the_update(context: ReplayContext) -> bool:
     """Return whether the weights may be those after the update of the step."""
     if context.step is None:
         return False

@@ -10,7 +10,7 @@ from typing import Any
 from jacdiag.records import Finding, Level, SublayerRecord
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import CUTS, Limits
 
 
@@ -33,7 +33,7 @@ def beyond(limits: Limits, value: float) -> Level | None:
 
 
 def loudest(
-    context: Context,
+    context: RuleContext,
     rule: Rule,
     figures: Sequence[Measured],
     figure: str,
@@ -77,7 +77,7 @@ def loudest(
     return [Finding(rule.code, level, where, sentence(worst), evidence, why=rule.summary, fix=fix)]
 
 
-def _stream(context: Context, field: str) -> tuple[ForwardRecord | None, Outcome]:
+def _stream(context: RuleContext, field: str) -> tuple[ForwardRecord | None, CheckOutcome]:
     """Return the stream's record if it holds a field, else "not applicable" with the reason."""
     network = context.report.network
     if network is None or network.forward is None:
@@ -85,11 +85,11 @@ def _stream(context: Context, field: str) -> tuple[ForwardRecord | None, Outcome
 
     record = network.forward
     if not getattr(record, field):
-        return None, Outcome(0, note=record.notes.get(field, ""))
+        return None, CheckOutcome(0, note=record.notes.get(field, ""))
     return record, NOT_APPLICABLE
 
 
-def _variance(context: Context, rule: Rule) -> Outcome:
+def _variance(context: RuleContext, rule: Rule) -> CheckOutcome:
     record, otherwise = _stream(context, "variance")
     if record is None or not record.variance:
         return otherwise
@@ -110,11 +110,11 @@ def _variance(context: Context, rule: Rule) -> Outcome:
 
     fix = "train in bfloat16, or scale the branches down"
     findings += loudest(context, rule, tops, "stream_peak", sentence, fix)
-    return Outcome(len(record.variance), findings)
+    return CheckOutcome(len(record.variance), findings)
 
 
 def _superlinear(
-    context: Context, rule: Rule, points: Sequence[str], variances: Sequence[float]
+    context: RuleContext, rule: Rule, points: Sequence[str], variances: Sequence[float]
 ) -> list[Finding]:
     """Return the finding about the variance at the end over that in the middle.
 
@@ -147,14 +147,14 @@ def _superlinear(
     return about_the_stream
 
 
-def _massive(context: Context, rule: Rule) -> Outcome:
+def _massive(context: RuleContext, rule: Rule) -> CheckOutcome:
     record, otherwise = _stream(context, "peaks")
     if record is None or not record.peaks:
         return otherwise
     least = context.thresholds.limits("massive_value").info
     ratio = context.thresholds.limits("massive_ratio").info
     if least is None or ratio is None:
-        return Outcome(len(record.peaks))
+        return CheckOutcome(len(record.peaks))
 
     # 1. Both limits must be passed: large by itself, and far above the rest.
     massive: list[tuple[str, Peak]] = []
@@ -164,7 +164,7 @@ def _massive(context: Context, rule: Rule) -> Outcome:
         if is_large and is_far_above:
             massive.append((point, peak))
     if not massive:
-        return Outcome(len(record.peaks))
+        return CheckOutcome(len(record.peaks))
 
     # 2. The finding about the largest.
     point, worst = max(massive, key=lambda pair: pair[1].value)
@@ -184,7 +184,7 @@ def _massive(context: Context, rule: Rule) -> Outcome:
     where = [name for name, _ in massive]
     level = context.level(rule, "info")
     finding = Finding(rule.code, level, where, what, evidence, why=rule.summary)
-    return Outcome(len(record.peaks), [finding])
+    return CheckOutcome(len(record.peaks), [finding])
 
 
 def _place(peak: Peak) -> str:
@@ -198,12 +198,12 @@ def _place(peak: Peak) -> str:
 
 
 def _attention(
-    context: Context,
+    context: RuleContext,
     rule: Rule,
     value: Callable[[Any], float | None],
     figure: str,
     sentence: Callable[[Measured], str],
-) -> Outcome:
+) -> CheckOutcome:
     """Compare a figure of every attention with its cuts.
 
     Args:
@@ -227,13 +227,13 @@ def _attention(
         elif row.kind == "attention":
             unread += 1
     if not is_any_read:
-        return Outcome(0, note=_why_no_attention(rows))
+        return CheckOutcome(0, note=_why_no_attention(rows))
 
     # 2. The largest figure.
     note = ""
     if unread:
         note = f"not read at {unread} attention sub-layers"
-    return Outcome(len(figures), loudest(context, rule, figures, figure, sentence), note=note)
+    return CheckOutcome(len(figures), loudest(context, rule, figures, figure, sentence), note=note)
 
 
 def _why_no_attention(rows: Sequence[SublayerRecord]) -> str:
@@ -244,14 +244,14 @@ def _why_no_attention(rows: Sequence[SublayerRecord]) -> str:
     return ""
 
 
-def _logits(context: Context, rule: Rule) -> Outcome:
+def _logits(context: RuleContext, rule: Rule) -> CheckOutcome:
     def sentence(worst: Measured) -> str:
         return f"the largest attention logit is {plain(worst.value)} at {worst.where}"
 
     return _attention(context, rule, lambda record: record.max_logit, "attention_logit", sentence)
 
 
-def _entropy(context: Context, rule: Rule) -> Outcome:
+def _entropy(context: RuleContext, rule: Rule) -> CheckOutcome:
     def focus(record: Any) -> float | None:
         # Larger is worse, as for every figure that has cuts.
         if record.entropy_share is None:
@@ -267,7 +267,7 @@ def _entropy(context: Context, rule: Rule) -> Outcome:
     return _attention(context, rule, focus, "attention_focus", sentence)
 
 
-def _rank(context: Context, rule: Rule) -> Outcome:
+def _rank(context: RuleContext, rule: Rule) -> CheckOutcome:
     record, otherwise = _stream(context, "token_cosine")
     if record is None or not record.token_cosine:
         return otherwise
@@ -282,7 +282,7 @@ def _rank(context: Context, rule: Rule) -> Outcome:
             "one direction for all)"
         )
 
-    return Outcome(len(figures), loudest(context, rule, figures, "token_cosine", sentence))
+    return CheckOutcome(len(figures), loudest(context, rule, figures, "token_cosine", sentence))
 
 
 RULES = (

@@ -11,7 +11,7 @@ from jacdiag.rules.thresholds import CUTS, Limits
 
 
 @dataclass(frozen=True)
-class Placed:
+class ComparedFigure:
     """A sub-layer's figure compared with its limits.
 
     Attributes:
@@ -43,7 +43,9 @@ class Placed:
         return "met"
 
 
-def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Placed:
+def compare_with_limits(
+    row: SublayerRecord, value: Interval | None, limits: Limits
+) -> ComparedFigure:
     """Return where a figure lies between its cuts.
 
     A value across `error` but above `warning` is beyond `warning`, and undecided.
@@ -54,7 +56,7 @@ def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Place
         limits: the cuts of the figure.
     """
     if value is None or math.isnan(value.lower):
-        return Placed(row, None, None, False)
+        return ComparedFigure(row, None, None, False)
 
     # The cuts ascend, so the last one that the interval is above is the highest.
     beyond: Level | None = None
@@ -68,7 +70,7 @@ def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Place
             beyond = cut
         elif side == "across":
             across = True
-    return Placed(row, value, beyond, across)
+    return ComparedFigure(row, value, beyond, across)
 
 
 def overall(conditions: Sequence[Condition]) -> Condition:

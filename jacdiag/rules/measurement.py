@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from jacdiag.records import Finding, Level, Report, RuleResult
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 
-def _checks(context: Context) -> dict[str, object]:
+def _checks(context: RuleContext) -> dict[str, object]:
     checks: dict[str, object] = context.report.settings.get("checks", {})
     return checks
 
 
-def _undecided(context: Context, rule: Rule) -> Outcome:
+def _undecided(context: RuleContext, rule: Rule) -> CheckOutcome:
     # 1. The rules that something leaves open, and where.
     open_rules: dict[str, list[str]] = {}
     where: dict[str, None] = {}
@@ -25,7 +25,7 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
             open_rules[code] = list(outcome.undecided)
             where |= dict.fromkeys(outcome.undecided)
     if not open_rules:
-        return Outcome(matched)
+        return CheckOutcome(matched)
 
     # 2. The finding. On a trained model the rules observe, so that nothing hangs on it.
     names = list(where)
@@ -36,10 +36,12 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
     level = context.level(rule, level)
     fix = _decide_by(context, names)
     evidence = {"rules": open_rules}
-    return Outcome(matched, [Finding(rule.code, level, names, what, evidence, rule.summary, fix)])
+    return CheckOutcome(
+        matched, [Finding(rule.code, level, names, what, evidence, rule.summary, fix)]
+    )
 
 
-def _decide_by(context: Context, names: list[str]) -> str:
+def _decide_by(context: RuleContext, names: list[str]) -> str:
     """Return what decides what is open.
 
     More products do where there is an interval. Where NaN came in between, no number of them does.
@@ -59,7 +61,7 @@ def _decide_by(context: Context, names: list[str]) -> str:
     return "; ".join([*ways, "the table says what could not be measured"])
 
 
-def _mend(context: Context) -> str:
+def _mend(context: RuleContext) -> str:
     """Return where to look for the NaN: in the weights that hold one, else in the forward."""
     broken = _checks(context).get("non_finite")
     if isinstance(broken, list) and broken:
@@ -67,28 +69,28 @@ def _mend(context: Context) -> str:
     return "find the call that makes it"
 
 
-def _uncovered(context: Context, rule: Rule) -> Outcome:
+def _uncovered(context: RuleContext, rule: Rule) -> CheckOutcome:
     model = context.report.model
     if model.covered_parameters is None or not model.parameters:
         return NOT_APPLICABLE
     if not model.uncovered:
-        return Outcome(1)
+        return CheckOutcome(1)
     share = 1 - model.covered_parameters / model.parameters
     limit = context.thresholds.limits("uncovered").warning
     level: Level = "warning" if limit is not None and share >= limit else "info"
     what = f"{share:.1%} of the parameters are not covered: {list_names(model.uncovered)}"
     evidence = {"share": share, "threshold": limit, "names": list(model.uncovered)}
-    return Outcome(
+    return CheckOutcome(
         1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)]
     )
 
 
-def _off_distribution(context: Context, rule: Rule) -> Outcome:
+def _off_distribution(context: RuleContext, rule: Rule) -> CheckOutcome:
     probe = context.report.probe
     if probe is None or context.report.state != "trained":
         return NOT_APPLICABLE
     if not probe.off_distribution:
-        return Outcome(1)
+        return CheckOutcome(1)
 
     # 1. What the probe was, and the option that gives a real one.
     noun = "tokens"
@@ -102,7 +104,7 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
     # 2. The finding.
     what = f"a trained model was probed with random {noun}"
     level = context.level(rule, "warning")
-    return Outcome(1, [Finding(rule.code, level, [], what, {}, rule.summary, fix)])
+    return CheckOutcome(1, [Finding(rule.code, level, [], what, {}, rule.summary, fix)])
 
 
 def norms_asked(report: Report, codes: Iterable[str]) -> bool:
@@ -117,7 +119,7 @@ def norms_asked(report: Report, codes: Iterable[str]) -> bool:
     return any(code.startswith("JD1") for code in codes)
 
 
-def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> bool:
+def applied(report: Report, outcomes: Mapping[str, CheckOutcome | RuleResult]) -> bool:
     """Return whether a rule about the model applied.
 
     It is one of JD1xx, or of the contract where no norm was requested.
@@ -130,10 +132,10 @@ def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> boo
     return any(outcome.matched for code, outcome in outcomes.items() if code.startswith(kinds))
 
 
-def _no_match(context: Context, rule: Rule) -> Outcome:
+def _no_match(context: RuleContext, rule: Rule) -> CheckOutcome:
     report = context.report
     if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
-        return Outcome(1)
+        return CheckOutcome(1)
 
     # 1. Which rules applied at all.
     are_norms_judged = norms_asked(report, context.outcomes)
@@ -159,10 +161,12 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
             "([tool.jacdiag])"
         )
     level = context.level(rule, "warning")
-    return Outcome(1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)])
+    return CheckOutcome(
+        1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)]
+    )
 
 
-def _unmatched(context: Context) -> str:
+def _unmatched(context: RuleContext) -> str:
     """Return why the rules about norms matched no sub-layer, in their own words if any."""
     notes: dict[str, None] = {}
     for code, outcome in context.outcomes.items():
@@ -175,12 +179,12 @@ def _unmatched(context: Context) -> str:
     return "; ".join(notes)
 
 
-def _non_deterministic(context: Context, rule: Rule) -> Outcome:
+def _non_deterministic(context: RuleContext, rule: Rule) -> CheckOutcome:
     checks = _checks(context)
     if "deterministic" not in checks:
         return NOT_APPLICABLE
     if checks["deterministic"]:
-        return Outcome(1)
+        return CheckOutcome(1)
 
     # The call that makes the runs differ, if it is known.
     what = "two runs on the same probe differ: no norm was measured"
@@ -190,34 +194,34 @@ def _non_deterministic(context: Context, rule: Rule) -> Outcome:
         what += f"; {culprit}"
         evidence["culprit"] = culprit
     fix = "model.eval(), or a fixed seed inside the forward"
-    return Outcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
+    return CheckOutcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
 
 
-def _non_finite(context: Context, rule: Rule) -> Outcome:
+def _non_finite(context: RuleContext, rule: Rule) -> CheckOutcome:
     names = _checks(context).get("non_finite")
     if not isinstance(names, list):
         return NOT_APPLICABLE
     if not names:
-        return Outcome(1)
+        return CheckOutcome(1)
     what = f"NaN or Inf in {list_names(names, 5)}"
     where = [r.name for r in context.report.sublayers if set(r.parameters) & set(names)]
     fix = "an earlier checkpoint; check the file's hash"
-    return Outcome(
+    return CheckOutcome(
         1, [Finding(rule.code, "error", where, what, {"parameters": names}, rule.summary, fix)]
     )
 
 
-def _replay(context: Context, rule: Rule) -> Outcome:
+def _replay(context: RuleContext, rule: Rule) -> CheckOutcome:
     errors = _checks(context).get("replay")
     if not isinstance(errors, dict):
         return NOT_APPLICABLE
     if not errors:
-        return Outcome(len(context.report.sublayers))
+        return CheckOutcome(len(context.report.sublayers))
     what = (
         f"J^T w of {list_names(list(errors))} differs from the whole model's; its figures are "
         "not used"
     )
-    return Outcome(
+    return CheckOutcome(
         len(context.report.sublayers),
         [
             Finding(

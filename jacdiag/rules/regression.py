@@ -16,7 +16,7 @@ from jacdiag.records import (
     SublayerRecord,
 )
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import Limits
 from jacdiag.rules.wording import placement_in_words
 
@@ -24,7 +24,7 @@ FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_g
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """One figure, before and now.
 
     Attributes:
@@ -48,7 +48,7 @@ class Change:
         return f"{self.where}: {name} {plain(self.old)} -> {plain(self.new)}"
 
 
-def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
+def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChange]:
     """Return the sub-layers with a figure above what another seed of the baseline would reach.
 
     The figure must lie above it for every seed.
@@ -70,11 +70,11 @@ def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
             _, old_middle, old_upper = old
             new_lower, new_middle, _ = new
             if new_lower > old_upper:
-                changes.append(Change(name, figure, old_middle, new_middle, old_upper))
+                changes.append(FigureChange(name, figure, old_middle, new_middle, old_upper))
     return changes
 
 
-def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
+def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChange]:
     """Return the weights that changed.
 
     Their sampling intervals have no std in common, or they are constants of another value.
@@ -90,7 +90,9 @@ def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
     return changes
 
 
-def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Change | None:
+def _weight_change(
+    name: str, new: Mapping[str, Any], old: Mapping[str, Any]
+) -> FigureChange | None:
     """Return the change of one weight; None if it did not change."""
     # 1. Two draws differ if their intervals have no std in common.
     if not _constant(new) and not _constant(old):
@@ -98,7 +100,7 @@ def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) ->
         is_below = new["upper"] < old["lower"]
         if not is_above and not is_below:
             return None
-        return Change(name, "std", old["std"], new["std"], old["upper"])
+        return FigureChange(name, "std", old["std"], new["std"], old["upper"])
 
     # 2. A constant differs from a draw, and from another constant.
     is_same_family = new["family"] == old["family"]
@@ -107,7 +109,7 @@ def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) ->
     figure = "std"
     if _constant(new) and _constant(old):
         figure = "value"
-    return Change(name, figure, _shown(old), _shown(new), _shown(old))
+    return FigureChange(name, figure, _shown(old), _shown(new), _shown(old))
 
 
 def _constant(entry: Mapping[str, Any]) -> bool:
@@ -121,7 +123,7 @@ def _shown(entry: Mapping[str, Any]) -> float:
     return float(entry["std"])
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     now = context.report.figures
     before = context.report.baseline
     against = context.report.against
@@ -147,7 +149,7 @@ def _check(context: Context, rule: Rule) -> Outcome:
     same_sublayers = now.sublayers.keys() & before.sublayers.keys()
     same_weights = now.weights.keys() & before.weights.keys()
     count = len(same_sublayers) + len(same_weights)
-    return Outcome(count, findings, note=_names_of_one_alone(now, before))
+    return CheckOutcome(count, findings, note=_names_of_one_alone(now, before))
 
 
 def _names_of_one_alone(now: FiguresRecord, before: FiguresRecord) -> str:
@@ -164,15 +166,17 @@ def _names_of_one_alone(now: FiguresRecord, before: FiguresRecord) -> str:
     return f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
 
 
-def _nothing_to_compare_with(context: Context) -> Outcome:
+def _nothing_to_compare_with(context: RuleContext) -> CheckOutcome:
     # A fresh model is judged by the other rules, a trained one by comparison alone.
     if context.report.state != "trained":
         return NOT_APPLICABLE
-    return Outcome(0, note="a trained model, and nothing to compare it with (--against EARLIER)")
+    return CheckOutcome(
+        0, note="a trained model, and nothing to compare it with (--against EARLIER)"
+    )
 
 
 # -- two checkpoints, of which at least one is trained ---------------------------------------------
-def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) -> Outcome:
+def _growth_in_training(context: RuleContext, rule: Rule, against: AgainstRecord) -> CheckOutcome:
     """Judge the growth of branch norms beyond both intervals.
 
     Training lets them grow, up to what healthy runs show.
@@ -195,7 +199,9 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
     # 2. Where healthy growth is not known, a comparison shows what changed and cannot pass.
     unjudged = [row for row in rows if limits[row.name].info is None]
     judged_count = sum(limit.info is not None for limit in limits.values())
-    return Outcome(judged_count, findings, list(against.missing), _growth_unknown_for(unjudged))
+    return CheckOutcome(
+        judged_count, findings, list(against.missing), _growth_unknown_for(unjudged)
+    )
 
 
 def _growth_by_level(
@@ -237,7 +243,7 @@ def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
 
 
 def _growth_finding(
-    context: Context,
+    context: RuleContext,
     rule: Rule,
     group: list[ChangeRecord],
     worst: ChangeRecord,
@@ -282,16 +288,16 @@ def _growth_finding(
 
 
 # -- a baseline, or an earlier model at init -------------------------------------------------------
-def _by_role(now: FiguresRecord, changes: Iterable[Change]) -> dict[str, list[Change]]:
+def _by_role(now: FiguresRecord, changes: Iterable[FigureChange]) -> dict[str, list[FigureChange]]:
     """Return the changes of weights by the role that each weight has now."""
-    groups: dict[str, list[Change]] = {}
+    groups: dict[str, list[FigureChange]] = {}
     for change in changes:
         role = str(now.weights[change.where].get("role", ""))
         groups.setdefault(role, []).append(change)
     return groups
 
 
-def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Finding:
+def _finding(context: RuleContext, rule: Rule, group: list[FigureChange], what: str) -> Finding:
     """Return the finding about the changes of one figure, or of the weights of one role.
 
     Args:
@@ -332,7 +338,7 @@ def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Fi
     return Finding(rule.code, level, where, text, evidence, rule.summary, fix)
 
 
-def _growth_of(change: Change) -> float:
+def _growth_of(change: FigureChange) -> float:
     """Return the new value over the old one; the new one if the old is not above zero."""
     if change.old > 0:
         return change.new / change.old

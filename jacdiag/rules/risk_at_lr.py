@@ -10,7 +10,7 @@ from typing import Any
 from jacdiag.records import LEVELS, Finding, Level, Report, Risk
 from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.rules.risk_features import EXACT, INIT
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import Thresholds
 
 
@@ -205,21 +205,21 @@ def _short(value: float) -> str:
     return f"{float(f'{value:.3g}'):,g}"
 
 
-def _risk(context: Context, rule: Rule) -> Outcome:
+def _risk(context: RuleContext, rule: Rule) -> CheckOutcome:
     risk = context.report.risk
     if risk is None:
         return NOT_APPLICABLE
     if risk.chance is None or risk.lower is None or risk.upper is None:
-        return Outcome(0, note=risk.reason)
+        return CheckOutcome(0, note=risk.reason)
 
     # 1. No limit lies below the interval: clean, or undecided if one lies inside.
     highest = beyond(risk, context.thresholds)
     if highest is None:
         inside = [limit for limit in context.thresholds.limits("risk").cuts if limit < risk.upper]
         if not inside:
-            return Outcome(1)
+            return CheckOutcome(1)
         note = f"the chance is {risk}: {inside[0]:.0%} lies inside"
-        return Outcome(1, undecided=["risk"], note=note)
+        return CheckOutcome(1, undecided=["risk"], note=note)
 
     # 2. The finding.
     level, limit = highest
@@ -236,7 +236,7 @@ def _risk(context: Context, rule: Rule) -> Outcome:
         why=rule.summary,
         fix=rule.page.remedy,
     )
-    return Outcome(1, [finding])
+    return CheckOutcome(1, [finding])
 
 
 RISK = Rule("JD105", "risk", "error", check=_risk, states=("init",))

@@ -1,4 +1,4 @@
-"""A rule: what it is called and applies to, its check, and what a check is given and returns."""
+"""A rule: what it is called and applies to, its check, and what a check gets and returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jacdiag.rules.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
-class Context:
+class RuleContext:
     """What a check sees: the report so far, the thresholds and the profile.
 
     Attributes:
@@ -28,7 +28,7 @@ class Context:
     thresholds: Thresholds
     profile: Profile
     judgement: Judgement | None = None
-    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    outcomes: Mapping[str, CheckOutcome] = field(default_factory=dict)
 
     def rows(self, rule: Rule) -> list[SublayerRecord]:
         """Return the sub-layers on the stream that a rule applies to, by state and placement.
@@ -80,7 +80,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """How a check came out.
 
     Attributes:
@@ -97,7 +97,7 @@ class Outcome:
     conditions: Mapping[str, Condition] = field(default_factory=dict)
 
 
-NOT_APPLICABLE = Outcome(0)
+NOT_APPLICABLE = CheckOutcome(0)
 ALL_PLACEMENTS = ("pre", "post", "sandwich", "reordered", "none")
 
 
@@ -112,7 +112,8 @@ class RuleInfo:
         states: "init", "trained" or both.
         placements: placements of the norm that it applies to.
         observation_when_trained: it fires at info on a trained model.
-        after: it judges the outcomes of the other rules (`Context.outcomes`), and runs after them.
+        after: it judges the outcomes of the other rules (`RuleContext.outcomes`), and runs after
+            them.
     """
 
     code: str
@@ -142,4 +143,4 @@ class Rule(RuleInfo):
         check: from a context to an outcome.
     """
 
-    check: Callable[[Context, Rule], Outcome] = field(kw_only=True)
+    check: Callable[[RuleContext, Rule], CheckOutcome] = field(kw_only=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from jacdiag.records import Finding, SublayerRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 _NEAR = 0.05  # relative; alpha of DeepNorm is at least 1.19, for one layer
 
 
-def _zero(context: Context, rule: Rule) -> Outcome:
+def _zero(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
     if contract is None or not rows:
         return NOT_APPLICABLE
     cut = contract.zero_shortcuts
     if not cut:
-        return Outcome(len(rows))
+        return CheckOutcome(len(rows))
 
     # 1. The parameters that are zero on the way, and the shortcuts without one.
     names: list[str] = []
@@ -42,10 +42,12 @@ def _zero(context: Context, rule: Rule) -> Outcome:
     # 3. The finding.
     evidence = {"parameters": parameters, "count": len(cut)}
     level = context.level(rule, "warning")
-    return Outcome(len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)])
+    return CheckOutcome(
+        len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)]
+    )
 
 
-def _alpha(context: Context, rule: Rule) -> Outcome:
+def _alpha(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = context.judgement
     rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
     if judgement is None or not rows:
@@ -55,7 +57,7 @@ def _alpha(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     alpha = (2 * max(context.report.model.layers, 1)) ** 0.25
     if any(_has_factor(row) for row in rows):
-        return Outcome(len(rows))
+        return CheckOutcome(len(rows))
     where = [row.name for row in rows]
     what = (
         "the matrices are those of DeepNorm, and the factor on the shortcut is 1 at "
@@ -65,7 +67,9 @@ def _alpha(context: Context, rule: Rule) -> Outcome:
     fix = f"norm({plain(alpha)} * x + f(x)): the factor belongs on the shortcut and on nothing else"
     evidence = {"expected": alpha, "value": 1.0, "count": len(rows)}
     level = context.level(rule, "warning")
-    return Outcome(len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)])
+    return CheckOutcome(
+        len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)]
+    )
 
 
 def _has_factor(row: SublayerRecord) -> bool:

@@ -18,8 +18,8 @@ from jacdiag.rules.flight_replay import (
     LEAST_ROWS,
     LOSS,
     WINDOW,
-    Context,
     Figure,
+    ReplayContext,
     decide,
     first_out,
     is_out,
@@ -29,7 +29,7 @@ from jacdiag.rules.flight_replay import (
 
 USUAL = LevelRecord(center=2.0, spread=0.1, count=32, first=68, last=99)
 OTHERS = [1.9, 2.1, 2.0, 1.95, 2.05, 1.9, 2.1, 2.0, 2.0]
-AT = Context(step=100, checkpoint_step=99)
+AT = ReplayContext(step=100, checkpoint_step=99)
 
 
 def loss(suspects: Sequence[float], others: Sequence[float] = OTHERS, **more: Any) -> Figure:
@@ -37,7 +37,7 @@ def loss(suspects: Sequence[float], others: Sequence[float] = OTHERS, **more: An
     return Figure(name=LOSS, suspects=suspects, others=others, **options)
 
 
-def verdict(*figures: Figure, context: Context = AT) -> tuple[str, str]:
+def verdict(*figures: Figure, context: ReplayContext = AT) -> tuple[str, str]:
     decision = decide(figures, context)
     start = {"batch": "The batch:", "weights": "The weights:", "not decided": "Not decided:"}[
         decision.verdict
@@ -50,7 +50,7 @@ def verdict(*figures: Figure, context: Context = AT) -> tuple[str, str]:
 # -- the batch -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", [99, 100, 140, 60, None])
 def test_a_batch_that_alone_stands_out_is_named_on_weights_of_any_step(step: int | None) -> None:
-    named, text = verdict(loss([7.0]), context=Context(step=100, checkpoint_step=step))
+    named, text = verdict(loss([7.0]), context=ReplayContext(step=100, checkpoint_step=step))
     assert named == "batch"
     assert "its loss is 7" in text and "9 other kept batches have 1.90 to 2.10" in text
     assert "The run had 7 at step 100, and 2 before" in text.replace("7.00", "7").replace(
@@ -138,7 +138,7 @@ def test_a_batch_that_is_out_even_on_bad_weights_leaves_it_open() -> None:
 
 
 def test_weights_that_do_not_say_their_step_may_be_early_ones() -> None:
-    unknown = Context(step=100, checkpoint_step=None, highest_before=5.5)
+    unknown = ReplayContext(step=100, checkpoint_step=None, highest_before=5.5)
     # no part of the run was that high
     assert verdict(loss([7.0], HIGH), context=unknown)[0] == "weights"
     for highest in (7.5, None):
@@ -204,7 +204,7 @@ def test_a_batch_that_was_not_kept() -> None:
     ],
 )
 def test_neither_stands_out(step: int | None, words: str) -> None:
-    named, text = verdict(loss([2.0]), context=Context(step=100, checkpoint_step=step))
+    named, text = verdict(loss([2.0]), context=ReplayContext(step=100, checkpoint_step=step))
     assert named == "not decided" and words in text
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jacdiag.records import ContractRecord, Finding
 from jacdiag.records.structure import TableRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 # Memory that was handed out again holds integers, which read as float32 are below this or zero. A
 # table whose meaning
@@ -107,7 +107,7 @@ def wrong_tables(contract: ContractRecord) -> list[tuple[TableRecord, str]]:
     return tables
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -121,11 +121,11 @@ def _check(context: Context, rule: Rule) -> Outcome:
     findings = []
     for (meaning, fault), tables in groups.items():
         findings.append(_finding(context, rule, meaning, fault, tables))
-    return Outcome(len(contract.tables), findings)
+    return CheckOutcome(len(contract.tables), findings)
 
 
 def _finding(
-    context: Context, rule: Rule, meaning: str, fault: str, tables: Sequence[TableRecord]
+    context: RuleContext, rule: Rule, meaning: str, fault: str, tables: Sequence[TableRecord]
 ) -> Finding:
     # 1. The sentence.
     names = [table.name for table in tables]

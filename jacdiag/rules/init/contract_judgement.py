@@ -13,7 +13,7 @@ from jacdiag.rules.init.schemes import Scheme, formulas_of
 
 
 @dataclass(frozen=True)
-class Judged:
+class SchemeComparison:
     """A model compared with the scheme of its family, else with the one that most of it follows.
 
     Attributes:
@@ -48,10 +48,10 @@ class Judgement:
     """
 
     contract: ContractRecord
-    compare: Callable[[ContractRecord], Judged]
+    compare: Callable[[ContractRecord], SchemeComparison]
 
     @cached_property
-    def result(self) -> Judged:
+    def result(self) -> SchemeComparison:
         """The comparison with the scheme of the model's family, else with the rest of the model."""
         return self.compare(self.contract)
 

@@ -16,7 +16,7 @@ from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.init.layer_groups import DRAWN
 from jacdiag.rules.init.odd_parameter import names_of
 from jacdiag.rules.init.schemes import MATRICES
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Tables that are computed, such as the decay rates of a state space model, are alike in all layers
@@ -146,7 +146,7 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
 
 
 # -- the rule --------------------------------------------------------------------------------------
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = context.judgement
     if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -164,10 +164,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
     ]
     findings += [_finding_of_others(context, rule, group) for group in others.values()]
     findings += _findings_alone(context, rule, judgement)
-    return Outcome(count, findings)
+    return CheckOutcome(count, findings)
 
 
-def _findings_alone(context: Context, rule: Rule, judgement: Judgement) -> Iterator[Finding]:
+def _findings_alone(context: RuleContext, rule: Rule, judgement: Judgement) -> Iterator[Finding]:
     """Yield what is said of weights that repeat a part of themselves."""
     # 1. Random numbers that repeat.
     repeating = []
@@ -188,7 +188,7 @@ def _findings_alone(context: Context, rule: Rule, judgement: Judgement) -> Itera
         yield _finding_of_constants(context, rule, value, weights)
 
 
-def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Finding:
+def _finding_of_others(context: RuleContext, rule: Rule, group: list[Copy]) -> Finding:
     weights = [copy.weight for copy in group]
     original = group[0].original
     verb = "repeats" if len(weights) == 1 else "repeat"
@@ -211,7 +211,7 @@ def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Findi
 
 
 def _finding_of_constants(
-    context: Context, rule: Rule, value: str, weights: list[WeightRecord]
+    context: RuleContext, rule: Rule, value: str, weights: list[WeightRecord]
 ) -> Finding:
     verb = "holds" if len(weights) == 1 else "hold"
     what = (
@@ -227,7 +227,7 @@ def _finding_of_constants(
     )
 
 
-def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
+def _finding_of_parts(context: RuleContext, rule: Rule, repeating: list[WeightRecord]) -> Finding:
     names = [weight.parameter for weight in repeating]
     what = (
         f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is "
@@ -254,7 +254,7 @@ def _count_drawn_weights(
 
 
 def _finding(
-    context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]
+    context: RuleContext, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]
 ) -> Finding:
     """Return the finding about the layers or experts of a stack that repeat one of them."""
     # 1. The layers that repeat, and how many drawn weights they have.

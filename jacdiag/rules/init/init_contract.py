@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init.contract_judgement import Judged, Judgement, pinned_scheme
+from jacdiag.rules.init.contract_judgement import Judgement, SchemeComparison, pinned_scheme
 from jacdiag.rules.init.leftover_memory import without_leftovers
 from jacdiag.rules.init.mistaken_formulas import find_mistaken
 from jacdiag.rules.init.never_drawn import NoDraw, find_no_draws, without_no_draws
@@ -24,14 +24,14 @@ from jacdiag.rules.init.scheme_deviations import (
 )
 from jacdiag.rules.init.scheme_fit import Yardstick
 from jacdiag.rules.init.schemes import MATRICES, Scheme, published_for
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 # Roles that are usually spared from weight decay, in words.
 _SPARED = {"embedding": "the embedding", "norm_gain": "norm gains", "bias": "biases"}
 
 
-def judged(contract: ContractRecord) -> Judged:
+def judged(contract: ContractRecord) -> SchemeComparison:
     """Compare every weight with what its family, or the rest of the model, says."""
     contract = without_no_draws(without_leftovers(contract))
     # 1. The scheme of the family, else the one that most of the model follows.
@@ -44,7 +44,7 @@ def judged(contract: ContractRecord) -> Judged:
         if own is None:
             count, uneven = layers_that_differ(contract.weights)
             note = "follows no known scheme; layers are compared with each other"
-            return Judged(None, False, None, count, uneven, note)
+            return SchemeComparison(None, False, None, count, uneven, note)
         yardstick = own
         note = _note_of_own(yardstick)
 
@@ -59,7 +59,7 @@ def judged(contract: ContractRecord) -> Judged:
     # 3. The others, layer by layer.
     uncovered = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
     count_of_others, uneven = layers_that_differ(uncovered)
-    return Judged(
+    return SchemeComparison(
         yardstick.scheme,
         published is not None,
         yardstick.s,
@@ -98,7 +98,7 @@ def judge(contract: ContractRecord) -> Judgement:
     return Judgement(contract, judged)
 
 
-def _judgement(context: Context, rule: Rule) -> Judgement | None:
+def _judgement(context: RuleContext, rule: Rule) -> Judgement | None:
     """Return the judgement of the weights, if the rule applies to a model of this state."""
     if context.report.state not in rule.states:
         return None
@@ -106,7 +106,7 @@ def _judgement(context: Context, rule: Rule) -> Judgement | None:
 
 
 def _findings(
-    context: Context, rule: Rule, differing: Iterable[Deviation], by: str
+    context: RuleContext, rule: Rule, differing: Iterable[Deviation], by: str
 ) -> list[Finding]:
     """Return one finding per name pattern: the layers, measured, expected, and what it looks like.
 
@@ -144,12 +144,12 @@ def _where(weights: Iterable[WeightRecord]) -> list[str]:
 
 
 # -- JD201 -----------------------------------------------------------------------------------------
-def _pinned(context: Context, rule: Rule) -> Outcome:
+def _pinned(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or not contract.pinned:
         return NOT_APPLICABLE
     if _known_to_be_trained(context.report):
-        return Outcome(
+        return CheckOutcome(
             0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})"
         )
     # 1. What the user should know about the contract.
@@ -168,7 +168,7 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
     # 2. The weights that differ from it.
     count, differing = deviations(Yardstick.given(contract, scheme))
     findings = _findings(context, rule, differing, "the pinned contract expects")
-    return Outcome(count, findings, note="; ".join(notes))
+    return CheckOutcome(count, findings, note="; ".join(notes))
 
 
 def _known_to_be_trained(report: Report) -> bool:
@@ -190,13 +190,13 @@ def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
 
 
 # -- JD202 to JD205 --------------------------------------------------------------------------------
-def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
+def _by_kind(kind: str) -> Callable[[RuleContext, Rule], CheckOutcome]:
     """Return the check of JD202 ("published"), JD203 ("depth"), JD204 ("own") or JD205 ("layers").
 
     Each of the four reports its own share of the weights that differ.
     """
 
-    def check(context: Context, rule: Rule) -> Outcome:
+    def check(context: RuleContext, rule: Rule) -> CheckOutcome:
         judgement = _judgement(context, rule)
         if judgement is None:
             return NOT_APPLICABLE
@@ -213,7 +213,7 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         is_for_other_rule = is_on_scheme and (kind == "published") != result.published
         if not result.count or is_for_other_rule:
             shows_note = kind == "own" and not result.published
-            return Outcome(0, note=result.note if shows_note else "")
+            return CheckOutcome(0, note=result.note if shows_note else "")
 
         # 3. The weights that differ in this rule's way.
         matched = _matched(kind, contract, result)
@@ -222,12 +222,12 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         kinds = (kind, "plain") if is_on_scheme else (kind,)
         differing = [deviation for deviation in result.deviations if deviation.kind in kinds]
         findings = _findings(context, rule, differing, f"{_authority(contract, result)} expects")
-        return Outcome(matched, findings, note=result.note)
+        return CheckOutcome(matched, findings, note=result.note)
 
     return check
 
 
-def _authority(contract: ContractRecord, result: Judged) -> str:
+def _authority(contract: ContractRecord, result: SchemeComparison) -> str:
     """Return what the weights are compared with, in words."""
     if result.mistake:
         return "the formula of literature"
@@ -237,8 +237,8 @@ def _authority(contract: ContractRecord, result: Judged) -> str:
 
 
 def _outcome_of_no_draws(
-    context: Context, rule: Rule, result: Judged, no_draws: list[Finding]
-) -> Outcome:
+    context: RuleContext, rule: Rule, result: SchemeComparison, no_draws: list[Finding]
+) -> CheckOutcome:
     """Return the outcome of JD204 for a model with weights that no init draws."""
     named = {name for finding in no_draws for name in finding.evidence["parameters"]}
     differing = []
@@ -247,11 +247,11 @@ def _outcome_of_no_draws(
         if is_of_this_rule and deviation.weight.parameter not in named:
             differing.append(deviation)
     others = _findings(context, rule, differing, "the scheme of the rest expects")
-    return Outcome(max(result.count, len(no_draws)), [*no_draws, *others], note=result.note)
+    return CheckOutcome(max(result.count, len(no_draws)), [*no_draws, *others], note=result.note)
 
 
 def _no_draw_findings(
-    context: Context, rule: Rule, contract: ContractRecord, result: Judged
+    context: RuleContext, rule: Rule, contract: ContractRecord, result: SchemeComparison
 ) -> list[Finding]:
     """Return one finding per name pattern and sign for weights that no init draws."""
     contract = without_leftovers(contract)
@@ -283,7 +283,7 @@ def _no_draw_findings(
     return findings
 
 
-def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
+def _matched(kind: str, contract: ContractRecord, result: SchemeComparison) -> int:
     """Return how much a rule had to look at.
 
     For depth these are matrices under a scheme, for layers name patterns of several.
@@ -301,7 +301,7 @@ def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
 
 
 # -- JD206 -----------------------------------------------------------------------------------------
-def _tied(context: Context, rule: Rule) -> Outcome:
+def _tied(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = _judgement(context, rule)
     if judgement is None or not judgement.contract.tied:
         return NOT_APPLICABLE
@@ -317,11 +317,11 @@ def _tied(context: Context, rule: Rule) -> Outcome:
             logits = weight.std * width**0.5
         if logits > limit:
             findings.append(_tied_finding(context, rule, weight, logits, limit))
-    return Outcome(len(contract.tied), findings)
+    return CheckOutcome(len(contract.tied), findings)
 
 
 def _tied_finding(
-    context: Context, rule: Rule, weight: WeightRecord, logits: float, limit: float
+    context: RuleContext, rule: Rule, weight: WeightRecord, logits: float, limit: float
 ) -> Finding:
     what = (
         f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std "
@@ -339,7 +339,7 @@ def _tied_finding(
 
 
 # -- JD207 -----------------------------------------------------------------------------------------
-def _decay(context: Context, rule: Rule) -> Outcome:
+def _decay(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None:
         return NOT_APPLICABLE
@@ -355,11 +355,11 @@ def _decay(context: Context, rule: Rule) -> Outcome:
         names = [weight.parameter for weight in decayed if weight.role == role]
         if names:
             findings.append(_decay_finding(context, rule, role, words, names))
-    return Outcome(len(spared), findings)
+    return CheckOutcome(len(spared), findings)
 
 
 def _decay_finding(
-    context: Context, rule: Rule, role: str, words: str, names: list[str]
+    context: RuleContext, rule: Rule, role: str, words: str, names: list[str]
 ) -> Finding:
     """Return the finding about the parameters of one role that decay."""
     listed = list_names(names, longest=None)

@@ -8,7 +8,7 @@ from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.init.layer_groups import CONSTANT
 from jacdiag.rules.init.odd_parameter import draw_in_words, names_of
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 # Over the fresh families of transformers the largest number of any parameter is 10
 # (benchmarks/results/vectors.json).
@@ -79,7 +79,7 @@ def _sign_of(weight: WeightRecord) -> str:
     return ""
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -88,10 +88,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
     for leftover in leftovers(contract):
         groups.setdefault(leftover.sign, []).append(leftover.weight)
     findings = [_finding(context, rule, sign, weights) for sign, weights in groups.items()]
-    return Outcome(len(known), findings)
+    return CheckOutcome(len(known), findings)
 
 
-def _fix_for(context: Context, left: list[WeightRecord]) -> str:
+def _fix_for(context: RuleContext, left: list[WeightRecord]) -> str:
     """Return what to set or draw each parameter to.
 
     Its role or its like in another layer says so, if anything does.
@@ -124,7 +124,7 @@ def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
     return "initialise {} as the model's paper or config says"
 
 
-def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
+def _finding(context: RuleContext, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
     # 1. The sentence.
     names = names_of(weights)
     verb = "holds" if len(weights) == 1 else "hold"

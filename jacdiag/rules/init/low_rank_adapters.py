@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from jacdiag.records import Finding
 from jacdiag.records.structure import AdapterRecord
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -32,10 +32,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
         findings.append(_finding_of_zeros(context, rule, several_zero))
     if both_drawn:
         findings.append(_finding_of_draws(context, rule, both_drawn))
-    return Outcome(len(contract.adapters), findings)
+    return CheckOutcome(len(contract.adapters), findings)
 
 
-def _finding_of_zeros(context: Context, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
+def _finding_of_zeros(context: RuleContext, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
     """Return the finding about adapters that no step can change."""
     firsts: list[str] = []
     others: list[str] = []
@@ -52,7 +52,7 @@ def _finding_of_zeros(context: Context, rule: Rule, pairs: Sequence[AdapterRecor
     return _finding(context, rule, evidence, what, fix)
 
 
-def _finding_of_draws(context: Context, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
+def _finding_of_draws(context: RuleContext, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
     """Return the finding about adapters that change the model before the first step."""
     firsts = [pair.first for pair in pairs]
     seconds = [pair.second for pair in pairs]
@@ -64,7 +64,7 @@ def _finding_of_draws(context: Context, rule: Rule, pairs: Sequence[AdapterRecor
 
 
 def _finding(
-    context: Context, rule: Rule, evidence: dict[str, object], what: str, fix: str
+    context: RuleContext, rule: Rule, evidence: dict[str, object], what: str, fix: str
 ) -> Finding:
     names = evidence["parameters"]
     assert isinstance(names, list)

@@ -6,7 +6,7 @@ import re
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.init.layer_groups import DRAWN
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 # What code calls the map from the condition to shifts, scales and gates: DiT and its descendants,
 # PixArt, SD3, Flux.
@@ -45,7 +45,7 @@ def drawn_beside_zero(
     return pairs
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -65,7 +65,7 @@ def _check(context: Context, rule: Rule) -> Outcome:
                 rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
             )
         )
-    return Outcome(count, findings)
+    return CheckOutcome(count, findings)
 
 
 RULE = Rule("JD216", "modulation-at-zero", "warning", check=_check, states=("init",))

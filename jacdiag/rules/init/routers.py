@@ -12,7 +12,7 @@ from jacdiag.rules.init.layer_groups import DRAWN
 from jacdiag.rules.init.odd_parameter import names_of
 from jacdiag.rules.init.schemes import INNER, Scheme, formulas_of
 from jacdiag.rules.init.small_parameters import differences
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
@@ -207,7 +207,7 @@ def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRec
 
 
 # -- the rule --------------------------------------------------------------------------------------
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = context.judgement
     if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -215,10 +215,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
     # One finding for each name of routers.
     count, unlike = unlike_routers(judgement)
     findings = [_finding(context, rule, routers) for routers in unlike]
-    return Outcome(count, findings)
+    return CheckOutcome(count, findings)
 
 
-def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
+def _finding(context: RuleContext, rule: Rule, routers: Routers) -> Finding:
     first = routers.members[0]
     name = first.pattern.removesuffix(".weight")
     level: Level = "warning" if routers.looks and not routers.excuse else "info"

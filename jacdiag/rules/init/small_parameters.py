@@ -24,7 +24,7 @@ from jacdiag.rules.init.leftover_memory import leftovers
 from jacdiag.rules.init.norm_gains import error_of_mean, gains_unlike_the_model, wrong_gains
 from jacdiag.rules.init.odd_parameter import Difference, draw_in_words, fix_for
 from jacdiag.rules.init.schemes import MATRICES, Scheme, formulas_of
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import layers_in_words
 
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
@@ -272,7 +272,7 @@ def _content(weight: WeightRecord) -> str:
     return f"numbers of mean {plain(weight.mean)} and std {plain(weight.std)}"
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = context.judgement
     if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -282,10 +282,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
     groups: dict[tuple[str, str], list[Difference]] = {}
     for difference in differing:
         groups.setdefault((difference.pattern, difference.others), []).append(difference)
-    return Outcome(count, [_finding(context, rule, group) for group in groups.values()])
+    return CheckOutcome(count, [_finding(context, rule, group) for group in groups.values()])
 
 
-def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
+def _finding(context: RuleContext, rule: Rule, group: list[Difference]) -> Finding:
     """Return the finding about the parameters of one name that differ from the same others."""
     first = group[0]
     weights = [difference.weight for difference in group]

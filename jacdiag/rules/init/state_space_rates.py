@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jacdiag.records import Finding, Level
 from jacdiag.records.structure import RateRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
 # Model types whose own code in transformers 5 writes constant biases: ones, and zeros for jamba.
@@ -16,7 +16,7 @@ from jacdiag.rules.wording import list_names
 PUBLISHED_CONSTANT = ("bamba", "falcon_h1", "granitemoehybrid", "jamba")
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
@@ -38,11 +38,11 @@ def _check(context: Context, rule: Rule) -> Outcome:
         findings.append(_steps_finding(context, rule, unusual, contract.family))
     if broken:
         findings.append(_broken_finding(context, rule, broken))
-    return Outcome(len(contract.rates), findings)
+    return CheckOutcome(len(contract.rates), findings)
 
 
 def _steps_finding(
-    context: Context, rule: Rule, rates: Sequence[RateRecord], family: str
+    context: RuleContext, rule: Rule, rates: Sequence[RateRecord], family: str
 ) -> Finding:
     known = family in PUBLISHED_CONSTANT
     level: Level = "info" if known else "warning"
@@ -72,7 +72,7 @@ def _steps_finding(
     )
 
 
-def _broken_finding(context: Context, rule: Rule, rates: Sequence[RateRecord]) -> Finding:
+def _broken_finding(context: RuleContext, rule: Rule, rates: Sequence[RateRecord]) -> Finding:
     count = sum(rate.not_finite for rate in rates)
     names = [rate.parameter for rate in rates]
     listed = list_names(names, longest=None)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from jacdiag.records import Finding
 from jacdiag.records.structure import TieRecord
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 
-def _check(context: Context, rule: Rule) -> Outcome:
+def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states or contract.tie is None:
         return NOT_APPLICABLE
     tie = contract.tie
     if tie.said == tie.shared:
-        return Outcome(1)
+        return CheckOutcome(1)
     names = list(dict.fromkeys((tie.head, tie.embedding)))
     evidence = {"parameters": names, "said": tie.said, "shared": tie.shared, "equal": tie.equal}
     what, fix = _words(tie)
-    return Outcome(
+    return CheckOutcome(
         1,
         [
             Finding(
