@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jacdiag.records import Condition, Finding, Level, Report, SublayerRecord
+from jacdiag.records import Condition, ContractRecord, Finding, Level, Report, SublayerRecord
 from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
@@ -36,15 +36,39 @@ class RuleContext:
         Args:
             rule: that checks.
         """
-        if self.report.tier != "measured" or self.report.state not in rule.states:
+        report = self.report
+        if report.tier != "measured" or report.state not in rule.states:
             return []
 
-        rows = []
-        for row in self.report.sublayers:
-            is_on_stream = not row.nested
-            if is_on_stream and row.placement in rule.placements:
-                rows.append(row)
-        return rows
+        # What is nested in another sub-layer is not on the stream.
+        on_stream = [row for row in report.sublayers if not row.nested]
+        return [row for row in on_stream if row.placement in rule.placements]
+
+    def contract_for(self, rule: Rule) -> ContractRecord | None:
+        """Return how the weights were initialized, if a rule applies to a model of this state.
+
+        Args:
+            rule: that checks.
+
+        Returns:
+            None if it does not, or if the report has no contract.
+        """
+        if self.report.state not in rule.states:
+            return None
+        return self.report.contract
+
+    def judgement_for(self, rule: Rule) -> Judgement | None:
+        """Return the judgement of the weights, if a rule applies to a model of this state.
+
+        Args:
+            rule: that checks.
+
+        Returns:
+            None if it does not, or if the report has no contract.
+        """
+        if self.report.state not in rule.states:
+            return None
+        return self.judgement
 
     @property
     def distrusted(self) -> Mapping[str, str]:
@@ -71,12 +95,22 @@ class RuleContext:
             return "info"
 
         # 2. A probe unlike what the model was trained on. Rules of the init contract read no norm.
-        probe = self.report.probe
-        is_off_distribution = probe is not None and probe.off_distribution
         reads_norms = not rule.code.startswith("JD2")
-        if level == "error" and is_off_distribution and reads_norms:
-            return "warning"
+        if reads_norms and self._is_off_distribution:
+            return _capped_at_warning(level)
         return level
+
+    @property
+    def _is_off_distribution(self) -> bool:
+        """Whether the probe is unlike what a trained model was trained on."""
+        probe = self.report.probe
+        return probe is not None and probe.off_distribution
+
+
+def _capped_at_warning(level: Level) -> Level:
+    if level == "error":
+        return "warning"
+    return level
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,23 @@ from dataclasses import dataclass
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init.layer_groups import CONSTANT, MAJORITY
+from jacdiag.rules.grouping import group_by
+from jacdiag.rules.init.layer_groups import MAJORITY
 from jacdiag.rules.init.odd_parameter import Difference
 from jacdiag.rules.init.schemes import INNER
+from jacdiag.rules.init.weight_facts import (
+    INDEPENDENT,
+    is_constant,
+    is_vector,
+    largest_of,
+    mean_of,
+    module_of,
+    pattern_of,
+    size_of,
+    std_of,
+    with_role,
+)
 
-_DRAWN = ("normal", "truncated", "uniform")
 _LEAST_SIZE = 100  # biases of one name, over all layers
 _LEAST_IN_ALL = 256  # biases of a model: with fewer, a std is known to a fifth at best
 _ERRORS = 4.9  # standard errors, a chance of 1e-6
@@ -48,7 +60,7 @@ class BiasGroup:
     @property
     def is_drawn(self) -> bool:
         """Whether each of them was drawn."""
-        return all(bias.family in _DRAWN for bias in self.members)
+        return all(bias.family in INDEPENDENT for bias in self.members)
 
     @property
     def is_off_zero(self) -> bool:
@@ -79,16 +91,29 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
         yield from _norm_biases(weights, inner_std)
         return
 
-    # 2. Drawn around another number. The error of a mean is known for any size.
-    off_zero = [group for group in drawn_groups if group.is_off_zero]
-    if len(off_zero) < 2 or len(off_zero) < MAJORITY * len(all_groups):
-        return
-    for group in off_zero:
+    # 2. Drawn around another number.
+    for group in _groups_off_zero(drawn_groups, len(all_groups)):
         others = (
             f"drawn around {plain(group.mean)}; the bias of a linear layer usually starts at 0, "
             "or is drawn around 0"
         )
         yield from _differences_of(group, others)
+
+
+def _groups_off_zero(groups: Sequence[BiasGroup], count: int) -> list[BiasGroup]:
+    """Return the groups that were drawn around another number than zero, if most were.
+
+    Args:
+        groups: biases that were drawn.
+        count: how many groups the model has, constant ones included.
+    """
+    # The error of a mean is known for any size.
+    off_zero = [group for group in groups if group.is_off_zero]
+    if len(off_zero) < 2:
+        return []
+    if len(off_zero) < MAJORITY * count:
+        return []
+    return off_zero
 
 
 def _groups_drawn_as_matrices(groups: Sequence[BiasGroup], inner_std: float) -> list[BiasGroup]:
@@ -100,16 +125,15 @@ def _groups_drawn_as_matrices(groups: Sequence[BiasGroup], inner_std: float) -> 
     """
     # 1. The std of few numbers says nothing.
     large = [group for group in groups if group.count >= _LEAST_SIZE]
-    alike = []
-    for group in large:
-        is_around_zero = not group.is_off_zero
-        if is_around_zero and _drawn_as_matrices(group, inner_std):
-            alike.append(group)
+    alike = [group for group in large if _drawn_as_matrices(group, inner_std)]
+    if not alike:
+        return []
 
     # 2. Most groups must agree, over enough numbers.
-    if not alike or len(alike) < MAJORITY * len(large):
+    numbers = sum(group.count for group in alike)
+    if numbers < _LEAST_IN_ALL:
         return []
-    if sum(group.count for group in alike) < _LEAST_IN_ALL:
+    if len(alike) < MAJORITY * len(large):
         return []
     return alike
 
@@ -122,23 +146,34 @@ def bias_groups(weights: Sequence[WeightRecord]) -> list[BiasGroup]:
     Args:
         weights: all parameters of a model.
     """
+    # 1. Each bias with the matrix of the same module.
+    pairs: list[_Pair] = []
     by_name = {weight.parameter: weight for weight in weights}
-    pairs: dict[str, list[tuple[WeightRecord, WeightRecord]]] = {}
-    for bias in weights:
-        if bias.role != "bias" or bias.mean is None:
-            continue
-
-        # The matrix of the same module.
+    for bias in with_role(weights, "bias"):
         matrix = by_name.get(_name_of_matrix(bias.parameter))
-        if matrix is not None and _is_drawn_matrix(matrix):
-            pairs.setdefault(bias.pattern, []).append((bias, matrix))
-    return [_pool(group) for group in pairs.values()]
+        if matrix is None or bias.mean is None:
+            continue
+        if _is_drawn_matrix(matrix):
+            pairs.append(_Pair(bias, matrix))
+
+    # 2. Those of one name over the layers.
+    groups = group_by(pairs, lambda pair: pair.bias.pattern)
+    return [_pool(group) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A bias and the matrix that it stands next to."""
+
+    bias: WeightRecord
+    matrix: WeightRecord
 
 
 def _is_drawn_matrix(weight: WeightRecord) -> bool:
     """Return whether a weight is a matrix with random numbers, and no router."""
-    is_drawn = weight.family not in CONSTANT and bool(weight.std)
-    return weight.role != "router" and len(weight.shape) >= 2 and is_drawn
+    if weight.role == "router" or is_vector(weight):
+        return False
+    return bool(weight.std) and not is_constant(weight)
 
 
 def _name_of_matrix(bias: str) -> str:
@@ -156,54 +191,56 @@ def _name_of_matrix(bias: str) -> str:
     return f"{module}.{matrix}"
 
 
-def _pool(pairs: Sequence[tuple[WeightRecord, WeightRecord]]) -> BiasGroup:
+def _pool(pairs: Sequence[_Pair]) -> BiasGroup:
     """Return the biases of one name with the figures of all their numbers.
 
     Args:
         pairs: each bias with its matrix.
     """
     # 1. Size, mean and mean square of each bias.
-    sizes: list[int] = []
-    means: list[float] = []
-    squares: list[float] = []
-    for bias, _ in pairs:
-        mean = bias.mean or 0.0
-        sizes.append(math.prod(bias.shape))
-        means.append(mean)
-        squares.append((bias.std or 0.0) ** 2 + mean**2)
+    biases = [pair.bias for pair in pairs]
+    sizes = list(map(size_of, biases))
+    means = list(map(mean_of, biases))
+    squares = list(map(_mean_square, biases))
 
     # 2. Those over all of them.
     count = sum(sizes)
     return BiasGroup(
-        members=tuple(bias for bias, _ in pairs),
-        matrices=tuple(matrix for _, matrix in pairs),
+        members=tuple(biases),
+        matrices=tuple(pair.matrix for pair in pairs),
         count=count,
         mean=sum(map(operator.mul, sizes, means)) / count,
         std=math.sqrt(sum(map(operator.mul, sizes, squares)) / count),
-        largest=max(bias.largest or 0.0 for bias, _ in pairs),
+        largest=max(map(largest_of, biases)),
     )
+
+
+def _mean_square(weight: WeightRecord) -> float:
+    return std_of(weight) ** 2 + mean_of(weight) ** 2
 
 
 def _middle_std(weights: Sequence[WeightRecord]) -> float:
     """Return the middle std of the matrices that read the stream; 0 if none was drawn."""
-    stds = [weight.std for weight in weights if weight.role in INNER and weight.std]
+    readers = [weight for weight in weights if weight.role in INNER]
+    stds = sorted(filter(None, map(std_of, readers)))
     if not stds:
         return 0.0
-
-    stds.sort()
     return stds[len(stds) // 2]
 
 
 def _drawn_as_matrices(group: BiasGroup, inner_std: float) -> bool:
-    """Return whether biases have the std of matrices, and are not uniform.
+    """Return whether biases lie around zero with the std of matrices, and are not uniform.
 
     The matrices are their own, or those that read the stream.
     """
-    squares = sum((matrix.std or 0.0) ** 2 for matrix in group.matrices)
+    if group.is_off_zero:
+        return False
+
+    # The root mean square over their own matrices.
+    stds = map(std_of, group.matrices)
+    squares = sum(std**2 for std in stds)
     own_std = math.sqrt(squares / len(group.matrices))
-    if _has_std(group, own_std):
-        return True
-    return _has_std(group, inner_std)
+    return _has_std(group, own_std) or _has_std(group, inner_std)
 
 
 def _has_std(group: BiasGroup, std: float) -> bool:
@@ -225,8 +262,8 @@ def _norm_biases(weights: Sequence[WeightRecord], inner_std: float) -> Iterator[
 
     They went through the same code.
     """
-    for members in _drawn_biases_of_norms(weights):
-        group = _pool([(bias, bias) for bias in members])
+    for biases in _drawn_biases_of_norms(weights):
+        group = _pool([_Pair(bias, bias) for bias in biases])
         if group.is_off_zero:
             continue
 
@@ -237,18 +274,15 @@ def _norm_biases(weights: Sequence[WeightRecord], inner_std: float) -> Iterator[
 
 def _drawn_biases_of_norms(weights: Sequence[WeightRecord]) -> list[list[WeightRecord]]:
     """Return the drawn biases of norms, those of one name over the layers in one list."""
-    gains = [weight for weight in weights if weight.role == "norm_gain"]
-    norms = {_module_of(gain) for gain in gains}
-    by_pattern: dict[str, list[WeightRecord]] = {}
-    for bias in weights:
-        is_drawn_bias = bias.role == "bias" and bias.family in _DRAWN
-        if is_drawn_bias and _module_of(bias) in norms:
-            by_pattern.setdefault(bias.pattern, []).append(bias)
-    return list(by_pattern.values())
+    # 1. A norm is a module with a gain.
+    gains = with_role(weights, "norm_gain")
+    norms = set(map(module_of, gains))
 
-
-def _module_of(weight: WeightRecord) -> str:
-    return weight.parameter.rpartition(".")[0]
+    # 2. Its bias, if that was drawn.
+    biases = with_role(weights, "bias")
+    of_norms = [bias for bias in biases if module_of(bias) in norms]
+    drawn = [bias for bias in of_norms if bias.family in INDEPENDENT]
+    return list(group_by(drawn, pattern_of).values())
 
 
 def _differences_of(group: BiasGroup, others: str) -> Iterator[Difference]:

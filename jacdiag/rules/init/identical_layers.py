@@ -12,10 +12,17 @@ from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.contract_judgement import Judgement
-from jacdiag.rules.init.layer_groups import DRAWN
 from jacdiag.rules.init.odd_parameter import names_of
 from jacdiag.rules.init.schemes import MATRICES
+from jacdiag.rules.init.weight_facts import (
+    content_of,
+    is_drawn,
+    is_vector,
+    parameters_of,
+    places_of,
+)
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -25,6 +32,9 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _ROLES = (*MATRICES, "router", "adapter")
 # searched for shards too; two of them may be one on purpose
 _OUTSIDE = ("embedding", "head", "projection")
+
+
+_MOST_NUMBERS = 8  # of layers in a sentence
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,11 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
     Args:
         contract: of a model at its init.
     """
-    drawn = [weight for weight in contract.weights if _is_drawn(weight)]
-    groups: dict[tuple[str, str], list[WeightRecord]] = {}
-    for weight in drawn:
-        groups.setdefault((_origin_of(weight), _stack_of(weight)), []).append(weight)
+    # 1. Weights of one stack with the same random numbers.
+    drawn = list(filter(_is_drawn, contract.weights))
+    groups = group_by(drawn, lambda weight: (_origin_of(weight), _stack_of(weight)))
+
+    # 2. All but the first repeat one that stands before them.
     repeating = []
     for members in groups.values():
         for position, weight in enumerate(members[1:], start=1):
@@ -75,33 +86,32 @@ def constant_matrices(judgement: Judgement) -> list[WeightRecord]:
     Args:
         judgement: of a model at its init. What another rule of the contract names is left out.
     """
-    constant = []
-    for weight in judgement.contract.weights:
-        if weight.role not in MATRICES or weight.family != "constant":
-            continue
+    weights = judgement.contract.weights
+    constant = filter(_is_constant_matrix, weights)
+    return [matrix for matrix in constant if matrix.parameter not in judgement.deviating_names]
 
-        # A matrix with one row or column is a vector, whose numbers may be one on purpose.
-        is_matrix = len(weight.shape) >= 2 and min(weight.shape[-2:]) >= 2
-        if is_matrix and weight.parameter not in judgement.deviating_names:
-            constant.append(weight)
-    return constant
+
+def _is_constant_matrix(weight: WeightRecord) -> bool:
+    if weight.role not in MATRICES or weight.family != "constant":
+        return False
+    if is_vector(weight):
+        return False
+
+    # A matrix with one row or column is a vector, whose numbers may be one on purpose.
+    return min(weight.shape[-2:]) >= 2
 
 
 def _is_drawn(weight: WeightRecord) -> bool:
-    return weight.role in _ROLES and len(weight.shape) >= 2 and weight.family in DRAWN
+    """Return whether a weight is a drawn matrix of a role that is never computed."""
+    if is_vector(weight):
+        return False
+    return weight.role in _ROLES and is_drawn(weight)
 
 
 def _origin_of(weight: WeightRecord) -> str:
     """Return the name of the first weight of a model that holds these random numbers."""
-    if weight.stream_of:
-        return weight.stream_of
     # Of a weight that repeats a part of itself, `same_as` is its own name.
-    return weight.same_as or weight.parameter
-
-
-def _content_of(weight: WeightRecord) -> str:
-    """Return the name of the first weight that is bit-identical."""
-    return weight.same_as or weight.parameter
+    return weight.stream_of or content_of(weight)
 
 
 def _stack_of(weight: WeightRecord) -> str:
@@ -120,9 +130,9 @@ def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
 
     It is that of its own name in another layer, else the first.
     """
-    for original in earlier:
-        is_exact = _content_of(weight) == _content_of(original)
-        copy = _compare_names(weight, original) if is_exact else None
+    exact = [original for original in earlier if content_of(original) == content_of(weight)]
+    for original in exact:
+        copy = _compare_names(weight, original)
         if copy is not None:
             return copy
     return Copy(weight, earlier[0])
@@ -133,62 +143,75 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
 
     `stack` is the name before the first number that differs.
     """
-    if _NUMBER.sub("*", weight.parameter) != _NUMBER.sub("*", original.parameter):
+    name = weight.parameter
+    other_name = original.parameter
+    if _without_numbers(name) != _without_numbers(other_name):
         return None
-    pairs = zip(
-        _NUMBER.finditer(weight.parameter), _NUMBER.finditer(original.parameter), strict=True
-    )
+
+    pairs = zip(_NUMBER.finditer(name), _NUMBER.finditer(other_name), strict=True)
     for own, other in pairs:
         if own[0] != other[0]:
-            stack = weight.parameter[: own.start()].removesuffix(".")
+            stack = name[: own.start()].removesuffix(".")
             return Copy(weight, original, stack, int(own[0]), int(other[0]))
     return None
 
 
+def _without_numbers(name: str) -> str:
+    return _NUMBER.sub("*", name)
+
+
 # -- the rule --------------------------------------------------------------------------------------
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    judgement = context.judgement
-    if judgement is None or context.report.state not in rule.states:
+    judgement = context.judgement_for(rule)
+    if judgement is None:
         return NOT_APPLICABLE
     contract = judgement.contract
     count, repeating = copies(contract)
-    stacks: dict[tuple[str, int], list[Copy]] = {}
-    others: dict[str, list[Copy]] = {}
-    for copy in repeating:
-        if copy.is_of_a_layer:
-            stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
-        else:
-            others.setdefault(copy.original.parameter, []).append(copy)
-    findings = [
-        _finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()
-    ]
-    findings += [_finding_of_others(context, rule, group) for group in others.values()]
+
+    # 1. Layers that repeat another layer, then other weights.
+    of_layers = [copy for copy in repeating if copy.is_of_a_layer]
+    others = [copy for copy in repeating if not copy.is_of_a_layer]
+
+    # 2. One finding for each original.
+    findings = []
+    for (stack, _), group in group_by(of_layers, _layer_repeated).items():
+        findings.append(_finding(context, rule, contract, stack, group))
+    for group in group_by(others, lambda copy: copy.original.parameter).values():
+        findings.append(_finding_of_others(context, rule, group))
+
+    # 3. Weights that repeat a part of themselves.
     findings += _findings_alone(context, rule, judgement)
     return CheckOutcome(count, findings)
+
+
+def _layer_repeated(copy: Copy) -> tuple[str, int]:
+    """Return the stack that a copy is of, and the number of the layer that it repeats."""
+    return _without_numbers(copy.stack), copy.original_number
 
 
 def _findings_alone(context: RuleContext, rule: Rule, judgement: Judgement) -> Iterator[Finding]:
     """Yield what is said of weights that repeat a part of themselves."""
     # 1. Random numbers that repeat.
-    repeating = []
-    for weight in judgement.contract.weights:
-        is_outside = weight.role in _OUTSIDE and weight.family in DRAWN
-        if weight.same_as != weight.parameter:
-            continue
-        if is_outside or _is_drawn(weight):
-            repeating.append(weight)
+    repeating = list(filter(_repeats_a_part, judgement.contract.weights))
     if repeating:
         yield _finding_of_parts(context, rule, repeating)
 
     # 2. One number throughout.
-    by_value: dict[str, list[WeightRecord]] = {}
-    for weight in constant_matrices(judgement):
-        by_value.setdefault(plain(weight.mean), []).append(weight)
+    by_value = group_by(constant_matrices(judgement), lambda weight: plain(weight.mean))
     for value, weights in by_value.items():
         yield _finding_of_constants(context, rule, value, weights)
 
 
+def _repeats_a_part(weight: WeightRecord) -> bool:
+    """Return whether a draw holds the same numbers twice."""
+    if weight.same_as != weight.parameter:
+        return False
+    is_drawn_outside = weight.role in _OUTSIDE and is_drawn(weight)
+    return is_drawn_outside or _is_drawn(weight)
+
+
 def _finding_of_others(context: RuleContext, rule: Rule, group: list[Copy]) -> Finding:
+    # 1. The sentence.
     weights = [copy.weight for copy in group]
     original = group[0].original
     verb = "repeats" if len(weights) == 1 else "repeat"
@@ -197,17 +220,17 @@ def _finding_of_others(context: RuleContext, rule: Rule, group: list[Copy]) -> F
         "and over the shorter: "
         "they were copied, or drawn from one seed"
     )
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+
+    # 2. The finding.
     evidence = {
-        "parameters": [weight.parameter for weight in weights],
+        "parameters": parameters_of(weights),
         "same_as": [original.parameter] * len(weights),
     }
     fix = (
         f"draw {names_of(weights)} again, without setting the generator back to a seed before each"
     )
-    return Finding(
-        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, places_of(weights), what, evidence, rule.summary, fix)
 
 
 def _finding_of_constants(
@@ -219,38 +242,38 @@ def _finding_of_constants(
         "and so are all its "
         "outputs, but for a bias"
     )
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    evidence = {"parameters": [weight.parameter for weight in weights], "value": weights[0].mean}
+    evidence = {"parameters": parameters_of(weights), "value": weights[0].mean}
     fix = f"draw {names_of(weights)} at random"
-    return Finding(
-        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, places_of(weights), what, evidence, rule.summary, fix)
 
 
 def _finding_of_parts(context: RuleContext, rule: Rule, repeating: list[WeightRecord]) -> Finding:
-    names = [weight.parameter for weight in repeating]
+    names = parameters_of(repeating)
     what = (
         f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is "
         "bit-identical to another one"
     )
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
     fix = (
         f"draw {names_of(repeating)} again, each matrix of the stack and each shard with numbers "
         "of its own"
     )
-    return Finding(
-        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, places_of(repeating), what, evidence, rule.summary, fix)
 
 
 def _count_drawn_weights(
     contract: ContractRecord, stacks: Iterable[str], numbers: Iterable[int]
 ) -> int:
     """Return how many weights of some layers of some stacks were drawn."""
-    prefixes = tuple(f"{stack}.{number}." for stack, number in itertools.product(stacks, numbers))
-    drawn = [weight for weight in contract.weights if _is_drawn(weight)]
-    return sum(weight.parameter.startswith(prefixes) for weight in drawn)
+    # 1. How the names of those layers begin.
+    layers = itertools.product(stacks, numbers)
+    prefixes = tuple(f"{stack}.{number}." for stack, number in layers)
+
+    # 2. The drawn weights with such a name.
+    names = parameters_of(filter(_is_drawn, contract.weights))
+    return sum(name.startswith(prefixes) for name in names)
 
 
 def _finding(
@@ -259,33 +282,38 @@ def _finding(
     """Return the finding about the layers or experts of a stack that repeat one of them."""
     # 1. The layers that repeat, and how many drawn weights they have.
     weights = [copy.weight for copy in group]
+    originals = [copy.original for copy in group]
     numbers = sorted({copy.number for copy in group})
     stacks = {copy.stack for copy in group}
     drawn = _count_drawn_weights(contract, stacks, numbers)
 
     # 2. The sentence.
     original = group[0].original_number
-    shown = ", ".join(map(str, numbers[:8]))
-    if len(numbers) > 8:
-        shown += " ..."
     what = (
-        f"{stack or 'the model'}: {shown} bit-identical to {original}, in "
+        f"{stack or 'the model'}: {_first_numbers(numbers)} bit-identical to {original}, in "
         f"{len(group)} of their "
         f"{drawn} drawn weights"
     )
 
     # 3. The finding.
     evidence = {
-        "parameters": [weight.parameter for weight in weights],
-        "same_as": [copy.original.parameter for copy in group],
+        "parameters": parameters_of(weights),
+        "same_as": parameters_of(originals),
         "copies": numbers,
         "original": original,
         "of": drawn,
     }
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     fix = f"draw {names_of(weights)} again: build each layer by itself, not as a copy"
     level = context.level(rule, rule.level)
-    return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
+    return Finding(rule.code, level, places_of(weights), what, evidence, rule.summary, fix)
+
+
+def _first_numbers(numbers: Sequence[int]) -> str:
+    """Return the first numbers for a sentence."""
+    shown = ", ".join(map(str, numbers[:_MOST_NUMBERS]))
+    if len(numbers) > _MOST_NUMBERS:
+        shown += " ..."
+    return shown
 
 
 RULE = Rule("JD210", "identical-layers", "warning", check=_check, states=("init",))

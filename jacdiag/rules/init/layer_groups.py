@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from jacdiag.records import WeightRecord
+from jacdiag.rules.grouping import group_by
+from jacdiag.rules.init.weight_facts import content_of, is_constant, mean_of, module_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 _SAME = 1e-3  # relative: what low precisions move a constant by
-DRAWN = ("normal", "truncated", "uniform", "orthogonal")
-CONSTANT = ("zero", "constant")
 MAJORITY = 2 / 3  # of a group: fewer do not say what is usual
 
 
@@ -43,26 +41,66 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
         weights: all parameters of a model.
         least: members that a group needs.
     """
+    # 1. Every place of every parameter.
+    places: list[_Place] = []
     weights = list(weights)
     blocks = _blocks_of(weights)
-    siblings: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    siblings = _shapes_by_module(weights)
     for weight in weights:
-        module, _, name = weight.parameter.rpartition(".")
-        siblings.setdefault(module, []).append((name, tuple(weight.shape)))
-    groups: dict[tuple[Any, ...], list[tuple[int, WeightRecord]]] = {}
-    for weight in weights:
-        around = frozenset(siblings[weight.parameter.rpartition(".")[0]])
-        for match in _NUMBER.finditer(weight.parameter):
-            if weight.parameter[: match.end()] not in blocks:
-                continue
-            pattern = f"{weight.parameter[: match.start()]}*{weight.parameter[match.end() :]}"
-            key = (pattern, weight.role, weight.offset, around)
-            groups.setdefault(key, []).append((int(match[0]), weight))
-    for (pattern, *_), numbered in groups.items():
-        if len(numbered) >= least:
-            ascending = sorted(numbered, key=lambda pair: pair[0])
-            numbers, members = zip(*ascending, strict=True)
-            yield Group(pattern, numbers, members)
+        places += _places_in_blocks(weight, blocks, siblings[module_of(weight)])
+
+    # 2. Those at the same place, in the order of their layers.
+    for (pattern, *_), group in group_by(places, _key_of).items():
+        if len(group) < least:
+            continue
+        ascending = sorted(group, key=lambda place: place.number)
+        numbers = tuple(place.number for place in ascending)
+        yield Group(pattern, numbers, tuple(place.weight for place in ascending))
+
+
+Shapes = frozenset[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter at one number of its name.
+
+    Attributes:
+        weight: the parameter.
+        number: the number.
+        pattern: the name with "*" for the number.
+        siblings: name and shape of all parameters of its module.
+    """
+
+    weight: WeightRecord
+    number: int
+    pattern: str
+    siblings: Shapes
+
+
+def _key_of(place: _Place) -> tuple[str, str, float, Shapes]:
+    """Return what the parameters at the same place of different layers have in common."""
+    return (place.pattern, place.weight.role, place.weight.offset, place.siblings)
+
+
+def _shapes_by_module(weights: Iterable[WeightRecord]) -> dict[str, Shapes]:
+    """Return name and shape of the parameters of each module."""
+    modules: dict[str, Shapes] = {}
+    for module, members in group_by(weights, module_of).items():
+        shapes = [(weight.parameter.rpartition(".")[2], tuple(weight.shape)) for weight in members]
+        modules[module] = frozenset(shapes)
+    return modules
+
+
+def _places_in_blocks(
+    weight: WeightRecord, blocks: Container[str], siblings: Shapes
+) -> Iterator[_Place]:
+    """Yield the places of a parameter: one for each number of its name that numbers a block."""
+    name = weight.parameter
+    for match in _NUMBER.finditer(name):
+        if name[: match.end()] in blocks:
+            pattern = f"{name[: match.start()]}*{name[match.end() :]}"
+            yield _Place(weight, int(match[0]), pattern, siblings)
 
 
 def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
@@ -70,17 +108,14 @@ def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
 
     The latter is a place in a row of unlike modules.
     """
-    return {
-        weight.parameter[: match.end()]
-        for weight in weights
-        for match in _NUMBER.finditer(weight.parameter)
-        if "." in weight.parameter[match.end() + 1 :]
-    }
-
-
-def is_constant(weight: WeightRecord) -> bool:
-    """Return whether all numbers of a parameter are one."""
-    return weight.family in CONSTANT
+    blocks: set[str] = set()
+    for weight in weights:
+        name = weight.parameter
+        for match in _NUMBER.finditer(name):
+            holds_modules = "." in name[match.end() + 1 :]
+            if holds_modules:
+                blocks.add(name[: match.end()])
+    return blocks
 
 
 def same_value(weight: WeightRecord, other: WeightRecord) -> bool:
@@ -92,12 +127,10 @@ def same_value(weight: WeightRecord, other: WeightRecord) -> bool:
     """
     # 1. Constants, up to the rounding of low precisions.
     if is_constant(weight) and is_constant(other):
-        return math.isclose(weight.mean or 0.0, other.mean or 0.0, rel_tol=_SAME)
+        return math.isclose(mean_of(weight), mean_of(other), rel_tol=_SAME)
 
     # 2. Numbers that are those of one first weight.
-    origin = weight.same_as or weight.parameter
-    other_origin = other.same_as or other.parameter
-    return origin == other_origin
+    return content_of(weight) == content_of(other)
 
 
 def usual_value(weights: Iterable[WeightRecord]) -> WeightRecord | None:
@@ -106,16 +139,16 @@ def usual_value(weights: Iterable[WeightRecord]) -> WeightRecord | None:
     Args:
         weights: parameters of one name.
     """
-    # 1. How many have the value of each.
+    # 1. The first of those whose value most parameters have.
     weights = list(weights)
-    counts: Counter[int] = Counter()
-    for index, weight in enumerate(weights):
-        counts[index] = sum(same_value(weight, other) for other in weights)
-    if not counts:
-        return None
+    most = 0
+    usual: WeightRecord | None = None
+    for weight in weights:
+        count = sum(same_value(weight, other) for other in weights)
+        if count > most:
+            most = count
+            usual = weight
 
-    # 2. Most must have it.
-    index, count = counts.most_common(1)[0]
-    if count < MAJORITY * len(weights):
-        return None
-    return weights[index]
+    # 2. They must be two thirds of all.
+    is_usual = most >= MAJORITY * len(weights)
+    return usual if is_usual else None

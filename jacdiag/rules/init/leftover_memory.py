@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init.layer_groups import CONSTANT
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.odd_parameter import draw_in_words, names_of
+from jacdiag.rules.init.weight_facts import (
+    INDEPENDENT,
+    is_constant,
+    is_vector,
+    is_zero,
+    mean_of,
+    parameters_of,
+    places_of,
+    without,
+)
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 # Over the fresh families of transformers the largest number of any parameter is 10
@@ -33,9 +43,8 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
         contract: of a model at its init.
     """
     # 1. New memory is often zero throughout: then every matrix is.
-    matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
-    if matrices and all(weight.family == "zero" for weight in matrices):
-        zero = [weight for weight in contract.weights if weight.family == "zero"]
+    if _are_all_matrices_zero(contract):
+        zero = filter(is_zero, contract.weights)
         return [Leftover(weight, _ALL_ZERO) for weight in zero]
 
     # 2. Signs of used memory in single parameters.
@@ -47,6 +56,14 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     return result
 
 
+def _are_all_matrices_zero(contract: ContractRecord) -> bool:
+    """Return whether a model has matrices, and each of them is zero."""
+    matrices = [weight for weight in contract.weights if not is_vector(weight)]
+    if not matrices:
+        return False
+    return all(map(is_zero, matrices))
+
+
 def without_leftovers(contract: ContractRecord) -> ContractRecord:
     """Return the contract of the parameters that an init wrote.
 
@@ -55,40 +72,45 @@ def without_leftovers(contract: ContractRecord) -> ContractRecord:
     Args:
         contract: of a model at its init.
     """
-    left = {leftover.weight.parameter for leftover in leftovers(contract)}
-    if not left:
-        return contract
-
-    written = [weight for weight in contract.weights if weight.parameter not in left]
-    return replace(contract, weights=written)
+    names = {leftover.weight.parameter for leftover in leftovers(contract)}
+    return without(contract, names)
 
 
 def _sign_of(weight: WeightRecord) -> str:
     """Return the sign that nobody wrote a parameter; "" if there is none."""
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
-
-    # Memory hardly ever holds one number throughout. A mask of -1e9 does.
-    is_written = weight.family == "constant"
-    is_large = weight.largest is not None and weight.largest > LARGEST
-    if is_large and not is_written:
+    if _holds_huge_numbers(weight):
         return f"numbers beyond {plain(LARGEST)}"
-
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
     return ""
 
 
+def _holds_huge_numbers(weight: WeightRecord) -> bool:
+    """Return whether a parameter holds numbers that are too large for any init."""
+    # Memory hardly ever holds one number throughout. A mask of -1e9 does.
+    if weight.family == "constant":
+        return False
+    return weight.largest is not None and weight.largest > LARGEST
+
+
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
+    contract = context.contract_for(rule)
+    if contract is None:
         return NOT_APPLICABLE
-    known = [weight for weight in contract.weights if weight.largest is not None]
-    groups: dict[str, list[WeightRecord]] = {}
-    for leftover in leftovers(contract):
-        groups.setdefault(leftover.sign, []).append(leftover.weight)
-    findings = [_finding(context, rule, sign, weights) for sign, weights in groups.items()]
-    return CheckOutcome(len(known), findings)
+
+    # One finding for all parameters with the same sign.
+    findings = []
+    for sign, group in group_by(leftovers(contract), lambda leftover: leftover.sign).items():
+        weights = [leftover.weight for leftover in group]
+        findings.append(_finding(context, rule, sign, weights))
+    return CheckOutcome(_count_measured(contract), findings)
+
+
+def _count_measured(contract: ContractRecord) -> int:
+    """Return of how many parameters the numbers were looked at; older reports have none."""
+    return sum(weight.largest is not None for weight in contract.weights)
 
 
 def _fix_for(context: RuleContext, left: list[WeightRecord]) -> str:
@@ -96,11 +118,14 @@ def _fix_for(context: RuleContext, left: list[WeightRecord]) -> str:
 
     Its role or its like in another layer says so, if anything does.
     """
+    # 1. The parameters that an init wrote.
+    written: list[WeightRecord] = []
     contract = context.report.contract
-    others = [] if contract is None else without_leftovers(contract).weights
-    steps: dict[str, list[WeightRecord]] = {}
-    for weight in left:
-        steps.setdefault(_step_for(weight, others), []).append(weight)
+    if contract is not None:
+        written = without_leftovers(contract).weights
+
+    # 2. One step for all parameters with which the same is to be done.
+    steps = group_by(left, lambda weight: _step_for(weight, written))
     return "; ".join(step.format(names_of(weights)) for step, weights in steps.items())
 
 
@@ -109,15 +134,29 @@ def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
     # 1. As its like in another layer.
     for other in others:
         is_alike = other.pattern == weight.pattern and other.role == weight.role
-        if not is_alike:
-            continue
-        if other.family in CONSTANT:
-            return f"set {{}} to {other.mean or 0.0:.4g}"
-        if other.family in ("normal", "truncated", "uniform"):
-            return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+        if is_alike:
+            step = _step_to_be_like(other)
+            if step:
+                return step
 
-    # 2. As its role is usually set. The gain of a norm that divides by a length is not 1.
-    if weight.role == "norm_gain" and weight.norm_length is None:
+    # 2. As its role is usually set.
+    return _step_by_role(weight)
+
+
+def _step_to_be_like(other: WeightRecord) -> str:
+    """Return how to make a parameter like another one; "" if that one does not say how."""
+    if is_constant(other):
+        return f"set {{}} to {mean_of(other):.4g}"
+    if other.family in INDEPENDENT:
+        return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+    return ""
+
+
+def _step_by_role(weight: WeightRecord) -> str:
+    """Return how parameters of one role are usually set."""
+    # The gain of a norm that divides by a length is not 1.
+    is_plain_gain = weight.role == "norm_gain" and weight.norm_length is None
+    if is_plain_gain:
         return f"set {{}} to {1.0 - weight.offset:.4g}"
     if weight.role == "bias":
         return "set {} to 0"
@@ -125,26 +164,29 @@ def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
 
 
 def _finding(context: RuleContext, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
-    # 1. The sentence.
-    names = names_of(weights)
-    verb = "holds" if len(weights) == 1 else "hold"
-    claim = "no init wrote this"
-    if sign == _ALL_ZERO:
-        claim = "no init drew them"
-    what = f"{names} {verb} {sign}: {claim}"
-
-    # 2. The finding.
+    # 1. The finding.
     evidence = {
-        "parameters": [weight.parameter for weight in weights],
+        "parameters": parameters_of(weights),
         "role": weights[0].role,
         "tiny": [weight.tiny for weight in weights],
         "largest": [weight.largest for weight in weights],
         "piece_of": weights[0].piece_of,
     }
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    what = _sentence(sign, weights)
     fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
+
+    # 2. Its level and where it is.
     level = context.level(rule, rule.level)
+    where = places_of(weights)
     return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
+
+
+def _sentence(sign: str, weights: list[WeightRecord]) -> str:
+    verb = "holds" if len(weights) == 1 else "hold"
+    claim = "no init wrote this"
+    if sign == _ALL_ZERO:
+        claim = "no init drew them"
+    return f"{names_of(weights)} {verb} {sign}: {claim}"
 
 
 RULE = Rule("JD211", "leftover-memory", "warning", check=_check, states=("init",))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.init.layer_groups import DRAWN
+from jacdiag.rules.grouping import group_by
+from jacdiag.rules.init.odd_parameter import names_of
+from jacdiag.rules.init.weight_facts import is_drawn, is_zero, parameters_of
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 # What code calls the map from the condition to shifts, scales and gates: DiT and its descendants,
@@ -20,52 +22,66 @@ def drawn_beside_zero(
     contract: ContractRecord,
 ) -> list[tuple[list[WeightRecord], list[WeightRecord]]]:
     """Return groups of modulations that were drawn, each with its namesakes that are zero."""
-    # 1. Modulations by the end of their names, then by their place in the layer.
-    kinds: dict[str, dict[str, list[WeightRecord]]] = {}
-    for weight in contract.weights:
-        match = _MODULATION.search(weight.parameter)
-        if match is None or len(weight.shape) != 2:
-            continue
-        tail = weight.parameter[match.start() :].lstrip("._")
-        place = _NUMBER.sub("*", weight.parameter)
-        kinds.setdefault(tail, {}).setdefault(place, []).append(weight)
-
-    # 2. Kinds of which some places are zero in all layers, and others drawn.
+    modulations = [weight for weight in contract.weights if _is_modulation_map(weight)]
     pairs = []
-    for places in kinds.values():
+    for namesakes in group_by(modulations, _name_of_modulation).values():
+        # Of one name, some places are zero in all layers, and others drawn.
         zero: list[WeightRecord] = []
         drawn: list[WeightRecord] = []
-        for group in places.values():
-            if all(weight.family == "zero" for weight in group):
+        for group in group_by(namesakes, _place_in_layer).values():
+            if all(map(is_zero, group)):
                 zero += group
-            elif all(weight.family in DRAWN for weight in group):
+            elif all(map(is_drawn, group)):
                 drawn += group
         if zero and drawn:
             pairs.append((drawn, zero))
     return pairs
 
 
+def _is_modulation_map(weight: WeightRecord) -> bool:
+    """Return whether a weight is the matrix of a modulation."""
+    return len(weight.shape) == 2 and _is_modulation(weight)
+
+
+def _is_modulation(weight: WeightRecord) -> bool:
+    return _MODULATION.search(weight.parameter) is not None
+
+
+def _name_of_modulation(weight: WeightRecord) -> str:
+    """Return the end of a name, from what the code calls the modulation."""
+    match = _MODULATION.search(weight.parameter)
+    assert match is not None
+    return weight.parameter[match.start() :].lstrip("._")
+
+
+def _place_in_layer(weight: WeightRecord) -> str:
+    """Return a name with "*" for its numbers."""
+    return _NUMBER.sub("*", weight.parameter)
+
+
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
+    contract = context.contract_for(rule)
+    if contract is None:
         return NOT_APPLICABLE
-    count = sum(bool(_MODULATION.search(weight.parameter)) for weight in contract.weights)
+
+    # One finding for each name.
     findings = []
     for drawn, zero in drawn_beside_zero(contract):
-        names = [weight.parameter for weight in drawn]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        what = (
-            f"{', '.join(names[:3])}{more} were drawn, and {zero[0].parameter} of the same "
-            "name is zero"
-        )
-        evidence = {"parameters": names, "zero": [weight.parameter for weight in zero]}
-        fix = f"set {names[0]} and the others to zero too, or leave this rule out if it is meant"
-        findings.append(
-            Finding(
-                rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
-            )
-        )
+        findings.append(_finding(context, rule, drawn, zero))
+    count = sum(map(_is_modulation, contract.weights))
     return CheckOutcome(count, findings)
+
+
+def _finding(
+    context: RuleContext, rule: Rule, drawn: list[WeightRecord], zero: list[WeightRecord]
+) -> Finding:
+    """Return the finding about the modulations of one name that do not start at zero."""
+    names = parameters_of(drawn)
+    what = f"{names_of(drawn)} were drawn, and {zero[0].parameter} of the same name is zero"
+    evidence = {"parameters": names, "zero": parameters_of(zero)}
+    fix = f"set {names[0]} and the others to zero too, or leave this rule out if it is meant"
+    level = context.level(rule, "warning")
+    return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 
 
 RULE = Rule("JD216", "modulation-at-zero", "warning", check=_check, states=("init",))

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init.layer_groups import DRAWN, MAJORITY, is_constant
+from jacdiag.rules.grouping import group_by
+from jacdiag.rules.init.layer_groups import MAJORITY
 from jacdiag.rules.init.odd_parameter import Difference
+from jacdiag.rules.init.weight_facts import has_spread, is_constant, mean_of, size_of, std_of
 
 # Gains of one name, over all layers. Of fewer numbers a mean says little: around 0 or around 1 lie
 # 8 errors apart only if the std is below 1/2, which a gain's is.
@@ -45,25 +47,32 @@ def gains_unlike_the_model(
         lonely: gains of the model's width that were not compared over the layers.
         gains: all norm gains.
     """
-    # 1. What is usual in this model.
-    usual = _usual_gain(gains)
-    if usual is None or usual == 0:
-        return
+    # 1. What is usual in this model. Of few gains, or of zeros, nothing is.
     if len(gains) < _LEAST:
+        return
+    usual = _usual_gain(gains)
+    if not usual:
         return
 
     # 2. Zeros, and draws whose mean is not the usual value.
     others = f"two thirds or more of the model's gains are {plain(usual)}"
     for gain in lonely:
-        value = _effective(gain)
-        is_off = not is_constant(gain) and abs(value - usual) > error_of_mean(gain)
-        if value == 0 or is_off:
+        is_zero_gain = _effective(gain) == 0
+        if is_zero_gain or _is_drawn_off(gain, usual):
             yield Difference(gain, gain.pattern, 1, others, usual - gain.offset)
+
+
+def _is_drawn_off(gain: WeightRecord, usual: float) -> bool:
+    """Return whether a gain was drawn around another value than the usual one."""
+    if is_constant(gain):
+        return False
+    return abs(_effective(gain) - usual) > error_of_mean(gain)
 
 
 def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
     """Return the value that two thirds of the gains have; None if there is none."""
-    values = [_effective(gain) for gain in gains if is_constant(gain)]
+    constant = filter(is_constant, gains)
+    values = list(map(_effective, constant))
     enough = MAJORITY * len(gains)
 
     for value in values:
@@ -75,7 +84,7 @@ def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
 
 def _effective(gain: WeightRecord) -> float:
     """Return what a norm multiplies by: the mean of the gain, and 1 where the model adds it."""
-    return gain.offset + (gain.mean or 0.0)
+    return gain.offset + mean_of(gain)
 
 
 def error_of_mean(weight: WeightRecord) -> float:
@@ -83,18 +92,23 @@ def error_of_mean(weight: WeightRecord) -> float:
 
     The limit is five standard errors of the widest std.
     """
-    return _ERRORS * (weight.upper or 0.0) / math.sqrt(math.prod(weight.shape))
+    widest = weight.upper or 0.0
+    return _ERRORS * widest / math.sqrt(size_of(weight))
 
 
 def _doubled(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     """Yield gains used as 1 + w whose w is 1."""
     others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
     for gain in gains:
-        if gain.offset != 1 or gain.family != "constant":
-            continue
-        is_one = math.isclose(gain.mean or 0.0, 1.0, rel_tol=1e-3)
-        if is_one:
+        if _is_doubled(gain):
             yield Difference(gain, gain.pattern, _count_alike(gain, gains), others, 0.0)
+
+
+def _is_doubled(gain: WeightRecord) -> bool:
+    is_added_to_one = gain.offset == 1
+    if not is_added_to_one or gain.family != "constant":
+        return False
+    return math.isclose(mean_of(gain), 1.0, rel_tol=1e-3)
 
 
 def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
@@ -103,13 +117,11 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     They lie around 0 as a matrix does, or between 0 and 1.
     """
     # 1. The drawn gains by name; a model may use some of one name as w and others as 1 + w.
-    by_pattern: dict[tuple[str, float], list[WeightRecord]] = {}
-    for gain in gains:
-        if gain.family in DRAWN and gain.std:
-            by_pattern.setdefault((gain.pattern, gain.offset), []).append(gain)
+    drawn = filter(has_spread, gains)
+    groups = group_by(drawn, lambda gain: (gain.pattern, gain.offset))
 
     # 2. Those whose mean over all layers cannot be that of a gain of 1.
-    for (pattern, offset), members in by_pattern.items():
+    for (pattern, offset), members in groups.items():
         around = _other_center(members, offset)
         if not around:
             continue
@@ -121,19 +133,18 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
 def _other_center(members: Sequence[WeightRecord], offset: float) -> str:
     """Return around what gains of one name were drawn, in words; "" if that is 1."""
     # 1. Mean and std over all layers.
-    sizes = [math.prod(gain.shape) for gain in members]
-    count = sum(sizes)
+    count = sum(map(size_of, members))
     if count < _LEAST_SIZE:
         return ""
-    pairs = list(zip(sizes, members, strict=True))
-    mean = sum(size * (gain.mean or 0.0) for size, gain in pairs) / count
-    std = math.sqrt(sum(size * (gain.std or 0.0) ** 2 for size, gain in pairs) / count)
+    mean = sum(size_of(gain) * mean_of(gain) for gain in members) / count
+    variance = sum(size_of(gain) * std_of(gain) ** 2 for gain in members) / count
+    error = _ERRORS * math.sqrt(variance) / math.sqrt(count)
 
     # 2. The mean compared with 1, then with 0.
-    error = _ERRORS * std / math.sqrt(count)
     if abs(offset + mean - 1) <= error:
         return ""
-    if offset == 0 and abs(mean) <= error:
+    is_around_zero = abs(mean) <= error
+    if offset == 0 and is_around_zero:
         return "around 0 as a matrix is"
     return f"around {plain(offset + mean)}"
 
@@ -145,14 +156,17 @@ def _all_zero(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     """
     if len(gains) < 2:
         return
-    are_zero = all(is_constant(gain) and _effective(gain) == 0 for gain in gains)
-    if not are_zero:
+    if not all(map(_is_zero_gain, gains)):
         return
 
     others = "every gain of the model is zero"
     for gain in gains:
-        count, usual = _count_alike(gain, gains), _ordinary_value(gain)
-        yield Difference(gain, gain.pattern, count, others, usual)
+        count = _count_alike(gain, gains)
+        yield Difference(gain, gain.pattern, count, others, _ordinary_value(gain))
+
+
+def _is_zero_gain(gain: WeightRecord) -> bool:
+    return is_constant(gain) and _effective(gain) == 0
 
 
 def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
@@ -167,7 +181,8 @@ def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
         # 1. The root mean square of what the norm returns.
         root = math.sqrt(gain.norm_length)
         size = abs(_effective(gain)) / root
-        if size == 0 or 1 / _OFF < size < _OFF:
+        is_near_one = 1 / _OFF < size < _OFF
+        if size == 0 or is_near_one:
             continue
 
         # 2. It is far from 1.
@@ -176,13 +191,15 @@ def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
             f"returns has a root mean square of {plain(size)}: ScaleNorm starts at "
             f"√{gain.norm_length} = {plain(root)}"
         )
-        count, usual = _count_alike(gain, gains), _ordinary_value(gain)
-        yield Difference(gain, gain.pattern, count, others, usual)
+        count = _count_alike(gain, gains)
+        yield Difference(gain, gain.pattern, count, others, _ordinary_value(gain))
 
 
 def _ordinary_value(gain: WeightRecord) -> float:
     """Return what a gain holds if its norm returns numbers of a root mean square of 1."""
-    usual = math.sqrt(gain.norm_length) if gain.norm_length else 1.0
+    usual = 1.0
+    if gain.norm_length:
+        usual = math.sqrt(gain.norm_length)
     return usual - gain.offset
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.init.weight_facts import INDEPENDENT, mean_of, parameters_of, size_of, std_of
 from jacdiag.rules.wording import list_names
 
 
@@ -41,24 +42,25 @@ def fix_for(differences: Sequence[Difference]) -> str:
     names = first.part + names_of([difference.weight for difference in differences])
     if first.value is not None:
         return f"set {names} to {first.value:.4g}"
-    if first.like is None:
+
+    # Without a constant, they are to be as another parameter, if that is known.
+    like = first.like
+    if like is None:
         return f"initialise {names} as in the other layers"
-    if first.like.family in ("normal", "truncated", "uniform"):
-        return f"draw {names} again {draw_in_words(first.like)}, as {first.like.parameter}"
-    return f"set {names} to the numbers of {first.like.parameter}"
+    if like.family in INDEPENDENT:
+        return f"draw {names} again {draw_in_words(like)}, as {like.parameter}"
+    return f"set {names} to the numbers of {like.parameter}"
 
 
 def names_of(weights: Sequence[WeightRecord]) -> str:
     """Return the names of parameters for a sentence: the first three, and how many more."""
-    return list_names([weight.parameter for weight in weights], longest=None)
+    return list_names(parameters_of(weights), longest=None)
 
 
 def draw_in_words(weight: WeightRecord) -> str:
     """Return the mean and the std of a draw, the mean only if it is not 0 within sampling."""
-    count = 1
-    for size in weight.shape:
-        count *= size
-    mean, std = weight.mean or 0.0, weight.std or 0.0
-    if abs(mean) <= 5 * std / count**0.5:
+    mean = mean_of(weight)
+    std = std_of(weight)
+    if abs(mean) <= 5 * std / size_of(weight) ** 0.5:
         return f"with std {plain(std)}"
     return f"with mean {plain(mean)} and std {plain(std)}"

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init.contract_judgement import Judgement
-from jacdiag.rules.init.layer_groups import DRAWN
+from jacdiag.rules.grouping import group_by
+from jacdiag.rules.init.contract_judgement import Judgement, pinned_scheme
 from jacdiag.rules.init.odd_parameter import names_of
-from jacdiag.rules.init.schemes import INNER, Scheme, formulas_of
+from jacdiag.rules.init.schemes import INNER
 from jacdiag.rules.init.small_parameters import differences
+from jacdiag.rules.init.weight_facts import (
+    StdInterval,
+    has_spread,
+    is_drawn,
+    is_zero,
+    largest_of,
+    module_of,
+    parameters_of,
+    pattern_of,
+    places_of,
+    sampling_interval,
+    size_of,
+    std_of,
+    with_role,
+)
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
@@ -48,21 +64,16 @@ def unlike_routers(judgement: Judgement) -> tuple[int, list[Routers]]:
     Args:
         judgement: of a model at its init.
     """
-    # 1. Routers by name pattern, without those that another rule judges.
     contract = judgement.contract
-    left_out = _judged_elsewhere(judgement)
-    groups: dict[str, list[WeightRecord]] = {}
-    for weight in contract.weights:
-        is_measured = weight.family in (*DRAWN, "zero") and bool(weight.fan_in)
-        if weight.role == "router" and is_measured and weight.parameter not in left_out:
-            groups.setdefault(weight.pattern, []).append(weight)
-
-    # 2. Each group compared with the matrices that read the same stream.
-    compared, unlike = 0, []
-    for members in groups.values():
+    compared = 0
+    unlike: list[Routers] = []
+    for members in group_by(_routers_of(judgement), pattern_of).values():
+        # 1. The matrices that read the same stream.
         readers = _readers_of_the_same(contract, members[0])
         if not readers:
             continue
+
+        # 2. The routers of one name compared with them.
         compared += len(members)
         routers = _pool(members, readers)
         if not _drawn_as(routers, readers):
@@ -70,20 +81,38 @@ def unlike_routers(judgement: Judgement) -> tuple[int, list[Routers]]:
     return compared, unlike
 
 
-def _judged_elsewhere(judgement: Judgement) -> set[str]:
-    """Return the routers that another rule judges.
+def _routers_of(judgement: Judgement) -> list[WeightRecord]:
+    """Return the measured routers of a model, without those that another rule judges."""
+    routers = with_role(judgement.contract.weights, "router")
+    left_out = _judged_elsewhere(judgement, routers)
+    others = [router for router in routers if router.parameter not in left_out]
+    return list(filter(_is_measured, others))
+
+
+def _is_measured(router: WeightRecord) -> bool:
+    if not router.fan_in:
+        return False
+    return is_drawn(router) or is_zero(router)
+
+
+def _judged_elsewhere(judgement: Judgement, routers: Iterable[WeightRecord]) -> set[str]:
+    """Return the routers that another rule judges, among the names of other parameters.
 
     The user pinned them, a scheme covers them, or they differ from those of other layers.
     """
-    contract = judgement.contract
-    pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
-    scheme = judgement.result.scheme
+    # 1. Those that differ from a scheme, or from other layers.
     names = set(judgement.deviating_names)
-    names.update(difference.weight.parameter for difference in differences(judgement)[1])
-    for weight in contract.weights:
-        is_covered = bool(pinned.of(weight)) or (scheme is not None and bool(scheme.of(weight)))
-        if weight.role == "router" and is_covered:
-            names.add(weight.parameter)
+    _, differing = differences(judgement)
+    names.update(difference.weight.parameter for difference in differing)
+
+    # 2. Those that the user pinned.
+    pinned = pinned_scheme(judgement.contract)
+    names.update(parameters_of(filter(pinned.of, routers)))
+
+    # 3. Those that the scheme of the model covers.
+    scheme = judgement.result.scheme
+    if scheme is not None:
+        names.update(parameters_of(filter(scheme.of, routers)))
     return names
 
 
@@ -91,8 +120,8 @@ def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list
     """Return the drawn matrices inside sub-layers that are as wide as a router."""
     readers = []
     for weight in contract.weights:
-        is_drawn = weight.family in DRAWN and bool(weight.std)
-        if weight.role in INNER and weight.fan_in == router.fan_in and is_drawn:
+        reads_the_same = weight.role in INNER and weight.fan_in == router.fan_in
+        if reads_the_same and has_spread(weight):
             readers.append(weight)
     return readers
 
@@ -100,34 +129,43 @@ def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list
 # -- one group of routers --------------------------------------------------------------------------
 def _pool(members: list[WeightRecord], readers: list[WeightRecord]) -> Routers:
     """Return the routers of one name, pooled."""
-    usual_std = sorted(weight.std or 0.0 for weight in readers)[len(readers) // 2]
-    if all(weight.family == "zero" for weight in members):
+    usual_std = sorted(map(std_of, readers))[len(readers) // 2]
+    if all(map(is_zero, members)):
         return Routers(tuple(members), 0.0, 0.0, 0.0, "zero", usual_std)
 
     # 1. Their std, with the interval of a uniform or normal sample.
-    count = sum(math.prod(weight.shape) for weight in members)
+    count = sum(map(size_of, members))
     std = _pooled_std(members)
     is_uniform = _is_uniform(members, std, count)
     kurtosis = 1.8 if is_uniform else 3.0
     error = _Z * math.sqrt((kurtosis - 1) / (4 * count))
-    lower, upper = std / (1 + error), std / max(1 - error, 1e-3)
+    interval = StdInterval(std / (1 + error), std / max(1 - error, 1e-3))
 
     # 2. Whether it is the default of a class or function.
-    linear_default = 1 / math.sqrt(3 * (members[0].fan_in or 1))
-    looks = ""
-    if is_uniform and lower <= linear_default <= upper:
-        looks = "nn.Linear"
-    elif not is_uniform and lower <= 1.0 <= upper:
-        looks = "torch.randn"
-    return Routers(tuple(members), std, lower, upper, looks, usual_std)
+    looks = _default_of(members[0], interval, is_uniform=is_uniform)
+    return Routers(tuple(members), std, interval.lower, interval.upper, looks, usual_std)
+
+
+def _default_of(router: WeightRecord, interval: StdInterval, *, is_uniform: bool) -> str:
+    """Return the class or function whose default a std is; "" if it is none.
+
+    Args:
+        router: one of the routers.
+        interval: of the std of all of them.
+        is_uniform: whether they were drawn from a uniform distribution.
+    """
+    if not is_uniform:
+        return "torch.randn" if interval.holds(1.0) else ""
+
+    # nn.Linear draws between -1/√fan_in and 1/√fan_in.
+    fan_in = router.fan_in or 1
+    return "nn.Linear" if interval.holds(1 / math.sqrt(3 * fan_in)) else ""
 
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
     """Return the std over all numbers of several weights."""
-    sizes = [math.prod(weight.shape) for weight in weights]
-    squares = []
-    for size, weight in zip(sizes, weights, strict=True):
-        squares.append(size * (weight.std or 0.0) ** 2)
+    sizes = list(map(size_of, weights))
+    squares = [size_of(weight) * std_of(weight) ** 2 for weight in weights]
     return math.sqrt(sum(squares) / sum(sizes))
 
 
@@ -138,10 +176,10 @@ def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
 
     A router of few experts is too small to tell alone, all layers together are not.
     """
-    largest = max(weight.largest or 0.0 for weight in members)
-    reach = largest / std
-    bounded = count * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300)) < _RARE
-    return bounded and reach < math.sqrt(3) * (1 + 6 / math.sqrt(count))
+    reach = max(map(largest_of, members)) / std
+    log_chance = count * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300))
+    end_of_uniform = math.sqrt(3) * (1 + 6 / math.sqrt(count))
+    return log_chance < _RARE and reach < end_of_uniform
 
 
 def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
@@ -149,46 +187,65 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
 
     It may have the std as it is, as Xavier scales it to the routers' fan_out, or truncated.
     """
+    interval = StdInterval(routers.lower, routers.upper)
     for weight in readers:
         factors = (1.0, _xavier_ratio(weight, routers.members[0]), _TRUNCATED, 1 / _TRUNCATED)
         for factor in factors:
-            # The intervals of the two stds meet.
-            lower = (weight.lower or 0.0) * factor
-            upper = (weight.upper or math.inf) * factor
-            if lower <= routers.upper and routers.lower <= upper:
+            if _scaled_interval(weight, factor).meets(interval):
                 return True
     return False
 
 
+def _scaled_interval(weight: WeightRecord, factor: float) -> StdInterval:
+    """Return the interval of a weight's std, times a factor; all stds if it was not measured."""
+    lower = weight.lower or 0.0
+    upper = weight.upper or math.inf
+    return StdInterval(lower * factor, upper * factor)
+
+
 def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
     """Return the std of a router over that of a matrix, as Xavier's formula gives them."""
-    if not weight.fan_in or not weight.fan_out:
-        return 1.0
-    if not router.fan_in or not router.fan_out:
+    fans = _sum_of_fans(weight)
+    fans_of_router = _sum_of_fans(router)
+    if fans is None or fans_of_router is None:
         return 1.0
 
     # Xavier's variance is 2 / (fan_in + fan_out).
-    return math.sqrt((weight.fan_in + weight.fan_out) / (router.fan_in + router.fan_out))
+    return math.sqrt(fans / fans_of_router)
+
+
+def _sum_of_fans(weight: WeightRecord) -> int | None:
+    if not weight.fan_in or not weight.fan_out:
+        return None
+    return weight.fan_in + weight.fan_out
 
 
 def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
     """Return what in the model says that its routers are meant to look so, "" if nothing does."""
     if routers.looks == "torch.randn":
-        for weight in contract.weights:
-            is_outside = weight.role in ("embedding", "head") and weight.family in DRAWN
-            if is_outside and _may_have_unit_std(weight):
-                return f"{weight.parameter} has that std too"
-    if routers.looks == "zero":
-        bias = _balancing_bias(contract, routers.members[0])
-        if bias is not None:
-            return f"{bias.parameter} has one number for each expert"
+        return _table_with_unit_std(contract)
+    if routers.looks != "zero":
+        return ""
+
+    # A bias may balance the experts, so that the router can start at zero.
+    bias = _balancing_bias(contract, routers.members[0])
+    if bias is None:
+        return ""
+    return f"{bias.parameter} has one number for each expert"
+
+
+def _table_with_unit_std(contract: ContractRecord) -> str:
+    """Return that the embedding or the head has std 1 as well; "" if neither has."""
+    for weight in filter(is_drawn, contract.weights):
+        is_outside = weight.role in ("embedding", "head")
+        if is_outside and _may_have_unit_std(weight):
+            return f"{weight.parameter} has that std too"
     return ""
 
 
 def _may_have_unit_std(weight: WeightRecord) -> bool:
-    if weight.lower is None or weight.upper is None:
-        return False
-    return weight.lower <= 1.0 <= weight.upper
+    interval = sampling_interval(weight)
+    return interval is not None and interval.holds(1.0)
 
 
 def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRecord | None:
@@ -198,33 +255,32 @@ def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRec
     """
     if not router.sublayer:
         return None
-    own_bias = f"{router.parameter.rpartition('.')[0]}.bias"
+
+    own_bias = f"{module_of(router)}.bias"
     for weight in contract.weights:
-        is_vector = weight.shape == [router.fan_out] and weight.parameter != own_bias
-        if is_vector and weight.sublayer == router.sublayer:
+        is_per_expert = weight.shape == [router.fan_out]
+        is_in_sublayer = weight.sublayer == router.sublayer
+        if is_per_expert and is_in_sublayer and weight.parameter != own_bias:
             return weight
     return None
 
 
 # -- the rule --------------------------------------------------------------------------------------
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    judgement = context.judgement
-    if judgement is None or context.report.state not in rule.states:
+    judgement = context.judgement_for(rule)
+    if judgement is None:
         return NOT_APPLICABLE
 
     # One finding for each name of routers.
     count, unlike = unlike_routers(judgement)
-    findings = [_finding(context, rule, routers) for routers in unlike]
-    return CheckOutcome(count, findings)
+    return CheckOutcome(count, [_finding(context, rule, routers) for routers in unlike])
 
 
 def _finding(context: RuleContext, rule: Rule, routers: Routers) -> Finding:
+    # 1. The evidence.
     first = routers.members[0]
-    name = first.pattern.removesuffix(".weight")
-    level: Level = "warning" if routers.looks and not routers.excuse else "info"
-    what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
     evidence = {
-        "parameters": [weight.parameter for weight in routers.members],
+        "parameters": parameters_of(routers.members),
         "role": "router",
         "pattern": first.pattern,
         "value": routers.std,
@@ -233,31 +289,57 @@ def _finding(context: RuleContext, rule: Rule, routers: Routers) -> Finding:
         "expected": routers.usual_std,
         "looks": routers.looks,
     }
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in routers.members))
+
+    # 2. The sentence and what to do.
+    name = first.pattern.removesuffix(".weight")
+    what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
     fix = (
         f"draw {names_of(routers.members)} with std {plain(routers.usual_std)}, as the matrices "
         "that read the same stream, or pin a contract that says what is meant"
     )
-    return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)
+
+    # 3. The finding.
+    level = context.level(rule, _level_of(routers))
+    where = places_of(routers.members)
+    return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
+
+
+def _level_of(routers: Routers) -> Level:
+    """Return "warning" for a default that was left, unless the model has a reason for it."""
+    if not routers.looks:
+        return "info"
+    if routers.excuse:
+        return "info"
+    return "warning"
 
 
 def _sentence(routers: Routers) -> str:
-    excuse = f"; {routers.excuse}" if routers.excuse else ""
+    excuse = ""
+    if routers.excuse:
+        excuse = f"; {routers.excuse}"
     if routers.looks == "zero":
         return f"all zero, so that every token gives an expert the same score{excuse}"
-    # 1. Where the std may come from.
-    origin = ""
-    if routers.looks == "nn.Linear":
-        origin = ", uniform as nn.Linear leaves it"
-    elif routers.looks:
-        origin = f", as {routers.looks} leaves it"
-    # 2. How far it is from that of the others.
+
+    # 1. How far the std is from that of the others.
     ratio = routers.std / routers.usual_std
-    times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
+    times = f"{plain(ratio)} times"
+    if ratio < 1:
+        times = f"1/{plain(1 / ratio)} of"
+
+    # 2. The sentence, with where the std may come from.
     return (
-        f"std {plain(routers.std)}{origin}, {times} that of the matrices that read the same stream "
-        f"({plain(routers.usual_std)}){excuse}"
+        f"std {plain(routers.std)}{_origin_of(routers)}, {times} that of the matrices that read "
+        f"the same stream ({plain(routers.usual_std)}){excuse}"
     )
+
+
+def _origin_of(routers: Routers) -> str:
+    """Return what left the routers with their std, in words; "" if that is not known."""
+    if routers.looks == "nn.Linear":
+        return ", uniform as nn.Linear leaves it"
+    if routers.looks:
+        return f", as {routers.looks} leaves it"
+    return ""
 
 
 RULE = Rule("JD209", "router-scale", "warning", check=_check, states=("init",))

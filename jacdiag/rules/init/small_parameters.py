@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.biases import wrong_biases
-from jacdiag.rules.init.contract_judgement import Judgement
+from jacdiag.rules.init.contract_judgement import Judgement, pinned_scheme
 from jacdiag.rules.init.layer_groups import (
-    DRAWN,
     MAJORITY,
     Group,
-    is_constant,
     layer_groups,
     same_value,
     usual_value,
@@ -23,7 +22,20 @@ from jacdiag.rules.init.layer_groups import (
 from jacdiag.rules.init.leftover_memory import leftovers
 from jacdiag.rules.init.norm_gains import error_of_mean, gains_unlike_the_model, wrong_gains
 from jacdiag.rules.init.odd_parameter import Difference, draw_in_words, fix_for
-from jacdiag.rules.init.schemes import MATRICES, Scheme, formulas_of
+from jacdiag.rules.init.schemes import MATRICES
+from jacdiag.rules.init.weight_facts import (
+    is_constant,
+    is_drawn,
+    is_zero,
+    mean_of,
+    module_of,
+    parameters_of,
+    pattern_of,
+    places_of,
+    sampling_interval,
+    std_of,
+    with_role,
+)
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import layers_in_words
 
@@ -41,15 +53,16 @@ def differences(judgement: Judgement) -> tuple[int, list[Difference]]:
             left out.
     """
     contract = judgement.contract
-    weights = [weight for weight in contract.weights if _is_small(weight)]
-    gains = [weight for weight in weights if weight.role == "norm_gain"]
+    weights = list(filter(_is_small, contract.weights))
+    gains = with_role(weights, "norm_gain")
     tables = [weight for weight in weights if weight.padding_size]
-    compared = {table.parameter for table in tables}
-    candidates: list[Difference] = []
 
     # 1. Layers compared with each other.
-    for group in layer_groups(weights, _LEAST):
-        compared.update(weight.parameter for weight in group.members)
+    groups = list(layer_groups(weights, _LEAST))
+    compared = set(parameters_of(tables))
+    candidates: list[Difference] = []
+    for group in groups:
+        compared.update(parameters_of(group.members))
         candidates += _differences_in(group)
 
     # 2. Norm gains and biases that are wrong in whichever layer they stand, and padding rows.
@@ -61,21 +74,26 @@ def differences(judgement: Judgement) -> tuple[int, list[Difference]]:
 
     # 3. Norm gains that no other layer has, compared with all gains.
     lonely = _lonely_gains(contract, gains, compared)
-    compared.update(gain.parameter for gain in lonely)
+    compared.update(parameters_of(lonely))
     candidates += gains_unlike_the_model(lonely, gains)
 
-    # 4. The first difference of each parameter.
+    # 4. What no other rule names.
+    return len(compared), _reported(judgement, candidates)
+
+
+def _reported(judgement: Judgement, candidates: Iterable[Difference]) -> list[Difference]:
+    """Return the first difference of each parameter, unless another rule names the parameter."""
     first_of: dict[str, Difference] = {}
     for difference in candidates:
         first_of.setdefault(difference.weight.parameter, difference)
 
-    # 5. Another rule that names the parameter comes first, unless a part of it is meant here.
+    # The other rule comes first, unless a part of the parameter is meant here.
     named = _named_elsewhere(judgement)
     reported = []
     for name, difference in first_of.items():
         if difference.part or name not in named:
             reported.append(difference)
-    return len(compared), reported
+    return reported
 
 
 def _is_small(weight: WeightRecord) -> bool:
@@ -88,22 +106,24 @@ def _lonely_gains(
 ) -> list[WeightRecord]:
     """Return the gains of the model's width that were not compared over the layers."""
     shape = [contract.sizes.get("d")]
-    lonely = []
-    for gain in gains:
-        was_compared = gain.parameter in compared
-        if gain.shape == shape and not was_compared:
-            lonely.append(gain)
-    return lonely
+    of_the_width = [gain for gain in gains if gain.shape == shape]
+    return [gain for gain in of_the_width if gain.parameter not in compared]
 
 
 def _named_elsewhere(judgement: Judgement) -> set[str]:
     """Return the parameters that other rules of the contract name, or that the user pinned."""
-    contract = judgement.contract
-    pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
+    # 1. Those that differ from a scheme.
     names = set(judgement.deviating_names)
-    names.update(leftover.weight.parameter for leftover in leftovers(contract))
-    names.update(weight.parameter for weight in contract.weights if pinned.of(weight))
-    return names
+
+    # 2. Those that no init wrote.
+    contract = judgement.contract
+    for leftover in leftovers(contract):
+        names.add(leftover.weight.parameter)
+
+    # 3. Those that the user pinned.
+    pinned = pinned_scheme(contract)
+    covered = filter(pinned.of, contract.weights)
+    return names.union(parameters_of(covered))
 
 
 # -- layers compared with each other ---------------------------------------------------------------
@@ -113,13 +133,17 @@ def _differences_in(group: Group) -> Iterator[Difference]:
     usual = usual_value(group.members)
     if usual is None:
         yield from _differences_of_draws(group)
-        return
-    if _follows_layer_scale(group):
-        return
+    elif not _follows_layer_scale(group):
+        yield from _differences_from(usual, group)
 
-    # 2. Most members have one value.
-    value = usual.mean if is_constant(usual) else None
+
+def _differences_from(usual: WeightRecord, group: Group) -> Iterator[Difference]:
+    """Yield the members of a group whose value is not the usual one."""
+    value: float | None = None
+    if is_constant(usual):
+        value = usual.mean
     others = f"the others hold {_content(usual)}"
+
     for weight in group.members:
         if not same_value(weight, usual):
             yield Difference(weight, group.pattern, len(group.members), others, value, usual)
@@ -140,19 +164,19 @@ def _differences_of_draws(group: Group) -> Iterator[Difference]:
 def _follows_layer_scale(group: Group) -> bool:
     """Return whether scales fall with depth through the published steps of LayerScale."""
     # 1. Constant scales, each at one of the steps.
-    values: list[float] = []
-    for weight in group.members:
-        is_constant_scale = weight.role == "scale" and weight.family == "constant"
-        value = weight.mean or 0.0
-        if not is_constant_scale or not _is_step_of_layer_scale(value):
-            return False
-        values.append(value)
+    if not all(map(_is_step_of_layer_scale, group.members)):
+        return False
 
     # 2. None is larger than the one before it.
+    values = list(map(mean_of, group.members))
     return all(later <= earlier for earlier, later in itertools.pairwise(values))
 
 
-def _is_step_of_layer_scale(value: float) -> bool:
+def _is_step_of_layer_scale(weight: WeightRecord) -> bool:
+    """Return whether a weight is a constant scale with a published value of LayerScale."""
+    if weight.role != "scale" or weight.family != "constant":
+        return False
+    value = mean_of(weight)
     return any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS)
 
 
@@ -168,10 +192,8 @@ def _not_drawn_alike(group: Group) -> list[WeightRecord]:
         return []
 
     # 1. Means and stds, each compared with the middle one.
-    middle_of_means = sorted(drawn, key=_mean_of)[len(drawn) // 2]
-    other_mean = [weight for weight in drawn if not _means_agree(weight, middle_of_means)]
-    middle_of_stds = sorted(drawn, key=_std_of)[len(drawn) // 2]
-    other_std = [weight for weight in drawn if not _stds_agree(weight, middle_of_stds)]
+    other_mean = _with_other_mean(drawn)
+    other_std = _with_other_std(drawn)
 
     # 2. Most must agree.
     most_exceptions = max(len(other_mean), len(other_std))
@@ -179,47 +201,51 @@ def _not_drawn_alike(group: Group) -> list[WeightRecord]:
         return []
 
     # 3. Constants, then other means, then other stds, each member once.
-    unlike = [weight for weight in group.members if is_constant(weight)]
+    unlike = list(filter(is_constant, group.members))
     unlike += other_mean
     return unlike + [weight for weight in other_std if weight not in unlike]
 
 
+def _with_other_mean(drawn: list[WeightRecord]) -> list[WeightRecord]:
+    """Return the draws whose mean is not that of the middle one."""
+    by_mean = sorted(drawn, key=mean_of)
+    middle = by_mean[len(drawn) // 2]
+    return [weight for weight in drawn if not _means_agree(weight, middle)]
+
+
+def _with_other_std(drawn: list[WeightRecord]) -> list[WeightRecord]:
+    """Return the draws whose std is not that of the middle one."""
+    by_std = sorted(drawn, key=std_of)
+    middle = by_std[len(drawn) // 2]
+    return [weight for weight in drawn if not _stds_agree(weight, middle)]
+
+
 def _drawn_members(group: Group) -> list[WeightRecord]:
-    return [weight for weight in group.members if weight.family in DRAWN]
-
-
-def _mean_of(weight: WeightRecord) -> float:
-    return weight.mean or 0.0
-
-
-def _std_of(weight: WeightRecord) -> float:
-    return weight.std or 0.0
+    return list(filter(is_drawn, group.members))
 
 
 def _middle_draw(group: Group) -> WeightRecord | None:
     """Return the member of a group of draws whose std is the middle one."""
-    drawn = _drawn_members(group)
-    if not drawn:
+    by_std = sorted(_drawn_members(group), key=std_of)
+    if not by_std:
         return None
-    by_std = sorted(drawn, key=_std_of)
     return by_std[len(by_std) // 2]
 
 
 def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     error = math.hypot(error_of_mean(weight), error_of_mean(other))
-    return abs(_mean_of(weight) - _mean_of(other)) <= error
+    return abs(mean_of(weight) - mean_of(other)) <= error
 
 
 def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     """Return whether the sampling intervals of two draws meet."""
+    interval = sampling_interval(weight)
+    other_interval = sampling_interval(other)
+
     # One that was not measured says nothing against it.
-    if weight.lower is None or weight.upper is None:
+    if interval is None or other_interval is None:
         return True
-    if other.lower is None or other.upper is None:
-        return True
-    starts_before_its_end = weight.lower <= other.upper
-    ends_after_its_start = other.lower <= weight.upper
-    return starts_before_its_end and ends_after_its_start
+    return interval.meets(other_interval)
 
 
 # -- alone -----------------------------------------------------------------------------------------
@@ -231,22 +257,15 @@ def _biases_of_wrong_gains(
     Both went through the same code.
     """
     # 1. The biases of those norms.
-    norms = {_module_of(difference.weight) for difference in gains_off}
-    biases = []
-    for weight in weights:
-        is_bias_of_norm = weight.role == "bias" and _module_of(weight) in norms
-        if is_bias_of_norm and weight.family != "zero":
-            biases.append(weight)
+    norms = {module_of(difference.weight) for difference in gains_off}
+    of_norms = [bias for bias in with_role(weights, "bias") if module_of(bias) in norms]
+    biases = list(itertools.filterfalse(is_zero, of_norms))
 
     # 2. Each with how many there are of its name.
-    count_of = Counter(bias.pattern for bias in biases)
+    count_of = Counter(map(pattern_of, biases))
     others = "the gain of the same norm is wrong too; a norm's bias is 0"
     for bias in biases:
         yield Difference(bias, bias.pattern, count_of[bias.pattern], others, 0.0)
-
-
-def _module_of(weight: WeightRecord) -> str:
-    return weight.parameter.rpartition(".")[0]
 
 
 def _padding(tables: list[WeightRecord]) -> Iterator[Difference]:
@@ -254,13 +273,9 @@ def _padding(tables: list[WeightRecord]) -> Iterator[Difference]:
 
     nn.Embedding sets that row to zero.
     """
-    for table in tables:
-        if table.family not in DRAWN:
-            continue
+    others = "that is its padding_idx, a row that nn.Embedding sets to 0 and passes no gradient to"
+    for table in filter(is_drawn, tables):
         holds = f"numbers up to {plain(table.padding_size)} in row {table.padding_row}"
-        others = (
-            "that is its padding_idx, a row that nn.Embedding sets to 0 and passes no gradient to"
-        )
         part = f"row {table.padding_row} of "
         yield Difference(table, table.pattern, 1, others, 0.0, holds=holds, part=part)
 
@@ -273,47 +288,57 @@ def _content(weight: WeightRecord) -> str:
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    judgement = context.judgement
-    if judgement is None or context.report.state not in rule.states:
+    judgement = context.judgement_for(rule)
+    if judgement is None:
         return NOT_APPLICABLE
 
     # One finding for the parameters of one name that differ from the same others.
     count, differing = differences(judgement)
-    groups: dict[tuple[str, str], list[Difference]] = {}
-    for difference in differing:
-        groups.setdefault((difference.pattern, difference.others), []).append(difference)
+    groups = group_by(differing, lambda difference: (difference.pattern, difference.others))
     return CheckOutcome(count, [_finding(context, rule, group) for group in groups.values()])
 
 
 def _finding(context: RuleContext, rule: Rule, group: list[Difference]) -> Finding:
     """Return the finding about the parameters of one name that differ from the same others."""
+    # 1. What they hold.
     first = group[0]
     weights = [difference.weight for difference in group]
-    # 1. What they hold.
-    contents = [difference.holds or _content(difference.weight) for difference in group]
-    shown = contents[0]
-    if len(set(contents)) > 1:
-        shown = f"{shown} and others"
-
-    # 2. Which they are.
-    name = first.pattern.removesuffix(".weight")
-    if first.of > 1:
-        name = f"{name} ({len(group)} of {first.of}{layers_in_words(weights, first.of)})"
     evidence = {
-        "parameters": [weight.parameter for weight in weights],
-        "role": weights[0].role,
+        "parameters": parameters_of(weights),
+        "role": first.weight.role,
         "pattern": first.pattern,
         "layers": [weight.layer for weight in weights],
         "of": first.of,
-        "value": weights[0].mean,
-        "std": weights[0].std,
+        "value": first.weight.mean,
+        "std": first.weight.std,
         "expected": first.value,
-        "offset": weights[0].offset,
+        "offset": first.weight.offset,
     }
-    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    what = f"{name} holds {shown}; {first.others}"
+
+    # 2. The finding.
+    what = f"{_subject(group)} holds {_contents_in_words(group)}; {first.others}"
     level = context.level(rule, rule.level)
+    where = places_of(weights)
     return Finding(rule.code, level, where, what, evidence, rule.summary, fix_for(group))
+
+
+def _contents_in_words(group: list[Difference]) -> str:
+    """Return what the first parameter of a group holds, and whether others hold something else."""
+    contents = [difference.holds or _content(difference.weight) for difference in group]
+    are_all_the_same = len(set(contents)) == 1
+    if are_all_the_same:
+        return contents[0]
+    return f"{contents[0]} and others"
+
+
+def _subject(group: list[Difference]) -> str:
+    """Return what a finding is about: "h.*.ln_1.bias (2 of 12, layer 3, 4)"."""
+    first = group[0]
+    name = first.pattern.removesuffix(".weight")
+    if first.of <= 1:
+        return name
+    layers = layers_in_words([difference.weight for difference in group], first.of)
+    return f"{name} ({len(group)} of {first.of}{layers})"
 
 
 RULE = Rule("JD208", "vectors-differ", "warning", check=_check, states=("init",))
