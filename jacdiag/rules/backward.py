@@ -18,8 +18,11 @@ _RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), o
 
 
 def _backward(context: RuleContext) -> BackwardRecord | None:
+    """Return what one backward of the loss showed; None if none was run."""
     network = context.report.network
-    return network.backward if network is not None else None
+    if network is None:
+        return None
+    return network.backward
 
 
 # -- JD401 ---------------------------------------------
@@ -92,11 +95,13 @@ def _subject(path: DeadPath) -> str:
     # A stream that is dead before its first sub-layer has no name to give.
     if not path.where:
         return "no gradient reaches the first shortcut:"
+
     return f"no gradient reaches {names}:"
 
 
 def _cause(path: DeadPath) -> str:
     """Return why no gradient gets there."""
+    # 1. Causes that are no parameter.
     if path.cause == "cut":
         return f"every way from there to the loss passes {list_names(path.calls)}"
     if path.cause == "input":
@@ -104,11 +109,13 @@ def _cause(path: DeadPath) -> str:
     if path.cause == "unknown":
         return "the cause is not known"
 
-    # Parameters that let nothing through.
+    # 2. Parameters that block each other.
     held = f"{_held(path.parameters, path.values)} in every element"
     outlook = _outlook(path)
     if path.together:
         return f"{held}, and only other values in all of them let it through{outlook}"
+
+    # 3. Parameters that let nothing through by themselves.
     which = "any one of them"
     if len(path.parameters) == 1:
         which = "it"
@@ -126,6 +133,7 @@ def _held(names: Sequence[str], values: Sequence[float]) -> str:
         if _is_negligible(value):
             held = f"at most {abs(value):.1g} in size"
         phrases.append(f"{clipped(name, 100)} is {held}")
+
     return list_names(phrases)
 
 
@@ -142,24 +150,29 @@ def _outlook(path: DeadPath) -> str:
 
     if gradient == 0:
         return "; no gradient reaches these values either, so that no step changes them"
+
     return "; these values get a gradient themselves, so that the first step changes them"
 
 
 def _fix(path: DeadPath) -> str:
     """Return what to do; "" if nothing is known, or nothing is needed."""
+    # 1. A head, or parameters that get a gradient elsewhere.
     if path.head or path.elsewhere:
         return ""
+
+    # 2. A cut of the graph.
     if path.cause == "cut":
-        return (
-            f"let the gradient through at {list_names(path.calls)}, or freeze what lies before it"
-        )
+        calls = list_names(path.calls)
+        return f"let the gradient through at {calls}, or freeze what lies before it"
     if path.cause != "zero":
         return ""
 
-    # Zeros that no step writes, that nobody wrote, or that an init wrote.
+    # 3. Zeros that no step writes.
     names = list_names(path.parameters)
     if not path.learned:
         return f"{_RECOMPUTE}: {names}"
+
+    # 4. Numbers that nobody wrote, or zeros that an init wrote.
     if any(map(_is_negligible, path.values)):
         return f"{_NEVER_WRITTEN}: {names}"
     return f"set gains to one and draw matrices: {names}"
@@ -195,6 +208,7 @@ def _dead_branch(context: RuleContext, rule: Rule) -> CheckOutcome:
     for rows_of_kind, level in kinds:
         if rows_of_kind:
             findings.append(_branches(context, rule, rows_of_kind, level))
+
     return CheckOutcome(len(rows), findings)
 
 
@@ -218,10 +232,12 @@ def _branches(
         branch = row.dead_branch
         if branch is None:
             continue
+
         branches.append(branch)
         value_of |= dict(zip(branch.parameters, branch.values, strict=False))
         if not branch.parameters:
             unknown.append(row.name)
+
     names = [row.name for row in rows]
     parameters = list(value_of)
 
@@ -254,21 +270,25 @@ def _fix_of_branches(
     branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level
 ) -> str:
     """Return what to do; "" if the cause is not known, or is a zero-initialised branch."""
-    if not parameters:
-        return ""
-    if level == "info":
+    # 1. Nothing is known, or nothing is wrong.
+    is_meant = level == "info"
+    if is_meant or not parameters:
         return ""
 
-    # 1. Zeros that block each other.
-    if all(_is_dead_for_ever(branch) for branch in branches):
+    # 2. Zeros that block each other.
+    if all(map(_is_dead_for_ever, branches)):
         return "draw all but one of the zero matrices of each branch"
 
-    # 2. Buffers, and numbers that nobody wrote.
+    # 3. Buffers.
     names = list_names(parameters)
     if not _are_learned(branches):
         return f"{_RECOMPUTE}: {names}"
+
+    # 4. Numbers that nobody wrote.
     if any(map(_is_negligible, _values_of(branches))):
         return f"{_NEVER_WRITTEN}: {names}"
+
+    # 5. Zeros in some layers alone.
     return f"draw {names} as in the other layers"
 
 
@@ -288,7 +308,7 @@ def _values_of(branches: Sequence[DeadBranch]) -> list[float]:
 def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
     """Return how far through the model a cause reaches, and what that says of it."""
     # 1. In every layer.
-    if all(_is_dead_for_ever(branch) for branch in branches):
+    if all(map(_is_dead_for_ever, branches)):
         return (
             "in every layer; only other values in all of a branch's let it through, no "
             "gradient reaches any of them"
@@ -296,9 +316,11 @@ def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
 
-    # 2. In some layers.
+    # 2. In some layers, and not zero.
     if any(_values_of(branches)):
         return "which is no zero-initialised branch"
+
+    # 3. In some layers, and zero.
     if not _are_learned(branches):
         return "in a buffer, which no step changes"
     return "but not so in every layer"
@@ -317,12 +339,17 @@ def _growth(context: RuleContext, rule: Rule) -> CheckOutcome:
         return CheckOutcome(0, note=network.notes.get("gradient_norms", ""))
 
     # 2. Those beyond their limit over the depth of the model.
-    findings = []
+    findings: list[Finding] = []
     for name, exponent in known.items():
         limit = context.thresholds.limits("growth", name).info
+        if limit is None:
+            continue
+
+        # An exponent is the logarithm of the growth at one layer.
         over_all_layers = exponent * context.report.model.layers
-        if limit is not None and abs(over_all_layers) > limit:
+        if abs(over_all_layers) > limit:
             findings.append(_growth_finding(context, rule, name, exponent, limit))
+
     return CheckOutcome(len(known), findings)
 
 
@@ -352,6 +379,7 @@ def _embedding(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
+
     share = record.embedding_share
     if share is None:
         note = record.notes.get("embedding_norm") or record.notes.get("others_median", "")
@@ -432,6 +460,7 @@ def _cut_shortcut(context: RuleContext, rule: Rule) -> CheckOutcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
+
     matched = max(len(context.rows(rule)), 1)
     cut = record.cut_shortcuts
     if not cut:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jacdiag.records import Finding, Interval, Level, SublayerRecord
-from jacdiag.records.report import PRODUCT_ALONE
+from jacdiag.records.report import PRODUCT_ALONE, WeightStats
 from jacdiag.rules.finding_numbers import plain, span
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.interval_status import ComparedFigure, compare_with_limits
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import CUTS, Limits
@@ -16,6 +17,9 @@ from jacdiag.rules.wording import placement_in_words
 
 # An output matrix with so much of the std before it has no scaling with depth.
 _UNSCALED = 0.7
+
+
+_MOST_DEPTHS = 6  # in a sentence
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
 Sentence = Callable[[RuleContext, Rule, Sequence[ComparedFigure], Level], Finding]
@@ -42,29 +46,39 @@ def _compare_with_cuts(
 
     # 1. Place each figure between its cuts.
     compared: list[ComparedFigure] = []
-    uncalibrated: set[str] = set()
+    uncalibrated: list[SublayerRecord] = []
     for row in rows:
         limits_of_row = limits(row)
         is_measured = row.branch_norm is not None
         if is_measured and not limits_of_row.cuts:
-            uncalibrated.add(f"{row.kind} ({row.placement})")
+            uncalibrated.append(row)
             continue
-        compared.append(compare_with_limits(row, _trusted(context, row, value), limits_of_row))
-    note = ""
-    if uncalibrated:
-        note = f"no threshold is calibrated for {', '.join(sorted(uncalibrated))}"
 
-    # 2. One finding per level.
+        figure = _trusted(context, row, value)
+        compared.append(compare_with_limits(row, figure, limits_of_row))
+
+    # 2. One finding per level, the highest first.
+    by_level = group_by(compared, lambda figure: figure.beyond)
     findings = []
     for level in reversed(CUTS):
-        group = [figure for figure in compared if figure.beyond == level]
-        if group:
-            findings.append(sentence(context, rule, group, level))
+        if level in by_level:
+            findings.append(sentence(context, rule, by_level[level], level))
 
     # 3. What the intervals leave open, and the condition at each sub-layer.
     undecided = [figure.row.name for figure in compared if figure.is_undecided]
     conditions = {figure.row.name: figure.condition for figure in compared}
+    note = _note_of_uncalibrated(uncalibrated)
     return CheckOutcome(len(compared), findings, undecided, note, conditions)
+
+
+def _note_of_uncalibrated(rows: Sequence[SublayerRecord]) -> str:
+    """Return the note about sub-layers for which there is no threshold; "" without any."""
+    if not rows:
+        return ""
+
+    # Each kind with its placement once.
+    kinds = {f"{row.kind} ({row.placement})" for row in rows}
+    return f"no threshold is calibrated for {', '.join(sorted(kinds))}"
 
 
 def _why_not(context: RuleContext, rule: Rule) -> str:
@@ -74,19 +88,18 @@ def _why_not(context: RuleContext, rule: Rule) -> str:
         return ""
 
     # The placements that the model has.
-    placements: set[str] = set()
-    for row in context.report.sublayers:
-        if row.placement and not row.nested:
-            placements.add(placement_in_words(row.placement))
+    on_stream = [row for row in context.report.sublayers if not row.nested]
+    placements = {row.placement for row in on_stream if row.placement}
     if not placements:
         return ""
-    names = " and ".join(sorted(placements))
+    names = " and ".join(sorted(map(placement_in_words, placements)))
     return f"the paper states it for pre-norm; this model has {names}"
 
 
 def _trusted(context: RuleContext, row: SublayerRecord, value: Value) -> Interval | None:
     """Return the figure of a sub-layer; None if its replay differs from the model."""
-    if row.name in context.distrusted:
+    is_distrusted = row.name in context.distrusted
+    if is_distrusted:
         return None
     return value(row)
 
@@ -97,6 +110,7 @@ def _worst(group: Sequence[ComparedFigure]) -> ComparedFigure:
     def lower_bound(figure: ComparedFigure) -> float:
         if figure.value is None:
             return -math.inf
+
         return figure.value.lower
 
     return max(group, key=lower_bound)
@@ -107,22 +121,29 @@ def _extent(context: RuleContext, group: Sequence[ComparedFigure]) -> str:
 
     An excess at the first layer only is another thing than one that persists.
     """
-    depths = sorted({figure.row.depth for figure in group})
+    depths = _depths_of(group)
     last = context.report.model.layers - 1
 
-    # 1. The first layer alone, all layers, or all up to one of them.
+    # 1. The first layer alone.
     if depths == [0]:
         return "only at depth 0" if last > 0 else "at the only depth"
+
+    # 2. All layers, or all up to one of them.
     if depths == list(range(last + 1)):
         return "at every depth"
     if depths == list(range(depths[-1] + 1)):
         return f"persists to depth {depths[-1]} of {last}"
 
-    # 2. Any others.
-    shown = ", ".join(map(str, depths[:6]))
-    if len(depths) > 6:
+    # 3. Any others.
+    shown = ", ".join(map(str, depths[:_MOST_DEPTHS]))
+    if len(depths) > _MOST_DEPTHS:
         shown += " ..."
     return f"at depths {shown} of 0 to {last}"
+
+
+def _depths_of(group: Iterable[ComparedFigure]) -> list[int]:
+    """Return the depths of sub-layers, each once, ascending."""
+    return sorted({figure.row.depth for figure in group})
 
 
 def _share(context: RuleContext, rule: Rule, group: Sequence[ComparedFigure]) -> str:
@@ -151,6 +172,7 @@ def _finding(
         fix: what to do.
         field: the name of the figure in a sub-layer's record.
     """
+    # 1. The evidence is that of the worst.
     worst = _worst(group)
     assert worst.value is not None
     evidence = {
@@ -160,10 +182,12 @@ def _finding(
         "lower": worst.value.lower,
         "upper": worst.value.upper,
         "threshold": limit,
-        "depths": sorted({figure.row.depth for figure in group}),
+        "depths": _depths_of(group),
         "count": len(group),
         "of": len(context.rows(rule)),
     }
+
+    # 2. The finding.
     where = [figure.row.name for figure in group]
     level = context.level(rule, cut)
     return Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
@@ -177,6 +201,7 @@ def _small(context: RuleContext, rule: Rule) -> CheckOutcome:
         # The cuts are for the norm times √(2N), which the paper wants near 1.
         if row.core_norm is None:
             return None
+
         return row.core_norm.scaled(scale)
 
     def limits(row: SublayerRecord) -> Limits:
@@ -203,28 +228,36 @@ def _small(context: RuleContext, rule: Rule) -> CheckOutcome:
 
 def _smaller(context: RuleContext, row: SublayerRecord) -> str:
     """Return what to change: the depth scaling where it is missing, else the std of matrices."""
+    # 1. A trained model is not initialized again.
+    model = context.report.model
     if context.report.state == "trained":
         return ""
+
+    # 2. The advice alone, if the output matrix is not known.
     advice = "initialise W_O and W_2 with std s/√(2N), the other matrices with s = √(2/(5d))"
-    width = context.report.model.width
     output = row.weights.get("W_2") or row.weights.get("W_O")
-    if width is None or output is None or output.std is None:
+    if model.width is None or output is None or output.std is None:
         return advice
 
-    # 1. The std of the output matrix, and that of the advice.
-    layers = max(context.report.model.layers, 1)
-    s = math.sqrt(2 / (5 * width))
+    # 3. The std of the output matrix, and that of the advice.
+    layers = max(model.layers, 1)
+    s = math.sqrt(2 / (5 * model.width))
     aim = s / math.sqrt(2 * layers)
     seen = f"{output.parameter} has std {plain(output.std)}, s/√(2N) is {plain(aim)}"
 
-    # 2. Whether it is as large as the matrices before it.
-    others = [weight for weight in row.weights.values() if weight is not output]
-    inner_stds = [weight.std for weight in others if weight.std]
-    inner_std = max(inner_stds, default=0.0)
+    # 4. Whether it is as large as the matrices before it.
+    inner_std = _largest_inner_std(row, output)
     is_unscaled = inner_std > 0 and output.std > _UNSCALED * inner_std
     if is_unscaled and layers > 1:
         seen += f"; no depth scaling is seen compared with std {plain(inner_std)} before it"
     return f"{advice}: {seen}"
+
+
+def _largest_inner_std(row: SublayerRecord, output: WeightStats) -> float:
+    """Return the largest std of the matrices before the output matrix; 0 if none is known."""
+    others = [weight for weight in row.weights.values() if weight is not output]
+    stds = [weight.std for weight in others if weight.std]
+    return max(stds, default=0.0)
 
 
 # -- JD102 -----------------------------------------------------------------------------------------
@@ -238,6 +271,7 @@ def _large(context: RuleContext, rule: Rule) -> CheckOutcome:
             return None
         if gain.per_token is None:
             return Interval.exact(gain.estimate)
+
         return Interval.exact(gain.per_token.p99)
 
     def sentence(
@@ -265,12 +299,16 @@ def _large(context: RuleContext, rule: Rule) -> CheckOutcome:
 
 def _token(row: SublayerRecord) -> str:
     """Return which token has the smallest σ; "" if that is not known."""
-    if row.shortcut_std is None or row.shortcut_std.argmin is None:
+    spread = row.shortcut_std
+    if spread is None or spread.argmin is None:
         return ""
-    place = row.shortcut_std.argmin
+
+    # 1. Its position.
+    place = spread.argmin
     if place.position is None:
         return ""
 
+    # 2. Its number in the vocabulary, if the probe has one.
     token = "the one"
     if place.token is not None:
         token = f"token {place.token}"
@@ -281,6 +319,8 @@ def _larger(context: RuleContext) -> str:
     """Return how to make the shortcut larger."""
     if context.report.state == "trained":
         return ""
+
+    # The factor in numbers, if the width is known.
     width = context.report.model.width
     factor = "√d"
     if width:
@@ -316,19 +356,16 @@ def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
     network = context.report.network
     if network is None or network.gain_product_log is None:
         return NOT_APPLICABLE
+
     # 1. The highest cut that the product is beyond.
     log = network.gain_product_log
     limits = context.thresholds.limits("gain_product")
-    beyond: Level | None = None
-    for cut in CUTS:
-        limit_of_cut = getattr(limits, cut)
-        if limit_of_cut is not None and log > limit_of_cut:
-            beyond, limit = cut, limit_of_cut
+    beyond = limits.beyond(log)
     if beyond is None:
         return CheckOutcome(1)
+    limit = limits.named_cuts[beyond]
 
-    # 2. The finding, with the true gain if it was measured.
-    end_to_end = network.end_to_end
+    # 2. The true gain, if it was measured.
     evidence: dict[str, Any] = {
         "field": "gain_product_log",
         "value": log,
@@ -336,9 +373,12 @@ def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
         "end_to_end": None,
     }
     true_gain = PRODUCT_ALONE
+    end_to_end = network.end_to_end
     if end_to_end is not None:
         evidence["end_to_end"] = [end_to_end.lower, end_to_end.upper]
         true_gain = f"the true end-to-end gain is {span(end_to_end)}"
+
+    # 3. The finding.
     what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true_gain}"
     level = context.level(rule, beyond)
     return CheckOutcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary)])

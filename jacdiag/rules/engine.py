@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
 from jacdiag.errors import UsageError
-from jacdiag.records import Conditions, Finding, Report, RuleResult, Status, Verdict
+from jacdiag.records import Condition, Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.rules import (
     backward,
     conditions,
@@ -32,10 +33,11 @@ from jacdiag.rules.init import (
     state_space_rates,
     tied_weights,
 )
+from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import CheckOutcome, Rule, RuleContext, RuleInfo
-from jacdiag.rules.thresholds import CUTS, Thresholds
+from jacdiag.rules.thresholds import Thresholds
 
 SMALL_ROLES = (small_parameters.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
 STRUCTURE = (
@@ -72,12 +74,13 @@ def rule(code: str) -> RuleInfo:
     Raises:
         UsageError: no rule has this code; the hint names the closest codes.
     """
-    for candidate in EVERY:
-        if candidate.code == code.upper():
-            return candidate
+    by_code = {candidate.code: candidate for candidate in EVERY}
+    upper = code.upper()
+    if upper in by_code:
+        return by_code[upper]
 
-    codes = [candidate.code for candidate in EVERY]
-    near = get_close_matches(code.upper(), codes, n=3, cutoff=0.4)
+    # Name the codes that may be meant.
+    near = get_close_matches(upper, by_code, n=3, cutoff=0.4)
     hint = "`jacdiag rules` lists all"
     if near:
         hint = f"closest: {', '.join(near)}"
@@ -100,19 +103,24 @@ def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Ru
     prefixes = tuple(select)
     ignored = tuple(ignore)
     for prefix in (*prefixes, *ignored):
-        if not any(code.startswith(prefix) for code in _CODES):
-            raise UsageError(
-                f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}"
-            )
+        _check_prefix(prefix)
 
-    # 2. No code begins with one of no prefixes.
-    chosen = []
-    for candidate in RULES:
-        is_selected = not prefixes or candidate.code.startswith(prefixes)
-        is_ignored = candidate.code.startswith(ignored)
-        if is_selected and not is_ignored:
-            chosen.append(candidate)
-    return tuple(chosen)
+    # 2. Without a prefix all rules are selected.
+    chosen = list(RULES)
+    if prefixes:
+        chosen = [candidate for candidate in RULES if candidate.code.startswith(prefixes)]
+
+    # 3. No code begins with one of no prefixes.
+    return tuple(candidate for candidate in chosen if not candidate.code.startswith(ignored))
+
+
+def _check_prefix(prefix: str) -> None:
+    """Raise UsageError if no rule has a prefix."""
+    has_rule = any(code.startswith(prefix) for code in _CODES)
+    if not has_rule:
+        raise UsageError(
+            f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}"
+        )
 
 
 def evaluate(
@@ -135,55 +143,94 @@ def evaluate(
     Returns:
         The same report with risk, conditions, findings, rules and verdict filled in.
     """
+    # 1. What the rules see.
     report = replace(report, risk=risk_at_lr.assess(report, thresholds.risk))
-    judgement = init_contract.judge(report.contract) if report.contract else None
-    context = RuleContext(report, thresholds, profile_of(profile, _CODES), judgement)
+    context = RuleContext(report, thresholds, profile_of(profile, _CODES), _judgement_of(report))
+
+    # 2. Run them.
     chosen = selected(select, ignore)
-    outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}
+    outcomes = _run(chosen, context)
     context = replace(context, outcomes=outcomes)
-    outcomes = outcomes | {r.code: r.check(context, r) for r in chosen if r.after}
-    results = [_result(r, outcomes[r.code]) for r in chosen]
-    findings = [finding for r in chosen for finding in outcomes[r.code].findings]
-    settings = {
-        **report.settings,
-        "thresholds": _shown(report, thresholds),
-        "profile": context.profile.name,
-        "levels": dict(context.profile.levels),
-        "stratum": _usual_placement(report),
-    }
+
+    # 3. Put the report together.
+    results = [_result(rule, outcomes[rule.code]) for rule in chosen]
+    findings = [finding for rule in chosen for finding in outcomes[rule.code].findings]
     return replace(
         report,
         conditions=_conditions(report, outcomes),
         findings=findings,
         rules=results,
         verdict=_verdict(context, findings, results, outcomes),
-        settings=settings,
+        settings={**report.settings, **_settings(context)},
     )
 
 
+def _judgement_of(report: Report) -> Judgement | None:
+    """Return the judgement of a report's weights; None without a contract."""
+    if report.contract is None:
+        return None
+    return init_contract.judge(report.contract)
+
+
+def _run(rules: Sequence[Rule], context: RuleContext) -> dict[str, CheckOutcome]:
+    """Return the outcomes of rules by their code.
+
+    Rules that judge the outcomes of the others run after them.
+    """
+    # 1. Rules on the report.
+    outcomes: dict[str, CheckOutcome] = {}
+    for rule in rules:
+        if not rule.after:
+            outcomes[rule.code] = rule.check(context, rule)
+
+    # 2. Rules on those outcomes.
+    context = replace(context, outcomes=dict(outcomes))
+    for rule in rules:
+        if rule.after:
+            outcomes[rule.code] = rule.check(context, rule)
+
+    return outcomes
+
+
+def _settings(context: RuleContext) -> dict[str, Any]:
+    """Return what the rules were run with, as the settings of a report hold it."""
+    return {
+        "thresholds": _shown(context.report, context.thresholds),
+        "profile": context.profile.name,
+        "levels": dict(context.profile.levels),
+        "stratum": _usual_placement(context.report),
+    }
+
+
 def _result(rule: Rule, outcome: CheckOutcome) -> RuleResult:
+    """Return the result of a rule as a report lists it."""
     status: Status = "clean"
+
+    # A finding counts more than what is undecided.
     if outcome.findings:
         status = "fired"
     elif outcome.matched == 0:
         status = "not-applicable"
     elif outcome.undecided:
         status = "unknown"
+
     return RuleResult(rule.code, status, outcome.matched, rule.name, outcome.note)
 
 
 def _conditions(report: Report, outcomes: Mapping[str, CheckOutcome]) -> Conditions:
     """Return the two conditions of the paper, each over all sub-layers."""
+    # Weights alone carry no norm.
+    if report.tier == "weights":
+        return Conditions("unknown", "unknown")
+    return Conditions(_condition_of("JD101", outcomes), _condition_of("JD102", outcomes))
 
-    def condition_of(code: str) -> Any:
-        # Weights alone carry no norm, and a rule that was not selected says nothing.
-        if report.tier == "weights":
-            return "unknown"
-        if code not in outcomes:
-            return "unknown"
-        return overall(list(outcomes[code].conditions.values()))
 
-    return Conditions(condition_of("JD101"), condition_of("JD102"))
+def _condition_of(code: str, outcomes: Mapping[str, CheckOutcome]) -> Condition:
+    """Return the condition that a rule judges; unknown if the rule was not selected."""
+    if code not in outcomes:
+        return "unknown"
+    conditions = outcomes[code].conditions
+    return overall(list(conditions.values()))
 
 
 def _verdict(
@@ -215,12 +262,20 @@ def _verdict(
         return _trained_verdict(context, results, outcomes)
 
     # 3. Nothing fired, which is a pass only if every rule was decided.
-    if not measurement.applied(report, outcomes):
+    is_applied = measurement.applied(report, outcomes)
+    if not is_applied or _is_any_open(results, outcomes):
         return "unknown"
-    for result in results:
-        if result.status == "unknown" or outcomes[result.code].undecided:
-            return "unknown"
     return "pass"
+
+
+def _is_any_open(results: list[RuleResult], outcomes: Mapping[str, CheckOutcome]) -> bool:
+    """Return whether a rule has no answer, for all or for some sub-layers."""
+    for result in results:
+        is_undecided = bool(outcomes[result.code].undecided)
+        if is_undecided or result.status == "unknown":
+            return True
+
+    return False
 
 
 def _observing_rules(context: RuleContext) -> set[str]:
@@ -228,12 +283,8 @@ def _observing_rules(context: RuleContext) -> set[str]:
 
     A level that the user gave makes a rule judge.
     """
-    codes: set[str] = set()
-    for rule in RULES:
-        has_level_of_user = rule.code in context.profile.levels
-        if rule.observation_when_trained and not has_level_of_user:
-            codes.add(rule.code)
-    return codes
+    observing = {rule.code for rule in RULES if rule.observation_when_trained}
+    return observing.difference(context.profile.levels)
 
 
 def _trained_verdict(
@@ -241,17 +292,17 @@ def _trained_verdict(
 ) -> Verdict:
     """Return the verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.
-    for row in context.report.sublayers:
-        if row.branch_norm is None and not row.nested:
-            return "unknown"
+    on_stream = [row for row in context.report.sublayers if not row.nested]
+    is_any_unmeasured = any(row.branch_norm is None for row in on_stream)
+    if is_any_unmeasured:
+        return "unknown"
 
     # 2. Observations decide nothing: an interval across a threshold that holds at init leaves
     #    nothing open.
     observations = _observing_rules(context)
-    for result in results:
-        is_observation = result.code in observations
-        if outcomes[result.code].undecided and not is_observation:
-            return "unknown"
+    judging = [result.code for result in results if result.code not in observations]
+    if any(outcomes[code].undecided for code in judging):
+        return "unknown"
 
     # 3. Without a comparison nothing was judged.
     comparison = outcomes.get("JD110")
@@ -267,12 +318,7 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 
     def cuts(figure: str, stratum: str, factor: float = 1.0) -> dict[str, float]:
         limits = thresholds.limits(figure, stratum)
-        known: dict[str, float] = {}
-        for cut in CUTS:
-            value = getattr(limits, cut)
-            if value is not None:
-                known[cut] = value * factor
-        return known
+        return {cut: value * factor for cut, value in limits.named_cuts.items()}
 
     return {
         "branch_norm": cuts("branch_norm", usual),
@@ -283,12 +329,12 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 
 def _usual_placement(report: Report) -> str:
     """Return the placement of the norm that most sub-layers have; the first of several."""
-    placements = [row.placement or "pre" for row in report.sublayers]
-    if not placements:
+    # `most_common` keeps the order of the forward among equal counts.
+    counts = Counter(row.placement or "pre" for row in report.sublayers)
+    if not counts:
         return "pre"
-
-    # `max` returns the first of equal counts, in the order of the forward.
-    return max(dict.fromkeys(placements), key=placements.count)
+    usual, _ = counts.most_common(1)[0]
+    return usual
 
 
 def decision_points(

@@ -23,6 +23,7 @@ def plain(value: float | None) -> str:
     # 2. Whole numbers from a thousand on, else as many decimals as three digits need.
     if size >= 1000:
         return f"{value:,.0f}"
+
     decimals = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:.{decimals}f}"
 
@@ -32,4 +33,5 @@ def span(interval: Interval) -> str:
     has_no_width = interval.lower == interval.upper
     if has_no_width:
         return plain(interval.estimate)
+
     return between(interval.lower, interval.upper)

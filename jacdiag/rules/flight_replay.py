@@ -94,6 +94,11 @@ class ReplayContext:
     others_failed: int = 0
 
 
+def _is_enough(share: float | None) -> bool:
+    """Return whether a share of the jump is at least half of it; one that is not known is not."""
+    return share is not None and share >= HALF
+
+
 @dataclass
 class JudgedFigure:
     """What one figure says.
@@ -116,16 +121,16 @@ class JudgedFigure:
     @property
     def says_batch(self) -> bool:
         """Whether the figure says that the batch made the jump."""
+        # Without a known jump, being out of the range decides.
         if self.jumped is None:
             return self.batch_out
-        shows_the_jump = (self.batch_share or 0.0) >= HALF
-        return self.batch_out and self.jumped and shows_the_jump
+        return self.batch_out and self.jumped and _is_enough(self.batch_share)
 
     @property
     def says_weights(self) -> bool:
         """Whether the figure says that the weights made the jump."""
-        shows_the_jump = (self.weights_share or 0.0) >= HALF
-        return self.weights_out and bool(self.jumped) and shows_the_jump
+        has_jumped = self.jumped is True
+        return self.weights_out and has_jumped and _is_enough(self.weights_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, as the evidence of a decision holds them."""
@@ -166,10 +171,7 @@ def usual_value(rows: Sequence[tuple[int, float]]) -> LevelRecord | None:
         32
     """
     # 1. The last finite values.
-    finite = []
-    for step, value in rows:
-        if math.isfinite(value):
-            finite.append((step, value))
+    finite = [(step, value) for step, value in rows if math.isfinite(value)]
     last = finite[-WINDOW:]
     if len(last) < LEAST_ROWS:
         return None
@@ -179,6 +181,7 @@ def usual_value(rows: Sequence[tuple[int, float]]) -> LevelRecord | None:
     differences = [abs(later - earlier) for earlier, later in pairwise(values)]
     spread = _NORMAL * median(differences) / math.sqrt(2)
 
+    # 3. The steps that they are of.
     first_step, last_step = last[0][0], last[-1][0]
     return LevelRecord(median(values), spread, len(values), first_step, last_step)
 
@@ -191,8 +194,11 @@ def is_out(value: float, level: LevelRecord, *, logarithm: bool) -> bool:
         level: the usual value.
         logarithm: the level is of logarithms, and the value is not one yet.
     """
+    # 1. NaN and Inf are never usual.
     if not math.isfinite(value):
         return True
+
+    # 2. Any other value, as it is compared.
     if logarithm:
         value = _log(value)
     return value - level.center > _limit_above(level, logarithm)
@@ -228,6 +234,7 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
             calm.append(row)
         elif row[0] <= step:
             recent.append(row)
+
     level = usual_value(calm)
     if level is None:
         return None
@@ -239,7 +246,9 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
         is_usual = math.isfinite(value) and value - level.center <= limit
         if is_usual:
             break
+
         first = row_step
+
     return first
 
 
@@ -260,15 +269,17 @@ def decide(figures: Sequence[Figure], context: ReplayContext) -> Decision:
         Of a step that crashed: "batch" if a batch of it raises the error of the run again, and all
             others run.
     """
-    # 1. An error decides by itself, and without enough batches nothing can be decided.
+    # 1. An error decides by itself.
     known = [figure for figure in figures if figure.others or figure.suspects]
     if context.crash or context.failed:
         return _decide_error(known, context)
+
+    # 2. Without enough batches nothing can be decided.
     missing = _missing(known, context)
     if missing:
         return Decision("not decided", f"Not decided: {missing}.")
 
-    # 2. Judge each figure, then weigh what they say.
+    # 3. Judge each figure, then weigh what they say.
     judged = {figure.name: _judge(figure) for figure in known}
     evidence = {name: judgement.to_dict() for name, judgement in judged.items()}
     verdict, sentence = _weigh(known, judged, context)
@@ -289,6 +300,7 @@ def _weigh(
     if not says_weights:
         if says_batch:
             return "batch", _batch_sentence(says_batch[0], context)
+
         return "not decided", _neither_sentence(known, judged, out, context)
 
     # 3. The weights stand out, and the batch does as well.
@@ -299,6 +311,7 @@ def _weigh(
     open_question = _open_question(says_weights, judged, context)
     if open_question:
         return "not decided", f"Not decided: {open_question}."
+
     return "weights", _weights_sentence(says_weights[0], context)
 
 
@@ -309,6 +322,7 @@ def _open_question(
     not_these = _not_these_weights(says_weights, judged, context)
     if not_these:
         return not_these
+
     return _not_the_run_itself(says_weights[0], context)
 
 
@@ -319,10 +333,13 @@ def _figures_with_a_jump(
 
     A figure without a known jump is evidence only if no other figure has one.
     """
-    with_jump = [figure for figure in known if judged[figure.name].jumped is not None]
-    if with_jump:
-        return with_jump
-    return known
+    with_jump: list[Figure] = []
+    for figure in known:
+        judgement = judged[figure.name]
+        if judgement.jumped is not None:
+            with_jump.append(figure)
+
+    return with_jump or known
 
 
 def _decide_error(figures: Sequence[Figure], context: ReplayContext) -> Decision:
@@ -366,6 +383,7 @@ def _missing(figures: Sequence[Figure], context: ReplayContext) -> str:
         return "no loss and no gradient could be computed"
     if not figures[0].suspects:
         return f"the batch of step {context.step} was not kept; {context.keep_hint}"
+
     others = len(figures[0].others)
     if others >= LEAST_OTHERS:
         return ""
@@ -417,6 +435,7 @@ def _judge(figure: Figure) -> JudgedFigure:
     rise = _rise(figure, others, center, spread)
     if rise is None:
         return judgement
+
     judgement.weights_out = rise.mean > _quantile(FALSE_ALARMS, rise.count - 1) * rise.error
     judgement.weights_share = _share_of_jump(rise.mean, judgement.jump)
 
@@ -430,15 +449,17 @@ def _judge(figure: Figure) -> JudgedFigure:
 
 
 def _are_finite(values: Sequence[float]) -> bool:
-    return all(math.isfinite(value) for value in values)
+    return all(map(math.isfinite, values))
 
 
 def _judge_broken_others(judgement: JudgedFigure, others: Sequence[float]) -> None:
     """Judge the weights by other batches of which some are NaN or Inf."""
-    finite = [value for value in others if math.isfinite(value)]
-    # Most of them have to be so: one of them may be broken as well.
-    judgement.weights_out = 2 * len(finite) < len(others)
+    # 1. Such a value is a jump of any size.
     judgement.jumped = True
+
+    # 2. Most of them have to be so: one of them may be broken as well.
+    count_finite = sum(map(math.isfinite, others))
+    judgement.weights_out = 2 * count_finite < len(others)
     if judgement.weights_out:
         judgement.weights_share = 1.0
 
@@ -447,7 +468,10 @@ def _share_of_jump(excess: float, jump: float | None) -> float | None:
     """Return the part of the run's jump that an excess is; None if there is no jump upwards."""
     if jump is None or not math.isfinite(jump):
         return None
-    if jump <= 0:
+
+    # A fall has no part that an excess could be.
+    is_upwards = jump > 0
+    if not is_upwards:
         return None
     return excess / jump
 
@@ -467,12 +491,9 @@ def _rise(figure: Figure, others: Sequence[float], center: float, spread: float)
     Without such values all of them are compared with the usual value of the run.
     """
     # 1. Each batch minus what the run logged for it.
-    logarithm = figure.name == GRADIENT
-    differences = []
-    for on_these_weights, in_the_run in zip(others, figure.then, strict=False):
-        if in_the_run is not None and math.isfinite(in_the_run):
-            differences.append(on_these_weights - _scaled([in_the_run], logarithm)[0])
+    differences = _differences_from_run(figure, others)
     if len(differences) >= LEAST_OTHERS:
+        logarithm = figure.name == GRADIENT
         error = _floor(stdev(differences), center, logarithm) / math.sqrt(len(differences))
         return _Rise(fmean(differences), error, len(differences))
 
@@ -486,6 +507,22 @@ def _rise(figure: Figure, others: Sequence[float], center: float, spread: float)
     return _Rise(center - level.center, error, len(others))
 
 
+def _differences_from_run(figure: Figure, others: Sequence[float]) -> list[float]:
+    """Return each of the other batches minus what the run logged for it, where that is known."""
+    logarithm = figure.name == GRADIENT
+    differences: list[float] = []
+    for on_these_weights, in_the_run in zip(others, figure.then, strict=False):
+        is_known = in_the_run is not None and math.isfinite(in_the_run)
+        if in_the_run is None or not is_known:
+            continue
+
+        # `others` are logarithms already, where figures are compared by them.
+        (scaled,) = _scaled([in_the_run], logarithm)
+        differences.append(on_these_weights - scaled)
+
+    return differences
+
+
 def out_of_range(
     values: Sequence[float], others: Sequence[float], *, logarithm: bool
 ) -> list[bool]:
@@ -496,19 +533,22 @@ def out_of_range(
         others: of the sequences of the other batches.
         logarithm: compare by the logarithm.
     """
-    # 1. The range of the others.
-    finite = _scaled([value for value in others if math.isfinite(value)], logarithm)
+    # 1. Too few others have no range.
+    finite = _scaled(list(filter(math.isfinite, others)), logarithm)
     if len(finite) < LEAST_OTHERS:
         return [False] * len(values)
+
+    # 2. The range of the others.
     center = fmean(finite)
     spread = _floor(stdev(finite), center, logarithm)
     limit = _limit_of_range(FALSE_ALARMS / max(len(values), 1), spread, len(finite))
 
-    # 2. Each value compared with it. One that is not finite is out of any range.
+    # 3. Each value compared with it. One that is not finite is out of any range.
     results = []
     for value in _scaled(values, logarithm):
         is_usual = math.isfinite(value) and value - center <= limit
         results.append(not is_usual)
+
     return results
 
 
@@ -527,6 +567,7 @@ def _not_these_weights(
     """
     if context.checkpoint_step is None or context.step is None:
         return ""
+
     hint = "is this the checkpoint of this run, and the model built as it was there?"
 
     # 1. The run was usual with these weights for a step or more.
@@ -543,36 +584,46 @@ def _not_these_weights(
     for figure in figures:
         if figure.met is None or _is_as_in_the_run(figure, judged[figure.name].jump):
             continue
+
         value_now, value_in_run = figure.met
         return (
             f"the batch that met {_weights(context)} in the run had a {_WORDS[figure.name]} of "
             f"{three(value_in_run)} there, and has {three(value_now)} now; {hint}"
         )
+
     return ""
 
 
 def _is_as_in_the_run(figure: Figure, jump: float | None) -> bool:
     """Return whether the batch that met these weights differs by less than half of the jump."""
-    if figure.met is None or jump is None or not math.isfinite(jump):
+    # 1. What is not known is no difference.
+    if figure.met is None:
         return True
+    if jump is None or not math.isfinite(jump):
+        return True
+
+    # 2. The two values as they are compared.
     value_now, value_in_run = _scaled(figure.met, figure.name == GRADIENT)
     return abs(value_now - value_in_run) < HALF * jump
 
 
 def _not_the_run_itself(figure: Figure, context: ReplayContext) -> str:
     """Return why the figures may be those of an earlier part of the run; "" if they cannot be."""
+    # 1. A known step, or values that no early step has.
+    level = fmean(figure.others)
     if context.checkpoint_step is not None:
         return ""
-    level = fmean(figure.others)
     if not math.isfinite(level):
         return ""
+
+    # 2. Only a loss that the run never had before the jump is not that of an early step.
     if figure.name != LOSS:
         return _SAVE_THE_STEP
-
-    # Only a loss that the run never had before the jump is not that of an early step.
     ordinary = f"ordinary batches have a loss of {three(level)} on these weights"
     if context.highest_before is None:
         return f"{ordinary}, and {_SAVE_THE_STEP}"
+
+    # 3. The run had such a loss before.
     if level <= context.highest_before:
         return f"{ordinary}, as the run had early on; {_SAVE_THE_STEP}"
     return ""
@@ -640,40 +691,33 @@ def _neither_sentence(
     context: ReplayContext,
 ) -> str:
     """Return why neither the batch nor the weights explain the jump."""
-    # 1. The figures that jumped in the run, and those that show the jump here.
-    known: list[Figure] = []
-    jumped: list[Figure] = []
-    above: list[Figure] = []
-    for figure in figures:
-        judgement = judged[figure.name]
-        if judgement.jumped is None:
-            continue
-        known.append(figure)
-        if judgement.jumped:
-            jumped.append(figure)
-            if (judgement.batch_share or 0.0) >= HALF:
-                above.append(figure)
-
-    # 2. There was no jump.
+    # 1. There was no jump.
+    known = [figure for figure in figures if judged[figure.name].jumped is not None]
+    jumped = [figure for figure in known if judged[figure.name].jumped]
     if known and not jumped:
         return _no_jump_sentence(known, out, context)
 
-    # 3. The batch is out, but not by enough.
+    # 2. The batch is out, but not by enough.
     start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
     if out:
         return f"{start} out of the range of the others, by less than half of the run's jump."
 
-    # 4. The batch is not out.
+    # 3. The batch is not out, and nobody knows whether the run jumped.
     if not known:
         return (
             f"{start} not out of the range of the others, and the run's own values are not known."
         )
+
+    # 4. It shows the jump, within the range of the others.
+    above = [figure for figure in jumped if _is_enough(judged[figure.name].batch_share)]
     if above:
         hint = "with more kept batches this range would be known better"
         return (
             f"{start} {_above(above[0])}, as in the run, and not out of the range of the "
             f"others; {hint}."
         )
+
+    # 5. It does not show the jump.
     return (
         f"{start} not out of the range of the others, and these are as usual; "
         f"{_what_decides(jumped[0], context)}."
@@ -683,12 +727,15 @@ def _neither_sentence(
 def _no_jump_sentence(
     known: Sequence[Figure], out: Sequence[Figure], context: ReplayContext
 ) -> str:
+    """Return the sentence about a step at which the run was usual."""
+    # 1. What the run had there.
     values = " and ".join(f"{_WORDS[figure.name]} {three(figure.at_step)}" for figure in known)
     verb = "are" if len(known) > 1 else "is"
     text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
+
+    # 2. What the replay shows.
     if not out:
         return f"{text}. There is no jump to explain."
-
     weights = _weights(context)
     return f"{text}, while the batch is out of the range of the others on {weights}."
 
@@ -711,6 +758,7 @@ def _what_decides(figure: Figure, context: ReplayContext) -> str:
         return (
             f"a checkpoint of step {context.step - 1}, the weights that the batch met, would decide"
         )
+
     what = _WORDS[figure.name]
     return (
         f"the run had a {what} of {three(figure.at_step)} with this batch and these weights, and "
@@ -725,6 +773,7 @@ def _weights(context: ReplayContext) -> str:
     step = context.checkpoint_step
     if step is None:
         return "these weights (of a step that the checkpoint does not say)"
+
     return f"these weights (step {step})"
 
 
@@ -732,6 +781,8 @@ def _holds_the_update(context: ReplayContext) -> bool:
     """Return whether the weights may be those after the update of the step."""
     if context.step is None:
         return False
+
+    # A checkpoint that does not say its step may be a later one.
     if context.checkpoint_step is None:
         return True
     return context.checkpoint_step >= context.step
@@ -755,18 +806,19 @@ def _center(level: LevelRecord, figure: Figure) -> str:
 # -- numbers ---------------------------------------------------------------------------------------
 def _log(value: float) -> float:
     """Return a logarithm; NaN and Inf stay what they are, and zero is a tiny number."""
-    if math.isnan(value):
+    is_kept = math.isnan(value) or value == math.inf
+    if is_kept:
         return value
-    if value == math.inf:
-        return value
+
+    # Norms are not negative.
     return math.log(max(value, 1e-300))
 
 
 def _scaled(values: Sequence[float], logarithm: bool) -> list[float]:
     """Return values as they are compared: gradient norms by their logarithm."""
-    if not logarithm:
-        return list(values)
-    return [_log(value) for value in values]
+    if logarithm:
+        return list(map(_log, values))
+    return list(values)
 
 
 def _floor(spread: float, center: float, logarithm: bool) -> float:

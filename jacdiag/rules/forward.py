@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.records import Finding, Level, SublayerRecord
+from jacdiag.records import Finding, SublayerRecord
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
-from jacdiag.rules.thresholds import CUTS, Limits
 
 
 @dataclass(frozen=True)
@@ -20,16 +19,6 @@ class Measured:
 
     where: str
     value: float
-
-
-def beyond(limits: Limits, value: float) -> Level | None:
-    """Return the highest cut that a value lies above; None for none, and for NaN."""
-    highest: Level | None = None
-    for cut in CUTS:
-        limit = getattr(limits, cut)
-        if limit is not None and value > limit:
-            highest = cut
-    return highest
 
 
 def loudest(
@@ -53,18 +42,20 @@ def loudest(
     Returns:
         The finding alone, or [] if no value is above a cut.
     """
-    # 1. The largest value, and the highest cut below it. What is not finite is another rule's.
+    # 1. The largest value. What is not finite is another rule's.
     known = [measured for measured in figures if math.isfinite(measured.value)]
-    if not known:
-        return []
-    limits = context.thresholds.limits(figure)
-    worst = max(known, key=lambda measured: measured.value)
-    cut = beyond(limits, worst.value)
-    if cut is None:
+    worst = max(known, key=lambda measured: measured.value, default=None)
+    if worst is None:
         return []
 
-    # 2. The finding, with every place above that cut.
-    limit = getattr(limits, cut)
+    # 2. The highest cut below it.
+    limits = context.thresholds.limits(figure)
+    cut = limits.beyond(worst.value)
+    if cut is None:
+        return []
+    limit = limits.named_cuts[cut]
+
+    # 3. The finding, with every place above that cut.
     where = [measured.where for measured in known if measured.value > limit]
     evidence = {
         "field": figure,
@@ -86,6 +77,7 @@ def _stream(context: RuleContext, field: str) -> tuple[ForwardRecord | None, Che
     record = network.forward
     if not getattr(record, field):
         return None, CheckOutcome(0, note=record.notes.get(field, ""))
+
     return record, NOT_APPLICABLE
 
 
@@ -126,6 +118,7 @@ def _superlinear(
         return []
     if variances[middle] <= 0:
         return []
+
     measured = Measured("end", variances[-1] / variances[middle])
 
     def sentence(worst: Measured) -> str:
@@ -144,6 +137,7 @@ def _superlinear(
         about_the_stream.append(
             Finding(rule.code, finding.level, [], finding.what, evidence, finding.why)
         )
+
     return about_the_stream
 
 
@@ -151,6 +145,7 @@ def _massive(context: RuleContext, rule: Rule) -> CheckOutcome:
     record, otherwise = _stream(context, "peaks")
     if record is None or not record.peaks:
         return otherwise
+
     least = context.thresholds.limits("massive_value").info
     ratio = context.thresholds.limits("massive_ratio").info
     if least is None or ratio is None:
@@ -163,6 +158,7 @@ def _massive(context: RuleContext, rule: Rule) -> CheckOutcome:
         is_far_above = peak.value > ratio * peak.median
         if is_large and is_far_above:
             massive.append((point, peak))
+
     if not massive:
         return CheckOutcome(len(record.peaks))
 
@@ -191,6 +187,7 @@ def _place(peak: Peak) -> str:
     """Return the position of a peak in words, with its token if that is known."""
     if peak.position is None:
         return ""
+
     place = f", position {peak.position}"
     if peak.token is not None:
         place += f" (token {peak.token})"
@@ -226,6 +223,7 @@ def _attention(
                 figures.append(Measured(row.name, number))
         elif row.kind == "attention":
             unread += 1
+
     if not is_any_read:
         return CheckOutcome(0, note=_why_no_attention(rows))
 
@@ -241,6 +239,7 @@ def _why_no_attention(rows: Sequence[SublayerRecord]) -> str:
     for row in rows:
         if "attention" in row.notes:
             return row.notes["attention"]
+
     return ""
 
 
@@ -256,6 +255,7 @@ def _entropy(context: RuleContext, rule: Rule) -> CheckOutcome:
         # Larger is worse, as for every figure that has cuts.
         if record.entropy_share is None:
             return None
+
         return float(1 - record.entropy_share)
 
     def sentence(worst: Measured) -> str:
@@ -271,6 +271,7 @@ def _rank(context: RuleContext, rule: Rule) -> CheckOutcome:
     record, otherwise = _stream(context, "token_cosine")
     if record is None or not record.token_cosine:
         return otherwise
+
     figures = [
         Measured(point, value)
         for point, value in zip(record.points, record.token_cosine, strict=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jacdiag.records import Condition, Interval, Level, SublayerRecord
-from jacdiag.rules.thresholds import CUTS, Limits
+from jacdiag.rules.thresholds import Limits
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class ComparedFigure:
     @property
     def condition(self) -> Condition:
         """Met below `info`, partly between, not met above `warning`, else unknown."""
+        # Above a cut for certain, whatever lies above that.
         if self.beyond in ("warning", "error"):
             return "not met"
+
+        # What is open is never met.
         if self.is_undecided:
             return "unknown"
         if self.beyond == "info":
@@ -55,21 +58,20 @@ def compare_with_limits(
         value: its figure; None or NaN if it was not measured.
         limits: the cuts of the figure.
     """
+    # 1. Nothing to compare.
     if value is None or math.isnan(value.lower):
         return ComparedFigure(row, None, None, False)
 
-    # The cuts ascend, so the last one that the interval is above is the highest.
+    # 2. The cuts ascend, so the last one that the interval is above is the highest.
     beyond: Level | None = None
     across = False
-    for cut in CUTS:
-        limit = getattr(limits, cut)
-        if limit is None:
-            continue
+    for cut, limit in limits.named_cuts.items():
         side = value.side_of(limit)
         if side == "above":
             beyond = cut
         elif side == "across":
             across = True
+
     return ComparedFigure(row, value, beyond, across)
 
 
@@ -82,4 +84,6 @@ def overall(conditions: Sequence[Condition]) -> Condition:
     for condition in worst_first:
         if condition in conditions:
             return condition
+
+    # No sub-layer has the condition.
     return "not applicable"

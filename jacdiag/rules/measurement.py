@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from jacdiag.records import Finding, Level, Report, RuleResult
+from jacdiag.records import Finding, Level, Report, RuleResult, SublayerRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
@@ -24,6 +24,7 @@ def _undecided(context: RuleContext, rule: Rule) -> CheckOutcome:
         if outcome.undecided:
             open_rules[code] = list(outcome.undecided)
             where |= dict.fromkeys(outcome.undecided)
+
     if not open_rules:
         return CheckOutcome(matched)
 
@@ -47,13 +48,12 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
     More products do where there is an interval. Where NaN came in between, no number of them does.
     """
     # 1. The sub-layers without an interval.
-    rows = {row.name: row for row in context.report.sublayers}
-    unmeasured = [rows[name] for name in names if name in rows and rows[name].branch_norm is None]
-    are_not_finite = any("not finite" in row.notes.get("branch_norm", "") for row in unmeasured)
+    rows = [row for row in context.report.sublayers if row.name in names]
+    unmeasured = [row for row in rows if row.branch_norm is None]
 
     # 2. What to do about them, and about the others.
     ways = []
-    if are_not_finite:
+    if any(map(_is_not_finite, unmeasured)):
         hidden = "them" if len(unmeasured) > 1 else "it"
         ways.append(f"NaN or Inf hides {hidden} whatever is spent: {_mend(context)}")
     if len(unmeasured) < len(names):
@@ -61,12 +61,20 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
     return "; ".join([*ways, "the table says what could not be measured"])
 
 
+def _is_not_finite(row: SublayerRecord) -> bool:
+    """Return whether the branch of a sub-layer could not be measured for NaN or Inf."""
+    note = row.notes.get("branch_norm", "")
+    return "not finite" in note
+
+
 def _mend(context: RuleContext) -> str:
     """Return where to look for the NaN: in the weights that hold one, else in the forward."""
     broken = _checks(context).get("non_finite")
-    if isinstance(broken, list) and broken:
-        return f"mend {list_names(broken)}"
-    return "find the call that makes it"
+    is_known = isinstance(broken, list) and bool(broken)
+    if not is_known:
+        return "find the call that makes it"
+    assert isinstance(broken, list)
+    return f"mend {list_names(broken)}"
 
 
 def _uncovered(context: RuleContext, rule: Rule) -> CheckOutcome:
@@ -75,14 +83,19 @@ def _uncovered(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
     if not model.uncovered:
         return CheckOutcome(1)
+
+    # 1. A small share is an observation.
     share = 1 - model.covered_parameters / model.parameters
     limit = context.thresholds.limits("uncovered").warning
-    level: Level = "warning" if limit is not None and share >= limit else "info"
+    level: Level = "info"
+    if limit is not None and share >= limit:
+        level = "warning"
+
+    # 2. The finding.
     what = f"{share:.1%} of the parameters are not covered: {list_names(model.uncovered)}"
     evidence = {"share": share, "threshold": limit, "names": list(model.uncovered)}
-    return CheckOutcome(
-        1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)]
-    )
+    level = context.level(rule, level)
+    return CheckOutcome(1, [Finding(rule.code, level, [], what, evidence, rule.summary)])
 
 
 def _off_distribution(context: RuleContext, rule: Rule) -> CheckOutcome:
@@ -114,7 +127,8 @@ def norms_asked(report: Report, codes: Iterable[str]) -> bool:
         report: of which model.
         codes: of the selected rules.
     """
-    if report.settings.get("products") is False:
+    are_left_out = report.settings.get("products") is False
+    if are_left_out:
         return False
     return any(code.startswith("JD1") for code in codes)
 
@@ -128,52 +142,74 @@ def applied(report: Report, outcomes: Mapping[str, CheckOutcome | RuleResult]) -
         report: of which model.
         outcomes: of the selected rules, by code; the results that a report keeps say as much.
     """
-    kinds = ("JD1",) if norms_asked(report, outcomes) else ("JD1", "JD2")
-    return any(outcome.matched for code, outcome in outcomes.items() if code.startswith(kinds))
+    # 1. The rules that count.
+    kinds: tuple[str, ...] = ("JD1", "JD2")
+    if norms_asked(report, outcomes):
+        kinds = ("JD1",)
+
+    # 2. One of them had something to judge.
+    matched = [code for code, outcome in outcomes.items() if outcome.matched]
+    return any(code.startswith(kinds) for code in matched)
 
 
 def _no_match(context: RuleContext, rule: Rule) -> CheckOutcome:
+    # 1. Two runs that differ are the reason by themselves.
     report = context.report
-    if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
+    is_deterministic = _checks(context).get("deterministic") is not False
+    if applied(report, context.outcomes) or not is_deterministic:
         return CheckOutcome(1)
 
-    # 1. Which rules applied at all.
-    are_norms_judged = norms_asked(report, context.outcomes)
-    contract_applied = False
-    for code, outcome in context.outcomes.items():
-        if code.startswith("JD2") and outcome.matched:
-            contract_applied = True
-    subject = "no rule about norms applied" if contract_applied else "no rule applied"
+    # 2. Which rules applied at all.
+    contract_applied = _has_contract_applied(context)
+    subject = "no rule applied"
+    if contract_applied:
+        subject = "no rule about norms applied"
 
-    # 2. Why.
-    if not are_norms_judged:
-        why = "no norm was requested, and no rule of the init contract applied"
-    elif report.tier == "weights":
-        why = "the weights alone carry no Jacobian"
-    else:
-        why = _unmatched(context)
-
-    # 3. The finding.
+    # 3. What to do where norms were to be judged.
     fix = ""
-    if contract_applied and are_norms_judged:
+    if contract_applied and norms_asked(report, context.outcomes):
         fix = (
             "--select JD2 judges the init contract alone; thresholds of your own judge norms "
             "([tool.jacdiag])"
         )
+
+    # 4. The finding.
+    what = f"{subject}: {_why_no_match(context)}"
     level = context.level(rule, "warning")
-    return CheckOutcome(
-        1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)]
-    )
+    return CheckOutcome(1, [Finding(rule.code, level, [], what, {}, rule.summary, fix)])
+
+
+def _has_contract_applied(context: RuleContext) -> bool:
+    """Return whether a rule of the init contract had something to judge."""
+    for code, outcome in context.outcomes.items():
+        is_of_contract = code.startswith("JD2")
+        if is_of_contract and outcome.matched:
+            return True
+
+    return False
+
+
+def _why_no_match(context: RuleContext) -> str:
+    """Return why no rule about the model applied."""
+    if not norms_asked(context.report, context.outcomes):
+        return "no norm was requested, and no rule of the init contract applied"
+
+    # Weights that were read without code have no forward.
+    if context.report.tier == "weights":
+        return "the weights alone carry no Jacobian"
+    return _unmatched(context)
 
 
 def _unmatched(context: RuleContext) -> str:
     """Return why the rules about norms matched no sub-layer, in their own words if any."""
+    # 1. What those rules say, each sentence once.
     notes: dict[str, None] = {}
-    for code, outcome in context.outcomes.items():
-        is_about_norms = code in ("JD101", "JD102", "JD103")
-        if is_about_norms and outcome.note:
+    for code in ("JD101", "JD102", "JD103"):
+        outcome = context.outcomes.get(code, NOT_APPLICABLE)
+        if outcome.note:
             notes[outcome.note] = None
 
+    # 2. They may say nothing.
     if not notes:
         return "no sub-layer matched"
     return "; ".join(notes)
@@ -203,37 +239,35 @@ def _non_finite(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
     if not names:
         return CheckOutcome(1)
+
+    # The sub-layers that hold such a weight.
+    where: list[str] = []
+    for row in context.report.sublayers:
+        is_broken = not set(names).isdisjoint(row.parameters)
+        if is_broken:
+            where.append(row.name)
+
+    # The finding.
     what = f"NaN or Inf in {list_names(names, 5)}"
-    where = [r.name for r in context.report.sublayers if set(r.parameters) & set(names)]
     fix = "an earlier checkpoint; check the file's hash"
-    return CheckOutcome(
-        1, [Finding(rule.code, "error", where, what, {"parameters": names}, rule.summary, fix)]
-    )
+    evidence = {"parameters": names}
+    return CheckOutcome(1, [Finding(rule.code, "error", where, what, evidence, rule.summary, fix)])
 
 
 def _replay(context: RuleContext, rule: Rule) -> CheckOutcome:
+    matched = len(context.report.sublayers)
     errors = _checks(context).get("replay")
     if not isinstance(errors, dict):
         return NOT_APPLICABLE
     if not errors:
-        return CheckOutcome(len(context.report.sublayers))
-    what = (
-        f"J^T w of {list_names(list(errors))} differs from the whole model's; its figures are "
-        "not used"
-    )
-    return CheckOutcome(
-        len(context.report.sublayers),
-        [
-            Finding(
-                rule.code,
-                context.level(rule, "warning"),
-                list(errors),
-                what,
-                {"errors": errors},
-                rule.summary,
-            )
-        ],
-    )
+        return CheckOutcome(matched)
+
+    # The sub-layers whose replay differs.
+    where = list(errors)
+    what = f"J^T w of {list_names(where)} differs from the whole model's; its figures are not used"
+    level = context.level(rule, "warning")
+    finding = Finding(rule.code, level, where, what, {"errors": errors}, rule.summary)
+    return CheckOutcome(matched, [finding])
 
 
 RULES = (

@@ -24,6 +24,7 @@ class Profile:
         """
         if code not in self.levels:
             return cut
+
         shift = LEVELS.index(self.levels[code]) - LEVELS.index("warning")
         return LEVELS[min(max(LEVELS.index(cut) + shift, 0), len(LEVELS) - 1)]
 
@@ -48,7 +49,9 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
                 f"unknown profile '{wanted}'",
                 hint=f"built in: {', '.join(BUILT_IN)}; others: [tool.jacdiag.profiles.NAME]",
             )
+
         return BUILT_IN[wanted]
+
     unknown = set(wanted) - {"name", "levels"}
     levels = wanted.get("levels", {})
     if unknown or not isinstance(levels, Mapping):
@@ -57,6 +60,7 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
             got=", ".join(sorted(unknown)) or repr(levels),
             hint='levels = { JD103 = "error" }',
         )
+
     for code, level in levels.items():
         if code not in codes or level not in LEVELS:
             raise UsageError(
@@ -64,4 +68,5 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
                 got=f"{code} = {level!r}",
                 hint=f"levels: {', '.join(LEVELS)}",
             )
+
     return Profile(str(wanted.get("name", "custom")), dict(levels))

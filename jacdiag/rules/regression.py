@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from jacdiag.records import (
     SublayerRecord,
 )
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import Limits
 from jacdiag.rules.wording import placement_in_words
@@ -71,6 +72,7 @@ def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureCh
             new_lower, new_middle, _ = new
             if new_lower > old_upper:
                 changes.append(FigureChange(name, figure, old_middle, new_middle, old_upper))
+
     return changes
 
 
@@ -82,34 +84,47 @@ def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChan
     changes = []
     for name, new in now.weights.items():
         old = before.weights.get(name)
-        if old is None or None in (new.get("std"), old.get("std")):
+        if old is None:
             continue
-        change = _weight_change(name, new, old)
-        if change is not None:
-            changes.append(change)
+
+        # A weight without a std was not measured.
+        is_measured = new.get("std") is not None and old.get("std") is not None
+        if is_measured:
+            changes += _weight_change(name, new, old)
+
     return changes
 
 
-def _weight_change(
-    name: str, new: Mapping[str, Any], old: Mapping[str, Any]
-) -> FigureChange | None:
-    """Return the change of one weight; None if it did not change."""
-    # 1. Two draws differ if their intervals have no std in common.
-    if not _constant(new) and not _constant(old):
-        is_above = new["lower"] > old["upper"]
-        is_below = new["upper"] < old["lower"]
-        if not is_above and not is_below:
-            return None
-        return FigureChange(name, "std", old["std"], new["std"], old["upper"])
+def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> list[FigureChange]:
+    """Return the change of one weight alone; [] if it did not change."""
+    # 1. A constant differs from a draw.
+    if _constant(new) != _constant(old):
+        return [FigureChange(name, "std", _shown(old), _shown(new), _shown(old))]
 
-    # 2. A constant differs from a draw, and from another constant.
+    # 2. Two draws.
+    if not _constant(new):
+        return _change_of_draws(name, new, old)
+
+    # 3. Two constants.
+    if _is_same_constant(new, old):
+        return []
+    return [FigureChange(name, "value", _shown(old), _shown(new), _shown(old))]
+
+
+def _is_same_constant(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     is_same_family = new["family"] == old["family"]
-    if is_same_family and new.get("value") == old.get("value"):
-        return None
-    figure = "std"
-    if _constant(new) and _constant(old):
-        figure = "value"
-    return FigureChange(name, figure, _shown(old), _shown(new), _shown(old))
+    return is_same_family and new.get("value") == old.get("value")
+
+
+def _change_of_draws(
+    name: str, new: Mapping[str, Any], old: Mapping[str, Any]
+) -> list[FigureChange]:
+    """Return the change between two draws; [] if some std lies in both intervals."""
+    is_above = new["lower"] > old["upper"]
+    is_below = new["upper"] < old["lower"]
+    if not is_above and not is_below:
+        return []
+    return [FigureChange(name, "std", old["std"], new["std"], old["upper"])]
 
 
 def _constant(entry: Mapping[str, Any]) -> bool:
@@ -118,12 +133,16 @@ def _constant(entry: Mapping[str, Any]) -> bool:
 
 def _shown(entry: Mapping[str, Any]) -> float:
     """Return the value of a constant, the std of a draw."""
-    if _constant(entry):
-        return float(entry["value"] or 0.0)
-    return float(entry["std"])
+    if not _constant(entry):
+        return float(entry["std"])
+
+    # A value that was not kept is zero.
+    value = entry["value"] or 0.0
+    return float(value)
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
+    # 1. Two models, of which at least one is trained, are compared by their growth.
     now = context.report.figures
     before = context.report.baseline
     against = context.report.against
@@ -132,20 +151,19 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     if against is not None and against.training:
         return _growth_in_training(context, rule, against)
 
-    # 1. Weights first: the cause before its effects.
+    # 2. Weights first: the cause before its effects.
     findings = []
     for role, group in _by_role(now, weight_changes(now, before)).items():
         what = f"weights ({role})" if role else "weights"
         findings.append(_finding(context, rule, group, what))
 
-    # 2. Sub-layers.
-    worse = sublayer_changes(now, before)
+    # 3. Sub-layers.
+    worse = group_by(sublayer_changes(now, before), lambda change: change.figure)
     for figure in FIGURES:
-        group = [change for change in worse if change.figure == figure]
-        if group:
-            findings.append(_finding(context, rule, group, "sub-layers"))
+        if figure in worse:
+            findings.append(_finding(context, rule, worse[figure], "sub-layers"))
 
-    # 3. How much was compared, and what could not be.
+    # 4. How much was compared, and what could not be.
     same_sublayers = now.sublayers.keys() & before.sublayers.keys()
     same_weights = now.weights.keys() & before.weights.keys()
     count = len(same_sublayers) + len(same_weights)
@@ -154,16 +172,22 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
 
 def _names_of_one_alone(now: FiguresRecord, before: FiguresRecord) -> str:
     """Return how many names only one side has; "" if that says nothing."""
+    # 1. A name of a sub-layer may be that of a weight of the other side.
     names_now = {*now.sublayers, *now.weights}
     names_before = {*before.sublayers, *before.weights}
-    gone = [name for name in (*before.sublayers, *before.weights) if name not in names_now]
-    added = [name for name in (*now.sublayers, *now.weights) if name not in names_before]
+    gone = _count_missing([*before.sublayers, *before.weights], names_now)
+    added = _count_missing([*now.sublayers, *now.weights], names_before)
 
-    # An audit of weights alone has no sub-layers: that those are gone says nothing.
-    is_telling = bool(added) or bool(gone and now.sublayers)
-    if not is_telling:
+    # 2. An audit of weights alone has no sub-layers: that those are gone says nothing.
+    is_loss = gone > 0 and bool(now.sublayers)
+    if not added and not is_loss:
         return ""
-    return f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
+    return f"{added} names are not in the baseline, {gone} of it are gone"
+
+
+def _count_missing(names: Iterable[str], others: Container[str]) -> int:
+    """Return how many names are not among others."""
+    return sum(name not in others for name in names)
 
 
 def _nothing_to_compare_with(context: RuleContext) -> CheckOutcome:
@@ -181,24 +205,24 @@ def _growth_in_training(context: RuleContext, rule: Rule, against: AgainstRecord
 
     Training lets them grow, up to what healthy runs show.
     """
+    # 1. The sub-layers that were compared, with what healthy runs show.
     figure = "growth_from_init" if against.state == "init" else "checkpoint_growth"
     rows = [row for row in context.report.sublayers if row.name in against.branch_norms]
     limits = {row.name: context.thresholds.limits(figure, row.placement or "") for row in rows}
 
-    # 1. One finding per level, the highest first.
+    # 2. One finding per level, the highest first.
     groups = _growth_by_level(against, limits)
     findings: list[Finding] = []
     for level in reversed(LEVELS):
-        if level not in groups:
-            continue
-        group = groups[level]
-        worst = max(group, key=lambda change: change.amplification)
-        limit = limits[worst.where]
-        findings.append(_growth_finding(context, rule, group, worst, level, limit))
+        if level in groups:
+            group = groups[level]
+            worst = max(group, key=lambda change: change.amplification)
+            limit = limits[worst.where]
+            findings.append(_growth_finding(context, rule, group, worst, level, limit))
 
-    # 2. Where healthy growth is not known, a comparison shows what changed and cannot pass.
+    # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
     unjudged = [row for row in rows if limits[row.name].info is None]
-    judged_count = sum(limit.info is not None for limit in limits.values())
+    judged_count = len(limits) - len({row.name for row in unjudged})
     return CheckOutcome(
         judged_count, findings, list(against.missing), _growth_unknown_for(unjudged)
     )
@@ -208,20 +232,21 @@ def _growth_by_level(
     against: AgainstRecord, limits: Mapping[str, Limits]
 ) -> dict[Level, list[ChangeRecord]]:
     """Return the branch norms that grew, by the level of their growth."""
-    groups: dict[Level, list[ChangeRecord]] = {}
-    for change in against.changes:
-        is_growth = change.figure == "branch_norm" and change.grew
-        if not is_growth or change.where not in limits:
-            continue
-        level = _level_of_growth(change, limits[change.where])
-        groups.setdefault(level, []).append(change)
-    return groups
+    grown = [change for change in against.changes if _is_growth_of_branch(change)]
+    judged = [change for change in grown if change.where in limits]
+    return group_by(judged, lambda change: _level_of_growth(change, limits[change.where]))
+
+
+def _is_growth_of_branch(change: ChangeRecord) -> bool:
+    return change.figure == "branch_norm" and change.grew
 
 
 def _growth_unknown_for(rows: Sequence[SublayerRecord]) -> str:
     """Return the note about sub-layers without a threshold of growth; "" without any."""
     if not rows:
         return ""
+
+    # Each placement once.
     placements = {placement_in_words(row.placement) for row in rows}
     names = " and ".join(sorted(placements))
     return f"how much healthy training grows is not known for {names}"
@@ -232,13 +257,16 @@ def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
 
     Between what healthy and wrecked runs show the level is "warning".
     """
+    # 1. Only wrecked runs grew so much.
     growth = change.amplification
     if limits.warning is not None and growth > limits.warning:
         return "error"
 
-    # No healthy run grew so much.
+    # 2. No healthy run grew so much.
     if limits.info is not None and growth > limits.info:
         return "warning"
+
+    # 3. Healthy runs did.
     return "info"
 
 
@@ -268,6 +296,7 @@ def _growth_finding(
     for change in group:
         old, new = change.earlier[1], change.now[1]
         changes.append({"where": change.where, "field": change.figure, "old": old, "new": new})
+
     evidence = {
         "field": "branch_norm",
         "sublayer": worst.where,
@@ -294,6 +323,7 @@ def _by_role(now: FiguresRecord, changes: Iterable[FigureChange]) -> dict[str, l
     for change in changes:
         role = str(now.weights[change.where].get("role", ""))
         groups.setdefault(role, []).append(change)
+
     return groups
 
 
@@ -323,6 +353,7 @@ def _finding(context: RuleContext, rule: Rule, group: list[FigureChange], what: 
     for change in group:
         old, new = change.old, change.new
         changes.append({"where": change.where, "field": change.figure, "old": old, "new": new})
+
     evidence = {
         "field": worst.figure,
         "value": worst.new,

@@ -59,6 +59,7 @@ def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) ->
         if is_answered:
             finding = replace(finding, fix=best.title, verified=True)
         with_fix.append(finding)
+
     return with_fix
 
 
@@ -74,6 +75,7 @@ def _worst(report: Report, name: str) -> list[float] | None:
 
     if not lowers:
         return None
+
     return [max(lowers), max(uppers)]
 
 

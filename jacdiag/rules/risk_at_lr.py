@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jacdiag.records import LEVELS, Finding, Level, Report, Risk
+from jacdiag.records import Finding, Level, Report, Risk
 from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.rules.risk_features import EXACT, INIT
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
@@ -31,9 +31,11 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         return None
     if report.state != "init":
         return Risk(reason="the curves are of untrained models")
+
     placement = placement_of(report)
     if placement not in table.curves:
         return Risk(reason=f"no curve for this placement ({placement or 'none'}-norm)")
+
     curve = table.curves[placement]
     value = INIT[curve.figure](report)
     risk = Risk(
@@ -48,6 +50,7 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
     reason = _why_no_chance(report, curve, value)
     if reason:
         return replace(risk, reason=reason)
+
     chance, lower, upper = curve.chance(value, lr, report.plan.warmup)
     return replace(risk, chance=chance, lower=lower, upper=upper)
 
@@ -78,9 +81,11 @@ def _why_no_chance(report: Report, curve: RiskCurve, value: float) -> str:
         if planned is None:
             ranges.pop(name, None)
         values[name] = planned
+
     outside = _outside(ranges, values, curve.figure)
     if not outside:
         return ""
+
     return f"outside the calibrated range: {'; '.join(outside)}"
 
 
@@ -119,12 +124,10 @@ def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
     """
     limits = thresholds.limits("risk")
     lower = risk.lower or 0.0
-    highest: tuple[Level, float] | None = None
-    for level in LEVELS:
-        limit = getattr(limits, level)
-        if limit is not None and lower > limit:
-            highest = level, limit
-    return highest
+    level = limits.beyond(lower)
+    if level is None:
+        return None
+    return level, limits.named_cuts[level]
 
 
 def evidence(risk: Risk, limit: float) -> dict[str, Any]:
@@ -197,6 +200,7 @@ def _outside(
             shown = _short(value)
         verb = "was" if low == high else "were"
         reasons.append(f"{words[name]} {shown}, {_span(low, high)} {verb} run")
+
     return reasons
 
 
@@ -218,6 +222,7 @@ def _risk(context: RuleContext, rule: Rule) -> CheckOutcome:
         inside = [limit for limit in context.thresholds.limits("risk").cuts if limit < risk.upper]
         if not inside:
             return CheckOutcome(1)
+
         note = f"the chance is {risk}: {inside[0]:.0%} lies inside"
         return CheckOutcome(1, undecided=["risk"], note=note)
 

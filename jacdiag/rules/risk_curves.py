@@ -39,6 +39,7 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
             raise ValueError(
                 "a byte order mark (BOM) at its beginning: save it as UTF-8 without BOM"
             )
+
         data = tomllib.loads(text)
         curves = {
             k: RiskCurve.from_dict({"placement": k, **table})
@@ -52,6 +53,7 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
         raise UsageError(
             f"'{path}' holds no curve", got="no table [curve.PLACEMENT] in it", hint=_WRITTEN
         )
+
     for curve in curves.values():
         _check(curve, path)
     return RiskTable(curves, data.get("about", {}))
@@ -63,6 +65,7 @@ def _check(curve: RiskCurve, path: Path) -> None:
         raise UsageError(
             f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN
         )
+
     _check_coefficients(curve, path)
 
     # A curve takes the logarithm of both.
@@ -76,6 +79,7 @@ def _check_coefficients(curve: RiskCurve, path: Path) -> None:
     sizes = [len(row) for row in curve.covariance]
     if count in _COEFFICIENTS and sizes == [count] * count:
         return
+
     raise UsageError(
         f"'{path}' has a curve whose numbers do not belong together",
         got=f"[curve.{curve.placement}] has {count} coefficients and rows of {sizes} covariances",
@@ -115,6 +119,7 @@ def risk_toml(table: RiskTable) -> str:
         values = {k: v for k, v in curve.to_dict().items() if k not in ("placement", "ranges")}
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines += [f"ranges.{key} = {_toml(value)}" for key, value in curve.ranges.items()]
+
     return "\n".join(lines) + "\n"
 
 

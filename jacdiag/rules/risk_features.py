@@ -39,6 +39,7 @@ def _shortcut(row: SublayerRecord) -> float:
     gain = row.norm_gain
     if gain is None:
         return math.nan
+
     return gain.per_token.p99 if gain.per_token is not None else gain.estimate
 
 

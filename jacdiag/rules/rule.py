@@ -98,6 +98,7 @@ class RuleContext:
         reads_norms = not rule.code.startswith("JD2")
         if reads_norms and self._is_off_distribution:
             return _capped_at_warning(level)
+
         return level
 
     @property

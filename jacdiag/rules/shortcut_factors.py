@@ -15,6 +15,7 @@ def _zero(context: RuleContext, rule: Rule) -> CheckOutcome:
     rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
     if contract is None or not rows:
         return NOT_APPLICABLE
+
     cut = contract.zero_shortcuts
     if not cut:
         return CheckOutcome(len(rows))
@@ -26,6 +27,7 @@ def _zero(context: RuleContext, rule: Rule) -> CheckOutcome:
         names.extend(shortcut.parameters)
         if not shortcut.parameters:
             is_any_unexplained = True
+
     parameters = list(dict.fromkeys(names))
 
     # 2. The sentence.
@@ -52,12 +54,15 @@ def _alpha(context: RuleContext, rule: Rule) -> CheckOutcome:
     rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
     if judgement is None or not rows:
         return NOT_APPLICABLE
+
     scheme = judgement.result.scheme
     if scheme is None or scheme.name != "deepnorm":
         return NOT_APPLICABLE
+
     alpha = (2 * max(context.report.model.layers, 1)) ** 0.25
     if any(_has_factor(row) for row in rows):
         return CheckOutcome(len(rows))
+
     where = [row.name for row in rows]
     what = (
         "the matrices are those of DeepNorm, and the factor on the shortcut is 1 at "

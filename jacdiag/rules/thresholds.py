@@ -13,6 +13,7 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.records.report import Level
 from jacdiag.records.risk import RiskTable
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.risk_curves import load_risk
 
 _HERE = Path(__file__).parent
@@ -41,13 +42,34 @@ class Limits:
     range: str = ""
 
     @property
+    def named_cuts(self) -> dict[Level, float]:
+        """The cuts that exist, by their level."""
+        known: dict[Level, float] = {}
+        for cut in CUTS:
+            limit: float | None = getattr(self, cut)
+            if limit is not None:
+                known[cut] = limit
+
+        return known
+
+    @property
     def cuts(self) -> tuple[float, ...]:
         """The cuts that exist, in ascending order."""
-        known = set()
-        for cut in (self.info, self.warning, self.error):
-            if cut is not None:
-                known.add(cut)
-        return tuple(sorted(known))
+        values = set(self.named_cuts.values())
+        return tuple(sorted(values))
+
+    def beyond(self, value: float) -> Level | None:
+        """Return the highest cut that a value lies above; None for none, and for NaN.
+
+        Args:
+            value: in the unit of the cuts.
+        """
+        highest: Level | None = None
+        for cut, limit in self.named_cuts.items():
+            if value > limit:
+                highest = cut
+
+        return highest
 
 
 @dataclass(frozen=True)
@@ -73,12 +95,7 @@ class Thresholds:
         """Return plain cuts by "figure" or "figure.stratum", for a report."""
         table: dict[str, dict[str, float]] = {}
         for key, limits in self.table.items():
-            cuts: dict[str, float] = {}
-            for cut in CUTS:
-                value = getattr(limits, cut)
-                if value is not None:
-                    cuts[cut] = value
-            table[_dotted(key)] = cuts
+            table[_dotted(key)] = dict[str, float](limits.named_cuts.items())
         return table
 
 
@@ -87,6 +104,7 @@ def _dotted(key: tuple[str, str]) -> str:
     figure, stratum = key
     if not stratum:
         return figure
+
     return f"{figure}.{stratum}"
 
 
@@ -108,27 +126,49 @@ def load_thresholds(
         >>> load_thresholds({"norm_gain": {"error": 30}}).limits("norm_gain").error
         30.0
     """
-    # 1. Check the types.
+    _check_types(overrides, risk)
+
+    # 1. The thresholds that ship, then those of the user.
+    table = _flat(tomllib.loads((_HERE / "thresholds.toml").read_text(encoding="utf-8")))
+    if overrides is not None:
+        for figure, value in overrides.items():
+            _override(table, figure, value)
+
+    # 2. The curves.
+    curves = load_risk() if risk is None else load_risk(Path(os.fsdecode(risk)))
+    return Thresholds(table, curves)
+
+
+def _check_types(overrides: object, risk: object) -> None:
+    """Raise UsageError if what a user gave is neither a table nor a file."""
+    # 1. The thresholds.
     if overrides is not None and not isinstance(overrides, Mapping):
         hint = "a dict such as {'norm_gain': {'error': 30}}"
         raise UsageError(
             "thresholds are of the wrong type", got=f"type {type(overrides).__name__}", hint=hint
         )
+
+    # 2. The curves.
     if risk is not None and not isinstance(risk, str | os.PathLike | bytes):
         hint = "a file that `jacdiag backtest --write-risk` wrote"
         raise UsageError("risk is of the wrong type", got=f"type {type(risk).__name__}", hint=hint)
 
-    # 2. The thresholds that ship, then those of the user.
-    table = _flat(tomllib.loads((_HERE / "thresholds.toml").read_text(encoding="utf-8")))
-    for figure, value in (overrides or {}).items():
-        for key in _keys_of(table, figure, value):
-            stratum = key[1]
-            cuts = value.get(stratum, value)
-            table[key] = _overridden(table[key], _dotted(key), cuts)
 
-    # 3. The curves.
-    curves = load_risk() if risk is None else load_risk(Path(os.fsdecode(risk)))
-    return Thresholds(table, curves)
+def _override(table: dict[tuple[str, str], Limits], figure: str, value: Any) -> None:
+    """Put the cuts of one override into a table.
+
+    Args:
+        table: the thresholds so far, by figure and stratum.
+        figure: whose thresholds change.
+        value: the cuts, or strata with their cuts.
+
+    Raises:
+        UsageError: the figure, a stratum or a cut does not exist, or a cut cannot be set so.
+    """
+    for key in _keys_of(table, figure, value):
+        _, stratum = key
+        cuts = value.get(stratum, value)
+        table[key] = _overridden(table[key], _dotted(key), cuts)
 
 
 def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
@@ -136,22 +176,19 @@ def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
     table: dict[tuple[str, str], Limits] = {}
     for figure, section in data.items():
         # 1. Tables are strata, anything else is of the figure itself.
-        strata: dict[str, dict[str, Any]] = {}
-        own: dict[str, Any] = {}
-        inherited: dict[str, Any] = {}
-        for key, value in section.items():
-            if isinstance(value, dict):
-                strata[key] = value
-                continue
-            own[key] = value
-            if key not in CUTS:
-                inherited[key] = value
+        strata = {key: value for key, value in section.items() if isinstance(value, dict)}
+        own = {key: value for key, value in section.items() if key not in strata}
 
         # 2. A figure without a cut of its own has those of its strata alone.
-        if any(cut in own for cut in CUTS):
+        has_cut = not own.keys().isdisjoint(CUTS)
+        if has_cut:
             table[figure, ""] = Limits(**own)
+
+        # 3. Where the cuts come from holds for all strata.
+        inherited = {key: value for key, value in own.items() if key not in CUTS}
         for stratum, limits in strata.items():
             table[figure, stratum] = Limits(**{**inherited, **limits})
+
     return table
 
 
@@ -163,19 +200,33 @@ def _keys_of(
     Raises:
         UsageError: the figure, a stratum or a cut does not exist, or the override is no table.
     """
-    keys = [key for key in table if key[0] == figure]
-    if not keys:
-        known = ", ".join(sorted({known_figure for known_figure, _ in table}))
+    # 1. The entries of the figure.
+    strata_of = group_by(table, _figure_of)
+    if figure not in strata_of:
+        known = ", ".join(sorted(strata_of))
         raise UsageError(f"no threshold is called '{figure}'", hint=f"there are {known}")
-    strata = [stratum for _, stratum in keys]
-    _check_override(figure, value, strata)
+    keys = strata_of[figure]
+    _check_override(figure, value, [stratum for _, stratum in keys])
 
-    # A cut changes all strata. Without one, only those that are named change.
+    # 2. A cut changes all strata.
     has_cut = any(name in CUTS for name in value)
-    named = [(figure, stratum) for stratum in strata if stratum and stratum in value]
-    if has_cut or not named:
+    if has_cut:
         return keys
-    return named
+
+    # 3. Without one, only those that are named change.
+    named = [key for key in keys if _is_named_in(value, key)]
+    return named or keys
+
+
+def _figure_of(key: tuple[str, str]) -> str:
+    figure, _ = key
+    return figure
+
+
+def _is_named_in(override: Mapping[str, Any], key: tuple[str, str]) -> bool:
+    """Return whether an override names the stratum of an entry."""
+    _, stratum = key
+    return stratum != "" and stratum in override
 
 
 def _check_override(figure: str, value: Any, strata: Sequence[str]) -> None:
@@ -193,13 +244,13 @@ def _check_override(figure: str, value: Any, strata: Sequence[str]) -> None:
             hint=f"{figure} = {{ warning = 10 }}",
         )
 
+    # The first name that is neither a cut nor a stratum.
     names_known = {*CUTS, *strata}
     for name in value:
-        if name in names_known:
-            continue
-        named_strata = sorted(stratum for stratum in strata if stratum)
-        known = ", ".join([*CUTS, *named_strata])
-        raise UsageError(f"the threshold '{figure}' has no '{name}'", hint=f"it has {known}")
+        if name not in names_known:
+            named_strata = sorted(filter(None, strata))
+            known = ", ".join([*CUTS, *named_strata])
+            raise UsageError(f"the threshold '{figure}' has no '{name}'", hint=f"it has {known}")
 
 
 def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
@@ -213,27 +264,34 @@ def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
     Raises:
         UsageError: A cut that does not exist, or that is no number; cuts that do not ascend.
     """
-    # 1. Check the cuts.
+    # 1. The new cuts.
     cuts: dict[str, float] = {}
     for cut, number in value.items():
-        if cut not in CUTS or not _is_number(number):
-            raise UsageError(
-                f"the threshold '{name}' cannot be set so",
-                got=f"{cut} = {number!r}",
-                hint="a number, as in warning = 10",
-            )
+        _check_cut(name, cut, number)
         cuts[cut] = float(number)
 
     # 2. They must ascend together with those that ship.
     changed = replace(limits, **cuts, origin="user", source="given by the user", range="")
-    all_cuts = {cut: getattr(changed, cut) for cut in CUTS}
-    existing = [number for number in all_cuts.values() if number is not None]
+    existing = list(changed.named_cuts.values())
     if existing != sorted(existing):
+        all_cuts = {cut: getattr(changed, cut) for cut in CUTS}
         raise UsageError(
             f"the cuts of '{name}' must ascend",
             got=", ".join(f"{cut} {number}" for cut, number in all_cuts.items()),
         )
     return changed
+
+
+def _check_cut(name: str, cut: str, number: object) -> None:
+    """Raise UsageError unless an entry of an override is a cut with a number."""
+    if cut in CUTS and _is_number(number):
+        return
+
+    raise UsageError(
+        f"the threshold '{name}' cannot be set so",
+        got=f"{cut} = {number!r}",
+        hint="a number, as in warning = 10",
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -242,6 +300,7 @@ def _is_number(value: Any) -> bool:
         return False
     if not isinstance(value, int | float):
         return False
+
     return not math.isnan(value)
 
 
@@ -277,13 +336,12 @@ def load_healthy(width: int | None = None, placement: str | None = None) -> list
     if width is None:
         return rungs
 
-    # 2. Of each name the nearest width.
-    nearest: dict[str, dict[str, Any]] = {}
-    for rung in rungs:
-        other = nearest.get(rung["name"])
-        if other is None or _apart(rung["width"], width) < _apart(other["width"], width):
-            nearest[rung["name"]] = rung
-    return list(nearest.values())
+    # 2. Of each name the nearest width; the first of two that are as near.
+    def distance(rung: Mapping[str, Any]) -> float:
+        return _apart(rung["width"], width)
+
+    by_name = group_by(rungs, lambda rung: rung["name"])
+    return [min(of_name, key=distance) for of_name in by_name.values()]
 
 
 def _apart(a: int, b: int) -> float:

@@ -113,6 +113,7 @@ def _groups_off_zero(groups: Sequence[BiasGroup], count: int) -> list[BiasGroup]
         return []
     if len(off_zero) < MAJORITY * count:
         return []
+
     return off_zero
 
 
@@ -135,6 +136,7 @@ def _groups_drawn_as_matrices(groups: Sequence[BiasGroup], inner_std: float) -> 
         return []
     if len(alike) < MAJORITY * len(large):
         return []
+
     return alike
 
 
@@ -188,6 +190,7 @@ def _name_of_matrix(bias: str) -> str:
 
     if not module:
         return matrix
+
     return f"{module}.{matrix}"
 
 
@@ -225,6 +228,7 @@ def _middle_std(weights: Sequence[WeightRecord]) -> float:
     stds = sorted(filter(None, map(std_of, readers)))
     if not stds:
         return 0.0
+
     return stds[len(stds) // 2]
 
 

@@ -11,6 +11,7 @@ from jacdiag.records import ContractRecord, Finding
 from jacdiag.records.structure import TableRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
+from jacdiag.rules.wording import list_names
 
 # Memory that was handed out again holds integers, which read as float32 are below this or zero. A
 # table whose meaning
@@ -31,11 +32,13 @@ _WORDS = {
 
 def fault_of(table: TableRecord) -> str:
     """Return what is wrong with a table, as the predicate of a sentence; "" if nothing is."""
+    # 1. Tables without numbers of a known meaning.
     if table.meaning == "mask":
         return _fault_of_mask(table)
     if table.meaning not in _COMPUTED:
         return _fault_of_buffer(table)
-    # Memory that nobody wrote to explains values of any kind, so it is looked for first.
+
+    # 2. Memory that nobody wrote to explains values of any kind, so it is looked for first.
     return _never_written(table) or _unfit_for_meaning(table) or _rounded(table)
 
 
@@ -47,15 +50,18 @@ def _never_written(table: TableRecord) -> str:
         return "holds numbers that are not zero and closer to it than 1e-30"
     if table.least == table.most == 0:
         return "is zero in every element"
+
     return ""
 
 
 def _unfit_for_meaning(table: TableRecord) -> str:
     """Return why the values cannot be those of a variance or of slopes; "" if they can be."""
+    # 1. A variance is positive.
     if table.meaning == "variance":
         is_positive = table.least is not None and table.least > 0
         return "" if is_positive else "is zero or negative in some elements"
 
+    # 2. Slopes start at their ratio.
     starts_at_one = table.meaning == "slopes" and table.first == 1.0
     if starts_at_one and _falls(table):
         ratio = plain(table.ratio)
@@ -65,17 +71,24 @@ def _unfit_for_meaning(table: TableRecord) -> str:
 
 def _rounded(table: TableRecord) -> str:
     """Return which precision the values lost their digits in; "" if they did not."""
+    if not table.rounded:
+        return ""
+
     # The running variance of a norm may be any positive number.
-    if table.meaning == "variance" or not table.rounded:
+    if table.meaning == "variance":
         return ""
     return f"is {table.dtype} and holds numbers of {table.rounded} alone: it was rounded"
 
 
 def _fault_of_mask(table: TableRecord) -> str:
     """Return the fault of a mask: it masks everything or nothing."""
-    if table.not_finite:
+    # Such a mask has one value throughout.
+    holds_one_value = table.least == table.most
+    if table.not_finite or not holds_one_value:
         return ""
-    if table.count <= 1 or table.least != table.most:
+
+    # A mask of one element may have either value.
+    if table.count <= 1:
         return ""
     value = plain(table.least or 0.0)
     return f"is {value} in every element"
@@ -87,10 +100,18 @@ def _fault_of_buffer(table: TableRecord) -> str:
         return ""
 
     # One usual number shows that somebody wrote it.
-    largest = max(abs(table.least or 0.0), abs(table.most or 0.0))
-    if not largest < _SMALL:
+    largest = max(_size_of_end(table.least), _size_of_end(table.most))
+    has_usual_number = not largest < _SMALL
+    if has_usual_number:
         return ""
+
+    # All of them are too small for any table.
     return "holds numbers that are not zero and closer to it than 1e-30, and no usual one"
+
+
+def _size_of_end(value: float | None) -> float:
+    """Return the size of a table's least or largest number; 0 if it is not known."""
+    return abs(value or 0.0)
 
 
 def _falls(table: TableRecord) -> bool:
@@ -104,14 +125,13 @@ def wrong_tables(contract: ContractRecord) -> list[tuple[TableRecord, str]]:
         fault = fault_of(table)
         if fault:
             tables.append((table, fault))
+
     return tables
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
-        return NOT_APPLICABLE
-    if not contract.tables:
+    contract = context.contract_for(rule)
+    if contract is None or not contract.tables:
         return NOT_APPLICABLE
 
     # One finding for all tables of one meaning with the same fault.
@@ -121,28 +141,21 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     findings = []
     for (meaning, fault), tables in groups.items():
         findings.append(_finding(context, rule, meaning, fault, tables))
+
     return CheckOutcome(len(contract.tables), findings)
 
 
 def _finding(
     context: RuleContext, rule: Rule, meaning: str, fault: str, tables: Sequence[TableRecord]
 ) -> Finding:
-    # 1. The sentence.
-    names = [table.name for table in tables]
-    subject = ", ".join(names[:3])
-    if len(names) > 3:
-        subject += f" and {len(names) - 3} more"
-    subject += f", {_WORDS[meaning]}"
-    if len(names) > 1:
-        subject += " (each)"
-    what = f"{subject}, {fault}"
-
-    # 2. What to do.
+    # 1. What to do.
     fix = _FIXES.get(meaning, _FIXES[""])
-    if tables[0].rounded and "was rounded" in fault:
+    is_rounded = bool(tables[0].rounded) and "was rounded" in fault
+    if is_rounded:
         fix = "compute the frequencies again in float32 after the cast, or leave them out of it"
 
-    # 3. The finding.
+    # 2. The evidence.
+    names = [table.name for table in tables]
     evidence = {
         "parameters": names,
         "meaning": meaning,
@@ -150,8 +163,22 @@ def _finding(
         "most": [table.most for table in tables],
         "rounded": tables[0].rounded,
     }
+
+    # 3. The finding.
+    what = f"{_subject(names, meaning)}, {fault}"
     level = context.level(rule, rule.level)
     return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
+
+
+def _subject(names: Sequence[str], meaning: str) -> str:
+    """Return which tables a finding is about, and what they are."""
+    listed = list_names(names, longest=None)
+    subject = f"{listed}, {_WORDS[meaning]}"
+
+    # The fault is that of each.
+    if len(names) > 1:
+        subject += " (each)"
+    return subject
 
 
 _FIXES = {

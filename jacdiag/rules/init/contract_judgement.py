@@ -58,16 +58,19 @@ class Judgement:
     @cached_property
     def deviations(self) -> list[Deviation]:
         """The weights that differ from the pinned contract, or else from the rest."""
-        contract = self.contract
+        # 1. What the user pinned.
         pinned: list[Deviation] = []
-        if contract.pinned:
-            _, pinned = deviations(Yardstick.given(contract, pinned_scheme(contract)))
+        if self.contract.pinned:
+            scheme = pinned_scheme(self.contract)
+            _, pinned = deviations(Yardstick.given(self.contract, scheme))
+
+        # 2. The other weights.
         named = {deviation.weight.parameter for deviation in pinned}
-        others = [
-            deviation
-            for deviation in self.result.deviations
-            if deviation.weight.parameter not in named
-        ]
+        others: list[Deviation] = []
+        for deviation in self.result.deviations:
+            if deviation.weight.parameter not in named:
+                others.append(deviation)
+
         return [*pinned, *others]
 
     @cached_property

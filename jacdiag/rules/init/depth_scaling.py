@@ -10,33 +10,46 @@ from __future__ import annotations
 
 import math
 
+from jacdiag.records import WeightRecord
 from jacdiag.rules.init.scheme_fit import Mismatch, Yardstick, holds
 from jacdiag.rules.init.schemes import INNER, RESIDUAL
+from jacdiag.rules.init.weight_facts import is_constant
 
 _MISSING = "the scaling with depth is missing"
 _TWICE = "scaled with depth once too often"
 _ON_OTHERS = "scaled with depth, and writes to no shortcut"
+
+
+_MISTAKES_OF_OUTPUTS = {"missing": _MISSING, "extra": _TWICE}
 DEPTH_MISTAKES = frozenset({_MISSING, _TWICE, _ON_OTHERS})
 """What `depth_mistake` returns if something is wrong."""
 
 
 def depth_factor(yardstick: Yardstick, mismatch: Mismatch) -> str:
     """Return "missing" or "extra" if a weight is off by just the scaling with depth, else ""."""
-    weight, value = mismatch.piece.weight, mismatch.value
-    if weight.family in ("zero", "constant") or value <= 0:
+    # 1. A constant was not scaled.
+    weight = mismatch.piece.weight
+    value = mismatch.value
+    if is_constant(weight) or value <= 0:
         return ""
-    layers = yardstick.contract.sizes.get("N", 0.0)
-    factors = {math.sqrt(2 * layers)}
-    if weight.layer is not None:
-        factors.add(math.sqrt(2 * (weight.layer + 1)))
-    for factor in sorted(factors):
-        if factor <= 1:
-            continue
+
+    # 2. The std times or over one of the factors.
+    for factor in _factors(yardstick, weight):
         if holds(weight, value * factor, yardstick.spread):
             return "missing"
         if holds(weight, value / factor, yardstick.spread):
             return "extra"
+
     return ""
+
+
+def _factors(yardstick: Yardstick, weight: WeightRecord) -> list[float]:
+    """Return the factors of the model and of a weight's layer, those above 1 in order."""
+    layers = yardstick.contract.sizes.get("N", 0.0)
+    factors = {math.sqrt(2 * layers)}
+    if weight.layer is not None:
+        factors.add(math.sqrt(2 * (weight.layer + 1)))
+    return sorted(factor for factor in factors if factor > 1)
 
 
 def depth_mistake(role: str, factor: str) -> str:
@@ -48,12 +61,10 @@ def depth_mistake(role: str, factor: str) -> str:
     """
     # 1. Output matrices are scaled down with depth, once.
     if role in RESIDUAL:
-        if factor == "missing":
-            return _MISSING
-        if factor == "extra":
-            return _TWICE
+        return _MISTAKES_OF_OUTPUTS.get(factor, "")
 
-    # 2. The others are not.
-    if role in INNER and factor == "extra":
+    # 2. The matrices before them are not.
+    is_scaled = factor == "extra"
+    if role in INNER and is_scaled:
         return _ON_OTHERS
     return ""

@@ -60,6 +60,7 @@ class Formula:
             raise UsageError(
                 "a formula is too long", got=f"{len(text)} characters", hint=f"at most {_LONGEST}"
             )
+
         parser = _Parser(text)
         tree = parser.parse()
         return cls(text, tree, frozenset(parser.names))
@@ -75,6 +76,7 @@ class Formula:
         """
         if not self.names <= variables.keys():
             return None
+
         try:
             value = _value(self.tree, variables)
         except (ArithmeticError, ValueError):
@@ -83,6 +85,7 @@ class Formula:
         # A power of a negative number may be complex.
         if not isinstance(value, float):
             return None
+
         return value if math.isfinite(value) else None
 
     def check(self, known: Mapping[str, object] | frozenset[str]) -> None:
@@ -130,6 +133,7 @@ def _value(node: Node, variables: Mapping[str, float]) -> float:
         return float(FUNCTIONS[kind](*values))
     if kind == "neg":
         return -values[0]
+
     left, right = values
     return _OPERATORS[kind](left, right)
 
@@ -149,6 +153,7 @@ class _Parser:
             match = _TOKEN.match(text, place)
             if match is None:
                 raise self._error(place, "a character that has no meaning here")
+
             group = match.lastindex or 1
             kind = ("number", "name", "sign")[group - 1]
             self.tokens.append((kind, match[group], match.start(group)))
@@ -164,6 +169,7 @@ class _Parser:
         kind, _, place = self.tokens[self.at]
         if kind != "end":
             raise self._error(place, "nothing should follow here")
+
         return tree
 
     def _error(self, place: int, why: str) -> UsageError:
@@ -190,6 +196,7 @@ class _Parser:
         is_expected = kind == "sign" and text in signs
         if not is_expected:
             return None
+
         self.at += 1
         return text
 
@@ -216,6 +223,7 @@ class _Parser:
         node = self._power()
         if is_negative:
             return ("neg", (node,))
+
         return node
 
     def _power(self) -> Node:
@@ -238,12 +246,14 @@ class _Parser:
             self.at += 1
             if self._take("("):
                 return self._call(text, place)
+
             self.names.add(text)
             return ("name", text)
 
         # 3. A bracket.
         if not self._take("("):
             raise self._error(place, "a number, a name or a bracket is missing")
+
         node = self._sum()
         self._close_bracket()
         return node
@@ -257,6 +267,7 @@ class _Parser:
         # 1. Its name and its arguments.
         if name not in FUNCTIONS:
             raise self._error(place, f"no function of that name; there are {', '.join(FUNCTIONS)}")
+
         parts = [self._sum()]
         while self._take(","):
             parts.append(self._sum())
@@ -269,4 +280,5 @@ class _Parser:
             raise self._error(place, f"{name} takes one number")
         if takes_several and not has_several:
             raise self._error(place, f"{name} takes several numbers")
+
         return (name, tuple(parts))

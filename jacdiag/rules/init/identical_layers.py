@@ -77,6 +77,7 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
     for members in groups.values():
         for position, weight in enumerate(members[1:], start=1):
             repeating.append(_copy_of(weight, members[:position]))
+
     return len(drawn), repeating
 
 
@@ -122,6 +123,7 @@ def _stack_of(weight: WeightRecord) -> str:
     match = _NUMBER.search(weight.parameter)
     if match is None:
         return weight.parameter.rpartition(".")[0].rpartition(".")[0]
+
     return weight.parameter[: match.start()]
 
 
@@ -135,6 +137,7 @@ def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
         copy = _compare_names(weight, original)
         if copy is not None:
             return copy
+
     return Copy(weight, earlier[0])
 
 
@@ -153,6 +156,7 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
         if own[0] != other[0]:
             stack = name[: own.start()].removesuffix(".")
             return Copy(weight, original, stack, int(own[0]), int(other[0]))
+
     return None
 
 
@@ -165,6 +169,7 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     judgement = context.judgement_for(rule)
     if judgement is None:
         return NOT_APPLICABLE
+
     contract = judgement.contract
     count, repeating = copies(contract)
 
@@ -206,6 +211,7 @@ def _repeats_a_part(weight: WeightRecord) -> bool:
     """Return whether a draw holds the same numbers twice."""
     if weight.same_as != weight.parameter:
         return False
+
     is_drawn_outside = weight.role in _OUTSIDE and is_drawn(weight)
     return is_drawn_outside or _is_drawn(weight)
 

@@ -5,11 +5,11 @@ Weights are compared with a pinned contract, a published init, or the rest of th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 
-from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.records import ContractRecord, Finding, Level, Report, WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.contract_judgement import Judgement, SchemeComparison, pinned_scheme
 from jacdiag.rules.init.leftover_memory import without_leftovers
 from jacdiag.rules.init.mistaken_formulas import find_mistaken
@@ -24,6 +24,7 @@ from jacdiag.rules.init.scheme_deviations import (
 )
 from jacdiag.rules.init.scheme_fit import Yardstick
 from jacdiag.rules.init.schemes import MATRICES, Scheme, published_for
+from jacdiag.rules.init.weight_facts import is_vector, parameters_of, pattern_of, places_of
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
@@ -34,34 +35,49 @@ _SPARED = {"embedding": "the embedding", "norm_gain": "norm gains", "bias": "bia
 def judged(contract: ContractRecord) -> SchemeComparison:
     """Compare every weight with what its family, or the rest of the model, says."""
     contract = without_no_draws(without_leftovers(contract))
-    # 1. The scheme of the family, else the one that most of the model follows.
+
+    # 1. The published init of the family.
     published = published_for(contract.family)
     if published is not None:
-        yardstick = Yardstick.given(contract, published)
         note = f"published init of {contract.family}: {published.title}"
-    else:
-        own = _own_yardstick(contract)
-        if own is None:
-            count, uneven = layers_that_differ(contract.weights)
-            note = "follows no known scheme; layers are compared with each other"
-            return SchemeComparison(None, False, None, count, uneven, note)
-        yardstick = own
-        note = _note_of_own(yardstick)
+        return _compare_all(Yardstick.given(contract, published), note)
 
-    # 2. The weights that the scheme covers.
+    # 2. The scheme that most of the model follows.
+    own = _own_yardstick(contract)
+    if own is not None:
+        return _compare_all(own, _note_of_own(own))
+
+    # 3. No scheme: the layers alone.
+    count, uneven = layers_that_differ(contract.weights)
+    note = "follows no known scheme; layers are compared with each other"
+    return SchemeComparison(None, False, None, count, uneven, note)
+
+
+def _compare_all(yardstick: Yardstick, note: str) -> SchemeComparison:
+    """Compare the weights that a scheme covers with it, and the others layer by layer.
+
+    Args:
+        yardstick: the scheme for this model.
+        note: which scheme it is, in words.
+    """
+    # 1. The weights that the scheme covers, and a head that nobody initialized.
     count, differing = deviations(yardstick)
-    if published is None and not yardstick.looks:
+    is_right_elsewhere = yardstick.is_followed and not yardstick.looks
+    if is_right_elsewhere:
         named = {deviation.weight.parameter for deviation in differing}
         for deviation in head_left_at_default(yardstick):
             if deviation.weight.parameter not in named:
                 differing.append(deviation)
 
-    # 3. The others, layer by layer.
-    uncovered = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
+    # 2. The others, layer by layer.
+    weights = yardstick.contract.weights
+    uncovered = [weight for weight in weights if yardstick.mismatches(weight) is None]
     count_of_others, uneven = layers_that_differ(uncovered)
+
+    # 3. Both together.
     return SchemeComparison(
         yardstick.scheme,
-        published is not None,
+        not yardstick.is_followed,
         yardstick.s,
         count + count_of_others,
         [*differing, *uneven],
@@ -73,16 +89,21 @@ def judged(contract: ContractRecord) -> SchemeComparison:
 def _own_yardstick(contract: ContractRecord) -> Yardstick | None:
     """Return the scheme that a model without a published init follows."""
     yardstick = followed(contract)
-    if yardstick is None or yardstick.scheme.free:
-        # A formula without a base std that explains every matrix comes before one with it.
-        return find_mistaken(contract) or yardstick
-    return yardstick
+    if yardstick is not None and not yardstick.scheme.free:
+        return yardstick
+
+    # A formula without a base std that explains every matrix comes before one with it.
+    mistaken = find_mistaken(contract)
+    return mistaken or yardstick
 
 
 def _note_of_own(yardstick: Yardstick) -> str:
+    """Return which scheme a model follows, with its base std and the mistake in it."""
     note = f"follows {yardstick.scheme.title}"
     if yardstick.s is not None:
         note += f", s = {plain(yardstick.s)}"
+
+    # The mistake of the entire model.
     if yardstick.looks:
         note += f", with {yardstick.looks}"
     return note
@@ -98,13 +119,6 @@ def judge(contract: ContractRecord) -> Judgement:
     return Judgement(contract, judged)
 
 
-def _judgement(context: RuleContext, rule: Rule) -> Judgement | None:
-    """Return the judgement of the weights, if the rule applies to a model of this state."""
-    if context.report.state not in rule.states:
-        return None
-    return context.judgement
-
-
 def _findings(
     context: RuleContext, rule: Rule, differing: Iterable[Deviation], by: str
 ) -> list[Finding]:
@@ -116,59 +130,72 @@ def _findings(
         differing: the weights.
         by: what expects another value, with its verb.
     """
-    groups: dict[tuple[str, str], list[Deviation]] = {}
-    for deviation in differing:
-        key = (deviation.weight.pattern, deviation.section)
-        groups.setdefault(key, []).append(deviation)
     findings = []
-    for group in groups.values():
+    for group in group_by(differing, _name_of).values():
+        # 1. What is said of them.
         what, evidence = describe(group, by)
-        where = _where(deviation.weight for deviation in group)
-        level = context.level(rule, rule.level)
         fix = _fix_of(group[0])
+
+        # 2. The finding.
+        where = places_of(deviation.weight for deviation in group)
+        level = context.level(rule, rule.level)
         findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
+
     return findings
 
 
+def _name_of(deviation: Deviation) -> tuple[str, str]:
+    """Return the name of a weight with "*" for its layer, and its section."""
+    return deviation.weight.pattern, deviation.section
+
+
 def _fix_of(deviation: Deviation) -> str:
+    """Return what to do; "" for vectors, whose value the sentence gives."""
     if deviation.by_layers:
         return "initialise it as the other layers"
-    if len(deviation.weight.shape) > 1:
-        return f"initialise it with std {deviation.formula}"
-    return ""
 
-
-def _where(weights: Iterable[WeightRecord]) -> list[str]:
-    """Return the sub-layers of weights, each once; the name of a weight outside all."""
-    return list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    # Matrices have a std.
+    if is_vector(deviation.weight):
+        return ""
+    return f"initialise it with std {deviation.formula}"
 
 
 # -- JD201 -----------------------------------------------------------------------------------------
 def _pinned(context: RuleContext, rule: Rule) -> CheckOutcome:
+    # 1. A contract for an init says nothing of trained weights.
     contract = context.report.contract
     if contract is None or not contract.pinned:
         return NOT_APPLICABLE
     if _known_to_be_trained(context.report):
-        return CheckOutcome(
-            0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})"
-        )
-    # 1. What the user should know about the contract.
+        reason = context.report.state_reason
+        return CheckOutcome(0, note=f"the pinned contract is for an init; trained ({reason})")
+
+    # 2. The weights that differ from it.
     scheme = pinned_scheme(contract)
-    used = {key for weight in contract.weights for key in _keys(scheme, weight)}
-    unmatched = [key for key in contract.pinned if key not in used]
+    count, differing = deviations(Yardstick.given(contract, scheme))
+    findings = _findings(context, rule, differing, "the pinned contract expects")
+    return CheckOutcome(count, findings, note=_note_of_pinned(context, contract, scheme))
+
+
+def _note_of_pinned(context: RuleContext, contract: ContractRecord, scheme: Scheme) -> str:
+    """Return what the user should know about a pinned contract; "" if nothing."""
     notes = []
+
+    # 1. Keys that no weight has.
+    used: set[str] = set()
+    for weight in contract.weights:
+        used.update(_keys(scheme, weight))
+    unmatched = [key for key in contract.pinned if key not in used]
     if unmatched:
         notes.append(f"nothing in this model matches {', '.join(unmatched)}")
+
+    # 2. A state that may be another.
     if context.report.state == "trained":
         notes.append(
             "applied although the weights look trained, which is a guess; --state trained leaves "
             "it out"
         )
-
-    # 2. The weights that differ from it.
-    count, differing = deviations(Yardstick.given(contract, scheme))
-    findings = _findings(context, rule, differing, "the pinned contract expects")
-    return CheckOutcome(count, findings, note="; ".join(notes))
+    return "; ".join(notes)
 
 
 def _known_to_be_trained(report: Report) -> bool:
@@ -186,7 +213,11 @@ def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
         return []
 
     # Compared by identity: two keys may state equal formulas.
-    return [key for key, value in scheme.formulas.items() if value is formulas]
+    keys: list[str] = []
+    for key, formulas_of_key in scheme.formulas.items():
+        if formulas_of_key is formulas:
+            keys.append(key)
+    return keys
 
 
 # -- JD202 to JD205 --------------------------------------------------------------------------------
@@ -197,29 +228,26 @@ def _by_kind(kind: str) -> Callable[[RuleContext, Rule], CheckOutcome]:
     """
 
     def check(context: RuleContext, rule: Rule) -> CheckOutcome:
-        judgement = _judgement(context, rule)
+        judgement = context.judgement_for(rule)
         if judgement is None:
             return NOT_APPLICABLE
-        contract, result = judgement.contract, judgement.result
 
         # 1. Weights that no init draws come first.
+        contract, result = judgement.contract, judgement.result
         if kind == "own":
             no_draws = _no_draw_findings(context, rule, contract, result)
             if no_draws:
                 return _outcome_of_no_draws(context, rule, result, no_draws)
 
         # 2. Only one of "published" and "own" reports, according to the scheme.
-        is_on_scheme = kind in ("published", "own")
-        is_for_other_rule = is_on_scheme and (kind == "published") != result.published
-        if not result.count or is_for_other_rule:
-            shows_note = kind == "own" and not result.published
-            return CheckOutcome(0, note=result.note if shows_note else "")
+        if not result.count or kind == _other_rule(result):
+            return CheckOutcome(0, note=_note_of_silence(kind, result))
 
         # 3. The weights that differ in this rule's way.
         matched = _matched(kind, contract, result)
         if not matched:
             return NOT_APPLICABLE
-        kinds = (kind, "plain") if is_on_scheme else (kind,)
+        kinds = _REPORTED[kind]
         differing = [deviation for deviation in result.deviations if deviation.kind in kinds]
         findings = _findings(context, rule, differing, f"{_authority(contract, result)} expects")
         return CheckOutcome(matched, findings, note=result.note)
@@ -227,10 +255,35 @@ def _by_kind(kind: str) -> Callable[[RuleContext, Rule], CheckOutcome]:
     return check
 
 
+# The kinds of deviations that each rule reports.
+_REPORTED = {
+    "published": ("published", "plain"),
+    "own": ("own", "plain"),
+    "depth": ("depth",),
+    "layers": ("layers",),
+}
+
+
+def _other_rule(result: SchemeComparison) -> str:
+    """Return which of "published" and "own" says nothing of a model."""
+    if result.published:
+        return "own"
+    return "published"
+
+
+def _note_of_silence(kind: str, result: SchemeComparison) -> str:
+    """Return the note of a rule that has nothing to compare: JD204 names the scheme."""
+    if kind != "own" or result.published:
+        return ""
+    return result.note
+
+
 def _authority(contract: ContractRecord, result: SchemeComparison) -> str:
     """Return what the weights are compared with, in words."""
     if result.mistake:
         return "the formula of literature"
+
+    # A published init, else the scheme that most of the model follows.
     if result.published:
         return f"the published init of {contract.family}"
     return "the scheme of the rest"
@@ -240,14 +293,23 @@ def _outcome_of_no_draws(
     context: RuleContext, rule: Rule, result: SchemeComparison, no_draws: list[Finding]
 ) -> CheckOutcome:
     """Return the outcome of JD204 for a model with weights that no init draws."""
-    named = {name for finding in no_draws for name in finding.evidence["parameters"]}
-    differing = []
-    for deviation in result.deviations:
-        is_of_this_rule = deviation.kind in ("own", "plain") and not result.published
-        if is_of_this_rule and deviation.weight.parameter not in named:
-            differing.append(deviation)
+    # 1. The parameters that are named already.
+    named: set[str] = set()
+    for finding in no_draws:
+        named.update(finding.evidence["parameters"])
+
+    # 2. Others that differ from the scheme; JD202 reports those of a published one.
+    differing: list[Deviation] = []
+    if not result.published:
+        for deviation in result.deviations:
+            is_of_this_rule = deviation.kind in _REPORTED["own"]
+            if is_of_this_rule and deviation.weight.parameter not in named:
+                differing.append(deviation)
+
+    # 3. Both together.
     others = _findings(context, rule, differing, "the scheme of the rest expects")
-    return CheckOutcome(max(result.count, len(no_draws)), [*no_draws, *others], note=result.note)
+    count = max(result.count, len(no_draws))
+    return CheckOutcome(count, [*no_draws, *others], note=result.note)
 
 
 def _no_draw_findings(
@@ -255,32 +317,49 @@ def _no_draw_findings(
 ) -> list[Finding]:
     """Return one finding per name pattern and sign for weights that no init draws."""
     contract = without_leftovers(contract)
-    # A head of unit spread may be what the family publishes (T5 of transformers).
-    limit = None if result.published else context.thresholds.limits("logits_std").warning
-    groups: dict[tuple[str, str], list[NoDraw]] = {}
-    for no_draw in find_no_draws(contract, limit):
-        groups.setdefault((no_draw.weight.pattern, no_draw.fix), []).append(no_draw)
-    findings = []
-    for (pattern, fix), group in groups.items():
-        first, sign = group[0].weight, group[0].sign
-        of = sum(weight.pattern == pattern for weight in contract.weights)
-        count = f" ({len(group)} of {of})" if of > 1 else ""
-        what = f"{pattern.removesuffix('.weight')}{count}: {sign}"
-        evidence = {
-            "parameters": [no_draw.weight.parameter for no_draw in group],
-            "role": first.role,
-            "pattern": pattern,
-            "family": first.family,
-            "value": first.std,
-            "outliers": [no_draw.weight.outliers for no_draw in group],
-            "looks": "no init draws this",
-        }
-        if first.role == "head" and "logits" in sign:
-            evidence["logits_std"] = contract.logits_std
-        where = _where(no_draw.weight for no_draw in group)
-        level = context.level(rule, rule.level)
-        findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
-    return findings
+
+    # 1. A head of unit spread may be what the family publishes (T5 of transformers).
+    limit = context.thresholds.limits("logits_std").warning
+    if result.published:
+        limit = None
+
+    # 2. One finding for each name and sign.
+    no_draws = find_no_draws(contract, limit)
+    groups = group_by(no_draws, lambda no_draw: (no_draw.weight.pattern, no_draw.fix))
+    return [_no_draw_finding(context, rule, contract, group) for group in groups.values()]
+
+
+def _no_draw_finding(
+    context: RuleContext, rule: Rule, contract: ContractRecord, group: list[NoDraw]
+) -> Finding:
+    """Return the finding about the weights of one name with one sign that no init draws."""
+    # 1. The sentence.
+    weights = [no_draw.weight for no_draw in group]
+    first = weights[0]
+    sign = group[0].sign
+    of = sum(weight.pattern == first.pattern for weight in contract.weights)
+    count = ""
+    if of > 1:
+        count = f" ({len(group)} of {of})"
+    what = f"{first.pattern.removesuffix('.weight')}{count}: {sign}"
+
+    # 2. The evidence.
+    evidence = {
+        "parameters": parameters_of(weights),
+        "role": first.role,
+        "pattern": first.pattern,
+        "family": first.family,
+        "value": first.std,
+        "outliers": [weight.outliers for weight in weights],
+        "looks": "no init draws this",
+    }
+    if first.role == "head" and "logits" in sign:
+        evidence["logits_std"] = contract.logits_std
+
+    # 3. The finding.
+    where = places_of(weights)
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, where, what, evidence, rule.summary, group[0].fix)
 
 
 def _matched(kind: str, contract: ContractRecord, result: SchemeComparison) -> int:
@@ -288,36 +367,56 @@ def _matched(kind: str, contract: ContractRecord, result: SchemeComparison) -> i
 
     For depth these are matrices under a scheme, for layers name patterns of several.
     """
+    # 1. The scaling with depth is that of matrices, under a scheme.
     if kind == "depth":
         if result.scheme is None:
             return 0
         return sum(weight.role in MATRICES for weight in contract.weights)
+
+    # 2. Layers can be compared where a name stands in several.
     if kind == "layers":
-        patterns = Counter(
-            weight.pattern for weight in contract.weights if weight.layer is not None
-        )
-        return sum(count > 1 for count in patterns.values())
+        of_layers = [weight for weight in contract.weights if weight.layer is not None]
+        groups = group_by(of_layers, pattern_of).values()
+        return sum(len(group) > 1 for group in groups)
+
+    # 3. A scheme covers as many weights as were compared with it.
     return result.count
 
 
 # -- JD206 -----------------------------------------------------------------------------------------
 def _tied(context: RuleContext, rule: Rule) -> CheckOutcome:
-    judgement = _judgement(context, rule)
+    judgement = context.judgement_for(rule)
     if judgement is None or not judgement.contract.tied:
         return NOT_APPLICABLE
+
+    # 1. The tables that the head reads too.
     contract = judgement.contract
+    tied = [weight for weight in contract.weights if weight.parameter in contract.tied]
     limit = context.thresholds.limits("logits_std").warning
-    width = contract.sizes.get("d", 0.0)
-    findings = []
-    for weight in contract.weights:
-        if weight.parameter not in contract.tied or weight.std is None or limit is None:
+
+    # 2. Those that make the logits too large.
+    findings: list[Finding] = []
+    for weight in tied:
+        logits = _std_of_logits(contract, weight)
+        if logits is None or limit is None:
             continue
-        logits = contract.logits_std
-        if logits is None:
-            logits = weight.std * width**0.5
+
         if logits > limit:
             findings.append(_tied_finding(context, rule, weight, logits, limit))
+
     return CheckOutcome(len(contract.tied), findings)
+
+
+def _std_of_logits(contract: ContractRecord, head: WeightRecord) -> float | None:
+    """Return the std of the logits as measured, else as a head makes it of unit vectors."""
+    if head.std is None:
+        return None
+
+    # The forward may scale the logits, which only a measurement shows.
+    if contract.logits_std is not None:
+        return contract.logits_std
+    width = contract.sizes.get("d", 0.0)
+    return float(head.std * width**0.5)
 
 
 def _tied_finding(
@@ -341,32 +440,42 @@ def _tied_finding(
 # -- JD207 -----------------------------------------------------------------------------------------
 def _decay(context: RuleContext, rule: Rule) -> CheckOutcome:
     contract = context.report.contract
-    if contract is None:
-        return NOT_APPLICABLE
-    has_optimizer = any(weight.decayed is not None for weight in contract.weights)
-    if not has_optimizer:
+    if contract is None or not _has_optimizer(contract):
         return NOT_APPLICABLE
 
     # One finding for each kind of parameter with weight decay.
     spared = [weight for weight in contract.weights if weight.role in _SPARED]
     decayed = [weight for weight in spared if weight.decayed]
+    by_role = group_by(decayed, lambda weight: weight.role)
     findings: list[Finding] = []
     for role, words in _SPARED.items():
-        names = [weight.parameter for weight in decayed if weight.role == role]
-        if names:
+        if role in by_role:
+            names = parameters_of(by_role[role])
             findings.append(_decay_finding(context, rule, role, words, names))
+
     return CheckOutcome(len(spared), findings)
+
+
+def _has_optimizer(contract: ContractRecord) -> bool:
+    """Return whether it is known which parameters decay."""
+    return any(weight.decayed is not None for weight in contract.weights)
 
 
 def _decay_finding(
     context: RuleContext, rule: Rule, role: str, words: str, names: list[str]
 ) -> Finding:
     """Return the finding about the parameters of one role that decay."""
+    # 1. Many recipes let biases decay.
+    level: Level = "warning"
+    if role == "bias":
+        level = "info"
+
+    # 2. The finding.
     listed = list_names(names, longest=None)
     what = f"{words} in a parameter group with weight decay: {listed}"
     evidence = {"parameters": names, "role": role}
-    level = context.level(rule, "info" if role == "bias" else "warning")
     fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
+    level = context.level(rule, level)
     return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 
 

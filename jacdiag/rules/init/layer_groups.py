@@ -53,6 +53,7 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
     for (pattern, *_), group in group_by(places, _key_of).items():
         if len(group) < least:
             continue
+
         ascending = sorted(group, key=lambda place: place.number)
         numbers = tuple(place.number for place in ascending)
         yield Group(pattern, numbers, tuple(place.weight for place in ascending))
@@ -89,6 +90,7 @@ def _shapes_by_module(weights: Iterable[WeightRecord]) -> dict[str, Shapes]:
     for module, members in group_by(weights, module_of).items():
         shapes = [(weight.parameter.rpartition(".")[2], tuple(weight.shape)) for weight in members]
         modules[module] = frozenset(shapes)
+
     return modules
 
 
@@ -115,6 +117,7 @@ def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
             holds_modules = "." in name[match.end() + 1 :]
             if holds_modules:
                 blocks.add(name[: match.end()])
+
     return blocks
 
 

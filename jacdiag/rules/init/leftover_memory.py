@@ -53,6 +53,7 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
         sign = _sign_of(weight)
         if sign:
             result.append(Leftover(weight, sign))
+
     return result
 
 
@@ -61,6 +62,7 @@ def _are_all_matrices_zero(contract: ContractRecord) -> bool:
     matrices = [weight for weight in contract.weights if not is_vector(weight)]
     if not matrices:
         return False
+
     return all(map(is_zero, matrices))
 
 
@@ -84,6 +86,7 @@ def _sign_of(weight: WeightRecord) -> str:
         return f"numbers beyond {plain(LARGEST)}"
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
+
     return ""
 
 
@@ -105,6 +108,7 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     for sign, group in group_by(leftovers(contract), lambda leftover: leftover.sign).items():
         weights = [leftover.weight for leftover in group]
         findings.append(_finding(context, rule, sign, weights))
+
     return CheckOutcome(_count_measured(contract), findings)
 
 
@@ -149,6 +153,7 @@ def _step_to_be_like(other: WeightRecord) -> str:
         return f"set {{}} to {mean_of(other):.4g}"
     if other.family in INDEPENDENT:
         return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+
     return ""
 
 
@@ -160,6 +165,7 @@ def _step_by_role(weight: WeightRecord) -> str:
         return f"set {{}} to {1.0 - weight.offset:.4g}"
     if weight.role == "bias":
         return "set {} to 0"
+
     return "initialise {} as the model's paper or config says"
 
 

@@ -11,28 +11,25 @@ from jacdiag.rules.wording import list_names
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
-        return NOT_APPLICABLE
-    if not contract.adapters:
+    contract = context.contract_for(rule)
+    if contract is None or not contract.adapters:
         return NOT_APPLICABLE
 
-    # 1. Sort the pairs: exactly one of the two factors should be zero.
-    several_zero: list[AdapterRecord] = []
-    both_drawn: list[AdapterRecord] = []
-    for pair in contract.adapters:
-        if len(pair.zero_factors) > 1:
-            several_zero.append(pair)
-        elif not pair.zero_factors and not pair.decomposed:
-            both_drawn.append(pair)
+    # 1. Exactly one of the two factors should be zero.
+    adapters = contract.adapters
+    several_zero = [pair for pair in adapters if len(pair.zero_factors) > 1]
+    none_zero = [pair for pair in adapters if not pair.zero_factors]
 
-    # 2. One finding for each kind.
+    # 2. Factors that are a singular value decomposition of the weight are both drawn on purpose.
+    both_drawn = [pair for pair in none_zero if not pair.decomposed]
+
+    # 3. One finding for each kind.
     findings = []
     if several_zero:
         findings.append(_finding_of_zeros(context, rule, several_zero))
     if both_drawn:
         findings.append(_finding_of_draws(context, rule, both_drawn))
-    return CheckOutcome(len(contract.adapters), findings)
+    return CheckOutcome(len(adapters), findings)
 
 
 def _finding_of_zeros(context: RuleContext, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
@@ -42,6 +39,7 @@ def _finding_of_zeros(context: RuleContext, rule: Rule, pairs: Sequence[AdapterR
     for pair in pairs:
         firsts.append(pair.zero_factors[0])
         others.extend(pair.zero_factors[1:])
+
     listed = list_names(firsts, longest=None)
     what = (
         f"{listed} and another factor of each are zero in every element: no "

@@ -8,13 +8,15 @@ be meant. Several that differ as the wrong formula says are no accident.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.rules.init.formula import Formula
 from jacdiag.rules.init.scheme_fit import Yardstick, holds, judged_by_schemes, variables
 from jacdiag.rules.init.schemes import MATRICES, Scheme, catalogue
+from jacdiag.rules.init.weight_facts import is_constant
 
 # Schemes with one formula of the sizes of a matrix for all of them.
 _FORMULAS = ("lecun", "kaiming", "pytorch", "xavier")
@@ -26,15 +28,21 @@ Wrong = Callable[[Formula, Mapping[str, float]], float | None]
 
 def find_mistaken(contract: ContractRecord) -> Yardstick | None:
     """Return the scheme of a model that follows one with a known mistake; None if there is none."""
-    weights = [weight for weight in judged_by_schemes(contract) if _is_drawn_map(weight)]
-    schemes = {scheme.name: scheme for scheme in catalogue()[0]}
+    weights = list(filter(_is_drawn_map, judged_by_schemes(contract)))
     for looks, mistake in _MISTAKES.items():
-        for name in _FORMULAS:
-            if _follows(contract, weights, schemes[name], mistake):
-                scheme = schemes[name]
+        for scheme in _schemes_with_one_formula():
+            if _follows(contract, weights, scheme, mistake):
                 only = replace(scheme, formulas={"matrix": scheme.formulas["matrix"]})
                 return Yardstick(contract, only, judges_tables=False, looks=looks)
+
     return None
+
+
+def _schemes_with_one_formula() -> list[Scheme]:
+    """Return the schemes that have one formula for every matrix."""
+    schemes, _ = catalogue()
+    by_name = {scheme.name: scheme for scheme in schemes}
+    return [by_name[name] for name in _FORMULAS]
 
 
 def _is_drawn_map(weight: WeightRecord) -> bool:
@@ -42,41 +50,63 @@ def _is_drawn_map(weight: WeightRecord) -> bool:
 
     Kaiming by fan_out is published for convolutions.
     """
-    is_drawn = weight.family not in ("zero", "constant")
-    return weight.role in MATRICES and is_drawn and len(weight.shape) <= 3
+    is_convolution = len(weight.shape) > 3
+    if is_convolution or is_constant(weight):
+        return False
+    return weight.role in MATRICES
 
 
 def _follows(
     contract: ContractRecord, weights: list[WeightRecord], scheme: Scheme, wrong: Wrong
 ) -> bool:
     """Return whether every matrix has the value of a mistaken formula, and several prove it."""
+    # 1. Every matrix has the value of the mistaken formula.
     telling: list[float] = []
     (formula,) = scheme.formulas["matrix"]
     for weight in weights:
         known = variables(contract, weight)
-        value, right = wrong(formula, known), formula.value(known)
-        if value is None or right is None or not holds(weight, value):
+        value = wrong(formula, known)
+        right = formula.value(known)
+        if value is None or right is None:
             return False
+        if not holds(weight, value):
+            return False
+
+        # Those that the right formula does not explain prove the mistake.
         if not holds(weight, right):
             telling.append(value)
-    distinct: list[float] = []
-    for value in sorted(telling):
-        if not distinct or value > distinct[-1] * _APART:
-            distinct.append(value)
-    return len(distinct) >= _FEWEST
+
+    # 2. Several different values are no accident.
+    return _count_distinct(telling) >= _FEWEST
+
+
+def _count_distinct(values: Iterable[float]) -> int:
+    """Return how many values there are, those that lie close together counted as one."""
+    count = 0
+    last = -math.inf
+    for value in sorted(values):
+        if value > last * _APART:
+            count += 1
+            last = value
+
+    return count
 
 
 def _exchanged(formula: Formula, known: Mapping[str, float]) -> float | None:
     """Return the value with fan_in and fan_out exchanged."""
-    if "fan_in" not in known or "fan_out" not in known:
+    fan_in = known.get("fan_in")
+    fan_out = known.get("fan_out")
+    if fan_in is None or fan_out is None:
         return None
-    return formula.value({**known, "fan_in": known["fan_out"], "fan_out": known["fan_in"]})
+    return formula.value({**known, "fan_in": fan_out, "fan_out": fan_in})
 
 
 def _squared(formula: Formula, known: Mapping[str, float]) -> float | None:
     """Return the variance."""
     value = formula.value(known)
-    return None if value is None else value * value
+    if value is None:
+        return None
+    return value * value
 
 
 _MISTAKES: dict[str, Wrong] = {

@@ -33,8 +33,10 @@ def drawn_beside_zero(
                 zero += group
             elif all(map(is_drawn, group)):
                 drawn += group
+
         if zero and drawn:
             pairs.append((drawn, zero))
+
     return pairs
 
 

@@ -50,6 +50,7 @@ def gains_unlike_the_model(
     # 1. What is usual in this model. Of few gains, or of zeros, nothing is.
     if len(gains) < _LEAST:
         return
+
     usual = _usual_gain(gains)
     if not usual:
         return
@@ -79,6 +80,7 @@ def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
         alike = sum(math.isclose(value, other, rel_tol=1e-3) for other in values)
         if alike >= enough:
             return value
+
     return None
 
 
@@ -108,6 +110,7 @@ def _is_doubled(gain: WeightRecord) -> bool:
     is_added_to_one = gain.offset == 1
     if not is_added_to_one or gain.family != "constant":
         return False
+
     return math.isclose(mean_of(gain), 1.0, rel_tol=1e-3)
 
 
@@ -125,6 +128,7 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
         around = _other_center(members, offset)
         if not around:
             continue
+
         others = f"a gain starts at 1, or is drawn around 1; this one was drawn {around}"
         for gain in members:
             yield Difference(gain, pattern, _count_alike(gain, gains), others, 1.0 - offset)
@@ -136,6 +140,7 @@ def _other_center(members: Sequence[WeightRecord], offset: float) -> str:
     count = sum(map(size_of, members))
     if count < _LEAST_SIZE:
         return ""
+
     mean = sum(size_of(gain) * mean_of(gain) for gain in members) / count
     variance = sum(size_of(gain) * std_of(gain) ** 2 for gain in members) / count
     error = _ERRORS * math.sqrt(variance) / math.sqrt(count)
@@ -143,9 +148,11 @@ def _other_center(members: Sequence[WeightRecord], offset: float) -> str:
     # 2. The mean compared with 1, then with 0.
     if abs(offset + mean - 1) <= error:
         return ""
+
     is_around_zero = abs(mean) <= error
     if offset == 0 and is_around_zero:
         return "around 0 as a matrix is"
+
     return f"around {plain(offset + mean)}"
 
 

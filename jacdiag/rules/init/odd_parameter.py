@@ -49,6 +49,7 @@ def fix_for(differences: Sequence[Difference]) -> str:
         return f"initialise {names} as in the other layers"
     if like.family in INDEPENDENT:
         return f"draw {names} again {draw_in_words(like)}, as {like.parameter}"
+
     return f"set {names} to the numbers of {like.parameter}"
 
 
@@ -63,4 +64,5 @@ def draw_in_words(weight: WeightRecord) -> str:
     std = std_of(weight)
     if abs(mean) <= 5 * std / size_of(weight) ** 0.5:
         return f"with std {plain(std)}"
+
     return f"with mean {plain(mean)} and std {plain(std)}"

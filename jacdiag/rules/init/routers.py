@@ -78,6 +78,7 @@ def unlike_routers(judgement: Judgement) -> tuple[int, list[Routers]]:
         routers = _pool(members, readers)
         if not _drawn_as(routers, readers):
             unlike.append(replace(routers, excuse=_excuse_of(contract, routers)))
+
     return compared, unlike
 
 
@@ -123,6 +124,7 @@ def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list
         reads_the_same = weight.role in INNER and weight.fan_in == router.fan_in
         if reads_the_same and has_spread(weight):
             readers.append(weight)
+
     return readers
 
 
@@ -193,6 +195,7 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
         for factor in factors:
             if _scaled_interval(weight, factor).meets(interval):
                 return True
+
     return False
 
 
@@ -231,6 +234,7 @@ def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
     bias = _balancing_bias(contract, routers.members[0])
     if bias is None:
         return ""
+
     return f"{bias.parameter} has one number for each expert"
 
 
@@ -240,6 +244,7 @@ def _table_with_unit_std(contract: ContractRecord) -> str:
         is_outside = weight.role in ("embedding", "head")
         if is_outside and _may_have_unit_std(weight):
             return f"{weight.parameter} has that std too"
+
     return ""
 
 
@@ -262,6 +267,7 @@ def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRec
         is_in_sublayer = weight.sublayer == router.sublayer
         if is_per_expert and is_in_sublayer and weight.parameter != own_bias:
             return weight
+
     return None
 
 
@@ -310,6 +316,7 @@ def _level_of(routers: Routers) -> Level:
         return "info"
     if routers.excuse:
         return "info"
+
     return "warning"
 
 
@@ -339,6 +346,7 @@ def _origin_of(routers: Routers) -> str:
         return ", uniform as nn.Linear leaves it"
     if routers.looks:
         return f", as {routers.looks} leaves it"
+
     return ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, WeightRecord
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.depth_scaling import depth_factor
 from jacdiag.rules.init.scheme_fit import (
     TABLES,
@@ -18,6 +19,7 @@ from jacdiag.rules.init.scheme_fit import (
     judged_by_schemes,
 )
 from jacdiag.rules.init.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
+from jacdiag.rules.init.weight_facts import is_zero, size_of, std_of
 
 # Share of a model's matrices that must agree before a scheme is called its own: a clear majority,
 # or half of them if the scheme has no base std of its own to choose and several different values
@@ -56,10 +58,15 @@ class Followed:
     @property
     def is_enough(self) -> bool:
         """Return whether so much agrees that the scheme may be called the model's own."""
+        # One weight that agrees may be an accident.
         if self.agree < 2:
             return False
+
+        # A clear majority agrees.
         if self.share >= _ENOUGH:
             return True
+
+        # Nothing of a closed scheme was fitted to the model.
         is_closed = not self.yardstick.scheme.free
         return is_closed and self.share >= _HALF and self.inner_values >= 2
 
@@ -79,29 +86,39 @@ class Followed:
 def followed(contract: ContractRecord) -> Yardstick | None:
     """Return the scheme that a model follows; None if none fits most of its matrices."""
     weights = judged_by_schemes(contract)
-    if not any(weight.role in MATRICES for weight in weights):
+    matrices = [weight for weight in weights if weight.role in MATRICES]
+    if not matrices:
         return None
-    fits = []
-    for scheme in catalogue()[0]:
+
+    # The best of those that fit well enough.
+    fits = _fits(contract, weights)
+    best = max(fits, key=lambda fit: fit.rank, default=None)
+    if best is None:
+        return None
+    return replace(best.yardstick, judges_tables=_tables_agree(best.yardstick, weights))
+
+
+def _fits(contract: ContractRecord, weights: Sequence[WeightRecord]) -> Iterable[Followed]:
+    """Yield the schemes that fit well enough, at every base std that does."""
+    schemes, _ = catalogue()
+    for scheme in schemes:
         for yardstick in _yardsticks(contract, scheme, weights):
             fit = _fit(yardstick, weights)
             if fit is not None and fit.is_enough:
-                fits.append(fit)
-    if not fits:
-        return None
-    best = max(fits, key=lambda fit: fit.rank)
-    return replace(best.yardstick, judges_tables=_tables_agree(best.yardstick, weights))
+                yield fit
 
 
 def _tables_agree(yardstick: Yardstick, weights: Iterable[WeightRecord]) -> bool:
     """Return whether one of embedding, positions and head was drawn as the scheme itself says."""
-    return any(w.role in TABLES and yardstick.agrees_by_itself(w) for w in weights)
+    tables = [weight for weight in weights if weight.role in TABLES]
+    return any(map(yardstick.agrees_by_itself, tables))
 
 
 def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | None:
     """Return how well a scheme fits; None if it says nothing of any matrix."""
     inside: list[bool] = []  # whether each matrix of a sub-layer agrees
-    agree = tables = 0
+    agree = 0
+    tables = 0
     values: set[str] = set()
     inner_values: set[str] = set()
     mismatches_by_pattern: dict[str, list[Mismatch]] = {}
@@ -117,13 +134,11 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
             tables += vote
             agree += int(vote > 0)
 
-        # 2. Matrices of sub-layers. Zeros do not show how the others were drawn, nor does the
-        #    default of torch.nn.init.normal_.
+        # 2. Matrices of sub-layers.
         is_inside = weight.role in MATRICES
         if is_inside:
             agree += int(agrees)
-            is_evidence = weight.family != "zero" and not is_of_unit_spread(weight)
-            if agrees or is_evidence:
+            if agrees or _is_evidence(weight):
                 inside.append(agrees)
             if not agrees:
                 mismatches_by_pattern.setdefault(weight.pattern, []).extend(mismatches)
@@ -134,13 +149,20 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
             values |= explained
             if is_inside:
                 inner_values |= explained
+
+    # 4. A scheme that no matrix follows does not fit.
     if not any(inside):
         return None
-
     share = sum(inside) / len(inside)
     mistakes = _count_mistakes(mismatches_by_pattern)
     mistakes -= _swapped(yardstick, mismatches_by_pattern.values())
     return Followed(yardstick, share, agree, mistakes, tables, len(values), len(inner_values))
+
+
+def _is_evidence(weight: WeightRecord) -> bool:
+    """Return whether a matrix that differs shows that the model follows another scheme."""
+    # Zeros do not show how the others were drawn, nor does the default of torch.nn.init.normal_.
+    return not is_zero(weight) and not is_of_unit_spread(weight)
 
 
 def _count_mistakes(groups: Mapping[str, Sequence[Mismatch]]) -> int:
@@ -150,24 +172,36 @@ def _count_mistakes(groups: Mapping[str, Sequence[Mismatch]]) -> int:
     """
     factors_of: dict[tuple[str, str], list[float]] = {}
     for pattern, mismatches in groups.items():
-        factors = [_factor_off(mismatch) for mismatch in mismatches]
-        first = factors[0]
-        key = (pattern, "")
-        is_one_factor = all(_is_same_factor(first, other) for other in factors)
-        if is_one_factor:
-            key = _drawn_together(pattern, mismatches[0].piece.weight.role)
-        known = factors_of.setdefault(key, [])
-        if not any(_is_same_factor(first, other) for other in known):
-            known.append(first)
-    return sum(len(factors) for factors in factors_of.values())
+        # 1. The loop that drew them.
+        factors = list(map(_factor_off, mismatches))
+        loop = _loop_of(pattern, mismatches[0].piece.weight.role, factors)
+
+        # 2. Count each factor once for each loop.
+        known = factors_of.setdefault(loop, [])
+        if not any(_is_same_factor(factors[0], other) for other in known):
+            known.append(factors[0])
+
+    return sum(map(len, factors_of.values()))
+
+
+def _loop_of(pattern: str, role: str, factors: Sequence[float]) -> tuple[str, str]:
+    """Return the key of the loop that drew the matrices of one name.
+
+    Matrices that are off by several factors stand for themselves.
+    """
+    is_one_factor = all(_is_same_factor(factors[0], other) for other in factors)
+    if not is_one_factor:
+        return pattern, ""
+    return _drawn_together(pattern, role)
 
 
 def _factor_off(mismatch: Mismatch) -> float:
-    return (mismatch.piece.weight.std or 0.0) / (mismatch.value or 1.0)
+    """Return the measured std over the expected one."""
+    return std_of(mismatch.piece.weight) / (mismatch.value or 1.0)
 
 
-def _is_same_factor(first: float, other: float) -> bool:
-    return math.isclose(first, other, rel_tol=_SAME_FACTOR)
+def _is_same_factor(factor: float, other: float) -> bool:
+    return math.isclose(factor, other, rel_tol=_SAME_FACTOR)
 
 
 def _drawn_together(pattern: str, role: str) -> tuple[str, str]:
@@ -176,6 +210,8 @@ def _drawn_together(pattern: str, role: str) -> tuple[str, str]:
         if role in roles:
             parent = pattern.removesuffix(".weight").rpartition(".")[0]
             return parent, roles[0]
+
+    # A matrix that stands for itself.
     return pattern, ""
 
 
@@ -188,20 +224,27 @@ def _vote(yardstick: Yardstick, weight: WeightRecord, agrees: bool) -> int:
 
 def _values_held(yardstick: Yardstick, weight: WeightRecord) -> set[str]:
     """Return the values of the scheme that a weight that agrees has."""
-    values = yardstick.values(weight).values()
-    return {f"{value:.4g}" for value in values if holds(weight, value, yardstick.spread)}
+    held: set[str] = set()
+    for value in yardstick.values(weight).values():
+        if holds(weight, value, yardstick.spread):
+            held.add(f"{value:.4g}")
+    return held
 
 
 def _swapped(yardstick: Yardstick, groups: Iterable[Sequence[Mismatch]]) -> int:
     """Return how many scalings with depth stand on an inner matrix in place of an output matrix."""
-    missing = extra = 0
+    missing = 0
+    extra = 0
     for mismatches in groups:
         role = mismatches[0].piece.weight.role
         factor = depth_factor(yardstick, mismatches[0])
+
+        # An output matrix has lost its scaling, or an inner one has got it.
         if role in RESIDUAL and factor == "missing":
             missing += 1
         if role in INNER and factor == "extra":
             extra += 1
+
     return min(missing, extra)
 
 
@@ -213,6 +256,7 @@ def _yardsticks(
     if not scheme.free:
         yield Yardstick(contract, scheme)
         return
+
     for s, spread in _bases(contract, scheme, weights):
         yield Yardstick(contract, scheme, s, spread)
 
@@ -226,19 +270,20 @@ class _Sample:
 
     @property
     def base(self) -> float:
-        return (self.weight.std or 0.0) / self.factor
+        return std_of(self.weight) / self.factor
 
     @property
     def size(self) -> int:
-        return math.prod(self.weight.shape)
+        return size_of(self.weight)
 
     def agrees_with(self, s: float) -> bool:
         """Return whether the std may be s times the factor.
 
         The interval gets some slack, since s itself is a guess yet.
         """
-        low, high = self.weight.lower or 0.0, self.weight.upper or 0.0
-        return low * (1 - _SLACK) <= s * self.factor <= high * (1 + _SLACK)
+        low = (self.weight.lower or 0.0) * (1 - _SLACK)
+        high = (self.weight.upper or 0.0) * (1 + _SLACK)
+        return low <= s * self.factor <= high
 
 
 def _bases(
@@ -246,16 +291,16 @@ def _bases(
 ) -> Iterable[tuple[float, Spread]]:
     """Yield candidates of s: pooled over the weights that agree with that of one name pattern."""
     samples = _samples(Yardstick(contract, scheme, 1.0), weights)
-    bases_of: dict[str, list[float]] = {}
-    for sample in samples:
-        bases_of.setdefault(sample.weight.pattern, []).append(sample.base)
-
     yielded: set[str] = set()
-    for bases in bases_of.values():
-        median = sorted(bases)[len(bases) // 2]
-        s, size = _pool(samples, median)
-        if size and f"{s:.5g}" not in yielded:
-            yielded.add(f"{s:.5g}")
+    for group in group_by(samples, lambda sample: sample.weight.pattern).values():
+        # 1. The base std of one name, pooled over all that agree with it.
+        bases = sorted(sample.base for sample in group)
+        s, size = _pool(samples, bases[len(bases) // 2])
+
+        # 2. Several names may suggest the same one.
+        shown = f"{s:.5g}"
+        if size and shown not in yielded:
+            yielded.add(shown)
             half_width = _BASE_QUANTILE / math.sqrt(2 * size)
             yield s, (1 - half_width, 1 + half_width)
 
@@ -267,24 +312,34 @@ def _pool(samples: Sequence[_Sample], s: float) -> tuple[float, int]:
     for _ in range(2):
         agreeing = [sample for sample in samples if sample.agrees_with(s)]
         size = sum(sample.size for sample in agreeing)
-        if not size:
-            continue
-        mean_square = sum(sample.size * sample.base**2 for sample in agreeing) / size
-        s = math.sqrt(mean_square)
+        if size:
+            s = _root_mean_square(agreeing, size)
     return s, size
+
+
+def _root_mean_square(samples: Iterable[_Sample], size: int) -> float:
+    """Return the base std of samples that hold `size` numbers."""
+    mean_square = sum(sample.size * sample.base**2 for sample in samples) / size
+    return math.sqrt(mean_square)
 
 
 def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
     """Return the matrices whose std depends on s, each with its factor; `unit` has s = 1."""
     samples = []
-    for weight in weights:
-        if weight.role not in MATRICES or not weight.std:
-            continue
-
-        # The first variant of the formula with s in it.
-        for formula, value in unit.values(weight).items():
-            depends_on_s = "s" in formula.names
-            if depends_on_s and value > 0:
-                samples.append(_Sample(weight, value))
-                break
+    matrices = [weight for weight in weights if weight.role in MATRICES]
+    for weight in matrices:
+        factor = _factor_of_base(unit, weight)
+        if weight.std and factor is not None:
+            samples.append(_Sample(weight, factor))
     return samples
+
+
+def _factor_of_base(unit: Yardstick, weight: WeightRecord) -> float | None:
+    """Return what s is multiplied by for a weight; None if no formula for it has s in it."""
+    for formula, value in unit.values(weight).items():
+        # The first variant counts.
+        depends_on_s = "s" in formula.names
+        if depends_on_s and value > 0:
+            return value
+
+    return None

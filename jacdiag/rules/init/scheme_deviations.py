@@ -10,9 +10,19 @@ from typing import Any
 
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mistake
 from jacdiag.rules.init.scheme_fit import Mismatch, Spread, Yardstick, holds
 from jacdiag.rules.init.schemes import MATRICES, OUTSIDE
+from jacdiag.rules.init.weight_facts import (
+    is_constant,
+    is_vector,
+    is_zero,
+    parameters_of,
+    pattern_of,
+    std_of,
+    with_role,
+)
 from jacdiag.rules.wording import layers_in_words
 
 _LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
@@ -66,25 +76,38 @@ def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
     result = []
     for weight, mismatches in compared:
         layers = agreeing[weight.pattern]
-        is_uneven = any(layers) and len(layers) > 1
         for mismatch in mismatches:
-            looks = _looks(yardstick, mismatch)
-            kind = "plain"
-            if looks in DEPTH_MISTAKES:
-                kind = "depth"
-            elif is_uneven:
-                kind = "layers"
-            deviation = Deviation(
-                mismatch.piece.weight,
-                mismatch.value,
-                formula=_shown(mismatch.formula.text, yardstick.s),
-                kind=kind,
-                looks=looks,
-                of=len(layers),
-                section=mismatch.piece.section,
-            )
-            result.append(deviation)
+            result.append(_deviation(yardstick, mismatch, layers))
+
     return len(compared), result
+
+
+def _deviation(yardstick: Yardstick, mismatch: Mismatch, layers: Sequence[bool]) -> Deviation:
+    """Return a mismatch with what it looks like.
+
+    Args:
+        yardstick: what the weight is compared with.
+        mismatch: the weight, or its section.
+        layers: whether each of the weights with its name pattern agrees.
+    """
+    # 1. The kind says which rule reports it.
+    looks = _looks(yardstick, mismatch)
+    kind = "plain"
+    if looks in DEPTH_MISTAKES:
+        kind = "depth"
+    elif any(layers):
+        kind = "layers"
+
+    # 2. The deviation.
+    return Deviation(
+        mismatch.piece.weight,
+        mismatch.value,
+        formula=_shown(mismatch.formula.text, yardstick.s),
+        kind=kind,
+        looks=looks,
+        of=len(layers),
+        section=mismatch.piece.section,
+    )
 
 
 def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
@@ -102,24 +125,31 @@ def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
 
     # The head is a uniform draw with just the bounds of nn.Linear.
     result: list[Deviation] = []
-    for head in contract.weights:
-        if head.role != "head" or not is_linear_default(head):
-            continue
+    heads = filter(is_linear_default, with_role(contract.weights, "head"))
+    for head in heads:
         if head.parameter in contract.tied or yardstick.agrees_by_itself(head):
             continue
+
+        # The scheme would draw it otherwise.
         deviation = _compare_with_matrices(yardstick, head)
         if deviation is not None:
             result.append(deviation)
+
     return result
 
 
 def _only_the_head_may_differ(yardstick: Yardstick) -> bool:
     """Return whether all matrices agree, and nothing but the head keeps the default of a class."""
     for weight in yardstick.contract.weights:
+        # A matrix that differs from the scheme.
         if weight.role in MATRICES and yardstick.mismatches(weight):
             return False
-        if weight.role != "head" and _is_default(weight):
+
+        # Another weight that nobody initialized.
+        is_head = weight.role == "head"
+        if not is_head and _is_default(weight):
             return False
+
     return True
 
 
@@ -128,32 +158,44 @@ def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviatio
     values = yardstick.values(replace(head, role="W_1"))
     if not values:
         return None
+
     formula, value = next(iter(values.items()))
 
     # A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
     is_of_any_size = formula.names <= {"s"}
     if not is_of_any_size or holds(head, value, yardstick.spread):
         return None
+
     text = _shown(formula.text, yardstick.s)
     return Deviation(head, value, text, "plain", _LINEAR_DEFAULT)
 
 
 def _is_default(weight: WeightRecord) -> bool:
     """Return whether a weight keeps the default of nn.Linear or nn.Embedding."""
+    # 1. nn.Embedding draws from N(0, 1).
     if weight.role in ("embedding", "positions"):
         return weight.family == "normal" and holds(weight, 1.0)
-    return weight.role in (*MATRICES, *OUTSIDE) and is_linear_default(weight)
+
+    # 2. nn.Linear.
+    has_linear_map = weight.role in (*MATRICES, *OUTSIDE)
+    return has_linear_map and is_linear_default(weight)
 
 
 def is_linear_default(weight: WeightRecord) -> bool:
     """Return whether a weight is a uniform draw between -1/sqrt(fan_in) and 1/sqrt(fan_in)."""
-    if weight.family != "uniform" or not weight.fan_in:
+    fan_in = weight.fan_in
+    if not fan_in or weight.family != "uniform":
         return False
-    return holds(weight, 1 / math.sqrt(3 * weight.fan_in))
+
+    # The std of such a draw is its bound over the root of 3.
+    return holds(weight, 1 / math.sqrt(3 * fan_in))
 
 
 def _shown(formula: str, s: float | None) -> str:
-    return formula if s is None else f"{formula} with s = {plain(s)}"
+    """Return a formula for a sentence, with the base std if the scheme has one."""
+    if s is None:
+        return formula
+    return f"{formula} with s = {plain(s)}"
 
 
 def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
@@ -161,17 +203,18 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
     "" means that none is known.
     """
+    # 1. Weights without a std.
     weight = mismatch.piece.weight
-    if weight.family == "zero":
+    if is_zero(weight):
         return "all of it is zero"
-    if weight.family == "constant" or mismatch.value <= 0:
+    if is_constant(weight) or mismatch.value <= 0:
         return ""
 
-    # 1. The mistake of the entire model.
+    # 2. The mistake of the entire model.
     if yardstick.looks:
         return yardstick.looks
 
-    # 2. Mistakes of one weight, the most specific first.
+    # 3. Mistakes of one weight, the most specific first.
     factor = depth_factor(yardstick, mismatch)
     return (
         _wrong_number(yardstick, mismatch)
@@ -182,9 +225,12 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
 def _wrong_number(yardstick: Yardstick, mismatch: Mismatch) -> str:
     """Return which other number the std was taken from; "" if that is not known."""
+    # 1. The default of a function.
     is_unit_std = holds(mismatch.piece.weight, 1.0)
     if is_unit_std and mismatch.value < 1.0:
         return "the default std of torch.nn.init.normal_ is 1"
+
+    # 2. Another width.
     if _is_scaled_by_head(yardstick, mismatch):
         return "scaled by the width of a head, not by that of its input"
     return ""
@@ -192,28 +238,41 @@ def _wrong_number(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
 def _confusion(yardstick: Yardstick, mismatch: Mismatch) -> str:
     """Return which two numbers were taken for each other, or that no init was applied."""
-    weight, value, spread = mismatch.piece.weight, mismatch.value, yardstick.spread
-    if holds(weight, value * value, spread) or holds(weight, math.sqrt(value), spread):
+    weight = mismatch.piece.weight
+    value = mismatch.value
+    spread = yardstick.spread
+
+    # 1. The square of the std, or its root.
+    if _has_either_std(weight, value * value, math.sqrt(value), spread):
         return "std and variance confused"
 
+    # 2. The transposed matrix.
     if _has_fans_confused(weight, value, spread):
         return "fan_in and fan_out confused"
 
+    # 3. The init was never called.
     if is_linear_default(weight):
         return _LINEAR_DEFAULT
     return ""
 
 
+def _has_either_std(weight: WeightRecord, std: float, other: float, spread: Spread) -> bool:
+    return holds(weight, std, spread) or holds(weight, other, spread)
+
+
 def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:
     """Return whether the std is that of the transposed matrix."""
-    if not weight.fan_in or not weight.fan_out:
+    # 1. Of a square matrix, that is the same.
+    fan_in = weight.fan_in
+    fan_out = weight.fan_out
+    if not fan_in or not fan_out:
         return False
-    if weight.fan_in == weight.fan_out:
+    if fan_in == fan_out:
         return False
 
-    # Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
-    ratio = math.sqrt(weight.fan_in / weight.fan_out)
-    return holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread)
+    # 2. Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
+    ratio = math.sqrt(fan_in / fan_out)
+    return _has_either_std(weight, value * ratio, value / ratio, spread)
 
 
 def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
@@ -222,13 +281,14 @@ def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
     if weight.role not in _PROJECTIONS:
         return False
 
-    # With one head there is nothing to confuse.
+    # 1. With one head there is nothing to confuse.
     head = yardstick.contract.sizes.get("d_head")
     if not head or not weight.fan_in:
         return False
     if weight.fan_in == head:
         return False
 
+    # 2. The std that such an input would have.
     value = mismatch.value * math.sqrt(weight.fan_in / head)
     return holds(weight, value, yardstick.spread)
 
@@ -250,7 +310,7 @@ def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
 
     # 2. The evidence.
     evidence = {
-        "parameters": [weight.parameter for weight in weights],
+        "parameters": parameters_of(weights),
         "role": first.weight.role,
         "pattern": first.weight.pattern,
         "layers": [weight.layer for weight in weights],
@@ -271,10 +331,8 @@ def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
 
 def _first_look(group: Sequence[Deviation]) -> str:
     """Return the mistake that the first weights of a group look like; "" for none."""
-    for deviation in group:
-        if deviation.looks:
-            return deviation.looks
-    return ""
+    looks = [deviation.looks for deviation in group]
+    return next(filter(None, looks), "")
 
 
 def _subject(group: Sequence[Deviation]) -> str:
@@ -285,40 +343,47 @@ def _subject(group: Sequence[Deviation]) -> str:
         name = f"the {first.section} rows of {name}"
     if first.of <= 1:
         return name
+
     layers = layers_in_words([deviation.weight for deviation in group], first.of)
     return f"{name} ({len(group)} of {first.of}{layers})"
 
 
 def _measured(first: Deviation, weights: Sequence[WeightRecord]) -> str:
     """Return what was measured: "std 0.02", or the value of a vector."""
-    measured = _range(_value_of(weight) for weight in weights)
-    if not _is_vector(first.weight):
+    measured = _range(map(_value_of, weights))
+    if not is_vector(first.weight):
         return f"std {measured}"
-    if first.weight.family in ("zero", "constant"):
+
+    # Of a vector that is no constant, the mean.
+    if is_constant(first.weight):
         return f"value {measured}"
     return f"value not constant, about {measured}"
 
 
 def _expected(group: Sequence[Deviation], by: str) -> str:
     """Return what was expected: "the published init expects 0.02/sqrt(2*N) = 0.00408"."""
-    first = group[0]
+    # 1. The values, which may differ from layer to layer.
     values = sorted({deviation.value for deviation in group})
     shown = plain(values[0])
     if len(values) > 1:
         shown = f"{shown} to {plain(values[-1])}"
+
+    # 2. What they come from.
+    first = group[0]
     if first.by_layers:
         return f"the other layers have {shown}"
+
+    # 3. A formula that is a number says nothing more than its value.
     if _is_number(first.formula):
         return f"{by} {shown}"
     return f"{by} {first.formula} = {shown}"
 
 
-def _is_vector(weight: WeightRecord) -> bool:
-    return len(weight.shape) < 2
-
-
 def _value_of(weight: WeightRecord) -> float | None:
-    return weight.mean if _is_vector(weight) else weight.std
+    """Return the value of a vector, the std of a matrix."""
+    if is_vector(weight):
+        return weight.mean
+    return weight.std
 
 
 def _is_number(text: str) -> bool:
@@ -331,11 +396,17 @@ def _range(values: Iterable[float | None]) -> str:
     if not known:
         return "?"
 
-    low, high = plain(known[0]), plain(known[-1])
+    # 1. Values that are shown alike are one.
+    low = plain(known[0])
+    high = plain(known[-1])
     if low == high:
         return low
+
+    # 2. So are values that differ by little.
     is_narrow = known[-1] < known[0] * _NARROW_RANGE
-    return low if is_narrow else f"{low} to {high}"
+    if is_narrow:
+        return low
+    return f"{low} to {high}"
 
 
 # -- no scheme: the layers compared with each other ------------------------------------------------
@@ -351,32 +422,34 @@ def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Devia
     Returns:
         How many weights were compared, and those off their course.
     """
-    # 1. Matrices by name pattern.
-    groups: dict[str, list[WeightRecord]] = {}
-    for weight in weights:
-        is_measured = bool(weight.lower and weight.upper and weight.std)
-        if weight.layer is not None and is_measured and not _is_vector(weight):
-            groups.setdefault(weight.pattern, []).append(weight)
-
-    # 2. Those of enough layers to show a course.
     count = 0
     result: list[Deviation] = []
-    for group in groups.values():
+    of_layers = filter(_is_measured_in_layer, weights)
+    for group in group_by(of_layers, pattern_of).values():
+        # Few layers show no course.
         if len(group) >= _FEWEST_LAYERS:
             count += len(group)
             result += _off_course(group)
+
     return count, result
+
+
+def _is_measured_in_layer(weight: WeightRecord) -> bool:
+    """Return whether a weight is a matrix of a layer with a std and its interval."""
+    if weight.layer is None or is_vector(weight):
+        return False
+    return bool(weight.lower and weight.upper and weight.std)
 
 
 def _off_course(group: Sequence[WeightRecord]) -> list[Deviation]:
     """Return the layers off the course that passes through the most; [] if it passes few."""
 
     def count_met(course: _Course) -> int:
-        return sum(course.meets(weight) for weight in group)
+        return sum(map(course.meets, group))
 
     # 1. The course and the layers off it.
     course = max(_courses(group), key=count_met)
-    off = [weight for weight in group if not course.meets(weight)]
+    off = list(itertools.filterfalse(course.meets, group))
     if len(off) * 3 > len(group):
         return []
 
@@ -387,6 +460,7 @@ def _off_course(group: Sequence[WeightRecord]) -> list[Deviation]:
         result.append(
             Deviation(weight, value, course.words, "layers", of=len(group), by_layers=True)
         )
+
     return result
 
 
@@ -403,19 +477,21 @@ class _Course:
         is_constant = not self.power
         if is_constant:
             return "the std of the other layers"
+
         return f"a course over depth of (l + 1)^{self.power:.2g}"
 
     def at(self, weight: WeightRecord) -> float:
         """Return the std at the layer of a weight."""
-        depth = float((weight.layer or 0) + 1)
-        return float(self.scale * depth**self.power)
+        return float(self.scale * _depth_of(weight) ** self.power)
 
     def meets(self, weight: WeightRecord) -> bool:
         """Return whether a weight lies on the course, within twice its sampling interval.
 
         The course itself was drawn through samples.
         """
-        assert weight.std is not None and weight.lower is not None and weight.upper is not None
+        assert weight.std is not None
+        assert weight.lower is not None
+        assert weight.upper is not None
         low = weight.std * (weight.lower / weight.std) ** 2
         high = weight.std * (weight.upper / weight.std) ** 2
         return low <= self.at(weight) <= high
@@ -424,17 +500,31 @@ class _Course:
 def _courses(group: Sequence[WeightRecord]) -> Iterable[_Course]:
     """Yield the constant course through the median, and the power through each pair of layers."""
     # 1. The constant.
-    stds = sorted(weight.std or 0.0 for weight in group)
+    stds = sorted(map(std_of, group))
     yield _Course(stds[len(stds) // 2])
 
     # 2. The powers. A deep model has more pairs than are needed.
     if len(group) > _MOST_LAYERS:
         group = group[:: max(1, len(group) // _MOST_LAYERS)]
     for first, second in itertools.combinations(group, 2):
-        if not first.std or not second.std:
-            continue
-        if first.layer == second.layer:
-            continue
-        depth, other_depth = (first.layer or 0) + 1, (second.layer or 0) + 1
-        power = math.log(second.std / first.std) / math.log(other_depth / depth)
-        yield _Course(first.std / depth**power, power)
+        course = _course_through(first, second)
+        if course is not None:
+            yield course
+
+
+def _course_through(first: WeightRecord, second: WeightRecord) -> _Course | None:
+    """Return the power of l + 1 that two layers lie on; None without two stds at two depths."""
+    if not first.std or not second.std:
+        return None
+    if first.layer == second.layer:
+        return None
+
+    # A straight line between the logarithms.
+    depth = _depth_of(first)
+    power = math.log(second.std / first.std) / math.log(_depth_of(second) / depth)
+    return _Course(first.std / depth**power, power)
+
+
+def _depth_of(weight: WeightRecord) -> float:
+    """Return l + 1, the number of a weight's layer counted from one."""
+    return float((weight.layer or 0) + 1)

@@ -9,13 +9,13 @@ that start at zero next to another that does their work, such as the modulation 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.records.init_contract import FUSED
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.formula import Formula
 from jacdiag.rules.init.schemes import (
     INNER,
@@ -25,6 +25,15 @@ from jacdiag.rules.init.schemes import (
     VECTORS,
     Scheme,
     allowed_with_any_scheme,
+)
+from jacdiag.rules.init.weight_facts import (
+    StdInterval,
+    is_constant,
+    is_vector,
+    is_zero,
+    parameters_of,
+    pattern_of,
+    std_of,
 )
 
 # One attention draws these alike: by one variant of a formula, never each by another.
@@ -112,8 +121,11 @@ class Yardstick:
         The default of torch.nn.init.normal_ is right for positions in some models. Where it was
         drawn into matrices by mistake, positions with it are part of the mistake.
         """
-        inside = [w for w in self.contract.weights if w.role in MATRICES and is_of_unit_spread(w)]
-        return any(not self.agrees_by_itself(weight) for weight in inside)
+        for weight in self.contract.weights:
+            is_unit_matrix = weight.role in MATRICES and is_of_unit_spread(weight)
+            if is_unit_matrix and not self.agrees_by_itself(weight):
+                return True
+        return False
 
     def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
         """Return what about a weight is not as the scheme says.
@@ -123,14 +135,11 @@ class Yardstick:
         """
         if not self._judges(weight):
             return None
-        fewest: list[Mismatch] | None = None
-        for pieces in self._readings(weight):
-            mismatches = self._compare(pieces)
-            if mismatches is None:
-                continue
-            if fewest is None or len(mismatches) < len(fewest):
-                fewest = mismatches
-        return fewest
+
+        # The reading that leaves the fewest; the first of several.
+        readings = map(self._compare, self._readings(weight))
+        stated = [mismatches for mismatches in readings if mismatches is not None]
+        return min(stated, key=len, default=None)
 
     def values(self, weight: WeightRecord) -> dict[Formula, float]:
         """Return the values that the scheme states for an entire weight or a section of one."""
@@ -142,12 +151,22 @@ class Yardstick:
 
         All variants count if none is listed.
         """
-        all_count = not variants or weight.role not in _TOGETHER
+        values = self._known_values(weight)
+        formulas = self.scheme.of(weight)
+        if not variants or weight.role not in _TOGETHER:
+            return values
+
+        # The number of a variant is its place among the formulas.
+        counted = {formulas[number] for number in variants if number < len(formulas)}
+        return {formula: value for formula, value in values.items() if formula in counted}
+
+    def _known_values(self, weight: WeightRecord) -> dict[Formula, float]:
+        """Return the values of all formulas for a weight whose variables are known."""
         known = variables(self.contract, weight, self.s)
-        values = {}
-        for number, formula in enumerate(self.scheme.of(weight)):
+        values: dict[Formula, float] = {}
+        for formula in self.scheme.of(weight):
             value = formula.value(known)
-            if value is not None and (all_count or number in variants):
+            if value is not None:
                 values[formula] = value
         return values
 
@@ -158,6 +177,7 @@ class Yardstick:
         for weight in self.contract.weights:
             if weight.role in _TOGETHER:
                 attentions.setdefault(_attention_of(weight), []).append(weight)
+
         return {name: self._usual_variants(weights) for name, weights in attentions.items()}
 
     def _usual_variants(self, weights: Sequence[WeightRecord]) -> frozenset[int]:
@@ -166,47 +186,56 @@ class Yardstick:
         None are returned if all are open.
         """
         counts = {len(self.scheme.of(weight)) for weight in weights}
-        if not self.is_followed or len(counts) != 1:
+        has_one_count = len(counts) == 1
+        if not self.is_followed or not has_one_count:
             return frozenset()
 
         # 1. Count how many weights agree with each variant, none of them included.
-        votes: Counter[int] = Counter()
+        (count,) = counts
+        votes = [0] * count
         for weight in weights:
             known = variables(self.contract, weight, self.s)
             for number, formula in enumerate(self.scheme.of(weight)):
                 value = formula.value(known)
-                agrees = value is not None and holds(weight, value, self.spread)
-                votes[number] += int(agrees)
+                if value is not None and holds(weight, value, self.spread):
+                    votes[number] += 1
 
         # 2. Several may agree with equally many.
-        most = max(votes.values(), default=0)
-        return frozenset(number for number, count in votes.items() if count == most)
+        most = max(votes, default=0)
+        return frozenset(number for number, count in enumerate(votes) if count == most)
 
     def agrees_by_itself(self, weight: WeightRecord) -> bool:
         """Return whether an entire weight has a value that the scheme itself states."""
-        return any(holds(weight, value, self.spread) for value in self.values(weight).values())
+        values = self.values(weight).values()
+        return any(holds(weight, value, self.spread) for value in values)
 
     def _judges(self, weight: WeightRecord) -> bool:
         """Return whether the scheme has a say about a weight of this model."""
+        # 1. A scheme that was given has a say about every weight.
         if not self.is_followed:
             return True
 
-        # 1. Embedding, positions and head.
-        if weight.role == "positions":
-            if self.has_unit_draws and is_of_unit_spread(weight):
-                return True
-            if not _is_lookup(weight):
-                return False
+        # 2. Embedding, positions and head.
+        if weight.role == "positions" and not _is_lookup(weight):
+            return self._are_positions_of_mistake(weight)
         if weight.role in TABLES and not self.judges_tables:
-            return False
+            return self._are_positions_of_mistake(weight)
 
-        # 2. Matrices of the sub-layers.
+        # 3. Matrices of the sub-layers.
         width = int(self.contract.sizes.get("d", 0))
         if weight.role in MATRICES and not is_projection(weight, width):
             return False
 
-        # 3. What starts at zero on purpose.
-        return not _is_open_gate(weight) and weight.parameter not in self.zero_on_purpose
+        # 4. What starts at zero on purpose.
+        if _is_open_gate(weight):
+            return False
+        return weight.parameter not in self.zero_on_purpose
+
+    def _are_positions_of_mistake(self, weight: WeightRecord) -> bool:
+        """Return whether positions have the default std that matrices have by mistake."""
+        if weight.role != "positions":
+            return False
+        return self.has_unit_draws and is_of_unit_spread(weight)
 
     def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
         """Yield the ways to take a weight: as it is, or as its sections.
@@ -221,27 +250,34 @@ class Yardstick:
             yield [Piece(weight)]
 
         # 2. As its sections, where they may have values of their own.
-        depends_on_size = any("fan_out" in formula.names for formula in self.scheme.of(weight))
-        is_given_by_name = is_named and not self.is_followed
-        if is_given_by_name:
+        if is_named and not self.is_followed:
             return
-        if not sections_have_formulas and not depends_on_size:
-            return
-        for order in _orders_of_sections(weight):
-            yield list(_pieces(weight, order))
-            yield list(_pieces(weight, order, fan_out=weight.fan_out))
+        if sections_have_formulas or self._depends_on_fan_out(weight):
+            for order in _orders_of_sections(weight):
+                yield list(_pieces(weight, order))
+                yield list(_pieces(weight, order, fan_out=weight.fan_out))
+
+    def _depends_on_fan_out(self, weight: WeightRecord) -> bool:
+        """Return whether a formula for a weight has the size of its output in it."""
+        formulas = self.scheme.of(weight)
+        return any("fan_out" in formula.names for formula in formulas)
 
     def _has_formulas_for_sections(self, weight: WeightRecord) -> bool:
         """Return whether the scheme states a value for a section that a weight has or may have."""
-        roles = [section.role for section in weight.sections]
+        roles = {section.role for section in weight.sections}
+
+        # A fused matrix may hold sections that its record does not list.
         if self.is_followed:
-            roles += FUSED.get(weight.role, ())
-        return any(role in self.scheme.formulas for role in roles)
+            roles.update(FUSED.get(weight.role, ()))
+        return not roles.isdisjoint(self.scheme.formulas)
 
     def _compare(self, pieces: Sequence[Piece]) -> list[Mismatch] | None:
         """Return the pieces that differ; None if the scheme states nothing for any of them."""
+        # 1. Queries, keys and values are drawn by one variant of their formula.
         sections = [piece.weight for piece in pieces if piece.section in _TOGETHER]
         variants = self._usual_variants(sections)
+
+        # 2. Each piece compared with its values.
         mismatches: list[Mismatch] = []
         is_stated = False
         for piece in pieces:
@@ -251,11 +287,15 @@ class Yardstick:
                 values = self.values(piece.weight)
             if not values:
                 continue
+
             is_stated = True
             if not self._agrees(piece.weight, values):
-                formula = min(values, key=lambda f: _distance(piece.weight, values[f]))
-                mismatches.append(Mismatch(piece, values[formula], formula))
-        return mismatches if is_stated else None
+                mismatches.append(_nearest_mismatch(piece, values))
+
+        # 3. Without a value nothing was compared.
+        if not is_stated:
+            return None
+        return mismatches
 
     def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
         """Return whether a weight has one of the values, or one that goes with any scheme."""
@@ -268,16 +308,32 @@ class Yardstick:
         # 2. A value of the scheme.
         if any(holds(weight, value, self.spread) for value in values.values()):
             return True
-        if not self.is_followed:
-            return False
 
         # 3. Tables may have other values, whichever scheme the matrices follow.
+        if not self.is_followed:
+            return False
+        return self._is_allowed_with_any_scheme(weight)
+
+    def _is_allowed_with_any_scheme(self, weight: WeightRecord) -> bool:
+        """Return whether embedding, positions or head hold what goes with any scheme."""
         known = variables(self.contract, weight, self.s)
         for formula in allowed_with_any_scheme().get(weight.role, ()):
             value = formula.value(known)
             if value is not None and holds(weight, value):
                 return True
+
+        # Tables may also be so small that they were meant to be.
         return _is_tiny_table(weight)
+
+
+def _nearest_mismatch(piece: Piece, values: Mapping[Formula, float]) -> Mismatch:
+    """Return the mismatch with the value that a piece is nearest to."""
+
+    def distance(formula: Formula) -> float:
+        return _distance(piece.weight, values[formula])
+
+    formula = min(values, key=distance)
+    return Mismatch(piece, values[formula], formula)
 
 
 def _attention_of(weight: WeightRecord) -> str:
@@ -287,16 +343,18 @@ def _attention_of(weight: WeightRecord) -> str:
 
 def _is_tiny_table(weight: WeightRecord) -> bool:
     """Return whether embedding or positions are so small that they were meant to be."""
-    if weight.role not in ("embedding", "positions"):
-        return False
-    return weight.std is not None and 0 < weight.std <= _TINY
+    is_table = weight.role in ("embedding", "positions")
+    std = std_of(weight)
+    return is_table and 0 < std <= _TINY
 
 
 def _distance(weight: WeightRecord, value: float) -> float:
     """Return how far a weight is from a value, as a ratio; infinite for the value zero."""
     if value <= 0:
         return math.inf
-    std = max(weight.std or 0.0, 1e-30)
+
+    # A std of zero is far from any value.
+    std = max(std_of(weight), 1e-30)
     return abs(math.log(std / value))
 
 
@@ -305,9 +363,11 @@ def _orders_of_sections(weight: WeightRecord) -> list[list[str]]:
     roles = [section.role for section in weight.sections]
     if not roles:
         return []
-    if weight.role != "W_gate_up":
-        return [roles]
-    return [roles, roles[::-1]]
+
+    # The halves of a gated FFN may stand either way round.
+    if weight.role == "W_gate_up":
+        return [roles, roles[::-1]]
+    return [roles]
 
 
 def _pieces(
@@ -342,27 +402,32 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
             head, must read or make so many features.
     """
     # 1. A matrix of a sub-layer of the right kind.
-    if weight.kind not in _KINDS:
-        return False
     sizes = [size for size in weight.shape if size > 1]
-    if len(sizes) < 2:
+    if weight.kind not in _KINDS or len(sizes) < 2:
         return False
+
+    # 2. Its sizes are those of the map, if those are known.
     if weight.fan_in is None or weight.fan_out is None:
         return True
-
-    # 2. The first of two factors narrows. One that does not makes shifts and scales (adaLN).
-    is_first_factor = weight.role.endswith("_a")
-    if is_first_factor and weight.fan_out >= weight.fan_in:
+    fans = [weight.fan_in, weight.fan_out]
+    if sorted(sizes[-2:]) != sorted(fans):
         return False
 
-    # 3. A matrix per head reads the model's width, or makes it.
-    fans = (weight.fan_in, weight.fan_out)
-    is_stored_by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
-    if is_stored_by_head and width and width not in fans:
-        return False
+    # 3. The first of two factors narrows. One that does not makes shifts and scales (adaLN).
+    if weight.role.endswith("_a"):
+        narrows = weight.fan_out < weight.fan_in
+        if not narrows:
+            return False
 
-    # 4. Its sizes are those of the map.
-    return sorted(sizes[-2:]) == sorted(fans)
+    # 4. A matrix per head reads the model's width, or makes it.
+    is_stored_by_head = len(sizes) == 3 and _is_of_attention(weight)
+    if width and is_stored_by_head:
+        return width in fans
+    return True
+
+
+def _is_of_attention(weight: WeightRecord) -> bool:
+    return weight.kind in ("attention", "cross-attention")
 
 
 def _is_open_gate(weight: WeightRecord) -> bool:
@@ -370,8 +435,9 @@ def _is_open_gate(weight: WeightRecord) -> bool:
 
     Then its bias alone sets how far it is open.
     """
-    is_attention = weight.kind in ("attention", "cross-attention")
-    return is_attention and weight.role == "W_gate" and weight.family == "zero"
+    if weight.role != "W_gate":
+        return False
+    return _is_of_attention(weight) and is_zero(weight)
 
 
 def _is_lookup(weight: WeightRecord) -> bool:
@@ -390,40 +456,44 @@ def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
     shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
     the sub-layer works without it. An expert stands for itself.
     """
-    # 1. Matrices by name pattern, and the roles that were drawn in each sub-layer.
-    patterns: dict[str, list[WeightRecord]] = {}
+    # 1. The roles that were drawn in each sub-layer.
+    matrices = [weight for weight in contract.weights if weight.role in MATRICES]
+    drawn = [weight for weight in matrices if not is_zero(weight)]
     drawn_roles: dict[str, set[str]] = {}
-    for weight in contract.weights:
-        if weight.role not in MATRICES:
-            continue
-        patterns.setdefault(weight.pattern, []).append(weight)
-        if weight.family != "zero":
-            drawn_roles.setdefault(weight.sublayer, set()).add(weight.role)
+    for weight in drawn:
+        drawn_roles.setdefault(weight.sublayer, set()).add(weight.role)
 
-    # 2. Patterns of which every matrix may be zero.
+    # 2. Name patterns of which every matrix may be zero.
     names: set[str] = set()
-    for group in patterns.values():
+    for group in group_by(matrices, pattern_of).values():
         if all(_may_be_zero(weight, drawn_roles.get(weight.sublayer, set())) for weight in group):
-            names.update(weight.parameter for weight in group)
+            names.update(parameters_of(group))
     return frozenset(names)
 
 
-def _may_be_zero(weight: WeightRecord, drawn_roles: Collection[str]) -> bool:
+def _may_be_zero(weight: WeightRecord, drawn_roles: set[str]) -> bool:
     """Return whether a matrix is zero in a sub-layer whose drawn matrices do its work."""
-    if weight.family != "zero":
+    if not is_zero(weight):
         return False
+
+    # 1. An output matrix: any matrix that reads the stream shows that the sub-layer was drawn.
     if weight.role in RESIDUAL:
-        return any(role in INNER for role in drawn_roles)
-    return weight.role in drawn_roles and weight.kind != "moe"
+        return not drawn_roles.isdisjoint(INNER)
+
+    # 2. Another matrix of its role does its work, but for an expert.
+    is_expert = weight.kind == "moe"
+    return weight.role in drawn_roles and not is_expert
 
 
 def variables(
     contract: ContractRecord, weight: WeightRecord, s: float | None = None
 ) -> dict[str, float]:
     """Return what a formula may use for one weight."""
-    known = dict(contract.sizes)
     own = {"fan_in": weight.fan_in, "fan_out": weight.fan_out, "l": weight.layer, "s": s}
-    known |= {name: float(value) for name, value in own.items() if value is not None}
+    known = dict(contract.sizes)
+    for name, value in own.items():
+        if value is not None:
+            known[name] = float(value)
     return known
 
 
@@ -437,27 +507,29 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
         value: Std of a matrix, value of a vector.
         spread: Relative interval of `value` itself.
     """
-    # 1. Vectors and constants have a value, not a std.
-    if weight.role in VECTORS or len(weight.shape) < 2:
+    # 1. Vectors have a value, not a std.
+    if weight.role in VECTORS or is_vector(weight):
         return _is_constant_of(weight, value)
-    is_constant = weight.family in ("zero", "constant")
-    if weight.lower is None or weight.upper is None:
-        return True  # not measured: another rule reports that
-    if value == 0 or is_constant:
-        return weight.family == "zero" and value == 0
 
-    # 2. `value` may be the std before or after the truncation.
-    low, high = weight.lower / spread[1], weight.upper / spread[0]
-    is_before_truncation = low <= value * weight.truncation <= high
-    return low <= value <= high or is_before_truncation
+    # 2. What was not measured is reported by another rule.
+    if weight.lower is None or weight.upper is None:
+        return True
+
+    # 3. A constant has no std but zero.
+    if value == 0 or is_constant(weight):
+        return value == 0 and is_zero(weight)
+
+    # 4. `value` may be the std before or after the truncation.
+    interval = StdInterval(weight.lower / spread[1], weight.upper / spread[0])
+    return interval.holds(value) or interval.holds(value * weight.truncation)
 
 
 def _is_constant_of(weight: WeightRecord, value: float) -> bool:
     """Return whether all numbers of a weight are one value."""
-    is_constant = weight.family in ("zero", "constant")
-    if not is_constant or weight.mean is None:
+    if weight.mean is None:
         return False
-    return math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
+    is_equal = math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
+    return is_equal and is_constant(weight)
 
 
 def is_of_unit_spread(weight: WeightRecord) -> bool:
@@ -465,11 +537,13 @@ def is_of_unit_spread(weight: WeightRecord) -> bool:
 
     Std 1 is the default of torch.nn.init.normal_.
     """
+    # 1. Of few inputs, a formula may give std 1.
     has_few_inputs = weight.fan_in is not None and weight.fan_in < _FEW_INPUTS
     if has_few_inputs:
         return False
 
-    if weight.family in ("zero", "constant") or not weight.std:
+    # 2. A draw with that std.
+    if is_constant(weight) or not weight.std:
         return False
     return holds(weight, 1.0)
 
@@ -477,13 +551,12 @@ def is_of_unit_spread(weight: WeightRecord) -> bool:
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
     """Return the weights that show which scheme a model follows."""
     width = int(contract.sizes.get("d", 0))
-    inside: list[WeightRecord] = []
-    outside: list[WeightRecord] = []
-    for weight in contract.weights:
-        if weight.lower is None:
-            continue
-        if weight.role in OUTSIDE:
-            outside.append(weight)
-        elif weight.role in MATRICES and is_projection(weight, width):
-            inside.append(weight)
+    measured = [weight for weight in contract.weights if weight.lower is not None]
+
+    # 1. Matrices inside the sub-layers.
+    matrices = [weight for weight in measured if weight.role in MATRICES]
+    inside = [weight for weight in matrices if is_projection(weight, width)]
+
+    # 2. Tables and others outside of them.
+    outside = [weight for weight in measured if weight.role in OUTSIDE]
     return inside + outside

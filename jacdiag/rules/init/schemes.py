@@ -54,6 +54,11 @@ VARIABLES = frozenset(
 )
 
 
+def _is_pattern(key: str) -> bool:
+    """Return whether a key of a scheme is a name or a pattern of names, and no role."""
+    return "." in key or "*" in key
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One way to initialise.
@@ -76,9 +81,11 @@ class Scheme:
     @property
     def free(self) -> bool:
         """Whether its base std s is taken from the model itself."""
-        for formulas in self.formulas.values():
-            if any("s" in formula.names for formula in formulas):
-                return True
+        for variants in self.formulas.values():
+            for formula in variants:
+                if "s" in formula.names:
+                    return True
+
         return False
 
     def of(self, weight: WeightRecord) -> tuple[Formula, ...]:
@@ -90,6 +97,8 @@ class Scheme:
         named = self.named(weight)
         if named:
             return named
+
+        # "matrix" stands for every matrix without a formula of its own.
         if weight.role in MATRICES:
             return self.formulas.get("matrix", ())
         return ()
@@ -100,11 +109,12 @@ class Scheme:
         for key in (weight.parameter, weight.pattern):
             if key in self.formulas:
                 return self.formulas[key]
+
         # 2. A pattern with wildcards.
         for key, formulas in self.formulas.items():
-            is_pattern = "*" in key or "." in key
-            if is_pattern and fnmatchcase(weight.parameter, key):
+            if _is_pattern(key) and fnmatchcase(weight.parameter, key):
                 return formulas
+
         # 3. Its role.
         return self.formulas.get(weight.role, ())
 
@@ -150,10 +160,13 @@ def formulas_of(data: Mapping[str, object]) -> dict[str, tuple[Formula, ...]]:
     Args:
         data: role -> a text, a number, or a list of them (variants).
     """
-    formulas = {}
+    formulas: dict[str, tuple[Formula, ...]] = {}
     for role, value in data.items():
-        texts = value if isinstance(value, list | tuple) else [value]
-        formulas[role] = tuple(Formula.read(str(text)) for text in texts)
+        # A single formula is a list of one variant.
+        variants = value if isinstance(value, list | tuple) else [value]
+        texts = map(str, variants)
+        formulas[role] = tuple(map(Formula.read, texts))
+
     return formulas
 
 
@@ -168,33 +181,57 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
         >>> checked_contract({"W_O": "0.02/sqrt(2*N)", "norm_gain": 1})
         {'W_O': '0.02/sqrt(2*N)', 'norm_gain': '1'}
     """
-    contract = {}
-    for key, value in (pinned or {}).items():
-        if not isinstance(key, str):
-            raise UsageError(
-                "an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}'
-            )
-        is_pattern = "." in key or "*" in key
-        if key not in (*ROLES, "matrix") and not is_pattern:
-            near = get_close_matches(key, (*ROLES, "matrix"), n=3, cutoff=0.0)
-            hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"
-            raise UsageError(f"an init contract has no role '{key}'", hint=hint)
-        is_formula = isinstance(value, str | int | float) and not isinstance(value, bool)
-        if not is_formula:
-            raise UsageError(
-                f"'{key}' of the init contract takes a formula",
-                got=repr(value),
-                hint='for example "0.02/sqrt(2*N)"',
-            )
-        text = str(value)
-        Formula.read(text).check(VARIABLES)
-        contract[key] = text
+    if pinned is None:
+        return {}
+
+    # Each entry by itself.
+    contract: dict[str, str] = {}
+    for key, value in pinned.items():
+        _check_key(key)
+        contract[key] = _checked_formula(key, value)
+
     return contract
+
+
+def _check_key(key: object) -> None:
+    """Raise UsageError unless a key of a pinned contract is a role or a pattern of names."""
+    if not isinstance(key, str):
+        raise UsageError(
+            "an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}'
+        )
+
+    # "matrix" stands for every matrix of a sub-layer.
+    roles = (*ROLES, "matrix")
+    if key in roles or _is_pattern(key):
+        return
+    near = get_close_matches(key, roles, n=3, cutoff=0.0)
+    hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"
+    raise UsageError(f"an init contract has no role '{key}'", hint=hint)
+
+
+def _checked_formula(key: str, value: object) -> str:
+    """Return the formula of one key as text.
+
+    Raises:
+        UsageError: the value is no formula, or has an unknown variable.
+    """
+    # True and False are numbers of Python.
+    is_formula = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_formula:
+        raise UsageError(
+            f"'{key}' of the init contract takes a formula",
+            got=repr(value),
+            hint='for example "0.02/sqrt(2*N)"',
+        )
+
+    # Read it once, so that a mistake is named before anything is measured.
+    text = str(value)
+    Formula.read(text).check(VARIABLES)
+    return text
 
 
 def published_for(family: str) -> Scheme | None:
     """Return the published init of a model type or class."""
-    for scheme in catalogue()[1]:
-        if family in scheme.families:
-            return scheme
-    return None
+    _, published = catalogue()
+    of_family = [scheme for scheme in published if family in scheme.families]
+    return next(iter(of_family), None)

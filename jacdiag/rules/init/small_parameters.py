@@ -93,6 +93,7 @@ def _reported(judgement: Judgement, candidates: Iterable[Difference]) -> list[Di
     for name, difference in first_of.items():
         if difference.part or name not in named:
             reported.append(difference)
+
     return reported
 
 
@@ -176,6 +177,7 @@ def _is_step_of_layer_scale(weight: WeightRecord) -> bool:
     """Return whether a weight is a constant scale with a published value of LayerScale."""
     if weight.role != "scale" or weight.family != "constant":
         return False
+
     value = mean_of(weight)
     return any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS)
 
@@ -229,6 +231,7 @@ def _middle_draw(group: Group) -> WeightRecord | None:
     by_std = sorted(_drawn_members(group), key=std_of)
     if not by_std:
         return None
+
     return by_std[len(by_std) // 2]
 
 
@@ -245,6 +248,7 @@ def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     # One that was not measured says nothing against it.
     if interval is None or other_interval is None:
         return True
+
     return interval.meets(other_interval)
 
 
@@ -328,6 +332,7 @@ def _contents_in_words(group: list[Difference]) -> str:
     are_all_the_same = len(set(contents)) == 1
     if are_all_the_same:
         return contents[0]
+
     return f"{contents[0]} and others"
 
 
@@ -337,6 +342,7 @@ def _subject(group: list[Difference]) -> str:
     name = first.pattern.removesuffix(".weight")
     if first.of <= 1:
         return name
+
     layers = layers_in_words([difference.weight for difference in group], first.of)
     return f"{name} ({len(group)} of {first.of}{layers})"
 

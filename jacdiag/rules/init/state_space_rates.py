@@ -17,20 +17,15 @@ PUBLISHED_CONSTANT = ("bamba", "falcon_h1", "granitemoehybrid", "jamba")
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
-        return NOT_APPLICABLE
-    if not contract.rates:
+    contract = context.contract_for(rule)
+    if contract is None or not contract.rates:
         return NOT_APPLICABLE
 
-    # 1. Sort the rates: time steps of which none is usual, and logarithms that are not finite.
-    unusual: list[RateRecord] = []
-    broken: list[RateRecord] = []
-    for rate in contract.rates:
-        if rate.meaning == "time step" and rate.usual == 0:
-            unusual.append(rate)
-        if rate.not_finite:
-            broken.append(rate)
+    # 1. Time steps of which none is usual, and logarithms that are not finite.
+    rates = contract.rates
+    steps = [rate for rate in rates if rate.meaning == "time step"]
+    unusual = [rate for rate in steps if rate.usual == 0]
+    broken = [rate for rate in rates if rate.not_finite]
 
     # 2. One finding for each kind.
     findings = []
@@ -38,50 +33,59 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
         findings.append(_steps_finding(context, rule, unusual, contract.family))
     if broken:
         findings.append(_broken_finding(context, rule, broken))
-    return CheckOutcome(len(contract.rates), findings)
+    return CheckOutcome(len(rates), findings)
 
 
 def _steps_finding(
     context: RuleContext, rule: Rule, rates: Sequence[RateRecord], family: str
 ) -> Finding:
-    known = family in PUBLISHED_CONSTANT
-    level: Level = "info" if known else "warning"
+    """Return the finding about time steps of which none is usual."""
+    # 1. The sentence.
     least = min(rate.least for rate in rates if rate.least is not None)
     most = max(rate.most for rate in rates if rate.most is not None)
-    span = plain(least) if least == most else f"{plain(least)} to {plain(most)}"
     names = [rate.parameter for rate in rates]
     what = (
-        f"{list_names(names, longest=None)}: time steps of {span} at a zero input, where Mamba's "
-        "code draws 0.001 to 0.1"
+        f"{list_names(names, longest=None)}: time steps of {_span(least, most)} at a zero input, "
+        "where Mamba's code draws 0.001 to 0.1"
     )
-    if known:
-        what += f"; the code of {family} in transformers writes them so"
-    evidence = {"parameters": names, "least": least, "most": most}
+
+    # 2. What to do. In some families the published code writes such steps.
+    level: Level = "warning"
     fix = (
         "draw the steps log-uniform in [0.001, 0.1], and set the bias to their inverse "
         "softplus, after other inits"
     )
-    return Finding(
-        rule.code,
-        context.level(rule, level),
-        names,
-        what,
-        evidence,
-        rule.summary,
-        "" if known else fix,
-    )
+    if family in PUBLISHED_CONSTANT:
+        what += f"; the code of {family} in transformers writes them so"
+        level = "info"
+        fix = ""
+
+    # 3. The finding.
+    evidence = {"parameters": names, "least": least, "most": most}
+    level = context.level(rule, level)
+    return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
+
+
+def _span(least: float, most: float) -> str:
+    """Return a range in words; one number if it has no width."""
+    if least == most:
+        return plain(least)
+    return f"{plain(least)} to {plain(most)}"
 
 
 def _broken_finding(context: RuleContext, rule: Rule, rates: Sequence[RateRecord]) -> Finding:
-    count = sum(rate.not_finite for rate in rates)
+    """Return the finding about logarithms and biases with NaN or Inf."""
+    # 1. The sentence.
     names = [rate.parameter for rate in rates]
+    counts = [rate.not_finite for rate in rates]
     listed = list_names(names, longest=None)
-    what = f"{listed}: NaN or Inf in {count} elements of a logarithm or a bias"
-    evidence = {"parameters": names, "not_finite": [rate.not_finite for rate in rates]}
+    what = f"{listed}: NaN or Inf in {sum(counts)} elements of a logarithm or a bias"
+
+    # 2. The finding.
+    evidence = {"parameters": names, "not_finite": counts}
     fix = "draw the rates in float32, and bound them away from zero before the logarithm"
-    return Finding(
-        rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, "warning")
+    return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 
 
 RULE = Rule("JD213", "state-space-rates", "warning", check=_check, states=("init",))

@@ -8,23 +8,21 @@ from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states or contract.tie is None:
+    contract = context.contract_for(rule)
+    if contract is None or contract.tie is None:
         return NOT_APPLICABLE
+
+    # 1. The model does as it says.
     tie = contract.tie
     if tie.said == tie.shared:
         return CheckOutcome(1)
+
+    # 2. It does the reverse.
     names = list(dict.fromkeys((tie.head, tie.embedding)))
     evidence = {"parameters": names, "said": tie.said, "shared": tie.shared, "equal": tie.equal}
     what, fix = _words(tie)
-    return CheckOutcome(
-        1,
-        [
-            Finding(
-                rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
-            )
-        ],
-    )
+    level = context.level(rule, "warning")
+    return CheckOutcome(1, [Finding(rule.code, level, names, what, evidence, rule.summary, fix)])
 
 
 def _words(tie: TieRecord) -> tuple[str, str]:
@@ -32,6 +30,7 @@ def _words(tie: TieRecord) -> tuple[str, str]:
     if tie.shared:
         what = f"{tie.by} is false, and the head reads {tie.embedding} all the same"
         return what, f"set {tie.by} to true, or give the head a tensor of its own"
+
     values = "the same values at this moment" if tie.equal else "different values"
     what = f"{tie.by} is true, and {tie.head} and {tie.embedding} are two tensors with {values}"
     return (

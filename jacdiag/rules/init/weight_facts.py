@@ -131,4 +131,5 @@ def without(contract: ContractRecord, names: Container[str]) -> ContractRecord:
     others = [weight for weight in contract.weights if weight.parameter not in names]
     if len(others) == len(contract.weights):
         return contract
+
     return replace(contract, weights=others)
