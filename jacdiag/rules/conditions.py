@@ -83,16 +83,22 @@ def _note_of_uncalibrated(rows: Sequence[SublayerRecord]) -> str:
 
 def _why_not(context: RuleContext, rule: Rule) -> str:
     """Return why a rule applies to no sub-layer, if the placement of the norms is the reason."""
+    # 1. Another reason.
+    is_measured = context.report.tier == "measured"
     is_for_all = set(rule.placements) == set(ALL_PLACEMENTS)
-    if context.report.tier != "measured" or is_for_all:
+    if is_for_all or not is_measured:
         return ""
 
-    # The placements that the model has.
-    on_stream = [row for row in context.report.sublayers if not row.nested]
-    placements = {row.placement for row in on_stream if row.placement}
+    # 2. The placements that the model has.
+    placements: set[str] = set()
+    for row in context.report.sublayers:
+        if row.placement and not row.nested:
+            placements.add(placement_in_words(row.placement))
+
+    # 3. A model may have no sub-layer at all.
     if not placements:
         return ""
-    names = " and ".join(sorted(map(placement_in_words, placements)))
+    names = " and ".join(sorted(placements))
     return f"the paper states it for pre-norm; this model has {names}"
 
 
@@ -255,9 +261,13 @@ def _smaller(context: RuleContext, row: SublayerRecord) -> str:
 
 def _largest_inner_std(row: SublayerRecord, output: WeightStats) -> float:
     """Return the largest std of the matrices before the output matrix; 0 if none is known."""
-    others = [weight for weight in row.weights.values() if weight is not output]
-    stds = [weight.std for weight in others if weight.std]
-    return max(stds, default=0.0)
+    largest = 0.0
+    for weight in row.weights.values():
+        is_before_output = weight is not output
+        if is_before_output and weight.std is not None:
+            largest = max(largest, weight.std)
+
+    return largest
 
 
 # -- JD102 -----------------------------------------------------------------------------------------

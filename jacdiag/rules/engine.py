@@ -36,7 +36,7 @@ from jacdiag.rules.init import (
 from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
-from jacdiag.rules.rule import CheckOutcome, Rule, RuleContext, RuleInfo
+from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext, RuleInfo
 from jacdiag.rules.thresholds import Thresholds
 
 SMALL_ROLES = (small_parameters.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
@@ -246,19 +246,15 @@ def _verdict(
     A trained model passes only compared with an earlier one. Without one it is observed: no level
     of its norms tells a good run from a wrecked one.
     """
-    # 1. What fired. JD901 and JD904 say that something is open, which step 3 judges.
-    levels = {finding.level for finding in findings}
-    about_the_model = [finding for finding in findings if finding.code not in ("JD901", "JD904")]
-    levels_about_the_model = {finding.level for finding in about_the_model}
-    if "error" in levels:
-        return "fail"
-    if "warning" in levels_about_the_model:
-        return "warn"
+    # 1. What fired.
+    fired = _verdict_of_findings(findings)
+    if fired is not None:
+        return fired
 
     # 2. A trained model whose norms were measured.
     report = context.report
     is_measured = report.tier == "measured" and measurement.norms_asked(report, outcomes)
-    if report.state == "trained" and is_measured:
+    if is_measured and report.state == "trained":
         return _trained_verdict(context, results, outcomes)
 
     # 3. Nothing fired, which is a pass only if every rule was decided.
@@ -266,6 +262,19 @@ def _verdict(
     if not is_applied or _is_any_open(results, outcomes):
         return "unknown"
     return "pass"
+
+
+def _verdict_of_findings(findings: Sequence[Finding]) -> Verdict | None:
+    """Return "fail" for an error, "warn" for a warning about the model; None for neither."""
+    levels = {finding.level for finding in findings}
+    if "error" in levels:
+        return "fail"
+
+    # JD901 and JD904 say that something is open, which is no warning about the model.
+    codes_of_warnings = {finding.code for finding in findings if finding.level == "warning"}
+    if codes_of_warnings - {"JD901", "JD904"}:
+        return "warn"
+    return None
 
 
 def _is_any_open(results: list[RuleResult], outcomes: Mapping[str, CheckOutcome]) -> bool:
@@ -292,21 +301,20 @@ def _trained_verdict(
 ) -> Verdict:
     """Return the verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.
-    on_stream = [row for row in context.report.sublayers if not row.nested]
-    is_any_unmeasured = any(row.branch_norm is None for row in on_stream)
-    if is_any_unmeasured:
-        return "unknown"
+    for row in context.report.sublayers:
+        is_on_stream = not row.nested
+        if is_on_stream and row.branch_norm is None:
+            return "unknown"
 
     # 2. Observations decide nothing: an interval across a threshold that holds at init leaves
     #    nothing open.
-    observations = _observing_rules(context)
-    judging = [result.code for result in results if result.code not in observations]
+    judging = {result.code for result in results} - _observing_rules(context)
     if any(outcomes[code].undecided for code in judging):
         return "unknown"
 
     # 3. Without a comparison nothing was judged.
-    comparison = outcomes.get("JD110")
-    if comparison is None or not comparison.matched:
+    comparison = outcomes.get("JD110", NOT_APPLICABLE)
+    if not comparison.matched:
         return "observed"
     return "pass"
 
@@ -329,10 +337,12 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 
 def _usual_placement(report: Report) -> str:
     """Return the placement of the norm that most sub-layers have; the first of several."""
-    # `most_common` keeps the order of the forward among equal counts.
-    counts = Counter(row.placement or "pre" for row in report.sublayers)
-    if not counts:
+    placements = [row.placement or "pre" for row in report.sublayers]
+    if not placements:
         return "pre"
+
+    # `most_common` keeps the order of the forward among equal counts.
+    counts = Counter(placements)
     usual, _ = counts.most_common(1)[0]
     return usual
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from jacdiag.records import Finding, Level, Report, RuleResult, SublayerRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
@@ -47,18 +47,31 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
 
     More products do where there is an interval. Where NaN came in between, no number of them does.
     """
-    # 1. The sub-layers without an interval.
-    rows = [row for row in context.report.sublayers if row.name in names]
-    unmeasured = [row for row in rows if row.branch_norm is None]
-
-    # 2. What to do about them, and about the others.
+    # 1. Sub-layers that NaN or Inf hides.
+    unmeasured = _unmeasured(context, names)
     ways = []
     if any(map(_is_not_finite, unmeasured)):
         hidden = "them" if len(unmeasured) > 1 else "it"
         ways.append(f"NaN or Inf hides {hidden} whatever is spent: {_mend(context)}")
+
+    # 2. The others have an interval, which may be too wide.
     if len(unmeasured) < len(names):
         ways.append("more products (--max-products), or --dtype float64")
-    return "; ".join([*ways, "the table says what could not be measured"])
+
+    # 3. The reason of each.
+    ways.append("the table says what could not be measured")
+    return "; ".join(ways)
+
+
+def _unmeasured(context: RuleContext, names: Container[str]) -> list[SublayerRecord]:
+    """Return the sub-layers of these names that have no branch norm."""
+    rows: list[SublayerRecord] = []
+    for row in context.report.sublayers:
+        is_open = row.name in names
+        if is_open and row.branch_norm is None:
+            rows.append(row)
+
+    return rows
 
 
 def _is_not_finite(row: SublayerRecord) -> bool:

@@ -232,9 +232,15 @@ def _growth_by_level(
     against: AgainstRecord, limits: Mapping[str, Limits]
 ) -> dict[Level, list[ChangeRecord]]:
     """Return the branch norms that grew, by the level of their growth."""
-    grown = [change for change in against.changes if _is_growth_of_branch(change)]
-    judged = [change for change in grown if change.where in limits]
-    return group_by(judged, lambda change: _level_of_growth(change, limits[change.where]))
+    groups: dict[Level, list[ChangeRecord]] = {}
+    for change in against.changes:
+        # A sub-layer without a branch norm in one of the models has no limits.
+        is_judged = change.where in limits
+        if is_judged and _is_growth_of_branch(change):
+            level = _level_of_growth(change, limits[change.where])
+            groups.setdefault(level, []).append(change)
+
+    return groups
 
 
 def _is_growth_of_branch(change: ChangeRecord) -> bool:

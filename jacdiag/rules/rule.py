@@ -36,13 +36,19 @@ class RuleContext:
         Args:
             rule: that checks.
         """
+        # 1. Weights alone have no sub-layers, and a rule may be for another state.
         report = self.report
         if report.tier != "measured" or report.state not in rule.states:
             return []
 
-        # What is nested in another sub-layer is not on the stream.
-        on_stream = [row for row in report.sublayers if not row.nested]
-        return [row for row in on_stream if row.placement in rule.placements]
+        # 2. What is nested in another sub-layer is not on the stream.
+        rows: list[SublayerRecord] = []
+        for row in report.sublayers:
+            is_on_stream = not row.nested
+            if is_on_stream and row.placement in rule.placements:
+                rows.append(row)
+
+        return rows
 
     def contract_for(self, rule: Rule) -> ContractRecord | None:
         """Return how the weights were initialized, if a rule applies to a model of this state.
@@ -53,7 +59,8 @@ class RuleContext:
         Returns:
             None if it does not, or if the report has no contract.
         """
-        if self.report.state not in rule.states:
+        is_for_this_state = self.report.state in rule.states
+        if not is_for_this_state:
             return None
         return self.report.contract
 
@@ -66,7 +73,8 @@ class RuleContext:
         Returns:
             None if it does not, or if the report has no contract.
         """
-        if self.report.state not in rule.states:
+        is_for_this_state = self.report.state in rule.states
+        if not is_for_this_state:
             return None
         return self.judgement
 

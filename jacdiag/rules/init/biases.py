@@ -125,18 +125,22 @@ def _groups_drawn_as_matrices(groups: Sequence[BiasGroup], inner_std: float) -> 
         inner_std: the middle std of the matrices that read the stream.
     """
     # 1. The std of few numbers says nothing.
-    large = [group for group in groups if group.count >= _LEAST_SIZE]
-    alike = [group for group in large if _drawn_as_matrices(group, inner_std)]
-    if not alike:
+    count_large = 0
+    alike: list[BiasGroup] = []
+    for group in groups:
+        is_large = group.count >= _LEAST_SIZE
+        count_large += int(is_large)
+        if is_large and _drawn_as_matrices(group, inner_std):
+            alike.append(group)
+
+    # 2. Most groups must agree.
+    if not alike or len(alike) < MAJORITY * count_large:
         return []
 
-    # 2. Most groups must agree, over enough numbers.
+    # 3. So must enough numbers.
     numbers = sum(group.count for group in alike)
     if numbers < _LEAST_IN_ALL:
         return []
-    if len(alike) < MAJORITY * len(large):
-        return []
-
     return alike
 
 
@@ -173,9 +177,14 @@ class _Pair:
 
 def _is_drawn_matrix(weight: WeightRecord) -> bool:
     """Return whether a weight is a matrix with random numbers, and no router."""
-    if weight.role == "router" or is_vector(weight):
+    # The bias of a router balances its experts.
+    is_matrix = not is_vector(weight)
+    if weight.role == "router" or not is_matrix:
         return False
-    return bool(weight.std) and not is_constant(weight)
+
+    # A constant has no spread.
+    has_std = std_of(weight) != 0
+    return has_std and not is_constant(weight)
 
 
 def _name_of_matrix(bias: str) -> str:

@@ -56,17 +56,32 @@ def _never_written(table: TableRecord) -> str:
 
 def _unfit_for_meaning(table: TableRecord) -> str:
     """Return why the values cannot be those of a variance or of slopes; "" if they can be."""
-    # 1. A variance is positive.
     if table.meaning == "variance":
-        is_positive = table.least is not None and table.least > 0
-        return "" if is_positive else "is zero or negative in some elements"
+        return _fault_of_variance(table)
+    if table.meaning == "slopes":
+        return _fault_of_slopes(table)
 
-    # 2. Slopes start at their ratio.
-    starts_at_one = table.meaning == "slopes" and table.first == 1.0
-    if starts_at_one and _falls(table):
-        ratio = plain(table.ratio)
-        return f"starts at 1, where ALiBi starts at the ratio of its series, {ratio}"
+    # Of the other meanings any number may be right.
     return ""
+
+
+def _fault_of_variance(table: TableRecord) -> str:
+    """Return the fault of a running variance that is not positive throughout."""
+    is_positive = table.least is not None and table.least > 0
+    if is_positive:
+        return ""
+    return "is zero or negative in some elements"
+
+
+def _fault_of_slopes(table: TableRecord) -> str:
+    """Return the fault of slopes that start at 1 and not at their ratio."""
+    starts_at_one = table.first == 1.0
+    if not starts_at_one or not _falls(table):
+        return ""
+
+    # ALiBi's series of slopes has no slope of 1.
+    ratio = plain(table.ratio)
+    return f"starts at 1, where ALiBi starts at the ratio of its series, {ratio}"
 
 
 def _rounded(table: TableRecord) -> str:

@@ -45,10 +45,15 @@ def depth_factor(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
 def _factors(yardstick: Yardstick, weight: WeightRecord) -> list[float]:
     """Return the factors of the model and of a weight's layer, those above 1 in order."""
+    # 1. 1/sqrt(2N) in every layer.
     layers = yardstick.contract.sizes.get("N", 0.0)
     factors = {math.sqrt(2 * layers)}
+
+    # 2. 1/sqrt(2(l + 1)) in layer l.
     if weight.layer is not None:
         factors.add(math.sqrt(2 * (weight.layer + 1)))
+
+    # 3. A factor of 1 changes nothing.
     return sorted(factor for factor in factors if factor > 1)
 
 

@@ -87,9 +87,13 @@ def constant_matrices(judgement: Judgement) -> list[WeightRecord]:
     Args:
         judgement: of a model at its init. What another rule of the contract names is left out.
     """
-    weights = judgement.contract.weights
-    constant = filter(_is_constant_matrix, weights)
-    return [matrix for matrix in constant if matrix.parameter not in judgement.deviating_names]
+    constant: list[WeightRecord] = []
+    for weight in filter(_is_constant_matrix, judgement.contract.weights):
+        is_named = weight.parameter in judgement.deviating_names
+        if not is_named:
+            constant.append(weight)
+
+    return constant
 
 
 def _is_constant_matrix(weight: WeightRecord) -> bool:
@@ -104,9 +108,10 @@ def _is_constant_matrix(weight: WeightRecord) -> bool:
 
 def _is_drawn(weight: WeightRecord) -> bool:
     """Return whether a weight is a drawn matrix of a role that is never computed."""
-    if is_vector(weight):
-        return False
-    return weight.role in _ROLES and is_drawn(weight)
+    # Few numbers of a vector may repeat by chance.
+    is_matrix = not is_vector(weight)
+    is_never_computed = weight.role in _ROLES
+    return is_matrix and is_never_computed and is_drawn(weight)
 
 
 def _origin_of(weight: WeightRecord) -> str:
@@ -209,9 +214,12 @@ def _findings_alone(context: RuleContext, rule: Rule, judgement: Judgement) -> I
 
 def _repeats_a_part(weight: WeightRecord) -> bool:
     """Return whether a draw holds the same numbers twice."""
-    if weight.same_as != weight.parameter:
+    # Then it is listed as a copy of itself.
+    is_copy_of_itself = weight.same_as == weight.parameter
+    if not is_copy_of_itself:
         return False
 
+    # Tables outside of the sub-layers count here as well.
     is_drawn_outside = weight.role in _OUTSIDE and is_drawn(weight)
     return is_drawn_outside or _is_drawn(weight)
 

@@ -273,9 +273,11 @@ def _other_rule(result: SchemeComparison) -> str:
 
 def _note_of_silence(kind: str, result: SchemeComparison) -> str:
     """Return the note of a rule that has nothing to compare: JD204 names the scheme."""
-    if kind != "own" or result.published:
-        return ""
-    return result.note
+    # JD202 names a published one.
+    names_the_scheme = kind == "own" and not result.published
+    if names_the_scheme:
+        return result.note
+    return ""
 
 
 def _authority(contract: ContractRecord, result: SchemeComparison) -> str:

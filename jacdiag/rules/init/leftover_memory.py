@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
@@ -13,6 +14,7 @@ from jacdiag.rules.init.weight_facts import (
     is_constant,
     is_vector,
     is_zero,
+    largest_of,
     mean_of,
     parameters_of,
     places_of,
@@ -59,11 +61,11 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
 
 def _are_all_matrices_zero(contract: ContractRecord) -> bool:
     """Return whether a model has matrices, and each of them is zero."""
-    matrices = [weight for weight in contract.weights if not is_vector(weight)]
-    if not matrices:
-        return False
+    matrices = list(itertools.filterfalse(is_vector, contract.weights))
 
-    return all(map(is_zero, matrices))
+    # Without a matrix nothing was left out.
+    has_matrices = len(matrices) > 0
+    return has_matrices and all(map(is_zero, matrices))
 
 
 def without_leftovers(contract: ContractRecord) -> ContractRecord:
@@ -93,9 +95,10 @@ def _sign_of(weight: WeightRecord) -> str:
 def _holds_huge_numbers(weight: WeightRecord) -> bool:
     """Return whether a parameter holds numbers that are too large for any init."""
     # Memory hardly ever holds one number throughout. A mask of -1e9 does.
-    if weight.family == "constant":
+    is_one_number = weight.family == "constant"
+    if is_one_number:
         return False
-    return weight.largest is not None and weight.largest > LARGEST
+    return largest_of(weight) > LARGEST
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:

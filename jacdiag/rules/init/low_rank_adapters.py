@@ -16,20 +16,24 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
 
     # 1. Exactly one of the two factors should be zero.
-    adapters = contract.adapters
-    several_zero = [pair for pair in adapters if len(pair.zero_factors) > 1]
-    none_zero = [pair for pair in adapters if not pair.zero_factors]
+    several_zero = [pair for pair in contract.adapters if len(pair.zero_factors) > 1]
+    both_drawn = list(filter(_is_drawn_at_random, contract.adapters))
 
-    # 2. Factors that are a singular value decomposition of the weight are both drawn on purpose.
-    both_drawn = [pair for pair in none_zero if not pair.decomposed]
-
-    # 3. One finding for each kind.
-    findings = []
+    # 2. One finding for each kind.
+    findings: list[Finding] = []
     if several_zero:
         findings.append(_finding_of_zeros(context, rule, several_zero))
     if both_drawn:
         findings.append(_finding_of_draws(context, rule, both_drawn))
-    return CheckOutcome(len(adapters), findings)
+    return CheckOutcome(len(contract.adapters), findings)
+
+
+def _is_drawn_at_random(pair: AdapterRecord) -> bool:
+    """Return whether no factor of an adapter is zero, and nothing shows that this is meant."""
+    # Factors that are a singular value decomposition of the weight are both drawn on purpose.
+    if pair.decomposed:
+        return False
+    return not pair.zero_factors
 
 
 def _finding_of_zeros(context: RuleContext, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:

@@ -42,7 +42,9 @@ def _schemes_with_one_formula() -> list[Scheme]:
     """Return the schemes that have one formula for every matrix."""
     schemes, _ = catalogue()
     by_name = {scheme.name: scheme for scheme in schemes}
-    return [by_name[name] for name in _FORMULAS]
+
+    # In the order in which they are tried.
+    return list(map(by_name.__getitem__, _FORMULAS))
 
 
 def _is_drawn_map(weight: WeightRecord) -> bool:

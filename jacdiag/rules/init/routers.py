@@ -91,7 +91,9 @@ def _routers_of(judgement: Judgement) -> list[WeightRecord]:
 
 
 def _is_measured(router: WeightRecord) -> bool:
-    if not router.fan_in:
+    """Return whether the draw of a router is known, and the width that it reads."""
+    has_width = bool(router.fan_in)
+    if not has_width:
         return False
     return is_drawn(router) or is_zero(router)
 
@@ -156,12 +158,18 @@ def _default_of(router: WeightRecord, interval: StdInterval, *, is_uniform: bool
         interval: of the std of all of them.
         is_uniform: whether they were drawn from a uniform distribution.
     """
-    if not is_uniform:
-        return "torch.randn" if interval.holds(1.0) else ""
+    # 1. nn.Linear draws between -1/√fan_in and 1/√fan_in, torch.randn with std 1.
+    looks = "torch.randn"
+    default = 1.0
+    if is_uniform:
+        fan_in = router.fan_in or 1
+        looks = "nn.Linear"
+        default = 1 / math.sqrt(3 * fan_in)
 
-    # nn.Linear draws between -1/√fan_in and 1/√fan_in.
-    fan_in = router.fan_in or 1
-    return "nn.Linear" if interval.holds(1 / math.sqrt(3 * fan_in)) else ""
+    # 2. Whether that is the std.
+    if interval.holds(default):
+        return looks
+    return ""
 
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
@@ -201,9 +209,14 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
 
 def _scaled_interval(weight: WeightRecord, factor: float) -> StdInterval:
     """Return the interval of a weight's std, times a factor; all stds if it was not measured."""
-    lower = weight.lower or 0.0
-    upper = weight.upper or math.inf
-    return StdInterval(lower * factor, upper * factor)
+    interval = sampling_interval(weight)
+    if interval is None:
+        return StdInterval(0.0, math.inf)
+
+    # Both ends scale alike.
+    lower = interval.lower * factor
+    upper = interval.upper * factor
+    return StdInterval(lower, upper)
 
 
 def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
@@ -218,9 +231,12 @@ def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
 
 
 def _sum_of_fans(weight: WeightRecord) -> int | None:
-    if not weight.fan_in or not weight.fan_out:
+    """Return fan_in + fan_out; None if either is not known."""
+    fan_in = weight.fan_in
+    fan_out = weight.fan_out
+    if not fan_in or not fan_out:
         return None
-    return weight.fan_in + weight.fan_out
+    return fan_in + fan_out
 
 
 def _excuse_of(contract: ContractRecord, routers: Routers) -> str:

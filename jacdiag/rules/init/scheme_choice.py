@@ -19,7 +19,7 @@ from jacdiag.rules.init.scheme_fit import (
     judged_by_schemes,
 )
 from jacdiag.rules.init.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
-from jacdiag.rules.init.weight_facts import is_zero, size_of, std_of
+from jacdiag.rules.init.weight_facts import is_zero, sampling_interval, size_of, std_of
 
 # Share of a model's matrices that must agree before a scheme is called its own: a clear majority,
 # or half of them if the scheme has no base std of its own to choose and several different values
@@ -104,7 +104,11 @@ def _fits(contract: ContractRecord, weights: Sequence[WeightRecord]) -> Iterable
     for scheme in schemes:
         for yardstick in _yardsticks(contract, scheme, weights):
             fit = _fit(yardstick, weights)
-            if fit is not None and fit.is_enough:
+
+            # A scheme that says nothing of any matrix has no fit.
+            if fit is None:
+                continue
+            if fit.is_enough:
                 yield fit
 
 
@@ -281,8 +285,13 @@ class _Sample:
 
         The interval gets some slack, since s itself is a guess yet.
         """
-        low = (self.weight.lower or 0.0) * (1 - _SLACK)
-        high = (self.weight.upper or 0.0) * (1 + _SLACK)
+        interval = sampling_interval(self.weight)
+        if interval is None:
+            return False
+
+        # Wider at both ends.
+        low = interval.lower * (1 - _SLACK)
+        high = interval.upper * (1 + _SLACK)
         return low <= s * self.factor <= high
 
 
@@ -307,30 +316,46 @@ def _bases(
 
 def _pool(samples: Sequence[_Sample], s: float) -> tuple[float, int]:
     """Return the base std pooled over the samples that agree with `s`, and their numbers."""
-    size = 0
-    # The second pass takes in samples that agree with the pooled value alone.
-    for _ in range(2):
-        agreeing = [sample for sample in samples if sample.agrees_with(s)]
-        size = sum(sample.size for sample in agreeing)
-        if size:
-            s = _root_mean_square(agreeing, size)
-    return s, size
+    # 1. Those that agree with the guess.
+    agreeing = _agreeing(samples, s)
+    if agreeing:
+        s = _root_mean_square(agreeing)
+
+    # 2. Those that agree with the pooled value alone are taken in as well.
+    agreeing = _agreeing(samples, s)
+    if agreeing:
+        s = _root_mean_square(agreeing)
+    return s, _size_of_all(agreeing)
 
 
-def _root_mean_square(samples: Iterable[_Sample], size: int) -> float:
-    """Return the base std of samples that hold `size` numbers."""
-    mean_square = sum(sample.size * sample.base**2 for sample in samples) / size
-    return math.sqrt(mean_square)
+def _agreeing(samples: Iterable[_Sample], s: float) -> list[_Sample]:
+    return [sample for sample in samples if sample.agrees_with(s)]
+
+
+def _size_of_all(samples: Iterable[_Sample]) -> int:
+    return sum(sample.size for sample in samples)
+
+
+def _root_mean_square(samples: Sequence[_Sample]) -> float:
+    """Return the root mean square of the base std over all numbers of some samples."""
+    squares = sum(sample.size * sample.base**2 for sample in samples)
+    size = _size_of_all(samples)
+    return math.sqrt(squares / size)
 
 
 def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
     """Return the matrices whose std depends on s, each with its factor; `unit` has s = 1."""
     samples = []
-    matrices = [weight for weight in weights if weight.role in MATRICES]
-    for weight in matrices:
+    for weight in weights:
+        is_drawn_matrix = weight.role in MATRICES and bool(weight.std)
+        if not is_drawn_matrix:
+            continue
+
+        # A formula without s says nothing of it.
         factor = _factor_of_base(unit, weight)
-        if weight.std and factor is not None:
+        if factor is not None:
             samples.append(_Sample(weight, factor))
+
     return samples
 
 

@@ -20,6 +20,7 @@ from jacdiag.rules.init.weight_facts import (
     is_zero,
     parameters_of,
     pattern_of,
+    sampling_interval,
     std_of,
     with_role,
 )
@@ -436,9 +437,14 @@ def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Devia
 
 def _is_measured_in_layer(weight: WeightRecord) -> bool:
     """Return whether a weight is a matrix of a layer with a std and its interval."""
+    # 1. A matrix of a layer.
     if weight.layer is None or is_vector(weight):
         return False
-    return bool(weight.lower and weight.upper and weight.std)
+
+    # 2. An interval from 0 has no logarithm.
+    interval = sampling_interval(weight)
+    has_logarithm = interval is not None and interval.lower != 0
+    return has_logarithm and std_of(weight) != 0
 
 
 def _off_course(group: Sequence[WeightRecord]) -> list[Deviation]:

@@ -151,14 +151,19 @@ class Yardstick:
 
         All variants count if none is listed.
         """
+        # 1. Only queries, keys and values have variants that go together.
         values = self._known_values(weight)
-        formulas = self.scheme.of(weight)
         if not variants or weight.role not in _TOGETHER:
             return values
 
-        # The number of a variant is its place among the formulas.
-        counted = {formulas[number] for number in variants if number < len(formulas)}
-        return {formula: value for formula, value in values.items() if formula in counted}
+        # 2. The number of a variant is its place among the formulas.
+        counted: dict[Formula, float] = {}
+        for number, formula in enumerate(self.scheme.of(weight)):
+            is_counted = number in variants
+            if is_counted and formula in values:
+                counted[formula] = values[formula]
+
+        return counted
 
     def _known_values(self, weight: WeightRecord) -> dict[Formula, float]:
         """Return the values of all formulas for a weight whose variables are known."""
@@ -233,7 +238,9 @@ class Yardstick:
 
     def _are_positions_of_mistake(self, weight: WeightRecord) -> bool:
         """Return whether positions have the default std that matrices have by mistake."""
-        if weight.role != "positions":
+        # Embeddings may have that std on purpose.
+        is_table_of_positions = weight.role == "positions"
+        if not is_table_of_positions:
             return False
         return self.has_unit_draws and is_of_unit_spread(weight)
 
@@ -249,13 +256,17 @@ class Yardstick:
         if is_named or not sections_have_formulas:
             yield [Piece(weight)]
 
-        # 2. As its sections, where they may have values of their own.
+        # 2. A value that was given for just this weight is that of all of it.
         if is_named and not self.is_followed:
             return
-        if sections_have_formulas or self._depends_on_fan_out(weight):
-            for order in _orders_of_sections(weight):
-                yield list(_pieces(weight, order))
-                yield list(_pieces(weight, order, fan_out=weight.fan_out))
+
+        # 3. As its sections, where they may have values of their own.
+        may_differ = sections_have_formulas or self._depends_on_fan_out(weight)
+        if not may_differ:
+            return
+        for order in _orders_of_sections(weight):
+            yield list(_pieces(weight, order))
+            yield list(_pieces(weight, order, fan_out=weight.fan_out))
 
     def _depends_on_fan_out(self, weight: WeightRecord) -> bool:
         """Return whether a formula for a weight has the size of its output in it."""
@@ -435,9 +446,9 @@ def _is_open_gate(weight: WeightRecord) -> bool:
 
     Then its bias alone sets how far it is open.
     """
-    if weight.role != "W_gate":
-        return False
-    return _is_of_attention(weight) and is_zero(weight)
+    # The gate of a feed-forward network has the same role.
+    is_gate = weight.role == "W_gate" and _is_of_attention(weight)
+    return is_gate and is_zero(weight)
 
 
 def _is_lookup(weight: WeightRecord) -> bool:
@@ -456,19 +467,30 @@ def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
     shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
     the sub-layer works without it. An expert stands for itself.
     """
-    # 1. The roles that were drawn in each sub-layer.
     matrices = [weight for weight in contract.weights if weight.role in MATRICES]
-    drawn = [weight for weight in matrices if not is_zero(weight)]
-    drawn_roles: dict[str, set[str]] = {}
-    for weight in drawn:
-        drawn_roles.setdefault(weight.sublayer, set()).add(weight.role)
+    drawn_roles = _drawn_roles_by_sublayer(matrices)
 
-    # 2. Name patterns of which every matrix may be zero.
+    def may_be_zero(weight: WeightRecord) -> bool:
+        return _may_be_zero(weight, drawn_roles[weight.sublayer])
+
+    # Name patterns of which every matrix may be zero.
     names: set[str] = set()
     for group in group_by(matrices, pattern_of).values():
-        if all(_may_be_zero(weight, drawn_roles.get(weight.sublayer, set())) for weight in group):
+        if all(map(may_be_zero, group)):
             names.update(parameters_of(group))
+
     return frozenset(names)
+
+
+def _drawn_roles_by_sublayer(matrices: Iterable[WeightRecord]) -> dict[str, set[str]]:
+    """Return the roles of the matrices of each sub-layer that are not zero."""
+    roles: dict[str, set[str]] = {}
+    for weight in matrices:
+        roles_here = roles.setdefault(weight.sublayer, set())
+        if not is_zero(weight):
+            roles_here.add(weight.role)
+
+    return roles
 
 
 def _may_be_zero(weight: WeightRecord, drawn_roles: set[str]) -> bool:
@@ -551,12 +573,17 @@ def is_of_unit_spread(weight: WeightRecord) -> bool:
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
     """Return the weights that show which scheme a model follows."""
     width = int(contract.sizes.get("d", 0))
-    measured = [weight for weight in contract.weights if weight.lower is not None]
+    inside: list[WeightRecord] = []
+    outside: list[WeightRecord] = []
+    for weight in contract.weights:
+        # 1. What was not measured shows nothing.
+        if weight.lower is None:
+            continue
 
-    # 1. Matrices inside the sub-layers.
-    matrices = [weight for weight in measured if weight.role in MATRICES]
-    inside = [weight for weight in matrices if is_projection(weight, width)]
+        # 2. Tables and others outside of the sub-layers, then matrices inside of them.
+        if weight.role in OUTSIDE:
+            outside.append(weight)
+        elif weight.role in MATRICES and is_projection(weight, width):
+            inside.append(weight)
 
-    # 2. Tables and others outside of them.
-    outside = [weight for weight in measured if weight.role in OUTSIDE]
     return inside + outside

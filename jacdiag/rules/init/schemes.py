@@ -233,5 +233,9 @@ def _checked_formula(key: str, value: object) -> str:
 def published_for(family: str) -> Scheme | None:
     """Return the published init of a model type or class."""
     _, published = catalogue()
-    of_family = [scheme for scheme in published if family in scheme.families]
-    return next(iter(of_family), None)
+    for scheme in published:
+        if family in scheme.families:
+            return scheme
+
+    # Most families have none.
+    return None

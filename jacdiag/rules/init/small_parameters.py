@@ -106,9 +106,14 @@ def _lonely_gains(
     contract: ContractRecord, gains: list[WeightRecord], compared: Collection[str]
 ) -> list[WeightRecord]:
     """Return the gains of the model's width that were not compared over the layers."""
-    shape = [contract.sizes.get("d")]
-    of_the_width = [gain for gain in gains if gain.shape == shape]
-    return [gain for gain in of_the_width if gain.parameter not in compared]
+    width = contract.sizes.get("d")
+    lonely: list[WeightRecord] = []
+    for gain in gains:
+        is_new = gain.parameter not in compared
+        if is_new and gain.shape == [width]:
+            lonely.append(gain)
+
+    return lonely
 
 
 def _named_elsewhere(judgement: Judgement) -> set[str]:
@@ -175,11 +180,16 @@ def _follows_layer_scale(group: Group) -> bool:
 
 def _is_step_of_layer_scale(weight: WeightRecord) -> bool:
     """Return whether a weight is a constant scale with a published value of LayerScale."""
-    if weight.role != "scale" or weight.family != "constant":
+    is_constant_scale = weight.role == "scale" and weight.family == "constant"
+    if not is_constant_scale:
         return False
 
-    value = mean_of(weight)
-    return any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS)
+    # Low precisions move a constant by a little.
+    for step in _LAYER_SCALE_STEPS:
+        if math.isclose(mean_of(weight), step, rel_tol=1e-2):
+            return True
+
+    return False
 
 
 def _not_drawn_alike(group: Group) -> list[WeightRecord]:
@@ -212,14 +222,22 @@ def _with_other_mean(drawn: list[WeightRecord]) -> list[WeightRecord]:
     """Return the draws whose mean is not that of the middle one."""
     by_mean = sorted(drawn, key=mean_of)
     middle = by_mean[len(drawn) // 2]
-    return [weight for weight in drawn if not _means_agree(weight, middle)]
+
+    def agrees(weight: WeightRecord) -> bool:
+        return _means_agree(weight, middle)
+
+    return list(itertools.filterfalse(agrees, drawn))
 
 
 def _with_other_std(drawn: list[WeightRecord]) -> list[WeightRecord]:
     """Return the draws whose std is not that of the middle one."""
     by_std = sorted(drawn, key=std_of)
     middle = by_std[len(drawn) // 2]
-    return [weight for weight in drawn if not _stds_agree(weight, middle)]
+
+    def agrees(weight: WeightRecord) -> bool:
+        return _stds_agree(weight, middle)
+
+    return list(itertools.filterfalse(agrees, drawn))
 
 
 def _drawn_members(group: Group) -> list[WeightRecord]:

@@ -22,18 +22,21 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
 
     # 1. Time steps of which none is usual, and logarithms that are not finite.
-    rates = contract.rates
-    steps = [rate for rate in rates if rate.meaning == "time step"]
-    unusual = [rate for rate in steps if rate.usual == 0]
-    broken = [rate for rate in rates if rate.not_finite]
+    unusual = list(filter(_has_no_usual_step, contract.rates))
+    broken = [rate for rate in contract.rates if rate.not_finite]
 
     # 2. One finding for each kind.
-    findings = []
+    findings: list[Finding] = []
     if unusual:
         findings.append(_steps_finding(context, rule, unusual, contract.family))
     if broken:
         findings.append(_broken_finding(context, rule, broken))
-    return CheckOutcome(len(rates), findings)
+    return CheckOutcome(len(contract.rates), findings)
+
+
+def _has_no_usual_step(rate: RateRecord) -> bool:
+    """Return whether no time step lies where published inits draw them."""
+    return rate.meaning == "time step" and rate.usual == 0
 
 
 def _steps_finding(

@@ -54,9 +54,11 @@ class StdInterval:
 
 def sampling_interval(weight: WeightRecord) -> StdInterval | None:
     """Return the interval of a weight's std; None if it was not measured."""
-    if weight.lower is None or weight.upper is None:
+    lower = weight.lower
+    upper = weight.upper
+    if lower is None or upper is None:
         return None
-    return StdInterval(weight.lower, weight.upper)
+    return StdInterval(lower, upper)
 
 
 # -- families ------------------------------------------------------------------------------------
@@ -128,8 +130,13 @@ def without(contract: ContractRecord, names: Container[str]) -> ContractRecord:
         contract: of a model.
         names: of the weights to leave out.
     """
-    others = [weight for weight in contract.weights if weight.parameter not in names]
-    if len(others) == len(contract.weights):
-        return contract
+    others: list[WeightRecord] = []
+    for weight in contract.weights:
+        if weight.parameter not in names:
+            others.append(weight)
 
+    # A new record only if something is left out.
+    is_any_left_out = len(others) < len(contract.weights)
+    if not is_any_left_out:
+        return contract
     return replace(contract, weights=others)
