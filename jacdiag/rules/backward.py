@@ -104,6 +104,8 @@ def _cause(path: DeadPath) -> str:
     # 1. Causes that are no parameter.
     if path.cause == "cut":
         return f"every way from there to the loss passes {list_names(path.calls)}"
+
+    # An input of zeros takes the gradient of whatever it is multiplied by.
     if path.cause == "input":
         return "the stream that it reads is zero for every token"
     if path.cause == "unknown":
@@ -433,6 +435,8 @@ def _not_finite(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
     if network.gradient_norms is None:
         return CheckOutcome(0, note=network.notes.get("gradient_norms", ""))
+
+    # Every gradient is finite.
     if not record.not_finite:
         return CheckOutcome(1)
 

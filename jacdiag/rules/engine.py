@@ -84,6 +84,7 @@ def rule(code: str) -> RuleInfo:
     hint = "`jacdiag rules` lists all"
     if near:
         hint = f"closest: {', '.join(near)}"
+
     raise UsageError(f"no rule has the code '{code}'", hint=hint)
 
 
@@ -169,6 +170,8 @@ def _judgement_of(report: Report) -> Judgement | None:
     """Return the judgement of a report's weights; None without a contract."""
     if report.contract is None:
         return None
+
+    # Worked out when a rule needs it first.
     return init_contract.judge(report.contract)
 
 
@@ -222,6 +225,7 @@ def _conditions(report: Report, outcomes: Mapping[str, CheckOutcome]) -> Conditi
     # Weights alone carry no norm.
     if report.tier == "weights":
         return Conditions("unknown", "unknown")
+
     return Conditions(_condition_of("JD101", outcomes), _condition_of("JD102", outcomes))
 
 
@@ -369,7 +373,9 @@ def decision_points(
     """
     points = {"branch_norm": thresholds.limits("branch_norm", placement).cuts}
     if placement in conditions.SMALL.placements:
+        # The norm of the core is compared times √(2N).
         scale = math.sqrt(2 * max(layers, 1))
         cuts = thresholds.limits("core_norm", kind).cuts
         points["core_norm"] = tuple(cut / scale for cut in cuts)
+
     return points

@@ -235,6 +235,7 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
         elif row[0] <= step:
             recent.append(row)
 
+    # A run that is too young has no usual value.
     level = usual_value(calm)
     if level is None:
         return None
@@ -370,33 +371,47 @@ def _decide_error(figures: Sequence[Figure], context: ReplayContext) -> Decision
     text = f"Not decided: {start} could not be run: {context.failed}"
     if context.crash and not is_same_error:
         text += f" (the run raised {context.crash})"
+    return Decision("not decided", f"{text}{_state_of_others(others, context)}.")
+
+
+def _state_of_others(others: int, context: ReplayContext) -> str:
+    """Return what is wrong with the batches to compare with; "" if nothing is."""
     if context.others_failed:
-        text += f"; {context.others_failed} of the others could not be run either"
-    elif not others:
-        text += "; no other batch was run to compare it with"
-    return Decision("not decided", f"{text}.")
+        return f"; {context.others_failed} of the others could not be run either"
+
+    # Without any, nothing shows whether the batch is at fault.
+    if not others:
+        return "; no other batch was run to compare it with"
+    return ""
 
 
 def _missing(figures: Sequence[Figure], context: ReplayContext) -> str:
     """Return what the flight lacks for a verdict; "" if it lacks nothing."""
+    # 1. Something to look at.
     if not figures:
         return "no loss and no gradient could be computed"
     if not figures[0].suspects:
         return f"the batch of step {context.step} was not kept; {context.keep_hint}"
 
-    others = len(figures[0].others)
-    if others >= LEAST_OTHERS:
+    # 2. Enough batches to compare it with.
+    count = len(figures[0].others)
+    if count >= LEAST_OTHERS:
         return ""
-
-    batches = f"{others} other batches"
-    if others == 0:
-        batches = "no other batch"
-    elif others == 1:
-        batches = "1 other batch"
     return (
-        f"the flight keeps {batches}, and {LEAST_OTHERS} are needed to tell an unusual one; "
-        f"{context.keep_hint}"
+        f"the flight keeps {_others_in_words(count)}, and {LEAST_OTHERS} are needed to tell an "
+        f"unusual one; {context.keep_hint}"
     )
+
+
+def _others_in_words(count: int) -> str:
+    """Return how many other batches there are, as in "2 other batches"."""
+    if count == 0:
+        return "no other batch"
+    if count == 1:
+        return "1 other batch"
+
+    # Fewer than are needed.
+    return f"{count} other batches"
 
 
 def _judge(figure: Figure) -> JudgedFigure:
@@ -619,6 +634,7 @@ def _not_the_run_itself(figure: Figure, context: ReplayContext) -> str:
     # 2. Only a loss that the run never had before the jump is not that of an early step.
     if figure.name != LOSS:
         return _SAVE_THE_STEP
+
     ordinary = f"ordinary batches have a loss of {three(level)} on these weights"
     if context.highest_before is None:
         return f"{ordinary}, and {_SAVE_THE_STEP}"
@@ -785,6 +801,7 @@ def _holds_the_update(context: ReplayContext) -> bool:
     # A checkpoint that does not say its step may be a later one.
     if context.checkpoint_step is None:
         return True
+
     return context.checkpoint_step >= context.step
 
 
@@ -818,6 +835,7 @@ def _scaled(values: Sequence[float], logarithm: bool) -> list[float]:
     """Return values as they are compared: gradient norms by their logarithm."""
     if logarithm:
         return list(map(_log, values))
+
     return list(values)
 
 

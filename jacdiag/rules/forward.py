@@ -53,6 +53,7 @@ def loudest(
     cut = limits.beyond(worst.value)
     if cut is None:
         return []
+
     limit = limits.named_cuts[cut]
 
     # 3. The finding, with every place above that cut.
@@ -74,10 +75,11 @@ def _stream(context: RuleContext, field: str) -> tuple[ForwardRecord | None, Che
     if network is None or network.forward is None:
         return None, NOT_APPLICABLE
 
+    # The record says why a field is missing.
     record = network.forward
-    if not getattr(record, field):
+    is_known = bool(getattr(record, field))
+    if not is_known:
         return None, CheckOutcome(0, note=record.notes.get(field, ""))
-
     return record, NOT_APPLICABLE
 
 
@@ -189,6 +191,8 @@ def _place(peak: Peak) -> str:
         return ""
 
     place = f", position {peak.position}"
+
+    # Probes of pixels have no tokens.
     if peak.token is not None:
         place += f" (token {peak.token})"
     return place
@@ -240,6 +244,7 @@ def _why_no_attention(rows: Sequence[SublayerRecord]) -> str:
         if "attention" in row.notes:
             return row.notes["attention"]
 
+    # A model may have no attention at all.
     return ""
 
 

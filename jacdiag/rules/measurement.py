@@ -86,6 +86,7 @@ def _mend(context: RuleContext) -> str:
     is_known = isinstance(broken, list) and bool(broken)
     if not is_known:
         return "find the call that makes it"
+
     assert isinstance(broken, list)
     return f"mend {list_names(broken)}"
 
@@ -94,6 +95,8 @@ def _uncovered(context: RuleContext, rule: Rule) -> CheckOutcome:
     model = context.report.model
     if model.covered_parameters is None or not model.parameters:
         return NOT_APPLICABLE
+
+    # Nothing was left out.
     if not model.uncovered:
         return CheckOutcome(1)
 
@@ -124,6 +127,7 @@ def _off_distribution(context: RuleContext, rule: Rule) -> CheckOutcome:
     if probe.tokens == "random pixels":
         noun = "pixels"
         fix = "--inputs FACTORY with real images"
+
     if not context.profile.levels:
         fix += "; levels are capped at warning until then"
 
@@ -210,6 +214,7 @@ def _why_no_match(context: RuleContext) -> str:
     # Weights that were read without code have no forward.
     if context.report.tier == "weights":
         return "the weights alone carry no Jacobian"
+
     return _unmatched(context)
 
 
@@ -225,6 +230,7 @@ def _unmatched(context: RuleContext) -> str:
     # 2. They may say nothing.
     if not notes:
         return "no sub-layer matched"
+
     return "; ".join(notes)
 
 

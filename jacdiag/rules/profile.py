@@ -44,14 +44,9 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
         UsageError: unknown name, rule code or level.
     """
     if isinstance(wanted, str):
-        if wanted not in BUILT_IN:
-            raise UsageError(
-                f"unknown profile '{wanted}'",
-                hint=f"built in: {', '.join(BUILT_IN)}; others: [tool.jacdiag.profiles.NAME]",
-            )
+        return _built_in(wanted)
 
-        return BUILT_IN[wanted]
-
+    # 1. The table holds levels and a name, and nothing else.
     unknown = set(wanted) - {"name", "levels"}
     levels = wanted.get("levels", {})
     if unknown or not isinstance(levels, Mapping):
@@ -61,6 +56,7 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
             hint='levels = { JD103 = "error" }',
         )
 
+    # 2. Each level is that of a rule.
     for code, level in levels.items():
         if code not in codes or level not in LEVELS:
             raise UsageError(
@@ -70,3 +66,18 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
             )
 
     return Profile(str(wanted.get("name", "custom")), dict(levels))
+
+
+def _built_in(name: str) -> Profile:
+    """Return the profile of a name.
+
+    Raises:
+        UsageError: there is no such profile.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+
+    raise UsageError(
+        f"unknown profile '{name}'",
+        hint=f"built in: {', '.join(BUILT_IN)}; others: [tool.jacdiag.profiles.NAME]",
+    )

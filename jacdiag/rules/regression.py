@@ -108,6 +108,7 @@ def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) ->
     # 3. Two constants.
     if _is_same_constant(new, old):
         return []
+
     return [FigureChange(name, "value", _shown(old), _shown(new), _shown(old))]
 
 
@@ -148,6 +149,7 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     against = context.report.against
     if now is None or before is None:
         return _nothing_to_compare_with(context)
+
     if against is not None and against.training:
         return _growth_in_training(context, rule, against)
 
@@ -379,6 +381,8 @@ def _growth_of(change: FigureChange) -> float:
     """Return the new value over the old one; the new one if the old is not above zero."""
     if change.old > 0:
         return change.new / change.old
+
+    # From zero every growth is infinite, and the new value orders them.
     return change.new
 
 

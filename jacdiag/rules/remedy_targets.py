@@ -14,19 +14,23 @@ _CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
 
 def outlook(report: Report) -> Outlook:
     """Return the figures of a report that a remedy is judged by."""
+    undecided = [result.code for result in report.rules if result.status == "unknown"]
     return Outlook(
         branch_norm=_worst(report, "branch_norm"),
         core_norm=_worst(report, "core_norm"),
-        norm_gain=max(
-            (_gain(row.norm_gain) for row in report.sublayers if row.norm_gain is not None),
-            default=None,
-        ),
+        norm_gain=_largest_gain(report),
         small_sublayers=report.conditions.small_sublayers,
         large_shortcut=report.conditions.large_shortcut,
         verdict=report.verdict,
-        fired=list(dict.fromkeys(f.code for f in report.findings if f.level != "info")),
-        undecided=[r.code for r in report.rules if r.status == "unknown"],
+        fired=_codes_that_fired(report),
+        undecided=undecided,
     )
+
+
+def _codes_that_fired(report: Report) -> list[str]:
+    """Return the rules that fired at warning or above, each once."""
+    findings = [finding for finding in report.findings if finding.level != "info"]
+    return list(dict.fromkeys(finding.code for finding in findings))
 
 
 def aims(report: Report) -> list[str]:
@@ -34,8 +38,14 @@ def aims(report: Report) -> list[str]:
 
     They are the conditions, the contract and the baseline, at warning or above.
     """
-    codes = dict.fromkeys(f.code for f in report.findings if f.level != "info")
-    return [code for code in codes if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
+    fired = _codes_that_fired(report)
+    return list(filter(_is_aim, fired))
+
+
+def _is_aim(code: str) -> bool:
+    """Return whether a remedy may help against a rule."""
+    is_of_contract = code.startswith("JD2")
+    return is_of_contract or code in (*_CONDITIONS, "JD110")
 
 
 def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:
@@ -48,12 +58,13 @@ def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) ->
         remedies: that were tried against them.
     """
     # 1. The remedy that is recommended, if there is one.
-    best = next((remedy for remedy in remedies if remedy.recommended), None)
-    if best is None:
+    recommended = [remedy for remedy in remedies if remedy.recommended]
+    if not recommended:
         return list(findings)
+    best = recommended[0]
 
     # 2. It answers findings at warning and above.
-    with_fix = []
+    with_fix: list[Finding] = []
     for finding in findings:
         is_answered = finding.code in best.codes and finding.level != "info"
         if is_answered:
@@ -79,5 +90,14 @@ def _worst(report: Report, name: str) -> list[float] | None:
     return [max(lowers), max(uppers)]
 
 
+def _largest_gain(report: Report) -> float | None:
+    """Return the largest gain of a norm on the stream; None if none was measured."""
+    gains = [row.norm_gain for row in report.sublayers if row.norm_gain is not None]
+    return max(map(_gain, gains), default=None)
+
+
 def _gain(interval: Any) -> float:
-    return float(interval.per_token.p99 if interval.per_token is not None else interval.estimate)
+    """Return the gain at nearly the worst token, if tokens were kept."""
+    if interval.per_token is None:
+        return float(interval.estimate)
+    return float(interval.per_token.p99)

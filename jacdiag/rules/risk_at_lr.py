@@ -37,6 +37,8 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         return Risk(reason=f"no curve for this placement ({placement or 'none'}-norm)")
 
     curve = table.curves[placement]
+
+    # The model's figure that the curve is drawn over.
     value = INIT[curve.figure](report)
     risk = Risk(
         figure=curve.figure,
@@ -109,6 +111,8 @@ def within(curve: RiskCurve, report: Report, value: float) -> bool:
         for name, span in curve.ranges.items()
         if name not in ("lr", "warmup", *_OPTIONAL)
     }
+
+    # The figure, the width and the depth are left.
     return not _outside(ranges, _measures(report, value))
 
 
@@ -124,9 +128,12 @@ def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
     """
     limits = thresholds.limits("risk")
     lower = risk.lower or 0.0
+
+    # The highest limit that even the lower end is above.
     level = limits.beyond(lower)
     if level is None:
         return None
+
     return level, limits.named_cuts[level]
 
 

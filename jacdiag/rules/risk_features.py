@@ -5,6 +5,7 @@ Every figure is larger where things look worse. One that was not measured is nan
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -24,11 +25,15 @@ def _excess(row: SublayerRecord) -> float:
 
     That is its residual norm over its shortcut's gain, minus 1.
     """
-    return _value(row.residual_norm) / (row.shortcut_gain or 1.0) - 1.0
+    gain = row.shortcut_gain or 1.0
+    return _value(row.residual_norm) / gain - 1.0
 
 
 def _bound(row: SublayerRecord) -> float:
-    return row.bound - 1.0 if row.bound is not None else math.nan
+    """Return how much a sub-layer may add at most, by its bound."""
+    if row.bound is None:
+        return math.nan
+    return row.bound - 1.0
 
 
 def _core(row: SublayerRecord) -> float:
@@ -36,11 +41,15 @@ def _core(row: SublayerRecord) -> float:
 
 
 def _shortcut(row: SublayerRecord) -> float:
+    """Return what the norm on the shortcut multiplies a gradient by."""
     gain = row.norm_gain
     if gain is None:
         return math.nan
 
-    return gain.per_token.p99 if gain.per_token is not None else gain.estimate
+    # Nearly the worst token counts, if tokens were kept.
+    if gain.per_token is None:
+        return gain.estimate
+    return gain.per_token.p99
 
 
 def _inverse_shortcut(row: SublayerRecord) -> float:
@@ -49,7 +58,10 @@ def _inverse_shortcut(row: SublayerRecord) -> float:
     A norm of the stream multiplies by it, wherever the norm is.
     """
     spread = row.shortcut_std
-    return 1.0 / spread.median if spread is not None and spread.median > 0 else math.nan
+    is_known = spread is not None and spread.median > 0
+    if spread is None or not is_known:
+        return math.nan
+    return 1.0 / spread.median
 
 
 def _core_over_shortcut(row: SublayerRecord) -> float:
@@ -57,48 +69,83 @@ def _core_over_shortcut(row: SublayerRecord) -> float:
 
 
 def _value(interval: Interval | None) -> float:
-    return interval.estimate if interval is not None else math.nan
+    """Return the estimate of an interval; nan if it was not measured."""
+    if interval is None:
+        return math.nan
+    return interval.estimate
 
 
 def _known(values: Iterable[float]) -> list[float]:
-    return [v for v in values if not math.isnan(v)]
+    """Return the values that were measured."""
+    return list(itertools.filterfalse(math.isnan, values))
 
 
 def _worst(of: Callable[[SublayerRecord], float]) -> Figure:
-    return lambda report: max(_known(map(of, report.sublayers)), default=math.nan)
+    """Return the largest figure over the sub-layers."""
+
+    def worst(report: Report) -> float:
+        values = _known(map(of, report.sublayers))
+        return max(values, default=math.nan)
+
+    return worst
 
 
 def _mean(of: Callable[[SublayerRecord], float]) -> Figure:
+    """Return the mean figure over the sub-layers."""
+
     def mean(report: Report) -> float:
         values = _known(map(of, report.sublayers))
-        return math.fsum(values) / len(values) if values else math.nan
+        if not values:
+            return math.nan
+        return math.fsum(values) / len(values)
 
     return mean
 
 
 def _sum(of: Callable[[SublayerRecord], float]) -> Figure:
+    """Return the sum of a figure over the sub-layers."""
+
     def total(report: Report) -> float:
         values = _known(map(of, report.sublayers))
-        return math.fsum(values) if values else math.nan
+        if not values:
+            return math.nan
+        return math.fsum(values)
 
     return total
 
 
 def _sum_log(of: Callable[[SublayerRecord], float]) -> Figure:
+    """Return the logarithm of the product of (1 + figure) over the sub-layers."""
+
     def total(report: Report) -> float:
         values = _known(map(of, report.sublayers))
-        return math.fsum(math.log1p(max(v, 0.0)) for v in values) if values else math.nan
+        if not values:
+            return math.nan
+
+        # What is below zero adds nothing.
+        positive = [max(value, 0.0) for value in values]
+        return math.fsum(map(math.log1p, positive))
 
     return total
 
 
 def _end_to_end(report: Report) -> float:
-    return _value(report.network.end_to_end) if report.network is not None else math.nan
+    """Return the norm of the network end to end."""
+    if report.network is None:
+        return math.nan
+    return _value(report.network.end_to_end)
 
 
 def _gradient_growth(report: Report) -> float:
-    growth = report.network.growth.gradient if report.network is not None else None
-    return growth if growth is not None else math.nan
+    """Return the exponent of the gradient's growth over depth."""
+    if report.network is None:
+        return math.nan
+
+    # It is not known without a backward.
+    growth = report.network.growth.gradient
+    if growth is None:
+        return math.nan
+    return growth
 
 
 def _by_width(figure: Figure) -> Figure:
@@ -106,7 +153,12 @@ def _by_width(figure: Figure) -> Figure:
 
     The rate that Adam tolerates falls as 1/d in hidden matrices (Tensor Programs V, 2203.03466).
     """
-    return lambda report: figure(report) * (report.model.width or math.nan)
+
+    def times_width(report: Report) -> float:
+        width = report.model.width or math.nan
+        return figure(report) * width
+
+    return times_width
 
 
 _PLAIN: Mapping[str, Figure] = {

@@ -119,6 +119,7 @@ class RuleContext:
 def _capped_at_warning(level: Level) -> Level:
     if level == "error":
         return "warning"
+
     return level
 
 

@@ -46,6 +46,7 @@ class Limits:
         """The cuts that exist, by their level."""
         known: dict[Level, float] = {}
         for cut in CUTS:
+            # A figure need not have all three.
             limit: float | None = getattr(self, cut)
             if limit is not None:
                 known[cut] = limit
@@ -65,6 +66,8 @@ class Limits:
             value: in the unit of the cuts.
         """
         highest: Level | None = None
+
+        # The cuts ascend.
         for cut, limit in self.named_cuts.items():
             if value > limit:
                 highest = cut
@@ -298,9 +301,11 @@ def _is_number(value: Any) -> bool:
     """Return whether a value is a number other than NaN; True and False are none."""
     if isinstance(value, bool):
         return False
+
     if not isinstance(value, int | float):
         return False
 
+    # NaN compares with nothing.
     return not math.isnan(value)
 
 

@@ -86,6 +86,7 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
     inner_std = _middle_std(weights)
     as_matrices = _groups_drawn_as_matrices(drawn_groups, inner_std)
     if as_matrices:
+        # The biases of norms went through the same code.
         for group in as_matrices:
             yield from _differences_of(group, _AS_MATRICES)
         yield from _norm_biases(weights, inner_std)

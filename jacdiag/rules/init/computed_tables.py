@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jacdiag.records import ContractRecord, Finding
 from jacdiag.records.structure import TableRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.grouping import group_by
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
@@ -44,13 +45,17 @@ def fault_of(table: TableRecord) -> str:
 
 def _never_written(table: TableRecord) -> str:
     """Return the sign that nobody wrote to the memory of a table; "" if there is none."""
+    # No table is computed with numbers that are not finite.
     if table.not_finite:
         return f"holds NaN or Inf in {table.not_finite} of {table.count} elements"
+
+    # Integers that stood in the memory before read so.
     if table.tiny:
         return "holds numbers that are not zero and closer to it than 1e-30"
+
+    # Memory that was never used is zero.
     if table.least == table.most == 0:
         return "is zero in every element"
-
     return ""
 
 
@@ -92,6 +97,7 @@ def _rounded(table: TableRecord) -> str:
     # The running variance of a norm may be any positive number.
     if table.meaning == "variance":
         return ""
+
     return f"is {table.dtype} and holds numbers of {table.rounded} alone: it was rounded"
 
 
@@ -150,14 +156,19 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
 
     # One finding for all tables of one meaning with the same fault.
-    groups: dict[tuple[str, str], list[TableRecord]] = {}
-    for table, fault in wrong_tables(contract):
-        groups.setdefault((table.meaning, fault), []).append(table)
+    groups = group_by(wrong_tables(contract), _meaning_and_fault)
     findings = []
-    for (meaning, fault), tables in groups.items():
+    for (meaning, fault), pairs in groups.items():
+        tables = [table for table, _ in pairs]
         findings.append(_finding(context, rule, meaning, fault, tables))
 
     return CheckOutcome(len(contract.tables), findings)
+
+
+def _meaning_and_fault(pair: tuple[TableRecord, str]) -> tuple[str, str]:
+    """Return what a wrong table is, and its fault."""
+    table, fault = pair
+    return table.meaning, fault
 
 
 def _finding(

@@ -187,6 +187,8 @@ class _Parser:
     def _enter(self) -> None:
         """Count one more level of brackets or powers."""
         self.depth += 1
+
+        # Deeper formulas would exhaust Python's stack.
         if self.depth > _DEEPEST:
             raise self._error_here("too many levels")
 

@@ -175,17 +175,15 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
     if judgement is None:
         return NOT_APPLICABLE
 
-    contract = judgement.contract
-    count, repeating = copies(contract)
-
-    # 1. Layers that repeat another layer, then other weights.
+    # 1. Layers that repeat another layer.
+    count, repeating = copies(judgement.contract)
     of_layers = [copy for copy in repeating if copy.is_of_a_layer]
-    others = [copy for copy in repeating if not copy.is_of_a_layer]
-
-    # 2. One finding for each original.
     findings = []
     for (stack, _), group in group_by(of_layers, _layer_repeated).items():
-        findings.append(_finding(context, rule, contract, stack, group))
+        findings.append(_finding(context, rule, judgement.contract, stack, group))
+
+    # 2. Other weights that repeat another one.
+    others = [copy for copy in repeating if not copy.is_of_a_layer]
     for group in group_by(others, lambda copy: copy.original.parameter).values():
         findings.append(_finding_of_others(context, rule, group))
 

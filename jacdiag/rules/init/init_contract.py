@@ -157,6 +157,7 @@ def _fix_of(deviation: Deviation) -> str:
     # Matrices have a std.
     if is_vector(deviation.weight):
         return ""
+
     return f"initialise it with std {deviation.formula}"
 
 
@@ -217,6 +218,7 @@ def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
     for key, formulas_of_key in scheme.formulas.items():
         if formulas_of_key is formulas:
             keys.append(key)
+
     return keys
 
 
@@ -232,27 +234,36 @@ def _by_kind(kind: str) -> Callable[[RuleContext, Rule], CheckOutcome]:
         if judgement is None:
             return NOT_APPLICABLE
 
-        # 1. Weights that no init draws come first.
-        contract, result = judgement.contract, judgement.result
+        # Weights that no init draws come before those that differ from a scheme.
         if kind == "own":
-            no_draws = _no_draw_findings(context, rule, contract, result)
+            no_draws = _no_draw_findings(context, rule, judgement)
             if no_draws:
-                return _outcome_of_no_draws(context, rule, result, no_draws)
+                return _outcome_of_no_draws(context, rule, judgement.result, no_draws)
 
-        # 2. Only one of "published" and "own" reports, according to the scheme.
-        if not result.count or kind == _other_rule(result):
-            return CheckOutcome(0, note=_note_of_silence(kind, result))
-
-        # 3. The weights that differ in this rule's way.
-        matched = _matched(kind, contract, result)
-        if not matched:
-            return NOT_APPLICABLE
-        kinds = _REPORTED[kind]
-        differing = [deviation for deviation in result.deviations if deviation.kind in kinds]
-        findings = _findings(context, rule, differing, f"{_authority(contract, result)} expects")
-        return CheckOutcome(matched, findings, note=result.note)
+        return _compare_by_kind(kind, context, rule, judgement)
 
     return check
+
+
+def _compare_by_kind(
+    kind: str, context: RuleContext, rule: Rule, judgement: Judgement
+) -> CheckOutcome:
+    """Return the outcome of one of the four rules, with the weights that differ in its way."""
+    # 1. Only one of "published" and "own" reports, according to the scheme.
+    contract, result = judgement.contract, judgement.result
+    if not result.count or kind == _other_rule(result):
+        return CheckOutcome(0, note=_note_of_silence(kind, result))
+
+    # 2. How much there was to look at.
+    matched = _matched(kind, contract, result)
+    if not matched:
+        return NOT_APPLICABLE
+
+    # 3. The weights that differ.
+    kinds = _REPORTED[kind]
+    differing = [deviation for deviation in result.deviations if deviation.kind in kinds]
+    findings = _findings(context, rule, differing, f"{_authority(contract, result)} expects")
+    return CheckOutcome(matched, findings, note=result.note)
 
 
 # The kinds of deviations that each rule reports.
@@ -268,6 +279,7 @@ def _other_rule(result: SchemeComparison) -> str:
     """Return which of "published" and "own" says nothing of a model."""
     if result.published:
         return "own"
+
     return "published"
 
 
@@ -288,6 +300,7 @@ def _authority(contract: ContractRecord, result: SchemeComparison) -> str:
     # A published init, else the scheme that most of the model follows.
     if result.published:
         return f"the published init of {contract.family}"
+
     return "the scheme of the rest"
 
 
@@ -314,18 +327,15 @@ def _outcome_of_no_draws(
     return CheckOutcome(count, [*no_draws, *others], note=result.note)
 
 
-def _no_draw_findings(
-    context: RuleContext, rule: Rule, contract: ContractRecord, result: SchemeComparison
-) -> list[Finding]:
+def _no_draw_findings(context: RuleContext, rule: Rule, judgement: Judgement) -> list[Finding]:
     """Return one finding per name pattern and sign for weights that no init draws."""
-    contract = without_leftovers(contract)
-
     # 1. A head of unit spread may be what the family publishes (T5 of transformers).
     limit = context.thresholds.limits("logits_std").warning
-    if result.published:
+    if judgement.result.published:
         limit = None
 
     # 2. One finding for each name and sign.
+    contract = without_leftovers(judgement.contract)
     no_draws = find_no_draws(contract, limit)
     groups = group_by(no_draws, lambda no_draw: (no_draw.weight.pattern, no_draw.fix))
     return [_no_draw_finding(context, rule, contract, group) for group in groups.values()]

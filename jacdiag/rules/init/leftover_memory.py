@@ -154,6 +154,7 @@ def _step_to_be_like(other: WeightRecord) -> str:
     """Return how to make a parameter like another one; "" if that one does not say how."""
     if is_constant(other):
         return f"set {{}} to {mean_of(other):.4g}"
+
     if other.family in INDEPENDENT:
         return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
 

@@ -71,6 +71,8 @@ def _follows(
         right = formula.value(known)
         if value is None or right is None:
             return False
+
+        # One matrix that has another value shows that this is not the mistake.
         if not holds(weight, value):
             return False
 

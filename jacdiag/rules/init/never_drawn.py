@@ -128,6 +128,7 @@ def _larger_than_one(weight: WeightRecord, contract: ContractRecord) -> NoDraw |
     fan_in = weight.fan_in or 0
     if fan_in < _FEW_INPUTS:
         return None
+
     sign = (
         f"std {plain(std_of(weight))}, larger than any published init draws a matrix of "
         f"{fan_in} inputs"

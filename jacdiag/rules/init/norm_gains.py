@@ -67,6 +67,8 @@ def _is_drawn_off(gain: WeightRecord, usual: float) -> bool:
     """Return whether a gain was drawn around another value than the usual one."""
     if is_constant(gain):
         return False
+
+    # The mean of a draw is off by chance.
     return abs(_effective(gain) - usual) > error_of_mean(gain)
 
 
@@ -76,6 +78,7 @@ def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
     values = list(map(_effective, constant))
     enough = MAJORITY * len(gains)
 
+    # The first of them that enough others have.
     for value in values:
         alike = sum(math.isclose(value, other, rel_tol=1e-3) for other in values)
         if alike >= enough:

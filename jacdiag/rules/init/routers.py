@@ -223,6 +223,8 @@ def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
     """Return the std of a router over that of a matrix, as Xavier's formula gives them."""
     fans = _sum_of_fans(weight)
     fans_of_router = _sum_of_fans(router)
+
+    # Without both sizes there is no formula.
     if fans is None or fans_of_router is None:
         return 1.0
 
@@ -243,6 +245,8 @@ def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
     """Return what in the model says that its routers are meant to look so, "" if nothing does."""
     if routers.looks == "torch.randn":
         return _table_with_unit_std(contract)
+
+    # The default of nn.Linear is meant by nobody.
     if routers.looks != "zero":
         return ""
 
@@ -330,6 +334,8 @@ def _level_of(routers: Routers) -> Level:
     """Return "warning" for a default that was left, unless the model has a reason for it."""
     if not routers.looks:
         return "info"
+
+    # The model has a reason for it.
     if routers.excuse:
         return "info"
 
@@ -360,9 +366,11 @@ def _origin_of(routers: Routers) -> str:
     """Return what left the routers with their std, in words; "" if that is not known."""
     if routers.looks == "nn.Linear":
         return ", uniform as nn.Linear leaves it"
+
     if routers.looks:
         return f", as {routers.looks} leaves it"
 
+    # No default has such a std.
     return ""
 
 

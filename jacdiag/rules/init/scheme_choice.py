@@ -212,6 +212,7 @@ def _drawn_together(pattern: str, role: str) -> tuple[str, str]:
     """Return the key of the matrices that one loop draws: the module, and the first role there."""
     for roles in _SIBLINGS:
         if role in roles:
+            # One loop draws the siblings of one module.
             parent = pattern.removesuffix(".weight").rpartition(".")[0]
             return parent, roles[0]
 
@@ -223,6 +224,8 @@ def _vote(yardstick: Yardstick, weight: WeightRecord, agrees: bool) -> int:
     """Return 1 for a table with the scheme's own value, 0 for one any scheme allows, else -1."""
     if not agrees:
         return -1
+
+    # A value that any scheme allows says nothing.
     return int(yardstick.agrees_by_itself(weight))
 
 
@@ -261,6 +264,7 @@ def _yardsticks(
         yield Yardstick(contract, scheme)
         return
 
+    # Each base std is a scheme of its own.
     for s, spread in _bases(contract, scheme, weights):
         yield Yardstick(contract, scheme, s, spread)
 

@@ -196,6 +196,7 @@ def _shown(formula: str, s: float | None) -> str:
     """Return a formula for a sentence, with the base std if the scheme has one."""
     if s is None:
         return formula
+
     return f"{formula} with s = {plain(s)}"
 
 
@@ -263,15 +264,17 @@ def _has_either_std(weight: WeightRecord, std: float, other: float, spread: Spre
 
 def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:
     """Return whether the std is that of the transposed matrix."""
-    # 1. Of a square matrix, that is the same.
+    # 1. Vectors have no sizes to confuse.
     fan_in = weight.fan_in
     fan_out = weight.fan_out
     if not fan_in or not fan_out:
         return False
+
+    # 2. Of a square matrix, both are the same.
     if fan_in == fan_out:
         return False
 
-    # 2. Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
+    # 3. Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
     ratio = math.sqrt(fan_in / fan_out)
     return _has_either_std(weight, value * ratio, value / ratio, spread)
 
@@ -282,14 +285,16 @@ def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
     if weight.role not in _PROJECTIONS:
         return False
 
-    # 1. With one head there is nothing to confuse.
+    # 1. The width of a head must be known.
     head = yardstick.contract.sizes.get("d_head")
     if not head or not weight.fan_in:
         return False
+
+    # 2. With one head there is nothing to confuse.
     if weight.fan_in == head:
         return False
 
-    # 2. The std that such an input would have.
+    # 3. The std that such an input would have.
     value = mismatch.value * math.sqrt(weight.fan_in / head)
     return holds(weight, value, yardstick.spread)
 
@@ -384,6 +389,7 @@ def _value_of(weight: WeightRecord) -> float | None:
     """Return the value of a vector, the std of a matrix."""
     if is_vector(weight):
         return weight.mean
+
     return weight.std
 
 
@@ -512,6 +518,7 @@ def _courses(group: Sequence[WeightRecord]) -> Iterable[_Course]:
     # 2. The powers. A deep model has more pairs than are needed.
     if len(group) > _MOST_LAYERS:
         group = group[:: max(1, len(group) // _MOST_LAYERS)]
+
     for first, second in itertools.combinations(group, 2):
         course = _course_through(first, second)
         if course is not None:

@@ -170,6 +170,7 @@ class Yardstick:
         known = variables(self.contract, weight, self.s)
         values: dict[Formula, float] = {}
         for formula in self.scheme.of(weight):
+            # A variable of a formula may not be known for every weight.
             value = formula.value(known)
             if value is not None:
                 values[formula] = value
@@ -280,6 +281,7 @@ class Yardstick:
         # A fused matrix may hold sections that its record does not list.
         if self.is_followed:
             roles.update(FUSED.get(weight.role, ()))
+
         return not roles.isdisjoint(self.scheme.formulas)
 
     def _compare(self, pieces: Sequence[Piece]) -> list[Mismatch] | None:
@@ -486,9 +488,9 @@ def _drawn_roles_by_sublayer(matrices: Iterable[WeightRecord]) -> dict[str, set[
     """Return the roles of the matrices of each sub-layer that are not zero."""
     roles: dict[str, set[str]] = {}
     for weight in matrices:
-        roles_here = roles.setdefault(weight.sublayer, set())
+        drawn = roles.setdefault(weight.sublayer, set())
         if not is_zero(weight):
-            roles_here.add(weight.role)
+            drawn.add(weight.role)
 
     return roles
 
@@ -513,9 +515,12 @@ def variables(
     """Return what a formula may use for one weight."""
     own = {"fan_in": weight.fan_in, "fan_out": weight.fan_out, "l": weight.layer, "s": s}
     known = dict(contract.sizes)
+
+    # What is not known is left out, so that formulas with it have no value.
     for name, value in own.items():
         if value is not None:
             known[name] = float(value)
+
     return known
 
 

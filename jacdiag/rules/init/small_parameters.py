@@ -306,6 +306,8 @@ def _padding(tables: list[WeightRecord]) -> Iterator[Difference]:
 def _content(weight: WeightRecord) -> str:
     if is_constant(weight):
         return plain(weight.mean)
+
+    # A draw, or numbers that were computed.
     return f"numbers of mean {plain(weight.mean)} and std {plain(weight.std)}"
 
 

@@ -73,6 +73,7 @@ def _span(least: float, most: float) -> str:
     """Return a range in words; one number if it has no width."""
     if least == most:
         return plain(least)
+
     return f"{plain(least)} to {plain(most)}"
 
 

@@ -139,4 +139,5 @@ def without(contract: ContractRecord, names: Container[str]) -> ContractRecord:
     is_any_left_out = len(others) < len(contract.weights)
     if not is_any_left_out:
         return contract
+
     return replace(contract, weights=others)
