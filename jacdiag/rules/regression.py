@@ -208,26 +208,32 @@ def _growth_in_training(context: RuleContext, rule: Rule, against: AgainstRecord
     Training lets them grow, up to what healthy runs show.
     """
     # 1. The sub-layers that were compared, with what healthy runs show.
-    figure = "growth_from_init" if against.state == "init" else "checkpoint_growth"
     rows = [row for row in context.report.sublayers if row.name in against.branch_norms]
-    limits = {row.name: context.thresholds.limits(figure, row.placement or "") for row in rows}
+    limits = {row.name: _limits_of_growth(context, against, row) for row in rows}
 
     # 2. One finding per level, the highest first.
     groups = _growth_by_level(against, limits)
     findings: list[Finding] = []
     for level in reversed(LEVELS):
         if level in groups:
-            group = groups[level]
-            worst = max(group, key=lambda change: change.amplification)
-            limit = limits[worst.where]
-            findings.append(_growth_finding(context, rule, group, worst, level, limit))
+            findings.append(_growth_finding(context, rule, groups[level], level, limits))
 
     # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
     unjudged = [row for row in rows if limits[row.name].info is None]
     judged_count = len(limits) - len({row.name for row in unjudged})
-    return CheckOutcome(
-        judged_count, findings, list(against.missing), _growth_unknown_for(unjudged)
-    )
+    note = _growth_unknown_for(unjudged)
+    return CheckOutcome(judged_count, findings, list(against.missing), note)
+
+
+def _limits_of_growth(context: RuleContext, against: AgainstRecord, row: SublayerRecord) -> Limits:
+    """Return how much the branch of a sub-layer grows in healthy training."""
+    figure = "checkpoint_growth"
+    if against.state == "init":
+        figure = "growth_from_init"
+
+    # Growth is known by the placement of the norm.
+    placement = row.placement or ""
+    return context.thresholds.limits(figure, placement)
 
 
 def _growth_by_level(
@@ -282,15 +288,20 @@ def _growth_finding(
     context: RuleContext,
     rule: Rule,
     group: list[ChangeRecord],
-    worst: ChangeRecord,
     level: Level,
-    limits: Limits,
+    limits: Mapping[str, Limits],
 ) -> Finding:
     """Return the finding about the branches that grew to one level."""
     against = context.report.against
     assert against is not None
-    # 1. The sentence.
-    limit = limits.warning if level == "error" else limits.info
+
+    # 1. The branch that grew the most, and the limit that it is compared with.
+    worst = max(group, key=lambda change: change.amplification)
+    limit = limits[worst.where].info
+    if level == "error":
+        limit = limits[worst.where].warning
+
+    # 2. The sentence.
     what = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
     what += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
     if limit is not None:
@@ -299,12 +310,11 @@ def _growth_finding(
     if len(group) > 1:
         what += f"; {len(group)} of {against.compared} branches grew so"
 
-    # 2. The evidence.
+    # 3. The evidence.
     changes = []
     for change in group:
         old, new = change.earlier[1], change.now[1]
         changes.append({"where": change.where, "field": change.figure, "old": old, "new": new})
-
     evidence = {
         "field": "branch_norm",
         "sublayer": worst.where,
@@ -316,7 +326,7 @@ def _growth_finding(
         "changes": changes,
     }
 
-    # 3. The finding.
+    # 4. The finding.
     fix = "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
     if level == "info":
         fix = ""

@@ -90,15 +90,24 @@ def _check_coefficients(curve: RiskCurve, path: Path) -> None:
 def _check_range(curve: RiskCurve, name: str, path: Path) -> None:
     """Raise UsageError unless a range is two numbers above 0."""
     span = curve.ranges.get(name)
-    if isinstance(span, list) and len(span) == 2:
-        are_numbers = all(isinstance(end, int | float) for end in span)
-        if are_numbers and 0 < span[0] <= span[1]:
-            return
+    if _is_range(span):
+        return
+
     raise UsageError(
         f"'{path}' has a curve over an impossible range",
         got=f"ranges.{name} of [curve.{curve.placement}] is {span}",
         hint=f"two numbers above 0, the least first; {_WRITTEN}",
     )
+
+
+def _is_range(span: object) -> bool:
+    """Return whether something is two numbers above 0, the least first."""
+    if not isinstance(span, list) or len(span) != 2:
+        return False
+
+    # A file may hold anything.
+    are_numbers = all(isinstance(end, int | float) for end in span)
+    return are_numbers and 0 < span[0] <= span[1]
 
 
 def risk_toml(table: RiskTable) -> str:

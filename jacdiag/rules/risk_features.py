@@ -58,8 +58,12 @@ def _inverse_shortcut(row: SublayerRecord) -> float:
     A norm of the stream multiplies by it, wherever the norm is.
     """
     spread = row.shortcut_std
-    is_known = spread is not None and spread.median > 0
-    if spread is None or not is_known:
+    if spread is None:
+        return math.nan
+
+    # A shortcut of zeros has no inverse.
+    has_inverse = spread.median > 0
+    if not has_inverse:
         return math.nan
     return 1.0 / spread.median
 

@@ -178,21 +178,30 @@ def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
     """Return the limits by figure and stratum; a stratum inherits what is no cut."""
     table: dict[tuple[str, str], Limits] = {}
     for figure, section in data.items():
-        # 1. Tables are strata, anything else is of the figure itself.
-        strata = {key: value for key, value in section.items() if isinstance(value, dict)}
-        own = {key: value for key, value in section.items() if key not in strata}
-
-        # 2. A figure without a cut of its own has those of its strata alone.
-        has_cut = not own.keys().isdisjoint(CUTS)
-        if has_cut:
-            table[figure, ""] = Limits(**own)
-
-        # 3. Where the cuts come from holds for all strata.
-        inherited = {key: value for key, value in own.items() if key not in CUTS}
-        for stratum, limits in strata.items():
-            table[figure, stratum] = Limits(**{**inherited, **limits})
+        for stratum, limits in _strata_of(section).items():
+            table[figure, stratum] = limits
 
     return table
+
+
+def _strata_of(section: Mapping[str, Any]) -> dict[str, Limits]:
+    """Return the limits of one figure by stratum; "" for those of the figure itself."""
+    # 1. Tables are strata, anything else is of the figure itself.
+    tables = {key: value for key, value in section.items() if isinstance(value, dict)}
+    own = {key: value for key, value in section.items() if key not in tables}
+
+    # 2. A figure without a cut of its own has those of its strata alone.
+    strata: dict[str, Limits] = {}
+    has_cut = not own.keys().isdisjoint(CUTS)
+    if has_cut:
+        strata[""] = Limits(**own)
+
+    # 3. Where the cuts come from holds for all strata.
+    inherited = {key: value for key, value in own.items() if key not in CUTS}
+    for stratum, table in tables.items():
+        strata[stratum] = Limits(**{**inherited, **table})
+
+    return strata
 
 
 def _keys_of(
@@ -204,19 +213,21 @@ def _keys_of(
         UsageError: the figure, a stratum or a cut does not exist, or the override is no table.
     """
     # 1. The entries of the figure.
-    strata_of = group_by(table, _figure_of)
-    if figure not in strata_of:
-        known = ", ".join(sorted(strata_of))
+    keys_by_figure = group_by(table, _figure_of)
+    if figure not in keys_by_figure:
+        known = ", ".join(sorted(keys_by_figure))
         raise UsageError(f"no threshold is called '{figure}'", hint=f"there are {known}")
-    keys = strata_of[figure]
+
+    # 2. The override must be about them.
+    keys = keys_by_figure[figure]
     _check_override(figure, value, [stratum for _, stratum in keys])
 
-    # 2. A cut changes all strata.
+    # 3. A cut changes all strata.
     has_cut = any(name in CUTS for name in value)
     if has_cut:
         return keys
 
-    # 3. Without one, only those that are named change.
+    # 4. Without one, only those that are named change.
     named = [key for key in keys if _is_named_in(value, key)]
     return named or keys
 

@@ -234,12 +234,13 @@ def _mean_square(weight: WeightRecord) -> float:
 
 def _middle_std(weights: Sequence[WeightRecord]) -> float:
     """Return the middle std of the matrices that read the stream; 0 if none was drawn."""
-    readers = [weight for weight in weights if weight.role in INNER]
-    stds = sorted(filter(None, map(std_of, readers)))
-    if not stds:
-        return 0.0
+    stds = map(std_of, with_role(weights, *INNER))
 
-    return stds[len(stds) // 2]
+    # Zeros were not drawn.
+    known = sorted(filter(None, stds))
+    if not known:
+        return 0.0
+    return known[len(known) // 2]
 
 
 def _drawn_as_matrices(group: BiasGroup, inner_std: float) -> bool:

@@ -24,7 +24,13 @@ from jacdiag.rules.init.scheme_deviations import (
 )
 from jacdiag.rules.init.scheme_fit import Yardstick
 from jacdiag.rules.init.schemes import MATRICES, Scheme, published_for
-from jacdiag.rules.init.weight_facts import is_vector, parameters_of, pattern_of, places_of
+from jacdiag.rules.init.weight_facts import (
+    is_vector,
+    parameters_of,
+    pattern_of,
+    places_of,
+    with_role,
+)
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
 
@@ -379,20 +385,31 @@ def _matched(kind: str, contract: ContractRecord, result: SchemeComparison) -> i
 
     For depth these are matrices under a scheme, for layers name patterns of several.
     """
-    # 1. The scaling with depth is that of matrices, under a scheme.
     if kind == "depth":
-        if result.scheme is None:
-            return 0
-        return sum(weight.role in MATRICES for weight in contract.weights)
-
-    # 2. Layers can be compared where a name stands in several.
+        return _count_scaled(contract, result)
     if kind == "layers":
-        of_layers = [weight for weight in contract.weights if weight.layer is not None]
-        groups = group_by(of_layers, pattern_of).values()
-        return sum(len(group) > 1 for group in groups)
+        return _count_comparable(contract)
 
-    # 3. A scheme covers as many weights as were compared with it.
+    # A scheme covers as many weights as were compared with it.
     return result.count
+
+
+def _count_scaled(contract: ContractRecord, result: SchemeComparison) -> int:
+    """Return how many matrices may be scaled with depth; none without a scheme."""
+    if result.scheme is None:
+        return 0
+
+    # A scheme says of every matrix of a sub-layer whether it is.
+    return len(with_role(contract.weights, *MATRICES))
+
+
+def _count_comparable(contract: ContractRecord) -> int:
+    """Return how many names stand in several layers."""
+    of_layers = [weight for weight in contract.weights if weight.layer is not None]
+    groups = group_by(of_layers, pattern_of)
+
+    # One weight alone has nothing to be compared with.
+    return sum(len(group) > 1 for group in groups.values())
 
 
 # -- JD206 -----------------------------------------------------------------------------------------
@@ -456,15 +473,16 @@ def _decay(context: RuleContext, rule: Rule) -> CheckOutcome:
         return NOT_APPLICABLE
 
     # One finding for each kind of parameter with weight decay.
-    spared = [weight for weight in contract.weights if weight.role in _SPARED]
-    decayed = [weight for weight in spared if weight.decayed]
-    by_role = group_by(decayed, lambda weight: weight.role)
     findings: list[Finding] = []
     for role, words in _SPARED.items():
-        if role in by_role:
-            names = parameters_of(by_role[role])
+        weights = with_role(contract.weights, role)
+        decayed = [weight for weight in weights if weight.decayed]
+        if decayed:
+            names = parameters_of(decayed)
             findings.append(_decay_finding(context, rule, role, words, names))
 
+    # All parameters of these kinds were looked at.
+    spared = with_role(contract.weights, *_SPARED)
     return CheckOutcome(len(spared), findings)
 
 

@@ -19,7 +19,7 @@ from jacdiag.rules.init.scheme_fit import (
     judged_by_schemes,
 )
 from jacdiag.rules.init.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
-from jacdiag.rules.init.weight_facts import is_zero, sampling_interval, size_of, std_of
+from jacdiag.rules.init.weight_facts import is_zero, sampling_interval, size_of, std_of, with_role
 
 # Share of a model's matrices that must agree before a scheme is called its own: a clear majority,
 # or half of them if the scheme has no base std of its own to choose and several different values
@@ -86,7 +86,7 @@ class Followed:
 def followed(contract: ContractRecord) -> Yardstick | None:
     """Return the scheme that a model follows; None if none fits most of its matrices."""
     weights = judged_by_schemes(contract)
-    matrices = [weight for weight in weights if weight.role in MATRICES]
+    matrices = with_role(weights, *MATRICES)
     if not matrices:
         return None
 
@@ -114,7 +114,7 @@ def _fits(contract: ContractRecord, weights: Sequence[WeightRecord]) -> Iterable
 
 def _tables_agree(yardstick: Yardstick, weights: Iterable[WeightRecord]) -> bool:
     """Return whether one of embedding, positions and head was drawn as the scheme itself says."""
-    tables = [weight for weight in weights if weight.role in TABLES]
+    tables = with_role(weights, *TABLES)
     return any(map(yardstick.agrees_by_itself, tables))
 
 
@@ -350,9 +350,9 @@ def _root_mean_square(samples: Sequence[_Sample]) -> float:
 def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
     """Return the matrices whose std depends on s, each with its factor; `unit` has s = 1."""
     samples = []
-    for weight in weights:
-        is_drawn_matrix = weight.role in MATRICES and bool(weight.std)
-        if not is_drawn_matrix:
+    for weight in with_role(weights, *MATRICES):
+        # Zeros are no sample of a draw.
+        if not weight.std:
             continue
 
         # A formula without s says nothing of it.

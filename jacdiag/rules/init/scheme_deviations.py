@@ -141,17 +141,14 @@ def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
 
 def _only_the_head_may_differ(yardstick: Yardstick) -> bool:
     """Return whether all matrices agree, and nothing but the head keeps the default of a class."""
-    for weight in yardstick.contract.weights:
-        # A matrix that differs from the scheme.
-        if weight.role in MATRICES and yardstick.mismatches(weight):
-            return False
+    # 1. A matrix that differs from the scheme.
+    weights = yardstick.contract.weights
+    if any(map(yardstick.mismatches, with_role(weights, *MATRICES))):
+        return False
 
-        # Another weight that nobody initialized.
-        is_head = weight.role == "head"
-        if not is_head and _is_default(weight):
-            return False
-
-    return True
+    # 2. Another weight that nobody initialized.
+    others = [weight for weight in weights if weight.role != "head"]
+    return not any(map(_is_default, others))
 
 
 def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviation | None:

@@ -34,6 +34,7 @@ from jacdiag.rules.init.weight_facts import (
     parameters_of,
     pattern_of,
     std_of,
+    with_role,
 )
 
 # One attention draws these alike: by one variant of a formula, never each by another.
@@ -121,10 +122,12 @@ class Yardstick:
         The default of torch.nn.init.normal_ is right for positions in some models. Where it was
         drawn into matrices by mistake, positions with it are part of the mistake.
         """
-        for weight in self.contract.weights:
-            is_unit_matrix = weight.role in MATRICES and is_of_unit_spread(weight)
-            if is_unit_matrix and not self.agrees_by_itself(weight):
+        matrices = with_role(self.contract.weights, *MATRICES)
+        for weight in filter(is_of_unit_spread, matrices):
+            is_meant = self.agrees_by_itself(weight)
+            if not is_meant:
                 return True
+
         return False
 
     def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
@@ -179,36 +182,44 @@ class Yardstick:
     @cached_property
     def _variants(self) -> Mapping[str, frozenset[int]]:
         """Variants that an attention may have been drawn by, by its name."""
-        attentions: dict[str, list[WeightRecord]] = {}
-        for weight in self.contract.weights:
-            if weight.role in _TOGETHER:
-                attentions.setdefault(_attention_of(weight), []).append(weight)
-
-        return {name: self._usual_variants(weights) for name, weights in attentions.items()}
+        projections = with_role(self.contract.weights, *_TOGETHER)
+        variants: dict[str, frozenset[int]] = {}
+        for attention, weights in group_by(projections, _attention_of).items():
+            variants[attention] = self._usual_variants(weights)
+        return variants
 
     def _usual_variants(self, weights: Sequence[WeightRecord]) -> frozenset[int]:
         """Return the variants with which most of these queries, keys and values agree.
 
         None are returned if all are open.
         """
-        counts = {len(self.scheme.of(weight)) for weight in weights}
-        has_one_count = len(counts) == 1
-        if not self.is_followed or not has_one_count:
+        # 1. A scheme that was given is meant with all its variants.
+        if not self.is_followed:
             return frozenset()
 
-        # 1. Count how many weights agree with each variant, none of them included.
+        # 2. All of them need the same number of variants.
+        counts = {len(self.scheme.of(weight)) for weight in weights}
+        if len(counts) != 1:
+            return frozenset()
+
+        # 3. Count how many weights agree with each variant, none of them included.
         (count,) = counts
         votes = [0] * count
         for weight in weights:
-            known = variables(self.contract, weight, self.s)
-            for number, formula in enumerate(self.scheme.of(weight)):
-                value = formula.value(known)
-                if value is not None and holds(weight, value, self.spread):
-                    votes[number] += 1
+            for number in self._variants_that_agree(weight):
+                votes[number] += 1
 
-        # 2. Several may agree with equally many.
+        # 4. Several may agree with equally many.
         most = max(votes, default=0)
-        return frozenset(number for number, count in enumerate(votes) if count == most)
+        return frozenset(number for number in range(count) if votes[number] == most)
+
+    def _variants_that_agree(self, weight: WeightRecord) -> Iterator[int]:
+        """Yield the places of the formulas whose value a weight has."""
+        known = variables(self.contract, weight, self.s)
+        for number, formula in enumerate(self.scheme.of(weight)):
+            value = formula.value(known)
+            if value is not None and holds(weight, value, self.spread):
+                yield number
 
     def agrees_by_itself(self, weight: WeightRecord) -> bool:
         """Return whether an entire weight has a value that the scheme itself states."""
@@ -469,7 +480,7 @@ def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
     shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
     the sub-layer works without it. An expert stands for itself.
     """
-    matrices = [weight for weight in contract.weights if weight.role in MATRICES]
+    matrices = with_role(contract.weights, *MATRICES)
     drawn_roles = _drawn_roles_by_sublayer(matrices)
 
     def may_be_zero(weight: WeightRecord) -> bool:

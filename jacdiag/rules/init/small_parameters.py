@@ -348,12 +348,18 @@ def _finding(context: RuleContext, rule: Rule, group: list[Difference]) -> Findi
 
 def _contents_in_words(group: list[Difference]) -> str:
     """Return what the first parameter of a group holds, and whether others hold something else."""
-    contents = [difference.holds or _content(difference.weight) for difference in group]
+    contents = list(map(_content_of, group))
+
+    # The same words mean the same content.
     are_all_the_same = len(set(contents)) == 1
     if are_all_the_same:
         return contents[0]
-
     return f"{contents[0]} and others"
+
+
+def _content_of(difference: Difference) -> str:
+    """Return what a parameter holds, in words."""
+    return difference.holds or _content(difference.weight)
 
 
 def _subject(group: list[Difference]) -> str:

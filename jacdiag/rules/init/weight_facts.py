@@ -118,9 +118,9 @@ def parameters_of(weights: Iterable[WeightRecord]) -> list[str]:
     return [weight.parameter for weight in weights]
 
 
-def with_role(weights: Iterable[WeightRecord], role: str) -> list[WeightRecord]:
-    """Return the weights of one role."""
-    return [weight for weight in weights if weight.role == role]
+def with_role(weights: Iterable[WeightRecord], *roles: str) -> list[WeightRecord]:
+    """Return the weights of one role, or of some roles."""
+    return [weight for weight in weights if weight.role in roles]
 
 
 def without(contract: ContractRecord, names: Container[str]) -> ContractRecord:
