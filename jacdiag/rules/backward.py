@@ -131,6 +131,7 @@ def _held(names: Sequence[str], values: Sequence[float]) -> str:
     """
     phrases = []
     for name, value in zip(names, values, strict=False):
+        # A tiny value is shown by its size: its digits mean nothing.
         held = f"{value:g}"
         if _is_negligible(value):
             held = f"at most {abs(value):.1g} in size"
@@ -150,6 +151,7 @@ def _outlook(path: DeadPath) -> str:
     if gradient is None:
         return ""
 
+    # Whether a step can end it.
     if gradient == 0:
         return "; no gradient reaches these values either, so that no step changes them"
 
@@ -359,6 +361,7 @@ def _growth_finding(
     context: RuleContext, rule: Rule, name: str, exponent: float, limit: float
 ) -> Finding:
     """Return the finding about the norms of "activation" or "gradient" over depth."""
+    # 1. The sentence.
     over_all_layers = exponent * context.report.model.layers
     way = "upwards" if name == "activation" else "towards the input"
     verb = "grows" if over_all_layers > 0 else "shrinks"
@@ -366,6 +369,8 @@ def _growth_finding(
         f"the {name} norm {verb} {plain(math.exp(abs(over_all_layers)))}-fold {way}, exponent "
         f"{plain(exponent)} a layer"
     )
+
+    # 2. The finding.
     evidence = {
         "field": f"growth.{name}",
         "value": exponent,
@@ -382,11 +387,13 @@ def _embedding(context: RuleContext, rule: Rule) -> CheckOutcome:
     if record is None:
         return NOT_APPLICABLE
 
+    # 1. The share that was measured, or the reason why there is none.
     share = record.embedding_share
     if share is None:
         note = record.notes.get("embedding_norm") or record.notes.get("others_median", "")
         return CheckOutcome(0, note=note)
 
+    # 2. The embedding compared with the other matrices.
     def sentence(worst: Measured) -> str:
         return (
             f"the gradient of {worst.where} is {plain(worst.value)} times the median of the "
@@ -470,12 +477,15 @@ def _cut_shortcut(context: RuleContext, rule: Rule) -> CheckOutcome:
     if not cut:
         return CheckOutcome(matched)
 
+    # 1. The sentence.
     where = [shortcut.where for shortcut in cut]
     calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
     what = (
         f"the shortcut of {list_names(where)} passes {list_names(calls)}: the gradient goes "
         "through the branch alone there"
     )
+
+    # 2. The finding.
     evidence = {"calls": calls, "count": len(cut)}
     fix = f"add the shortcut itself, without {list_names(calls)}"
     level = context.level(rule, "warning")

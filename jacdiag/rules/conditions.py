@@ -349,8 +349,12 @@ def _amplification(context: RuleContext, rule: Rule) -> CheckOutcome:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
+
+        # 1. A trained model is compared with what is usual at init.
         norm = placement_in_words(worst.row.placement)
         at = f"{norm} at init" if context.report.state == "trained" else norm
+
+        # 2. The sentence.
         what = (
             f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above "
             f"{plain(limit)}); "

@@ -672,12 +672,18 @@ def _batch_sentence(figure: Figure, context: ReplayContext) -> str:
 def _weights_sentence(figure: Figure, context: ReplayContext) -> str:
     what, level = _WORDS[figure.name], figure.at_checkpoint
     text = f"The weights: on {_weights(context)} {_range(figure, what=True)}"
+
+    # 1. What the run had with these weights.
     if level is not None:
         text += f", where the run had {_center(level, figure)}"
+
+    # 2. What the batch of the step has.
     text += (
         f". The batch of step {context.step} ({what} {three(max(figure.suspects))}) is not "
         "out of their range"
     )
+
+    # 3. The weights may be those that the batch made.
     if _holds_the_update(context):
         text += (
             f". These weights hold the update of step {context.step}: a checkpoint from before it "
@@ -764,17 +770,22 @@ def _what_decides(figure: Figure, context: ReplayContext) -> str:
     """Return what to look at if neither the batch nor the weights show the jump."""
     if context.checkpoint_step is None or context.step is None:
         return "a checkpoint that says its step, from right before or after that step, would decide"
+
+    # 1. Weights from long before the step.
     if context.checkpoint_step < context.step - 1:
         apart = context.step - context.checkpoint_step
         return (
             f"these weights are from {apart} steps before that step, and a later checkpoint "
             "would decide"
         )
+
+    # 2. Weights from after the step.
     if context.checkpoint_step >= context.step:
         return (
             f"a checkpoint of step {context.step - 1}, the weights that the batch met, would decide"
         )
 
+    # 3. The very weights that the batch met.
     what = _WORDS[figure.name]
     return (
         f"the run had a {what} of {three(figure.at_step)} with this batch and these weights, and "

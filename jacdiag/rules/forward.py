@@ -277,11 +277,13 @@ def _rank(context: RuleContext, rule: Rule) -> CheckOutcome:
     if record is None or not record.token_cosine:
         return otherwise
 
+    # 1. The cosine at each point of the stream.
     figures = [
         Measured(point, value)
         for point, value in zip(record.points, record.token_cosine, strict=False)
     ]
 
+    # 2. The largest cosine.
     def sentence(worst: Measured) -> str:
         return (
             f"the mean cosine between tokens is {plain(worst.value)} at {worst.where} (1 is "

@@ -48,8 +48,12 @@ def read_page(code: str) -> RulePage:
         'Massive activations: a few values of the stream are far above all others'
     """
     text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
+
+    # 1. Cut the page at its headings, so that titles and bodies alternate.
     head, *parts = _SECTION.split(text)
     sections = dict(zip(parts[0::2], (body.strip("\n") for body in parts[1::2]), strict=True))
+
+    # 2. The text before the first section is the title and the summary.
     _title, _, summary = head.partition("\n")
     return RulePage(
         summary=" ".join(summary.split()),

@@ -58,16 +58,17 @@ def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureCh
         now: of the model that is audited.
         before: of the baseline or the earlier model.
     """
-    changes = []
+    changes: list[FigureChange] = []
     for name, figures in now.sublayers.items():
         earlier = before.sublayers.get(name, {})
         for figure in FIGURES:
+            # 1. A figure that one side lacks cannot be compared.
             new = figures.get(figure)
             old = earlier.get(figure)
             if new is None or old is None:
                 continue
 
-            # The interval of now lies above that of before.
+            # 2. The interval of now lies above that of before.
             _, old_middle, old_upper = old
             new_lower, new_middle, _ = new
             if new_lower > old_upper:

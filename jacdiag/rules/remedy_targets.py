@@ -84,6 +84,7 @@ def _worst(report: Report, name: str) -> list[float] | None:
             lowers.append(interval.lower)
             uppers.append(interval.upper)
 
+    # A figure that was measured nowhere has no worst value.
     if not lowers:
         return None
 

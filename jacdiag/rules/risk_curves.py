@@ -33,30 +33,44 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
         UsageError: the file cannot be read, holds no curve, or one in a figure or over a range that
             has no meaning.
     """
+    # 1. Read the file.
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.startswith("\ufeff"):
-            raise ValueError(
-                "a byte order mark (BOM) at its beginning: save it as UTF-8 without BOM"
-            )
-
-        data = tomllib.loads(text)
-        curves = {
-            k: RiskCurve.from_dict({"placement": k, **table})
-            for k, table in data.get("curve", {}).items()
-        }
+        data = tomllib.loads(_text_of(path))
+        curves = _curves_of(data)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN
         ) from error
+
+    # 2. Check what it holds.
     if not curves:
         raise UsageError(
             f"'{path}' holds no curve", got="no table [curve.PLACEMENT] in it", hint=_WRITTEN
         )
-
     for curve in curves.values():
         _check(curve, path)
+
     return RiskTable(curves, data.get("about", {}))
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of a TOML file.
+
+    Raises:
+        ValueError: it begins with a byte order mark, which TOML does not allow.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError("a byte order mark (BOM) at its beginning: save it as UTF-8 without BOM")
+    return text
+
+
+def _curves_of(data: dict[str, Any]) -> dict[str, RiskCurve]:
+    """Return the curves of a file by the placement of the norm."""
+    curves: dict[str, RiskCurve] = {}
+    for placement, table in data.get("curve", {}).items():
+        curves[placement] = RiskCurve.from_dict({"placement": placement, **table})
+    return curves
 
 
 def _check(curve: RiskCurve, path: Path) -> None:
@@ -112,24 +126,36 @@ def _is_range(span: object) -> bool:
 
 def risk_toml(table: RiskTable) -> str:
     """Return the table as TOML, for `load_risk`."""
+    # 1. Where the curves come from.
     lines = [
         (
             "# The chance that a run goes wrong, by placement of the norm. From jacdiag backtest "
             "--write-risk."
         ),
         "",
-    ]
-    lines += [
         "[about]",
-        *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.about.items()),
     ]
-    for name, curve in table.curves.items():
-        lines += ["", f"[curve.{json.dumps(name)}]"]
-        values = {k: v for k, v in curve.to_dict().items() if k not in ("placement", "ranges")}
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
-        lines += [f"ranges.{key} = {_toml(value)}" for key, value in curve.ranges.items()]
+    for key, value in table.about.items():
+        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
 
+    # 2. Each curve.
+    for placement, curve in table.curves.items():
+        lines += ["", f"[curve.{json.dumps(placement)}]", *_lines_of(curve)]
     return "\n".join(lines) + "\n"
+
+
+def _lines_of(curve: RiskCurve) -> list[str]:
+    """Return the entries of one curve as TOML, its ranges last."""
+    lines: list[str] = []
+
+    # The placement is the name of the table.
+    for key, value in curve.to_dict().items():
+        if key not in ("placement", "ranges"):
+            lines.append(f"{key} = {_toml(value)}")
+    for name, span in curve.ranges.items():
+        lines.append(f"ranges.{name} = {_toml(span)}")
+
+    return lines
 
 
 def _toml(value: Any) -> str:
@@ -139,7 +165,11 @@ def _toml(value: Any) -> str:
     if not isinstance(value, float):
         return json.dumps(value, ensure_ascii=False)
 
-    # Six digits are more than any of them is known to. TOML tells floats by their point.
+    # Six digits are more than any of them is known to.
     short = f"{value:.6g}"
+
+    # TOML tells floats by their point.
     is_float = "." in short or "e" in short
-    return short if is_float else f"{short}.0"
+    if is_float:
+        return short
+    return f"{short}.0"

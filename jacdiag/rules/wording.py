@@ -27,6 +27,7 @@ def list_names(
         shown = [clipped(name, longest) for name in shown]
     text = ", ".join(shown)
 
+    # How many are left out.
     more = len(names) - most
     if more > 0:
         text += f" and {more} more"

@@ -198,6 +198,7 @@ def _name_of_matrix(bias: str) -> str:
     if "bias" in name:
         matrix = name.replace("bias", "weight")
 
+    # A parameter of the model itself has no module.
     if not module:
         return matrix
 

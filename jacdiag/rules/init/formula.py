@@ -61,6 +61,7 @@ class Formula:
                 "a formula is too long", got=f"{len(text)} characters", hint=f"at most {_LONGEST}"
             )
 
+        # The parser collects the names of the variables on its way.
         parser = _Parser(text)
         tree = parser.parse()
         return cls(text, tree, frozenset(parser.names))

@@ -156,6 +156,7 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
     if _without_numbers(name) != _without_numbers(other_name):
         return None
 
+    # The first number that differs names the layer or the expert.
     pairs = zip(_NUMBER.finditer(name), _NUMBER.finditer(other_name), strict=True)
     for own, other in pairs:
         if own[0] != other[0]:

@@ -451,10 +451,13 @@ def _std_of_logits(contract: ContractRecord, head: WeightRecord) -> float | None
 def _tied_finding(
     context: RuleContext, rule: Rule, weight: WeightRecord, logits: float, limit: float
 ) -> Finding:
+    # 1. The sentence.
     what = (
         f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std "
         f"{plain(logits)} at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
     )
+
+    # 2. The finding.
     evidence = {
         "parameters": [weight.parameter],
         "value": logits,

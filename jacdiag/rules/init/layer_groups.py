@@ -114,6 +114,7 @@ def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
     for weight in weights:
         name = weight.parameter
         for match in _NUMBER.finditer(name):
+            # The name goes on with a module, and not with a parameter.
             holds_modules = "." in name[match.end() + 1 :]
             if holds_modules:
                 blocks.add(name[: match.end()])

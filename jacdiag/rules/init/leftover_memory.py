@@ -84,8 +84,12 @@ def _sign_of(weight: WeightRecord) -> str:
     """Return the sign that nobody wrote a parameter; "" if there is none."""
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
+
+    # Random bits, read as float32, are often huge.
     if _holds_huge_numbers(weight):
         return f"numbers beyond {plain(LARGEST)}"
+
+    # Memory of another parameter was handed out again.
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
 

@@ -38,12 +38,14 @@ def _is_drawn_at_random(pair: AdapterRecord) -> bool:
 
 def _finding_of_zeros(context: RuleContext, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
     """Return the finding about adapters that no step can change."""
+    # 1. The factors that are zero, the first of each adapter apart.
     firsts: list[str] = []
     others: list[str] = []
     for pair in pairs:
         firsts.append(pair.zero_factors[0])
         others.extend(pair.zero_factors[1:])
 
+    # 2. The finding.
     listed = list_names(firsts, longest=None)
     what = (
         f"{listed} and another factor of each are zero in every element: no "

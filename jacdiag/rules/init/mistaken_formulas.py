@@ -32,6 +32,7 @@ def find_mistaken(contract: ContractRecord) -> Yardstick | None:
     for looks, mistake in _MISTAKES.items():
         for scheme in _schemes_with_one_formula():
             if _follows(contract, weights, scheme, mistake):
+                # Nothing but matrices was compared with the formula.
                 only = replace(scheme, formulas={"matrix": scheme.formulas["matrix"]})
                 return Yardstick(contract, only, judges_tables=False, looks=looks)
 

@@ -200,6 +200,7 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
     interval = StdInterval(routers.lower, routers.upper)
     for weight in readers:
         factors = (1.0, _xavier_ratio(weight, routers.members[0]), _TRUNCATED, 1 / _TRUNCATED)
+
         for factor in factors:
             if _scaled_interval(weight, factor).meets(interval):
                 return True
@@ -282,6 +283,7 @@ def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRec
         return None
 
     own_bias = f"{module_of(router)}.bias"
+
     for weight in contract.weights:
         is_per_expert = weight.shape == [router.fan_out]
         is_in_sublayer = weight.sublayer == router.sublayer

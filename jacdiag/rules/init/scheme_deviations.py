@@ -153,17 +153,18 @@ def _only_the_head_may_differ(yardstick: Yardstick) -> bool:
 
 def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviation | None:
     """Compare a head at its default with what the scheme says of a matrix of any size."""
+    # 1. The first formula for the matrices.
     values = yardstick.values(replace(head, role="W_1"))
     if not values:
         return None
-
     formula, value = next(iter(values.items()))
 
-    # A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
+    # 2. A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
     is_of_any_size = formula.names <= {"s"}
     if not is_of_any_size or holds(head, value, yardstick.spread):
         return None
 
+    # 3. The head was to be drawn so, too.
     text = _shown(formula.text, yardstick.s)
     return Deviation(head, value, text, "plain", _LINEAR_DEFAULT)
 

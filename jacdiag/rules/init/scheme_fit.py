@@ -399,6 +399,7 @@ def _pieces(
 ) -> Iterator[Piece]:
     """Yield the sections of a fused matrix as weights, with their own fan_out or the one given."""
     for section, role in zip(weight.sections, order, strict=True):
+        # A section is judged as a weight of its own.
         rows = replace(
             weight,
             role=role,

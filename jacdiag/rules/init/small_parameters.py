@@ -162,6 +162,7 @@ def _differences_of_draws(group: Group) -> Iterator[Difference]:
     if middle is not None:
         others = f"most of the others were drawn {draw_in_words(middle)}"
 
+    # Each that differs, with how many there are.
     count = len(group.members)
     for weight in _not_drawn_alike(group):
         yield Difference(weight, group.pattern, count, others, None, middle)

@@ -27,17 +27,21 @@ def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
 
 def _words(tie: TieRecord) -> tuple[str, str]:
     """Return what is said of a tie, and what to do."""
+    # 1. One tensor where two are meant.
     if tie.shared:
         what = f"{tie.by} is false, and the head reads {tie.embedding} all the same"
         return what, f"set {tie.by} to true, or give the head a tensor of its own"
 
-    values = "the same values at this moment" if tie.equal else "different values"
+    # 2. Two tensors where one is meant. Their values may agree until the first step.
+    values = "different values"
+    if tie.equal:
+        values = "the same values at this moment"
     what = f"{tie.by} is true, and {tie.head} and {tie.embedding} are two tensors with {values}"
-    return (
-        what,
+    fix = (
         f"tie them after the last move or init ({tie.head} = {tie.embedding}), or set {tie.by} to "
-        "false",
+        "false"
     )
+    return what, fix
 
 
 RULE = Rule("JD214", "tie-as-said", "warning", check=_check, states=("init",))
