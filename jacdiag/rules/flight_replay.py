@@ -625,21 +625,20 @@ def _is_as_in_the_run(figure: Figure, jump: float | None) -> bool:
 def _not_the_run_itself(figure: Figure, context: ReplayContext) -> str:
     """Return why the figures may be those of an earlier part of the run; "" if they cannot be."""
     # 1. A known step, or values that no early step has.
-    level = fmean(figure.others)
     if context.checkpoint_step is not None:
         return ""
+    level = fmean(figure.others)
     if not math.isfinite(level):
         return ""
 
-    # 2. Only a loss that the run never had before the jump is not that of an early step.
+    # 2. Only a loss can show that it is not of an early step.
     if figure.name != LOSS:
         return _SAVE_THE_STEP
-
     ordinary = f"ordinary batches have a loss of {three(level)} on these weights"
     if context.highest_before is None:
         return f"{ordinary}, and {_SAVE_THE_STEP}"
 
-    # 3. The run had such a loss before.
+    # 3. The run never had such a loss before the jump, unless it was early on.
     if level <= context.highest_before:
         return f"{ordinary}, as the run had early on; {_SAVE_THE_STEP}"
     return ""

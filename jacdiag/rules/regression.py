@@ -144,33 +144,34 @@ def _shown(entry: Mapping[str, Any]) -> float:
 
 
 def _check(context: RuleContext, rule: Rule) -> CheckOutcome:
-    # 1. Two models, of which at least one is trained, are compared by their growth.
-    now = context.report.figures
+    # 1. There may be nothing to compare with.
+    current = context.report.figures
     before = context.report.baseline
-    against = context.report.against
-    if now is None or before is None:
+    if current is None or before is None:
         return _nothing_to_compare_with(context)
 
+    # 2. Two models, of which at least one is trained, are compared by their growth.
+    against = context.report.against
     if against is not None and against.training:
         return _growth_in_training(context, rule, against)
 
-    # 2. Weights first: the cause before its effects.
+    # 3. Weights first: the cause before its effects.
     findings = []
-    for role, group in _by_role(now, weight_changes(now, before)).items():
+    for role, group in _by_role(current, weight_changes(current, before)).items():
         what = f"weights ({role})" if role else "weights"
         findings.append(_finding(context, rule, group, what))
 
-    # 3. Sub-layers.
-    worse = group_by(sublayer_changes(now, before), lambda change: change.figure)
+    # 4. Sub-layers.
+    worse = group_by(sublayer_changes(current, before), lambda change: change.figure)
     for figure in FIGURES:
         if figure in worse:
             findings.append(_finding(context, rule, worse[figure], "sub-layers"))
 
-    # 4. How much was compared, and what could not be.
-    same_sublayers = now.sublayers.keys() & before.sublayers.keys()
-    same_weights = now.weights.keys() & before.weights.keys()
+    # 5. How much was compared, and what could not be.
+    same_sublayers = current.sublayers.keys() & before.sublayers.keys()
+    same_weights = current.weights.keys() & before.weights.keys()
     count = len(same_sublayers) + len(same_weights)
-    return CheckOutcome(count, findings, note=_names_of_one_alone(now, before))
+    return CheckOutcome(count, findings, note=_names_of_one_alone(current, before))
 
 
 def _names_of_one_alone(now: FiguresRecord, before: FiguresRecord) -> str:
@@ -336,14 +337,15 @@ def _growth_finding(
 
 
 # -- a baseline, or an earlier model at init -------------------------------------------------------
-def _by_role(now: FiguresRecord, changes: Iterable[FigureChange]) -> dict[str, list[FigureChange]]:
+def _by_role(
+    current: FiguresRecord, changes: Iterable[FigureChange]
+) -> dict[str, list[FigureChange]]:
     """Return the changes of weights by the role that each weight has now."""
-    groups: dict[str, list[FigureChange]] = {}
-    for change in changes:
-        role = str(now.weights[change.where].get("role", ""))
-        groups.setdefault(role, []).append(change)
 
-    return groups
+    def role_of(change: FigureChange) -> str:
+        return str(current.weights[change.where].get("role", ""))
+
+    return group_by(changes, role_of)
 
 
 def _finding(context: RuleContext, rule: Rule, group: list[FigureChange], what: str) -> Finding:

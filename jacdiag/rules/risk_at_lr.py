@@ -25,20 +25,20 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         A risk whose `chance` is None, with the reason, where the audit lies outside of what the
         runs spanned. None without a learning rate, or without measured norms.
     """
-    # 1. The curve of this placement.
+    # 1. Nothing to assess.
     lr = report.plan.lr
     if lr is None or report.tier != "measured":
         return None
     if report.state != "init":
         return Risk(reason="the curves are of untrained models")
 
+    # 2. The curve of this placement.
     placement = placement_of(report)
     if placement not in table.curves:
         return Risk(reason=f"no curve for this placement ({placement or 'none'}-norm)")
-
     curve = table.curves[placement]
 
-    # The model's figure that the curve is drawn over.
+    # 3. The model's figure that the curve is drawn over.
     value = INIT[curve.figure](report)
     risk = Risk(
         figure=curve.figure,
@@ -48,11 +48,10 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         source=curve.source,
     )
 
-    # 2. The chance, unless something argues against it.
+    # 4. The chance, unless something argues against it.
     reason = _why_no_chance(report, curve, value)
     if reason:
         return replace(risk, reason=reason)
-
     chance, lower, upper = curve.chance(value, lr, report.plan.warmup)
     return replace(risk, chance=chance, lower=lower, upper=upper)
 
@@ -65,30 +64,47 @@ def _why_no_chance(report: Report, curve: RiskCurve, value: float) -> str:
         curve: of its placement.
         value: the model's value of the curve's figure.
     """
-    # 1. What must be known.
-    warmup = report.plan.warmup
+    # 1. The figure must be known exactly enough.
     if report.settings.get("decide") and curve.figure not in EXACT:
         return f"{curve.figure} is measured to its width without --decide only"
+
+    # 2. So must the warm-up, if the chance hangs on it.
+    warmup = report.plan.warmup
     if curve.by_warmup and warmup is None:
         return "the chance hangs on the warm-up, which is not known (--warmup)"
 
-    # 2. Whether the runs covered such a model and plan. A plan may leave out how the gradient is
-    #    clipped and Adam's beta2. Those that it gives must be the runs' own.
-    ranges = dict(curve.ranges)
+    # 3. The runs must have covered such a model and plan.
     values = {"lr": report.plan.lr, "warmup": warmup, **_measures(report, value)}
-    if not curve.by_warmup:
-        ranges.pop("warmup", None)
-    for name in _OPTIONAL:
-        planned = getattr(report.plan, name)
-        if planned is None:
-            ranges.pop(name, None)
-        values[name] = planned
-
-    outside = _outside(ranges, values, curve.figure)
+    values |= _optional_settings(report)
+    outside = _outside(_ranges_for(curve, values), values, curve.figure)
     if not outside:
         return ""
-
     return f"outside the calibrated range: {'; '.join(outside)}"
+
+
+def _optional_settings(report: Report) -> dict[str, float | None]:
+    """Return the settings that a plan may leave out."""
+    return {name: getattr(report.plan, name) for name in _OPTIONAL}
+
+
+def _ranges_for(curve: RiskCurve, values: Mapping[str, float | None]) -> dict[str, list[float]]:
+    """Return the ranges of a curve that a model and its plan are compared with.
+
+    Args:
+        curve: of the model's placement.
+        values: of the model and its plan.
+    """
+    ranges = dict(curve.ranges)
+    if not curve.by_warmup:
+        ranges.pop("warmup", None)
+
+    # A plan may leave out how the gradient is clipped and Adam's beta2. Those that it gives must be
+    # the runs' own.
+    for name in _OPTIONAL:
+        if values[name] is None:
+            ranges.pop(name, None)
+
+    return ranges
 
 
 def placement_of(report: Report) -> str:
@@ -106,13 +122,8 @@ def within(curve: RiskCurve, report: Report, value: float) -> bool:
 
     The settings of its optimizer do not count.
     """
-    ranges = {
-        name: span
-        for name, span in curve.ranges.items()
-        if name not in ("lr", "warmup", *_OPTIONAL)
-    }
-
     # The figure, the width and the depth are left.
+    ranges = {name: span for name, span in curve.ranges.items() if name not in _OF_THE_OPTIMIZER}
     return not _outside(ranges, _measures(report, value))
 
 
@@ -160,6 +171,7 @@ def _measures(report: Report, value: float) -> dict[str, float | None]:
 
 
 _OPTIONAL = ("clip", "beta2")  # of the plan: factors that are only judged if they are given
+_OF_THE_OPTIMIZER = ("lr", "warmup", *_OPTIONAL)
 _WORDS = {
     "figure": "the figure",
     "lr": "lr",
@@ -177,7 +189,9 @@ def _ranges(ranges: Mapping[str, list[float]]) -> str:
 
 def _span(low: float, high: float) -> str:
     """Return "20 to 400", or "1" if all runs had the same."""
-    return _short(low) if low == high else f"{_short(low)} to {_short(high)}"
+    if low == high:
+        return _short(low)
+    return f"{_short(low)} to {_short(high)}"
 
 
 def _outside(
@@ -194,7 +208,7 @@ def _outside(
     if figure:
         words["figure"] = figure
 
-    reasons = []
+    reasons: list[str] = []
     for name, (low, high) in ranges.items():
         # 1. A value inside is no reason. One that is not known is never inside.
         value = values.get(name)
@@ -202,13 +216,17 @@ def _outside(
             continue
 
         # 2. The value compared with what was run.
-        shown = "not known"
-        if value is not None and not math.isnan(value):
-            shown = _short(value)
         verb = "was" if low == high else "were"
-        reasons.append(f"{words[name]} {shown}, {_span(low, high)} {verb} run")
+        reasons.append(f"{words[name]} {_shown(value)}, {_span(low, high)} {verb} run")
 
     return reasons
+
+
+def _shown(value: float | None) -> str:
+    """Return a value for a sentence, or that it is not known."""
+    if value is None or math.isnan(value):
+        return "not known"
+    return _short(value)
 
 
 def _short(value: float) -> str:
