@@ -79,13 +79,13 @@ def say_written(path: str) -> None:
 
 
 def _check_apart(outputs: Mapping[str, str]) -> None:
-    from jacdiag.records.output_file import Kind, find_output
+    from jacdiag.records.output_file import OutputKind, find_output
 
     for option, other in combinations(outputs, 2):
         # A device takes any number of outputs: /dev/null most of all.
         if (
             _is_same_file(outputs[option], outputs[other])
-            and find_output(outputs[option]).kind is not Kind.DEVICE
+            and find_output(outputs[option]).kind is not OutputKind.DEVICE
         ):
             raise UsageError(f"{option} and {other} name the same file", got=outputs[option])
 

@@ -27,7 +27,7 @@ _MOST_LINKS = 40  # as Linux has it
 OutputPath = str | os.PathLike[str]
 
 
-class Kind(Enum):
+class OutputKind(Enum):
     """How an output is written."""
 
     FILE = "file"  # a regular file, or none yet: replaced whole
@@ -47,14 +47,14 @@ class Output:
         descriptor: the number of an open descriptor.
     """
 
-    kind: Kind
+    kind: OutputKind
     target: Path
     descriptor: int | None = None
 
     @property
     def streamed(self) -> bool:
         """Whether bytes are written through, and nothing is replaced."""
-        return self.kind is not Kind.FILE
+        return self.kind is not OutputKind.FILE
 
 
 def write_output(path: OutputPath, data: bytes) -> None:
@@ -75,20 +75,27 @@ def write_output(path: OutputPath, data: bytes) -> None:
     """
     output = check_writable(path)
     try:
-        if output.kind is Kind.STDOUT:
-            _write_stdout(data)
-            return
-        if output.descriptor is not None:
-            _write_descriptor(output.descriptor, data)
-        elif output.streamed:
-            _write_stream(output.target, data)
-        else:
-            replace_file(output.target, data)
+        _write_by_kind(output, data)
     except BrokenPipeError:
-        return
+        return  # the reader has left early
     except OSError as error:
         raise _refused_write(path, error) from error
-    written.append(os.fspath(path))
+
+    # Ctrl-C names the outputs that are there. What stdout got is on the screen.
+    if output.kind is not OutputKind.STDOUT:
+        written.append(os.fspath(path))
+
+
+def _write_by_kind(output: Output, data: bytes) -> None:
+    """Write an output in the way of its kind."""
+    if output.kind is OutputKind.STDOUT:
+        _write_stdout(data)
+    elif output.descriptor is not None:
+        _write_descriptor(output.descriptor, data)
+    elif output.streamed:
+        _write_stream(output.target, data)
+    else:
+        replace_file(output.target, data)
 
 
 def check_writable(path: OutputPath) -> Output:
@@ -102,6 +109,7 @@ def check_writable(path: OutputPath) -> Output:
     Raises:
         UsageError: it could not be written.
     """
+    # 1. Find where it leads.
     name = os.fspath(path)
     if not name:
         raise UsageError(
@@ -114,12 +122,14 @@ def check_writable(path: OutputPath) -> Output:
         raise UsageError(
             f"cannot write '{name}'", got=reason, hint="name another file, or - for stdout"
         ) from error
-    if output.kind is Kind.FILE:
+
+    # 2. Check that it takes bytes.
+    if output.kind is OutputKind.FILE:
         _check_folder(name, output.target)
     elif output.descriptor is not None:
         _check_descriptor(name, output.descriptor)
-    elif output.kind is not Kind.STDOUT and not os.access(output.target, os.W_OK):
-        raise UsageError(f"cannot write '{name}'", got="no permission")
+    elif output.kind is not OutputKind.STDOUT:
+        _check_permission(name, output.target)
     return output
 
 
@@ -134,57 +144,84 @@ def find_output(path: OutputPath) -> Output:
         UsageError: a folder, a socket or a disk.
     """
     if isinstance(path, str) and path == STDOUT:
-        return Output(kind=Kind.STDOUT, target=Path("/dev/stdout"))
+        return Output(kind=OutputKind.STDOUT, target=Path("/dev/stdout"))
     name = os.fspath(path)
 
-    # 1. Follow the links. The links of /proc are no paths: each stands for an open file, which may
-    # have no name.
-    target = Path(name)
-    for _ in range(_MOST_LINKS):
-        target = Path(os.path.realpath(target.parent), target.name)
-        if place := _DESCRIPTOR.fullmatch(str(target)):
-            return _open_descriptor(target, int(place["process"]), int(place["number"]))
-        if not target.is_symlink():
-            break
-        target = target.parent / target.readlink()
-    else:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    # 1. A link of /proc is no path. It stands for an open file, which may have no name.
+    target = _follow_links(Path(name))
+    place = _DESCRIPTOR.fullmatch(str(target))
+    if place:
+        return _open_descriptor(target, int(place["process"]), int(place["number"]))
 
     # 2. Look at what is there.
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
-        if name.endswith(os.sep):
-            raise UsageError(
-                f"cannot write '{name}'", got="the name of a folder", hint="name a file in it"
-            ) from None
-        return Output(kind=Kind.FILE, target=target)
+        _check_names_file(name)
+        return Output(kind=OutputKind.FILE, target=target)
     return Output(kind=_kind_of(name, mode), target=target)
+
+
+def _follow_links(target: Path) -> Path:
+    """Follow symbolic links, up to a file that is none or to an open descriptor.
+
+    Raises:
+        OSError: the links form a loop.
+    """
+    for _ in range(_MOST_LINKS):
+        target = Path(os.path.realpath(target.parent), target.name)
+        if _DESCRIPTOR.fullmatch(str(target)):
+            return target
+        if not target.is_symlink():
+            return target
+        target = target.parent / target.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _check_names_file(name: str) -> None:
+    """Raise if a path that does not exist ends as that of a folder does."""
+    if name.endswith(os.sep):
+        raise UsageError(
+            f"cannot write '{name}'", got="the name of a folder", hint="name a file in it"
+        )
 
 
 def leads_to_stdout(path: OutputPath) -> bool:
     """Return whether an output is this process's stdout: "-", or a path such as /dev/stdout."""
-    return _kind(path) is Kind.STDOUT
+    return _kind(path) is OutputKind.STDOUT
 
 
 def is_streamed(path: OutputPath) -> bool:
     """Return whether an output is written through, as stdout, devices and pipes are."""
-    return _kind(path) not in (None, Kind.FILE)
+    return _kind(path) not in (None, OutputKind.FILE)
 
 
-def _kind(path: OutputPath) -> Kind | None:
+def _kind(path: OutputPath) -> OutputKind | None:
+    """Return the kind of an output; None for one that cannot be written."""
     with contextlib.suppress(OSError, ValueError, UsageError):
         return find_output(path).kind
     return None
 
 
-def _kind_of(name: str, mode: int) -> Kind:
+def _kind_of(name: str, mode: int) -> OutputKind:
+    """Return the kind of what a path leads to.
+
+    Args:
+        name: the path, for the message.
+        mode: of what is there, as `os.stat` has it.
+
+    Raises:
+        UsageError: a folder, a socket or a disk.
+    """
+    # 1. What can be written.
     if stat.S_ISREG(mode):
-        return Kind.FILE
+        return OutputKind.FILE
     if stat.S_ISFIFO(mode):
-        return Kind.PIPE
+        return OutputKind.PIPE
     if stat.S_ISCHR(mode):
-        return Kind.DEVICE
+        return OutputKind.DEVICE
+
+    # 2. What cannot be.
     if stat.S_ISDIR(mode):
         raise UsageError(
             f"cannot write '{name}'", got="a folder of that name", hint="name a file in it"
@@ -202,20 +239,25 @@ def _kind_of(name: str, mode: int) -> Kind:
 
 def _open_descriptor(target: Path, process: int, number: int) -> Output:
     """Return an open file of this process by its number; of another process by its path."""
+    # 1. Of another process. A regular file is written through: its name may be gone, and a new file
+    # in its place would not be the one that the process has open.
     mode = target.stat().st_mode
     if process != os.getpid():
         kind = _kind_of(str(target), mode)
-        # Its name may be gone, and a file in its place would not be the one that the process has
-        # open.
-        return Output(kind=Kind.DEVICE if kind is Kind.FILE else kind, target=target)
+        if kind is OutputKind.FILE:
+            kind = OutputKind.DEVICE
+        return Output(kind=kind, target=target)
+
+    # 2. Of this process.
     if stat.S_ISDIR(mode):
         raise UsageError(f"cannot write '{target}'", got="an open folder", hint="name a file in it")
     if number == 1:
-        return Output(kind=Kind.STDOUT, target=target)
-    return Output(kind=Kind.DESCRIPTOR, target=target, descriptor=number)
+        return Output(kind=OutputKind.STDOUT, target=target)
+    return Output(kind=OutputKind.DESCRIPTOR, target=target, descriptor=number)
 
 
 def _check_folder(name: str, target: Path) -> None:
+    """Raise if no file of this name can be made in its folder."""
     folder = target.parent
     if not folder.is_dir():
         raise UsageError(
@@ -223,12 +265,21 @@ def _check_folder(name: str, target: Path) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write '{name}'", got=f"no permission to write in {folder}")
+
+    # The temporary name is shorter than the limit, so the rename would be the first to fail.
     longest = os.pathconf(folder, "PC_NAME_MAX")
     if len(os.fsencode(target.name)) > longest:
         raise UsageError(f"cannot write '{name}'", got=f"a name of more than {longest} bytes")
 
 
+def _check_permission(name: str, target: Path) -> None:
+    """Raise if this process may not write to a device or pipe."""
+    if not os.access(target, os.W_OK):
+        raise UsageError(f"cannot write '{name}'", got="no permission")
+
+
 def _check_descriptor(name: str, descriptor: int) -> None:
+    """Raise if an open file is closed by now, or open for reading only."""
     try:
         access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError as error:
@@ -238,8 +289,10 @@ def _check_descriptor(name: str, descriptor: int) -> None:
 
 
 def _refused_write(path: OutputPath, error: OSError) -> UsageError:
-    room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "free some space, or write elsewhere" if room else "write elsewhere, or to - for stdout"
+    """Return the error of a write that failed, with what to do."""
+    hint = "write elsewhere, or to - for stdout"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "free some space, or write elsewhere"
     return UsageError(
         f"cannot write the result to '{os.fspath(path)}'",
         got=error.strerror or str(error),
@@ -260,14 +313,18 @@ def replace_file(target: Path, data: bytes) -> None:
         OSError: it cannot be written; the old file is still there.
     """
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jacdiag.", suffix=".part")
+    temporary = Path(name)
     try:
+        # 1. Write the new file, with the owner and mode of the old one.
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        _keep_owner(Path(name), target)
-        Path(name).chmod(_mode(target))
-        Path(name).replace(target)
+        _keep_owner(temporary, target)
+        temporary.chmod(_mode(target))
+
+        # 2. Put it in the place of the old one, at once.
+        temporary.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -282,12 +339,15 @@ def _write_stream(target: Path, data: bytes) -> None:
 
 
 def _write_descriptor(number: int, data: bytes) -> None:
+    """Write to an open file of this process, and leave it open."""
+    # It may be stderr, and what was printed before comes first.
     sys.stderr.flush()
     with os.fdopen(os.dup(number), "wb") as file:
         file.write(data)
 
 
 def _write_stdout(data: bytes) -> None:
+    """Write bytes to stdout, after what was printed before."""
     stream = sys.stdout
     raw = getattr(stream, "buffer", None)
     try:
@@ -312,6 +372,8 @@ def _mode(target: Path) -> int:
     """Return the mode of the existing file, else that of a plain open(): 0666 less the umask."""
     if target.exists():
         return target.stat().st_mode & 0o7777
+
+    # The umask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
@@ -324,7 +386,10 @@ def _keep_owner(new: Path, target: Path) -> None:
     """
     if not target.exists():
         return
-    owner, now = target.stat(), new.stat()
-    if (owner.st_uid, owner.st_gid) != (now.st_uid, now.st_gid):
-        with contextlib.suppress(OSError):
-            os.chown(new, owner.st_uid, owner.st_gid)
+    owner = target.stat()
+    current = new.stat()
+    is_same_owner = (owner.st_uid, owner.st_gid) == (current.st_uid, current.st_gid)
+    if is_same_owner:
+        return
+    with contextlib.suppress(OSError):
+        os.chown(new, owner.st_uid, owner.st_gid)

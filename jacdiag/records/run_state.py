@@ -17,7 +17,7 @@ _SLOW_TIMES = 10
 _SLOW_SECONDS = 10.0
 
 
-class Kind(StrEnum):
+class RunStatus(StrEnum):
     """What is known of a run."""
 
     RUNNING = "running"
@@ -37,13 +37,13 @@ class RunState:
         text: a sentence about it, without a full stop.
     """
 
-    kind: Kind
+    kind: RunStatus
     text: str
 
     @property
     def is_over(self) -> bool:
         """Whether no more lines are to be expected from this process."""
-        return self.kind in (Kind.ENDED, Kind.BROKEN, Kind.GONE)
+        return self.kind in (RunStatus.ENDED, RunStatus.BROKEN, RunStatus.GONE)
 
 
 def state_of_run(
@@ -58,33 +58,49 @@ def state_of_run(
         alive: whether its process exists; None if that cannot be seen.
         now: seconds since 1970.
     """
-    # 1. A run that has ended says so in its log.
+    # 1. Without a heartbeat, only a last line says anything.
     ended = run.ended
-    if ended is not None and (beat is None or ended.get("session") == beat.session):
-        return _after_the_end(ended)
     if beat is None:
-        return None
+        return _after_the_end(ended) if ended is not None else None
 
-    # 2. A process that is gone without a last line was killed.
+    # 2. A process that has ended says so in the log. The last line of another one is older.
+    if ended is not None and ended.get("session") == beat.session:
+        return _after_the_end(ended)
+    return _without_end(beat, alive, now)
+
+
+def _without_end(beat: Heartbeat, alive: bool | None, now: float) -> RunState:
+    """Return the state of a run whose process wrote no last line."""
+    # 1. A process that is gone without a last line was killed.
     last_sign = f"no sign since {_clock(beat.time, now)}"
     if alive is False:
-        return RunState(Kind.GONE, f"{last_sign}; process {beat.pid} is gone")
+        return RunState(RunStatus.GONE, f"{last_sign}; process {beat.pid} is gone")
 
-    # 3. A recent step shows that it runs, wherever the process is.
+    # 2. A recent step shows that it runs, wherever the process is.
     silent = max(now - beat.time, 0.0)
-    longest = max(_SLOW_TIMES * (beat.step_seconds or 0.0), _SLOW_SECONDS)
-    if silent <= longest:
-        return RunState(Kind.RUNNING, "running")
+    if silent <= _longest_pause(beat):
+        return RunState(RunStatus.RUNNING, "running")
+
+    # 3. Otherwise only a process that can be seen is known to be slow.
     if alive is None:
         where = f"process {beat.pid} on {beat.host} cannot be seen from here"
-        return RunState(Kind.UNKNOWN, f"{last_sign}; {where}")
-    return RunState(Kind.SLOW, _slow(beat, silent))
+        return RunState(RunStatus.UNKNOWN, f"{last_sign}; {where}")
+    return RunState(RunStatus.SLOW, _describe_pause(beat, silent))
 
 
-def _slow(beat: Heartbeat, silent: float) -> str:
+def _longest_pause(beat: Heartbeat) -> float:
+    """Return after how many seconds without a step a run is slow."""
+    if beat.step_seconds is None:
+        return _SLOW_SECONDS
+    return max(_SLOW_TIMES * beat.step_seconds, _SLOW_SECONDS)
+
+
+def _describe_pause(beat: Heartbeat, silent: float) -> str:
     """Return how long a living process has made no step, in words."""
     if beat.step is None:
         return f"no step yet, started {_duration(silent)} ago"
+
+    # How long a step usually takes tells whether it may be an evaluation.
     text = f"slow: last step {_duration(silent)} ago"
     if beat.step_seconds is None:
         return text
@@ -93,21 +109,25 @@ def _slow(beat: Heartbeat, silent: float) -> str:
 
 def _after_the_end(ended: dict[str, Any]) -> RunState:
     """Return the state that the last line of a log describes."""
-    step = ended.get("step", 0)
-    how = ended.get("how")
+    place = f"at step {ended.get('step', 0):,}"
     reason = str(ended.get("reason") or "")
-    flight = ""
-    if ended.get("flight"):
-        flight = f", flight in {ended['flight']}"
-    if how == "crash":
-        return RunState(Kind.BROKEN, f"crashed: {reason} at step {step:,}{flight}")
-    if how == "interrupt":
-        return RunState(Kind.BROKEN, f"interrupted by Ctrl-C at step {step:,}{flight}")
-    if how == "signal":
-        return RunState(Kind.BROKEN, f"ended by {reason} at step {step:,}{flight}")
+
+    # 1. Ends that the trainer meant.
+    how = ended.get("how")
     if how == "exit":
-        return RunState(Kind.ENDED, f"ended at step {step:,}, with its program")
-    return RunState(Kind.ENDED, f"ended at step {step:,}")
+        return RunState(RunStatus.ENDED, f"ended {place}, with its program")
+    if how not in ("crash", "interrupt", "signal"):
+        return RunState(RunStatus.ENDED, f"ended {place}")
+
+    # 2. Ends that it did not mean. Most leave a flight.
+    if ended.get("flight"):
+        place = f"{place}, flight in {ended['flight']}"
+    text = f"ended by {reason} {place}"
+    if how == "crash":
+        text = f"crashed: {reason} {place}"
+    elif how == "interrupt":
+        text = f"interrupted by Ctrl-C {place}"
+    return RunState(RunStatus.BROKEN, text)
 
 
 def _clock(moment: float, now: float) -> str:
@@ -117,8 +137,10 @@ def _clock(moment: float, now: float) -> str:
     '1970-01-01'
     """
     then = datetime.datetime.fromtimestamp(moment)
-    is_today = then.date() == datetime.datetime.fromtimestamp(now).date()
-    return then.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M")
+    today = datetime.datetime.fromtimestamp(now).date()
+    if then.date() == today:
+        return then.strftime("%H:%M:%S")
+    return then.strftime("%Y-%m-%d %H:%M")
 
 
 def _duration(seconds: float) -> str:
@@ -131,6 +153,8 @@ def _duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 100:
         return f"{seconds:.2g} s"
+
+    # From 100 s on in minutes, from 100 min on in hours.
     minutes = int(seconds // 60)
     if minutes < 100:
         return f"{minutes} min"

@@ -24,7 +24,7 @@ from jacdiag.records.heartbeat import (
     read_heartbeat,
 )
 from jacdiag.records.run_log import RunLog, read_run, to_line
-from jacdiag.records.run_state import Kind, RunState, state_of_run
+from jacdiag.records.run_state import RunState, RunStatus, state_of_run
 from jacdiag.render.terminal.run_screen import screen
 
 NOW = 1_800_000_000.0
@@ -43,7 +43,7 @@ BEAT = Heartbeat(
 
 def said(
     silent: float, alive: bool | None = True, ended: dict[str, Any] | None = None, **more: Any
-) -> tuple[Kind, str]:
+) -> tuple[RunStatus, str]:
     beat = replace(BEAT, time=NOW - silent, **more)
     state = state_of_run(RunLog(ended=ended), beat, alive, NOW)
     assert state is not None
@@ -52,26 +52,37 @@ def said(
 
 def test_running_or_slow() -> None:
     """The bound is ten usual steps, and 10 s at least."""
-    assert said(19.0) == (Kind.RUNNING, "running")
-    assert said(40.0) == (Kind.SLOW, "slow: last step 40 s ago, usually 2 s")
-    assert said(9.0, step_seconds=0.014) == (Kind.RUNNING, "running")
-    assert said(11.0, step_seconds=0.014) == (Kind.SLOW, "slow: last step 11 s ago, usually 14 ms")
-    assert said(550.0, step_seconds=60.0) == (Kind.RUNNING, "running")
-    assert said(650.0, step_seconds=60.0) == (Kind.SLOW, "slow: last step 10 min ago, usually 60 s")
+    assert said(19.0) == (RunStatus.RUNNING, "running")
+    assert said(40.0) == (RunStatus.SLOW, "slow: last step 40 s ago, usually 2 s")
+    assert said(9.0, step_seconds=0.014) == (RunStatus.RUNNING, "running")
+    assert said(11.0, step_seconds=0.014) == (
+        RunStatus.SLOW,
+        "slow: last step 11 s ago, usually 14 ms",
+    )
+    assert said(550.0, step_seconds=60.0) == (RunStatus.RUNNING, "running")
+    assert said(650.0, step_seconds=60.0) == (
+        RunStatus.SLOW,
+        "slow: last step 10 min ago, usually 60 s",
+    )
 
 
 def test_before_the_first_steps() -> None:
-    assert said(5.0, step=None, step_seconds=None) == (Kind.RUNNING, "running")
-    assert said(70.0, step=None, step_seconds=None) == (Kind.SLOW, "no step yet, started 70 s ago")
-    assert said(70.0, step=1, step_seconds=None) == (Kind.SLOW, "slow: last step 70 s ago")
+    assert said(5.0, step=None, step_seconds=None) == (RunStatus.RUNNING, "running")
+    assert said(70.0, step=None, step_seconds=None) == (
+        RunStatus.SLOW,
+        "no step yet, started 70 s ago",
+    )
+    assert said(70.0, step=1, step_seconds=None) == (RunStatus.SLOW, "slow: last step 70 s ago")
 
 
 def test_a_process_that_is_gone_is_told_at_once_and_only_if_it_is() -> None:
     clock = time.strftime("%H:%M:%S", time.localtime(NOW - 3.0))
-    assert said(3.0, alive=False) == (Kind.GONE, f"no sign since {clock}; process 123 is gone")
-    assert said(3.0, alive=None)[0] is Kind.RUNNING
+    assert said(3.0, alive=False) == (RunStatus.GONE, f"no sign since {clock}; process 123 is gone")
+    assert said(3.0, alive=None)[0] is RunStatus.RUNNING
     kind, text = said(300.0, alive=None)
-    assert kind is Kind.UNKNOWN and text.endswith("process 123 on node7 cannot be seen from here")
+    assert kind is RunStatus.UNKNOWN and text.endswith(
+        "process 123 on node7 cannot be seen from here"
+    )
     assert "gone" not in said(300.0, alive=True)[1]
 
 
@@ -101,7 +112,7 @@ def test_how_a_run_ended(end: dict[str, Any], text: str) -> None:
     """Old logs say only that they ended. A process that went on since has another session."""
     ended = {"step": 1050, "session": "a", **end}
     assert said(300.0, alive=False, ended=ended)[1] == text
-    assert said(3.0, ended={**ended, "session": "b"}) == (Kind.RUNNING, "running")
+    assert said(3.0, ended={**ended, "session": "b"}) == (RunStatus.RUNNING, "running")
     state = state_of_run(RunLog(ended=ended), None, None, NOW)
     assert state is not None and state.text == text and state.is_over
 
@@ -177,9 +188,9 @@ def test_the_screen_says_it_in_its_last_line(tmp_path: Path) -> None:
     )
     Pulse(tmp_path, lambda call: call())
     state = Follower(tmp_path / "run.jsonl").follow()
-    assert state == RunState(Kind.RUNNING, "running")
+    assert state == RunState(RunStatus.RUNNING, "running")
 
-    def last_line(text: str, kind: Kind, width: int) -> str:
+    def last_line(text: str, kind: RunStatus, width: int) -> str:
         console = Console(width=width, height=12, record=True, file=io.StringIO())
         console.print(
             screen(RunLog(), "runs/a/run.jsonl", width, 12, state=RunState(kind, text)), height=12
@@ -187,10 +198,10 @@ def test_the_screen_says_it_in_its_last_line(tmp_path: Path) -> None:
         return console.export_text().rstrip("\n").splitlines()[-1].strip()
 
     assert (
-        last_line("running", Kind.RUNNING, 80)
+        last_line("running", RunStatus.RUNNING, 80)
         == "running  ·  runs/a/run.jsonl  ·  Ctrl-C leaves; the run goes on"
     )
     slow = "slow: last step 40 s ago, usually 2 s"
-    assert last_line(slow, Kind.SLOW, 80) == f"{slow}  ·  runs/a/run.jsonl  ·  Ctrl-C leaves"
+    assert last_line(slow, RunStatus.SLOW, 80) == f"{slow}  ·  runs/a/run.jsonl  ·  Ctrl-C leaves"
     crash = "crashed: ValueError: shapes do not fit at step 1,050, flight in flight-1050"
-    assert last_line(crash, Kind.BROKEN, 80) == crash, "the sentence before the path"
+    assert last_line(crash, RunStatus.BROKEN, 80) == crash, "the sentence before the path"

@@ -18,7 +18,7 @@ import pytest
 
 from jacdiag.errors import UsageError
 from jacdiag.records.output_file import (
-    Kind,
+    OutputKind,
     check_writable,
     find_output,
     is_streamed,
@@ -244,7 +244,9 @@ def test_open_descriptors_are_written_at_their_place(tmp_path: Path) -> None:
 
 def test_what_is_streamed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert find_output(tmp_path / "new").kind is Kind.FILE and not is_streamed(tmp_path / "new")
+    assert find_output(tmp_path / "new").kind is OutputKind.FILE and not is_streamed(
+        tmp_path / "new"
+    )
     assert is_streamed("-") and is_streamed("/dev/null") and is_streamed(tmp_path / "pipe")
     assert not is_streamed(tmp_path) and not is_streamed("no/such/folder/x")
 

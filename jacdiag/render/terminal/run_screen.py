@@ -18,7 +18,7 @@ from rich.text import Text
 from jacdiag.errors import clipped, printable
 from jacdiag.records.number_format import seconds, three
 from jacdiag.records.run_log import RunLog, number
-from jacdiag.records.run_state import Kind, RunState
+from jacdiag.records.run_state import RunState, RunStatus
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.content.verdict import TIED
 from jacdiag.render.terminal.gain_cells import CUTS, SHADES, GainCells, loudest
@@ -613,7 +613,7 @@ def _keys(
 def _state_text(run: RunLog, idle: float | None, state: RunState | None) -> tuple[str, bool]:
     """Return what is known of the run, and whether it goes on."""
     if state is not None:
-        return state.text, state.kind is Kind.RUNNING
+        return state.text, state.kind is RunStatus.RUNNING
     if run.ended is not None:
         return f"ended at step {run.ended['step']:,}", False
     if idle is not None and idle >= _SILENT:
