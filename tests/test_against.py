@@ -212,12 +212,19 @@ def test_a_report_of_another_probe_is_refused(run: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "\x00"]
+    "text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": null}', "\x00"]
 )
 def test_a_file_that_is_no_report_is_refused(run: Any, folder: Path, text: str) -> None:
     (folder / "bad.json").write_text(text)
     code, _, err = run("audit", "later.pt", "--against", "bad.json")
     assert code == 2 and "'bad.json' is no report" in err and "Traceback" not in err
+
+
+def test_a_report_of_a_newer_version_is_refused(run: Any, folder: Path) -> None:
+    (folder / "newer.json").write_text('{"schema_version": 99}')
+    code, _, err = run("audit", "later.pt", "--against", "newer.json")
+    assert code == 2 and "'newer.json': the report was written by a newer jacdiag" in err
+    assert "schema_version 99" in err and "update it" in err and "Traceback" not in err
 
 
 def test_what_holds_no_norm_is_refused(run: Any, folder: Path) -> None:

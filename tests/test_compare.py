@@ -199,7 +199,10 @@ def test_the_command(
             f"{start}the probes differ" in out
             and "1 x 8 random tokens, float32, seed 0 of A" in out
         )
-    for text in ("{", "[]", '{"schema_version": 7}', '{"schema_version": 1}', "[" * 99_999):
+    for text in ("{", "[]", '{"schema_version": null}', '{"schema_version": 1}', "[" * 99_999):
         (tmp_path / "bad.json").write_text(text)
         assert main(["diff", "gpt2.json", "bad.json"]) == 2
         assert "is no report" in capsys.readouterr().err
+    (tmp_path / "newer.json").write_text('{"schema_version": 7}')
+    assert main(["diff", "gpt2.json", "newer.json"]) == 2
+    assert "written by a newer jacdiag" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 def _draw_report(path: Path, target: str) -> None:
     """Draw a JSON report."""
-    from jacdiag.records import Report
+    from jacdiag.records import NewerSchemaError, Report
     from jacdiag.render.plots.report_plot import save
 
     hint = "a report from --json, or a run.jsonl"
@@ -158,6 +158,10 @@ def _draw_report(path: Path, target: str) -> None:
         report = Report.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"cannot read '{path}'", got=error.strerror, hint=hint) from error
+    except NewerSchemaError as error:
+        raise SourceError(
+            f"cannot read '{path}': {error.what}", got=error.got, hint=error.hint
+        ) from error
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise SourceError(
             f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint

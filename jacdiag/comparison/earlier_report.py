@@ -24,6 +24,7 @@ from jacdiag.records import (
     ChangeRecord,
     FiguresRecord,
     Interval,
+    NewerSchemaError,
     ProbeRecord,
     Report,
 )
@@ -41,7 +42,7 @@ def read_report(path: Path) -> Report:
         The report; fields that an older version did not write have their defaults.
 
     Raises:
-        SourceError: the file cannot be read, or holds something else.
+        SourceError: the file cannot be read, is of a newer version, or holds something else.
     """
     hint = "a report that `jacdiag audit --json` wrote; a config is written hf:FILE"
     try:
@@ -50,6 +51,10 @@ def read_report(path: Path) -> Report:
             raise SourceError(f"'{path}' is no report", got=f"{size:,} bytes", hint=hint)
         text = path.read_text(encoding="utf-8")
         return Report.from_json(text)
+    except NewerSchemaError as error:
+        raise SourceError(
+            f"cannot read the report '{path}': {error.what}", got=error.got, hint=error.hint
+        ) from error
     except (
         OSError,
         ValueError,

@@ -1,6 +1,6 @@
 """Plain data that every other folder uses: the report and its parts. No torch here."""
 
-from jacdiag.records.base import SCHEMA_VERSION
+from jacdiag.records.base import SCHEMA_VERSION, NewerSchemaError
 from jacdiag.records.comparison import AgainstRecord, ChangeRecord
 from jacdiag.records.flight_replay import (
     BatchReplay,
@@ -57,6 +57,7 @@ __all__ = [
     "Level",
     "ModelRecord",
     "NetworkRecord",
+    "NewerSchemaError",
     "NormChange",
     "Outlook",
     "PerToken",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jacdiag.records.base import SCHEMA_VERSION, Record
 from jacdiag.records.risk import RiskCurve
@@ -96,12 +96,16 @@ class Ranking(Record):
     """
 
     name: str
+
+    # AUROC, from the widest comparison to the narrowest.
     over_all: Estimate
     within: Estimate
     given_lr: Estimate
     all_pairs: float | None
     by_stratum: dict[str, float | None]
     given_by_stratum: dict[str, float | None]
+
+    # As a classifier.
     operating: Operating | None
     trivial: bool
     measured: int
@@ -146,18 +150,23 @@ class HeldOut(Record):
         one_figure: the same of a single figure for all architectures.
         trivial: the same of classifiers that know no Jacobian, on the runs that have a chance.
         brier, brier_rate_alone: of the chance, and of one that knows architecture and learning rate
-        only. false_alarms, recall: of the chance at the threshold that the other levels chose.
+            only.
+        false_alarms, recall: of the chance at the threshold that the other levels chose.
         calibration: chances against outcomes.
         transfer: by architecture.
     """
 
     factor: str
     levels: dict[str, Level]
+
+    # How well the chance ranks the runs, and how far off it is.
     auroc: Estimate
     one_figure: Estimate
     trivial: dict[str, Estimate]
     brier: float | None
     brier_rate_alone: float | None
+
+    # The chance as an alarm, and as a chance.
     false_alarms: float | None
     recall: float | None
     calibration: list[Bin]
@@ -188,6 +197,7 @@ class Detector(Record):
     @property
     def alarms_per_10k(self) -> float | None:
         """Alarms in 10,000 steps of healthy runs; None without such steps."""
+        # Without a healthy run nothing is known of false alarms.
         if not self.healthy_steps:
             return None
         return 1e4 * self.alarms / self.healthy_steps
@@ -212,13 +222,20 @@ class BacktestReport(Record):
         curves: of the chance, by placement, from all runs.
     """
 
+    _document: ClassVar[str] = "result of a backtest"
+
+    # The runs, and how they ended.
     labels: dict[str, Label]
     bad: dict[str, bool]
     strata: dict[str, list[int]]
+
+    # How well the figures and the live rules predict it.
     rankings: list[Ranking]
     detectors: list[Detector]
     held_out: list[HeldOut] = field(default_factory=list)
     curves: dict[str, RiskCurve] = field(default_factory=dict)
+
+    # The options of the backtest.
     asked: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -233,5 +250,17 @@ class BacktestReport(Record):
     @property
     def best(self) -> Ranking | None:
         """The figure with the highest AUROC, learning rate given; unmeasured runs are ties."""
-        known = [r for r in self.rankings if not r.trivial and r.given_lr.value is not None]
-        return max(known, key=lambda r: r.all_pairs or 0.0, default=None)
+        # 1. Figures of the model, in which some pairs of runs could be compared.
+        candidates = []
+        for ranking in self.rankings:
+            is_known = ranking.given_lr.value is not None
+            if is_known and not ranking.trivial:
+                candidates.append(ranking)
+
+        # 2. The first of the highest.
+        return max(candidates, key=_auroc_of_all_pairs, default=None)
+
+
+def _auroc_of_all_pairs(ranking: Ranking) -> float:
+    """Return the AUROC in which unmeasured runs are ties; 0 if it is not defined."""
+    return ranking.all_pairs or 0.0

@@ -11,9 +11,16 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from jacdiag.records.base import SCHEMA_VERSION, check_schema
 
 HEARTBEAT_FILE = "heartbeat.json"
-_SCHEMA = 1
+
+# Where fields of /proc/PID/stat stand after the name of the program, see proc(5).
+_STATE_FIELD = 0
+_START_FIELD = 19
+_DEAD_STATES = "ZX"  # a zombie, and a process that is being removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +40,14 @@ class Heartbeat:
         step_seconds: median of the last steps; None before it is known.
     """
 
+    # The process.
     session: str
     pid: int
     born: str
     host: str
     place: str
+
+    # Its steps.
     started: float
     time: float
     step: int | None = None
@@ -45,29 +55,59 @@ class Heartbeat:
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
-        return json.dumps({"schema_version": _SCHEMA, **asdict(self)}).encode() + b"\n"
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(data).encode() + b"\n"
 
 
 def read_heartbeat(folder: str | os.PathLike[str]) -> Heartbeat | None:
-    """Read the heartbeat next to a log; None if there is none that this version reads.
+    """Read the heartbeat next to a log; None if there is none, or the file is no heartbeat.
 
     Args:
         folder: of the run.
+
+    Raises:
+        NewerSchemaError: it is of a newer schema version.
     """
+    # 1. Read the file. It may be missing, or cut off on a shared disk.
     try:
         data = json.loads((Path(folder) / HEARTBEAT_FILE).read_bytes())
-        names = Heartbeat.__dataclass_fields__
-        return Heartbeat(**{name: value for name, value in data.items() if name in names})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, dict):
+        return None
+
+    # 2. Take the fields that this version knows.
+    check_schema(data, "heartbeat")
+    names = Heartbeat.__dataclass_fields__
+    values = {name: value for name, value in data.items() if name in names}
+    return _heartbeat_of(values)
+
+
+def _heartbeat_of(values: dict[str, Any]) -> Heartbeat | None:
+    """Return a heartbeat with these fields; None if a field that it needs is missing."""
+    try:
+        return Heartbeat(**values)
+    except TypeError:
         return None
 
 
 def is_alive(beat: Heartbeat) -> bool | None:
-    """Return whether the process of a heartbeat still exists; None if that cannot be seen here."""
-    if not beat.place or beat.place != place_of_process():
+    """Return whether the process of a heartbeat still exists; None if that cannot be seen here.
+
+    Args:
+        beat: as it was read.
+    """
+    # 1. Numbers of processes mean something on one machine, in one name space, only.
+    if not beat.place:
         return None
+    if beat.place != place_of_process():
+        return None
+
+    # 2. A later process may have the number of one that has ended.
     born = birth_of(beat.pid)
-    return bool(born) and born == beat.born
+    if not born:
+        return False
+    return born == beat.born
 
 
 def place_of_process() -> str:
@@ -83,18 +123,25 @@ def place_of_process() -> str:
 
 
 def birth_of(pid: int) -> str:
-    """Return when a process started, in ticks since the machine did; "" if it cannot be seen."""
+    """Return when a process started, in ticks since the machine did; "" if it cannot be seen.
+
+    Args:
+        pid: the number of the process.
+    """
+    # 1. Read its line. The program's name in it may hold spaces, and ends at the last ")".
+    file = Path(f"/proc/{pid}/stat")
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
-        state, born = fields[0], fields[19]
-    except (OSError, IndexError):
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ""
-    return "" if state in "ZX" else born
+    fields = text.rpartition(")")[2].split()
+    if len(fields) <= _START_FIELD:
+        return ""
+
+    # 2. A dead process keeps its number until its parent asks how it ended.
+    if fields[_STATE_FIELD] in _DEAD_STATES:
+        return ""
+    return fields[_START_FIELD]
 
 
 def host_name() -> str:

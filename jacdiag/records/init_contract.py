@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from jacdiag.records.base import SCHEMA_VERSION, Record
 from jacdiag.records.structure import (
@@ -57,8 +57,9 @@ class WeightRecord(Record):
         family: normal, truncated, uniform, orthogonal, zero, constant, sinusoid (a table of sines
             and cosines, which nobody drew) or other.
         std: over all elements; rows of a table that are exactly zero (padding) are left out and
-        counted. lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha`
-        of the contract.
+            counted.
+        lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha` of the
+            contract.
         mean: over all elements; the value itself for a constant.
         truncation: for a truncated normal, std over that of the normal before it was cut.
         largest: largest magnitude; None in older reports.
@@ -84,12 +85,15 @@ class WeightRecord(Record):
             is not known.
     """
 
+    # What it is, and where.
     parameter: str
     shape: list[int]
     role: str
     pattern: str
     layer: int | None = None
     sublayer: str = ""
+
+    # How its values were drawn.
     fan_in: int | None = None
     fan_out: int | None = None
     family: str = "other"
@@ -99,9 +103,13 @@ class WeightRecord(Record):
     mean: float | None = None
     truncation: float = 1.0
     zero_rows: int = 0
+
+    # How the model uses it.
     decayed: bool | None = None
     kind: str = ""
     sections: list[SectionRecord] = field(default_factory=list)
+
+    # What is unusual about its values.
     largest: float | None = None
     tiny: int = 0
     same_as: str = ""
@@ -137,13 +145,18 @@ class ContractRecord(Record):
         zero_shortcuts: sub-layers whose shortcut is multiplied by zero.
     """
 
+    # Which published init the model should have, and its sizes.
     family: str
     sizes: dict[str, float]
+
+    # The weights, and how they are judged.
     weights: list[WeightRecord] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     logits_std: float | None = None
     alpha: float = 1e-6
     pinned: dict[str, str] = field(default_factory=dict)
+
+    # Parts of the model that have rules of their own.
     tables: list[TableRecord] = field(default_factory=list)
     rates: list[RateRecord] = field(default_factory=list)
     adapters: list[AdapterRecord] = field(default_factory=list)
@@ -168,14 +181,21 @@ class FiguresRecord(Record):
             with; {} if none were, and in baselines from before it was kept.
     """
 
+    _document: ClassVar[str] = "baseline"
+
+    # The model, and how often it was initialised.
     model: str
     parameters: int
     layers: int
     width: int | None
     seeds: int
     spread: float | None = None
+
+    # The figures.
     sublayers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    # When and how they were measured.
     created: str = ""
     jacdiag: str = ""
     command: str = ""

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from jacdiag.records.base import SCHEMA_VERSION, Record
+from jacdiag.records.base import SCHEMA_VERSION, Record, check_schema
 from jacdiag.records.comparison import AgainstRecord
 from jacdiag.records.flight_replay import ReplayRecord
 from jacdiag.records.init_contract import ContractRecord, FiguresRecord
@@ -28,6 +28,7 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 
+# -- words of the JSON -----------------------------------------------------------------------------
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
 Condition = Literal["met", "partly", "not met", "unknown", "not applicable"]
@@ -43,6 +44,7 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 _NAMED = 3  # sub-layers or parameters that the summary of a finding lists before it counts them
 
 
+# -- figures and their intervals -------------------------------------------------------------------
 @dataclass(frozen=True)
 class TokenAt(Record):
     """One token of the probe. `token` is its id, None where the input is not token ids."""
@@ -112,7 +114,11 @@ class Interval(Record):
         """Return on which side of a threshold the interval lies; a non-finite one is across."""
         if self.lower > threshold:
             return "above"
-        return "below" if self.upper <= threshold else "across"
+
+        # A comparison with nan is false, so an interval without a value is across.
+        if self.upper <= threshold:
+            return "below"
+        return "across"
 
     def scaled(self, factor: float) -> Interval:
         """Return the interval of `factor` times the quantity, for factor > 0."""
@@ -131,6 +137,7 @@ class Interval(Record):
         return cls(value, value, value, per_token=per_token, stop=stop)
 
 
+# -- parts of a report -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class WeightStats(Record):
     """A weight matrix of a sub-layer (or of the embedding or head): sizes, std, spectral norm."""
@@ -173,6 +180,7 @@ class SublayerRecord(Record):
     empty if there was one probe.
     """
 
+    # Where it is.
     name: str
     index: int
     depth: int
@@ -181,24 +189,34 @@ class SublayerRecord(Record):
     parallel: bool = False
     token_wise: bool | None = None
     nested: bool = False
+
+    # Standard deviations that enter its residual addition.
     shortcut_std: Spread | None = None
     branch_std: Spread | None = None
     shortcut_gain: float | None = 1.0
+
+    # Spectral norms of its Jacobians.
     branch_norm: Interval | None = None
     residual_norm: Interval | None = None
     joint_residual_norm: Interval | None = None
     core_norm: Interval | None = None
     norm_gain: Interval | None = None
     out_norm_gain: Interval | None = None
+
+    # Bounds from its weights alone, and how near the norm is to them.
     bound: float | None = None
     bound_norms: float | None = None
     tightness: float | None = None
     weights: dict[str, WeightStats] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
     problems: str = ""
+
+    # Figures of the one forward and the one backward.
     attention: AttentionRecord | None = None
     gradient_norm: float | None = None
     dead_branch: DeadBranch | None = None
+
+    # What was not measured, how far it depends on the probe, and what it cost.
     notes: dict[str, str] = field(default_factory=dict)
     over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
     cost: float | None = None
@@ -261,7 +279,8 @@ class ModelRecord(Record):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the name stands under the key "class"."""
         data = super().to_dict()
-        return {"class": data.pop("name"), **data}
+        name = data.pop("name")
+        return {"class": name, **data}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -270,7 +289,8 @@ class ModelRecord(Record):
         Args:
             data: what `to_dict` returned.
         """
-        return super().from_dict({"name": data.get("class", ""), **data})
+        name = data.get("class", "")
+        return super().from_dict({"name": name, **data})
 
 
 @dataclass(frozen=True)
@@ -312,6 +332,7 @@ class Plan(Record):
     beta2: float | None = None
 
 
+# -- what the rules found --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Conditions(Record):
     """The two conditions of the paper, over all sub-layers."""
@@ -362,6 +383,7 @@ class Cost(Record):
     phases: dict[str, float] = field(default_factory=dict)
 
 
+# -- the report ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Report(Record):
     """A complete audit.
@@ -373,11 +395,16 @@ class Report(Record):
     from the "name" or the "weights". Both are "" in reports of older versions.
     """
 
+    _document: ClassVar[str] = "report"
+
+    # What was looked at, and on which input.
     source: dict[str, Any]
     tier: Literal["weights", "measured"]
     state: Literal["init", "trained"] | None
     probe: ProbeRecord | None
     model: ModelRecord
+
+    # What was measured, and what the rules say of it.
     sublayers: list[SublayerRecord] = field(default_factory=list)
     network: NetworkRecord | None = None
     plan: Plan = field(default_factory=Plan)
@@ -386,9 +413,13 @@ class Report(Record):
     findings: list[Finding] = field(default_factory=list)
     rules: list[RuleResult] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
+
+    # How it was measured.
     settings: dict[str, Any] = field(default_factory=dict)
     ladder: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    # Analyses that not every audit has.
     contract: ContractRecord | None = None
     figures: FiguresRecord | None = None
     baseline: FiguresRecord | None = None
@@ -398,6 +429,8 @@ class Report(Record):
     state_reason: str = ""
     state_basis: str = ""
     replay: ReplayRecord | None = None
+
+    # When and with which versions it was made.
     created: str = ""
     torch: str = ""
     jacdiag: str = ""
@@ -432,12 +465,24 @@ class Report(Record):
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
 
+        Args:
+            text: the JSON.
+
+        Returns:
+            The report; fields that an older version did not write have their defaults.
+
         Raises:
-            ValueError: the report is of a newer schema version.
+            NewerSchemaError: the report is of a newer schema version.
+            ValueError: the text is no JSON, or it is no report.
         """
         data = json.loads(text)
+        if not isinstance(data, Mapping):
+            raise ValueError("a report is a JSON object")
+        check_schema(data, cls._document)
+
+        # Every version writes its number as an integer. Other JSON has none, or another one.
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if not isinstance(version, int):
             raise ValueError(
                 f"report has schema_version {version!r}; this jacdiag reads {SCHEMA_VERSION}"
             )
@@ -447,38 +492,56 @@ class Report(Record):
 # -- what `print(report)` shows --------------------------------------------------------------------
 def source_name(report: Report) -> str:
     """Return a short name of what was audited."""
+    # 1. The name that a caller or the source gives.
     source = report.source
-    name = report.settings.get("name") or source.get("name") or source.get("factory")
-    return str(name or PurePath(str(source.get("path", "model"))).name)
+    candidates = (report.settings.get("name"), source.get("name"), source.get("factory"))
+    for name in candidates:
+        if name:
+            return str(name)
+
+    # 2. The file without its folder.
+    path = PurePath(str(source.get("path", "model")))
+    return path.name
 
 
 def _summary(report: Report) -> str:
     """Return the lines that `print(report)` shows, for a report of either tier and state."""
     # 1. What was audited, and the verdict.
-    kind, model, state = type(report).__name__, report.model, report.state or "state unknown"
-    layers = _counted(model.layers, "layer")
-    sublayers = _counted(len(report.sublayers), "sub-layer")
-    name = model.name or "unnamed"
+    state = report.state or "state unknown"
     lines = [
-        f"{kind} of {source_name(report)} ({state}, {report.tier})",
-        f"  model     {name}, {layers}, {sublayers}, {model.parameters:,} parameters",
+        f"{type(report).__name__} of {source_name(report)} ({state}, {report.tier})",
+        f"  model     {_model_summary(report)}",
         f"  verdict   {report.verdict}",
     ]
-    worst = _worst(report)
-    if worst:
-        lines.append(f"  worst     {worst}")
 
-    # 2. One line for each rule that fired, in the order of the report: the worst first.
+    # 2. The largest norm or bound, if there is one.
+    largest = _largest_norm(report) or _largest_bound(report)
+    if largest:
+        lines.append(f"  worst     {largest}")
+
+    # 3. What the rules found, and where the rest is.
+    lines += _finding_lines(report)
+    lines.append("  more      report.table(), report.findings, report.to_json()")
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _model_summary(report: Report) -> str:
+    """Return the model's name and sizes."""
+    model = report.model
+    name = model.name or "unnamed"
+    layers = _counted(model.layers, "layer")
+    sublayers = _counted(len(report.sublayers), "sub-layer")
+    return f"{name}, {layers}, {sublayers}, {model.parameters:,} parameters"
+
+
+def _finding_lines(report: Report) -> list[str]:
+    """Return a line for each rule that fired, in the order of the report: the worst first."""
     by_code: dict[str, list[Finding]] = {}
     for finding in report.findings:
         by_code.setdefault(finding.code, []).append(finding)
-    for code, findings in by_code.items():
-        lines.append(f"  {code}     {_level_and_place(findings)}")
     if not by_code:
-        lines.append("  findings  none")
-
-    lines.append("  more      report.table(), report.findings, report.to_json()")
-    return "\n".join(_printable(line) for line in lines)
+        return ["  findings  none"]
+    return [f"  {code}     {_level_and_place(findings)}" for code, findings in by_code.items()]
 
 
 def _printable(line: str) -> str:
@@ -486,33 +549,60 @@ def _printable(line: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in line)
 
 
-def _worst(report: Report) -> str:
-    """Return the largest branch norm with its interval; of weights alone, the largest bound."""
+def _largest_norm(report: Report) -> str:
+    """Return the largest finite branch norm with its interval; "" if none was measured."""
     norms = []
+    for row in report.sublayers:
+        norm = row.branch_norm
+        if norm is None:
+            continue
+        if math.isfinite(norm.estimate):
+            norms.append((norm, row.name))
+    if not norms:
+        return ""
+
+    # Of equal ones, the first in the report.
+    norm, name = max(norms, key=lambda pair: pair[0].estimate)
+    return f"branch norm {norm} at {name}"
+
+
+def _largest_bound(report: Report) -> str:
+    """Return the largest finite bound from weights; "" if there is none."""
     bounds = []
     for row in report.sublayers:
-        if row.branch_norm is not None and math.isfinite(row.branch_norm.estimate):
-            norms.append((row.branch_norm, row.name))
-        if row.bound is not None and math.isfinite(row.bound):
+        if row.bound is None:
+            continue
+        if math.isfinite(row.bound):
             bounds.append((row.bound, row.name))
-    if norms:
-        norm, name = max(norms, key=lambda pair: pair[0].estimate)
-        return f"branch norm {norm} at {name}"
-    if bounds:
-        bound, name = max(bounds)
-        return f"bound {bound:.3g} at {name}"
-    return ""
+    if not bounds:
+        return ""
+
+    # Of equal ones, the last by name.
+    bound, name = max(bounds)
+    return f"bound {bound:.3g} at {name}"
 
 
 def _level_and_place(findings: list[Finding]) -> str:
     """Return the level of a rule's findings and where they are."""
-    levels = ", ".join(dict.fromkeys(finding.level for finding in findings))
-    places = list(dict.fromkeys(name for finding in findings for name in finding.where))
+    # 1. Each level and each place once. A dictionary keeps their order.
+    levels: dict[str, None] = {}
+    places: dict[str, None] = {}
+    for finding in findings:
+        levels[finding.level] = None
+        places.update(dict.fromkeys(finding.where))
+    level = ", ".join(levels)
     if not places:
-        return levels
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-    return f"{levels} at {', '.join(places[:_NAMED])}{more}"
+        return level
+
+    # 2. Name the first places, and count the others.
+    named = ", ".join(list(places)[:_NAMED])
+    unnamed = len(places) - _NAMED
+    if unnamed > 0:
+        return f"{level} at {named} and {unnamed} more"
+    return f"{level} at {named}"
 
 
 def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Return a number and its noun, such as "1 layer" or "2 layers"."""
+    plural = "" if number == 1 else "s"
+    return f"{number} {noun}{plural}"

@@ -16,10 +16,11 @@ import pytest
 
 import jacdiag.records
 from jacdiag.errors import SourceError
-from jacdiag.records import SCHEMA_VERSION, Report
+from jacdiag.records import SCHEMA_VERSION, FiguresRecord, NewerSchemaError, Report
+from jacdiag.records.backtest import BacktestReport
 from jacdiag.records.base import Record
 from jacdiag.records.heartbeat import HEARTBEAT_FILE, Heartbeat, read_heartbeat
-from jacdiag.records.run_log import RUN_FILE, RUN_SCHEMA_VERSION, read_run, to_line
+from jacdiag.records.run_log import RUN_FILE, RUN_SCHEMA_VERSION, Alert, read_run, to_line
 
 
 def record_classes() -> list[type[Record]]:
@@ -55,7 +56,10 @@ def example_record(cls: type[Record]) -> Any:
     """Return a record with a value in every field."""
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    return cls(**{field.name: example_of(hints[field.name]) for field in fields})
+    values = {field.name: example_of(hints[field.name]) for field in fields}
+    if "schema_version" in values:
+        values["schema_version"] = SCHEMA_VERSION  # others may be refused
+    return cls(**values)
 
 
 @pytest.mark.parametrize("cls", record_classes(), ids=lambda cls: cls.__qualname__)
@@ -88,11 +92,42 @@ def test_all_records_are_covered() -> None:
     assert len(names) > 40
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, None])
-def test_a_report_of_an_unknown_version_is_refused(version: int | None) -> None:
-    data = {**example_record(Report).to_dict(), "schema_version": version}
-    with pytest.raises(ValueError, match=f"schema_version {version}; this jacdiag reads"):
-        Report.from_json(json.dumps(data))
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, f"{SCHEMA_VERSION + 1}.0"])
+@pytest.mark.parametrize("cls", [Report, FiguresRecord, BacktestReport])
+def test_a_file_of_a_newer_version_is_refused(cls: type[Record], version: object) -> None:
+    """The sentence says which version the file has, and what to do."""
+    data = {**example_record(cls).to_dict(), "schema_version": version}
+    with pytest.raises(NewerSchemaError) as caught:
+        cls.from_dict(data)
+    assert "was written by a newer jacdiag" in caught.value.what
+    assert caught.value.got == f"schema_version {version}"
+    assert f"reads schema_version {SCHEMA_VERSION}; update it" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION, f"{SCHEMA_VERSION}.7", None])
+def test_a_file_of_an_older_version_is_read(version: object) -> None:
+    """So is one of a newer minor version: its new keys are ignored."""
+    record = example_record(Report)
+    data = {**record.to_dict(), "schema_version": version, "of_a_later_version": 1}
+    again = Report.from_dict(data)
+    assert dataclasses.replace(again, schema_version=SCHEMA_VERSION) == record
+
+
+def test_a_part_of_a_report_has_no_version() -> None:
+    data = {**example_record(Alert).to_dict(), "schema_version": SCHEMA_VERSION + 1}
+    assert Alert.from_dict(data) == example_record(Alert)
+
+
+def test_the_json_of_a_report_has_a_version() -> None:
+    data = example_record(Report).to_dict()
+    newer = json.dumps({**data, "schema_version": SCHEMA_VERSION + 1})
+    with pytest.raises(NewerSchemaError, match=f"schema_version {SCHEMA_VERSION + 1}"):
+        Report.from_json(newer)
+    without = json.dumps({**data, "schema_version": None})
+    with pytest.raises(ValueError, match="schema_version None; this jacdiag reads"):
+        Report.from_json(without)
+    with pytest.raises(ValueError, match="a report is a JSON object"):
+        Report.from_json("[]")
 
 
 def test_a_run_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
@@ -116,3 +151,16 @@ def test_a_heartbeat_and_back(tmp_path: Path) -> None:
     del data["step"]
     file.write_text(json.dumps(data))
     assert read_heartbeat(tmp_path) == dataclasses.replace(beat, step=None)
+
+
+def test_a_heartbeat_of_another_version(tmp_path: Path) -> None:
+    """A newer one is refused, an older one is read."""
+    beat = Heartbeat(session="s", pid=1, born="2", host="h", place="p", started=1.0, time=2.0)
+    data = json.loads(beat.to_bytes())
+    file = tmp_path / HEARTBEAT_FILE
+    file.write_text(json.dumps({**data, "schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(NewerSchemaError, match="the heartbeat was written by a newer jacdiag"):
+        read_heartbeat(tmp_path)
+    del data["schema_version"]
+    file.write_text(json.dumps(data))
+    assert read_heartbeat(tmp_path) == beat
