@@ -58,6 +58,16 @@ class BatchValues(Record):
         return [argument for argument in self.arguments if self.unusual_kinds(argument)]
 
     def unusual_kinds(self, argument: NonFiniteArgument) -> list[str]:
-        """Return the kinds of values of a tensor that make it unusual."""
-        new = [kind for kind in argument.counts if kind not in argument.usual]
-        return [kind for kind in new if kind == "NaN" or self.earlier]
+        """Return the kinds of values of a tensor that make it unusual.
+
+        Args:
+            argument: the tensor, with the kinds that an earlier batch had in it.
+        """
+        unusual = []
+        for kind in argument.counts:
+            # Without an earlier batch, inf may be what this model's mask holds.
+            can_be_usual = kind != "NaN" and not self.earlier
+            if can_be_usual or kind in argument.usual:
+                continue
+            unusual.append(kind)
+        return unusual

@@ -28,7 +28,9 @@ class ChangeRecord(Record):
     @property
     def ratio(self) -> float:
         """The estimate now over the earlier one; inf if that was 0."""
-        return self.now[1] / self.earlier[1] if self.earlier[1] else float("inf")
+        if not self.earlier[1]:
+            return float("inf")
+        return self.now[1] / self.earlier[1]
 
     @property
     def grew(self) -> bool:
@@ -57,10 +59,13 @@ class AgainstRecord(Record):
         branch_norms: name now -> lower end, estimate and upper end of the earlier branch norm.
     """
 
+    # The earlier model.
     source: str
     state: str
     created: str = ""
     training: bool = False
+
+    # What differs.
     compared: int = 0
     missing: list[str] = field(default_factory=list)
     changes: list[ChangeRecord] = field(default_factory=list)

@@ -46,13 +46,18 @@ class BatchReplay(Record):
         values: what of the batch is not finite; None if it was not looked at.
     """
 
+    # Which batch it is.
     file: str
     step: int
     suspect: bool
+
+    # What it gave here, and what the run logged of it.
     loss: float | None
     gradient: float | None
     logged_loss: float | None = None
     logged_gradient: float | None = None
+
+    # A closer look.
     sequences: list[SequenceReplay] = field(default_factory=list)
     note: str = ""
     values: BatchValues | None = None
@@ -105,7 +110,9 @@ class NormChange(Record):
     @property
     def ratio(self) -> float:
         """The norm on the batch over that on the probe; inf if that was 0."""
-        return self.batch / self.probe if self.probe else math.inf
+        if not self.probe:
+            return math.inf
+        return self.batch / self.probe
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,9 @@ class ReplayRecord(Record):
             checkpoint.
         tokens: of the suspect batches, the ones with the largest loss.
         token_cut: the loss that one in 1,000 tokens of the other batches exceeds; None if they have
-        too few. tokens_beyond, tokens_counted: how many tokens of the suspect batches exceed it,
-        and of how many.
+            too few.
+        tokens_beyond, tokens_counted: how many tokens of the suspect batches exceed it, and of how
+            many.
         norms: branch norms on the latest batch, which is the probe of the audit, and on the last
             probe of the run.
         probe_step: of that probe of the run.
@@ -140,25 +148,36 @@ class ReplayRecord(Record):
         seconds: that it took.
     """
 
+    # The flight and the weights.
     folder: str
     step: int | None
     onset: int | None
     why: str
     checkpoint_step: int | None
     computed: str
+
+    # The verdict.
     verdict: ReplayVerdict
     sentence: str
     about_checkpoint: str
+
+    # The batches, and what the run had of the same figures.
     batches: list[BatchReplay] = field(default_factory=list)
     before: dict[str, LevelRecord] = field(default_factory=dict)
     at_checkpoint: dict[str, LevelRecord] = field(default_factory=dict)
+
+    # Tokens whose loss stands out.
     tokens: list[TokenReplay] = field(default_factory=list)
     token_cut: float | None = None
     tokens_beyond: int = 0
     tokens_counted: int = 0
+
+    # Branch norms on the batch and on the probe of the run.
     norms: list[NormChange] = field(default_factory=list)
     probe_step: int | None = None
     probed_step: int | None = None
+
+    # What the verdict was taken from, and what could not be done.
     evidence: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0

@@ -17,16 +17,24 @@ def three(value: float | None) -> str:
     >>> [three(v) for v in (0.0283, 9.8, 35.66, 1234.5, 44842.0, 2.5e19, None)]
     ['0.0283', '9.80', '35.7', '1234', '44,800', '2.50e19', '–']
     """
+    # 1. What has no digits.
     if value is None:
         return ABSENT
     if not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+        return str(float(value))  # "nan", "inf" or "-inf"
     if value == 0:
         return "0"
-    if not PLAIN_FROM <= abs(value) < PLAIN_TO:
-        mantissa, power = f"{value:.2e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return written(value, decimals(value))
+
+    # 2. Very large and very small numbers have a power of ten.
+    if PLAIN_FROM <= abs(value) < PLAIN_TO:
+        return written(value, decimals(value))
+    return _with_power(value)
+
+
+def _with_power(value: float) -> str:
+    """Return three digits and a power of ten: "2.50e19" where Python writes "2.50e+19"."""
+    mantissa, power = f"{value:.2e}".split("e")
+    return f"{mantissa}e{int(power)}"
 
 
 def written(value: float, digits: int) -> str:
@@ -35,7 +43,8 @@ def written(value: float, digits: int) -> str:
     From 10,000 on digits are grouped, and zeros stand in place of the last ones.
     """
     if abs(value) >= 1e4:
-        return f"{float(f'{value:.2e}'):,.0f}"
+        three_digits = float(f"{value:.2e}")
+        return f"{three_digits:,.0f}"
     return f"{value:.{digits}f}"
 
 
@@ -46,8 +55,8 @@ def decimals(value: float) -> int:
     """
     if value == 0 or not math.isfinite(value):
         return 0
-    exponent = int(f"{value:.2e}".split("e")[1])
-    return max(0, 2 - exponent)
+    _, power = f"{value:.2e}".split("e")
+    return max(0, 2 - int(power))
 
 
 def outward(value: float, *, down: bool) -> str:
@@ -67,13 +76,18 @@ def outward(value: float, *, down: bool) -> str:
     if value == 0 or not math.isfinite(value):
         return three(value)
 
-    # Decimal arithmetic on the shortest digits of the number: 5.8 stays 5.80, although it is stored
-    # as 5.79999...
+    # 1. Decimal arithmetic on the shortest digits of the number: 5.8 stays 5.80, although it is
+    # stored as 5.79999...
     exact = Decimal(repr(float(value)))
-    last = Decimal(1).scaleb(exact.adjusted() - 2)
+
+    # 2. The unit of the last digit. 1234 is written in full, as by `three`.
+    unit = Decimal(1).scaleb(exact.adjusted() - 2)
     if 1e3 <= abs(value) < 1e4:
-        last = Decimal(1)  # 1234 is written whole, as by `three`
-    rounded = exact.quantize(last, rounding=ROUND_FLOOR if down else ROUND_CEILING)
+        unit = Decimal(1)
+
+    # 3. Round away from the inside.
+    rounding = ROUND_FLOOR if down else ROUND_CEILING
+    rounded = exact.quantize(unit, rounding=rounding)
     return three(float(rounded))
 
 
@@ -87,10 +101,18 @@ def between(lower: float, upper: float) -> str:
     """
     if math.isnan(lower) or math.isnan(upper):
         return three(math.nan)
-    is_one_number = lower == upper or (math.isfinite(upper) and upper - lower <= EXACT * abs(upper))
-    if is_one_number:
+    if _is_one_number(lower, upper):
         return three(upper)
     return f"{outward(lower, down=True)} to {outward(upper, down=False)}"
+
+
+def _is_one_number(lower: float, upper: float) -> bool:
+    """Return whether an interval is only as wide as the rounding of one number."""
+    if lower == upper:
+        return True
+    if not math.isfinite(upper):
+        return False
+    return upper - lower <= EXACT * abs(upper)
 
 
 class _Ends(Protocol):
@@ -120,6 +142,8 @@ def spoken(interval: _Ends | None) -> str:
     """
     if interval is None:
         return ABSENT
+
+    # A norm that is nan or inf has no interval.
     if not math.isfinite(interval.estimate):
         return three(interval.estimate)
     return between(interval.lower, interval.upper)
@@ -132,7 +156,8 @@ def two(value: float) -> str:
     ('22', '400', '0.00100')
     """
     if 0.01 < abs(value) < 1e6:
-        return f"{float(f'{value:.1e}'):g}"
+        two_digits = float(f"{value:.1e}")
+        return f"{two_digits:g}"
     return three(value)
 
 
@@ -142,6 +167,7 @@ def counted(number: int) -> str:
     >>> counted(124_439_808), counted(1_300_000_000), counted(51_000), counted(12)
     ('124M', '1.30B', '51.0k', '12')
     """
+    # The largest unit of which there is one or more.
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{three(number / unit)}{name}"
@@ -154,16 +180,20 @@ def share(part: int, whole: int) -> str:
     >>> share(999_999, 1_000_000), share(7, 7), share(1, 3)
     ('99.99%', '100%', '33.3%')
     """
+    # 1. Nothing, and everything.
     if whole <= 0:
         return ABSENT
     if part >= whole:
         return "100%"
     if part <= 0:
         return "0%"
+
+    # 2. Close to either end, two digits keep the share apart from it.
     percent = 100 * part / whole
-    is_extreme = percent > 99.9 or percent < 0.1
-    digits = 2 if is_extreme else 1
-    return f"{min(max(percent, 0.01), 99.99):.{digits}f}%"
+    shown = min(max(percent, 0.01), 99.99)
+    if percent > 99.9 or percent < 0.1:
+        return f"{shown:.2f}%"
+    return f"{shown:.1f}%"
 
 
 def level(probability: float) -> str:
@@ -174,10 +204,13 @@ def level(probability: float) -> str:
     """
     if not 0 < probability < 1:
         return f"{100 * probability:g}%"
-    # Two digits of the chance to miss, of the decimals that the number is written with.
+
+    # 1. Keep two digits of the chance to miss, of the decimals that the number is written with.
     percent = Decimal(repr(probability)) * 100
     places = max(0, 1 - (100 - percent).adjusted())
     rounded = percent.quantize(Decimal(1).scaleb(-places), rounding=ROUND_FLOOR)
+
+    # 2. Write it without zeros at the end: 95%, not 95.0%.
     text = f"{rounded:f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
@@ -190,12 +223,16 @@ def seconds(value: float | None) -> str:
         return ABSENT
     if value < 10:
         return f"{value:.1f} s"
+
+    # Rounded before it is split, so that 59.7 s is "1 min 0 s" and not "60 s".
     rounded = round(value)
-    if rounded < 60:
-        return f"{rounded} s"
-    if rounded < 3600:
-        return f"{rounded // 60} min {rounded % 60} s"
-    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
+    minutes, seconds_left = divmod(rounded, 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left} min"
+    if minutes:
+        return f"{minutes} min {seconds_left} s"
+    return f"{rounded} s"
 
 
 def memory(megabytes: float | None) -> str:

@@ -32,9 +32,14 @@ class Range:
 
     def __contains__(self, value: object) -> bool:
         """Return whether a value is a finite number, not a boolean, in this range."""
+        # 1. The type. A bool is an integer in Python, but no number to a user.
         kind = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool):
             return False
+        if not isinstance(value, kind):
+            return False
+
+        # 2. The value.
         number = float(value)
         if not math.isfinite(number):
             return False
@@ -45,6 +50,8 @@ class Range:
     def __str__(self) -> str:
         """Return the range in words."""
         kind = "an integer" if self.whole else "a number"
+
+        # A range without an upper end is said by its lower one.
         if self.most < math.inf:
             return f"{kind} between {self.least:g} and {self.most:g}"
         if self.open:
@@ -55,14 +62,17 @@ class Range:
 _ABOVE_0 = Range(0, open=True)
 _SHARE = Range(0, 1, open=True)
 RANGES = {
+    # of the solver
     "tol": _ABOVE_0,
     "confidence": _SHARE,
     "confidence_all": _SHARE,
     "max_products": Range(4, whole=True),
+    # of the probe
     "probes": Range(1, whole=True),
     "batch": Range(1, whole=True),
     "seq": Range(1, whole=True),
     "seed": Range(0, 2**62, whole=True),
+    # of the planned run
     "lr": _ABOVE_0,
     "warmup": Range(0, whole=True),
     "clip": _ABOVE_0,
@@ -91,5 +101,8 @@ def check_ranges(**values: Any) -> None:
         a number between 0 and 1
     """
     for name, value in values.items():
-        if value is not None and value not in RANGES[name]:
-            raise UsageError(f"{name} cannot be {value!r}", hint=str(RANGES[name]))
+        if value is None:
+            continue
+        allowed = RANGES[name]
+        if value not in allowed:
+            raise UsageError(f"{name} cannot be {value!r}", hint=str(allowed))

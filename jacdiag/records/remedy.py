@@ -21,11 +21,14 @@ class Outlook(Record):
         undecided: codes of the rules that stayed unknown.
     """
 
+    # Figures.
     branch_norm: list[float] | None = None
     core_norm: list[float] | None = None
     norm_gain: float | None = None
     small_sublayers: str = "unknown"
     large_shortcut: str = "unknown"
+
+    # What the rules say of them.
     verdict: str = "unknown"
     fired: list[str] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
@@ -50,10 +53,13 @@ class RemedyRecord(Record):
         patches: "pytorch", "huggingface", "megatron", "torchtitan" -> text.
     """
 
+    # What is changed.
     name: str
     title: str
     codes: list[str]
     price: str
+
+    # What it did.
     before: Outlook
     after: Outlook
     sufficient: bool = False
@@ -61,4 +67,6 @@ class RemedyRecord(Record):
     keeps_function: bool = False
     function_change: float | None = None
     seeds: list[int] = field(default_factory=list)
+
+    # How it is written.
     patches: dict[str, str] = field(default_factory=dict)

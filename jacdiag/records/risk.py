@@ -27,6 +27,8 @@ class Risk(Record):
     chance: float | None = None
     lower: float | None = None
     upper: float | None = None
+
+    # What it rests on.
     figure: str = ""
     value: float | None = None
     lr: float | None = None
@@ -36,7 +38,9 @@ class Risk(Record):
 
     def __str__(self) -> str:
         """Return the chance as in "31% [18%, 47%]", or why there is none."""
-        if self.chance is None or self.lower is None or self.upper is None:
+        if self.chance is None:
+            return self.reason
+        if self.lower is None or self.upper is None:
             return self.reason
         return f"{self.chance:.0%} [{self.lower:.0%}, {self.upper:.0%}]"
 
@@ -87,14 +91,19 @@ class RiskCurve(Record):
 
         # 2. The linear predictor there, and its variance x^T C x.
         middle = sum(c * x for c, x in zip(self.coefficients, point, strict=True))
-        variance = 0.0
-        for row, x in zip(self.covariance, point, strict=True):
-            for covariance, y in zip(row, point, strict=True):
-                variance += x * y * covariance
+        variance = self._variance_at(point)
 
         # 3. Interval of the predictor, through the curve.
         half = Z * math.sqrt(max(variance, 0.0))
         return logistic(middle), logistic(middle - half), logistic(middle + half)
+
+    def _variance_at(self, point: list[float]) -> float:
+        """Return the variance of the linear predictor at a point."""
+        variance = 0.0
+        for row, x in zip(self.covariance, point, strict=True):
+            for covariance, y in zip(row, point, strict=True):
+                variance += x * y * covariance
+        return variance
 
 
 @dataclass(frozen=True)

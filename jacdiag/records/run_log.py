@@ -38,7 +38,24 @@ KINDS = (
     "ready",
 )
 WHERE_LOGS_ARE = "a run is the log_dir that jacdiag.watch was given, or the run.jsonl in it"
+
+# Which list of a `RunLog` holds the lines of a kind.
+_LIST_OF_KIND = {
+    "step": "steps",
+    "stats": "stats",
+    "probe": "probes",
+    "alert": "alerts",
+    "fault": "faults",
+    "note": "notes",
+    "price": "prices",
+    "finding": "findings",
+    "ready": "ready",
+}
+
+# Kinds of lines that measure weights, which a checkpoint has again.
 _MEASURED = ("stats", "probe")
+
+# Kinds of lines that a run writes again when it goes back to an earlier step.
 _STEPPED = ("step", "stats", "probe", "alert", "finding", "ready")
 
 
@@ -87,6 +104,8 @@ class RunLog:
     """
 
     header: dict[str, Any] = field(default_factory=dict)
+
+    # Lines of the run, in order.
     steps: list[dict[str, Any]] = field(default_factory=list)
     stats: list[dict[str, Any]] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
@@ -96,6 +115,8 @@ class RunLog:
     prices: list[dict[str, Any]] = field(default_factory=list)
     findings: list[dict[str, Any]] = field(default_factory=list)
     ready: list[dict[str, Any]] = field(default_factory=list)
+
+    # Where it went back to an earlier step, and how it ended.
     resumes: list[int] = field(default_factory=list)
     ended: dict[str, Any] | None = None
 
@@ -110,11 +131,13 @@ class RunLog:
 
         Empty for a log that does not say.
         """
-        ready = {str(row.get("code")) for row in self.ready}
-        waits = {}
-        for code, what in (self.header.get("waits") or {}).items():
-            if code not in ready:
-                waits[str(code)] = str(what)
+        # 1. What every rule waited for at the start.
+        at_start: dict[str, Any] = self.header.get("waits") or {}
+        waits = {str(code): str(what) for code, what in at_start.items()}
+
+        # 2. Less the rules that have become ready.
+        for row in self.ready:
+            waits.pop(str(row.get("code")), None)
         return waits
 
     def column(self, key: str) -> list[float]:
@@ -136,9 +159,7 @@ class RunLog:
         if kind == "run":
             self._add_header(row)
         elif kind == "resume":
-            self._forget_after(int(row["step"]))
-            self.resumes.append(int(row["step"]))
-            self.ended = None
+            self._resume_from(int(row["step"]))
         elif kind == "end":
             self.ended = row
         elif kind in KINDS:
@@ -155,33 +176,31 @@ class RunLog:
         self.ready = [line for line in self.ready if line.get("code") not in waits]
         self.ended = None
 
+    def _resume_from(self, step: int) -> None:
+        """Add that the run continues from a step. Later steps are done again."""
+        self._forget_after(step)
+        self.resumes.append(step)
+        self.ended = None
+
     def _add_row(self, kind: str, row: dict[str, Any]) -> None:
         """Add a line to the list of its kind."""
-        lists = {
-            "step": self.steps,
-            "stats": self.stats,
-            "probe": self.probes,
-            "alert": self.alerts,
-            "fault": self.faults,
-            "note": self.notes,
-            "price": self.prices,
-            "finding": self.findings,
-            "ready": self.ready,
-        }
-        rows = lists[kind]
+        rows: list[dict[str, Any]] = getattr(self, _LIST_OF_KIND[kind])
 
         # A run that continues measures the weights of its checkpoint again.
-        is_measured = kind in _MEASURED
-        if is_measured and rows and rows[-1].get("step") == row.get("step"):
-            rows.pop()
+        if kind in _MEASURED and rows:
+            is_same_step = rows[-1].get("step") == row.get("step")
+            if is_same_step:
+                rows.pop()
         rows.append(row)
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of later steps."""
-        for rows in (self.steps, self.stats, self.probes, self.alerts, self.findings, self.ready):
+        for kind in _STEPPED:
+            rows: list[dict[str, Any]] = getattr(self, _LIST_OF_KIND[kind])
             rows[:] = [row for row in rows if row.get("step", 0) <= step]
 
 
+# Figures of a step that plots and screens show.
 _SHOWN = (
     "step",
     "loss",
@@ -207,17 +226,28 @@ def lightened(row: dict[str, Any], run: RunLog) -> dict[str, Any]:
     """
     kind = row.get("type")
     if kind == "step":
-        light: dict[str, Any] = {key: row.get(key) for key in _SHOWN}
-        update = row.get("update")
-        if update:
-            light["update"] = {
-                "where": sys.intern(str(update.get("where"))),
-                "ratio": update.get("ratio"),
-            }
-        return {"type": "step", **light}
-    if kind == "probe" and run.probes:
-        return {key: value for key, value in row.items() if key != "report"}
+        return _light_step(row)
+
+    # The report of the first probe stays: its findings are about the init.
+    is_later_probe = kind == "probe" and run.probes
+    if is_later_probe:
+        light = dict(row)
+        light.pop("report", None)
+        return light
     return row
+
+
+def _light_step(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a line `step` with only what plots and screens show."""
+    light: dict[str, Any] = {"type": "step"}
+    light.update((key, row.get(key)) for key in _SHOWN)
+
+    # The name of a sub-layer is one string, shared by all lines.
+    update = row.get("update")
+    if update:
+        where = sys.intern(str(update.get("where")))
+        light["update"] = {"where": where, "ratio": update.get("ratio")}
+    return light
 
 
 def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
@@ -243,7 +273,9 @@ def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
     try:
         with file.open("rb") as lines:
             for row in parsed(lines):
-                run.add(lightened(row, run) if light else row)
+                if light:
+                    row = lightened(row, run)
+                run.add(row)
     except OSError as error:
         raise SourceError(
             f"cannot read the run log '{file}'", got=error.strerror, hint=WHERE_LOGS_ARE
@@ -271,20 +303,30 @@ def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         if not line.endswith(b"\n"):
             return  # the process ended while it wrote
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict):
-            continue
-        version = row.get("v")
-        if isinstance(version, int) and version > RUN_SCHEMA_VERSION:
-            raise SourceError(
-                "the run log was written by a newer jacdiag",
-                got=f"schema {version}",
-                hint=f"this one reads {RUN_SCHEMA_VERSION}; update it",
-            )
-        yield row
+        row = _decode_line(line)
+        if row is not None:
+            _check_version(row.get("v"))
+            yield row
+
+
+def _decode_line(line: bytes) -> dict[str, Any] | None:
+    """Return a line of a log; None if it is no JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _check_version(version: object) -> None:
+    """Raise if a line is of a newer schema than this version reads."""
+    if not isinstance(version, int) or version <= RUN_SCHEMA_VERSION:
+        return
+    raise SourceError(
+        "the run log was written by a newer jacdiag",
+        got=f"schema {version}",
+        hint=f"this one reads {RUN_SCHEMA_VERSION}; update it",
+    )
 
 
 def to_line(kind: str, row: Mapping[str, Any]) -> bytes:
@@ -318,6 +360,8 @@ def plain(value: Any) -> Any:
     for kind, convert in _CONVERTERS.items():
         if isinstance(value, kind):
             return convert(value)
+
+    # 3. A record, or a mapping that is no dictionary.
     if isinstance(value, Record):
         return plain(value.to_dict())
     if isinstance(value, Mapping):
@@ -326,22 +370,24 @@ def plain(value: Any) -> Any:
 
 
 def _unchanged(value: Any) -> Any:
+    """Return a value that is plain JSON already."""
     return value
 
 
 def _plain_float(value: float) -> float | str:
+    """Return eight digits of a number; "nan", "inf" or "-inf" for one that is not finite."""
     if math.isfinite(value):
         return float(f"{value:.8g}")
-    if math.isnan(value):
-        return "nan"
-    return "inf" if value > 0 else "-inf"
+    return str(float(value))
 
 
 def _plain_dict(value: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a mapping with plain values."""
     return {str(key): plain(item) for key, item in value.items()}
 
 
 def _plain_list(value: Iterable[Any]) -> list[Any]:
+    """Return a list with plain values."""
     return [plain(item) for item in value]
 
 

@@ -72,7 +72,8 @@ class ForwardRecord(Record):
     notes: dict[str, str] = field(default_factory=dict)
 
 
-NEGLIGIBLE = 1e-19  # the square of anything below vanishes in float32; no init draws such numbers
+# The square of anything below vanishes in float32, and no init draws such numbers.
+NEGLIGIBLE = 1e-19
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,15 @@ class DeadPath(Record):
     where: list[str]
     stream: bool
     cause: Cause
+
+    # The proof: what holds the zeros, or which call has no derivative.
     parameters: list[str] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     together: bool = False
     calls: list[str] = field(default_factory=list)
     head: bool = False
+
+    # Whether training would change it.
     own_gradient: float | None = None
     elsewhere: bool = False
     frozen: bool = False
@@ -167,9 +172,12 @@ class BackwardRecord(Record):
         cut_shortcuts: residual additions whose shortcut carries no gradient.
     """
 
+    # The embedding's gradient, and what it is compared with.
     embedding: str | None = None
     embedding_norm: float | None = None
     others_median: float | None = None
+
+    # Where no gradient arrives, and where none can be trusted.
     dead: list[DeadPath] | None = None
     not_finite: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
@@ -178,6 +186,10 @@ class BackwardRecord(Record):
     @property
     def embedding_share(self) -> float | None:
         """Norm of the embedding's gradient, divided by the median of the others."""
-        if self.embedding_norm is None or not self.others_median:
+        if self.embedding_norm is None:
+            return None
+
+        # Without another matrix, or with a median of 0, there is nothing to divide by.
+        if not self.others_median:
             return None
         return self.embedding_norm / self.others_median

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from jacdiag.records.base import Record
@@ -29,6 +30,8 @@ class TableRecord(Record):
     shape: list[int]
     dtype: str
     meaning: str = ""
+
+    # What its elements are.
     not_finite: int = 0
     zeros: int = 0
     tiny: int = 0
@@ -41,10 +44,7 @@ class TableRecord(Record):
     @property
     def count(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class AdapterRecord(Record):
 
     Attributes:
         first, second: Names of the factor that reads the input and of the one that writes the
-        output. first_zero, second_zero: Whether every element is zero.
+            output.
+        first_zero, second_zero: Whether every element is zero.
         decomposed: Whether the vectors of a factor stand at right angles, as those of a singular
             value decomposition of the weight do.
         zero_between: Name of a third factor that is zero in every element (AdaLoRA's lora_E); "" if
@@ -110,6 +111,7 @@ class AdapterRecord(Record):
     @property
     def zero_factors(self) -> list[str]:
         """Names of the factors that are zero: one is right, two never get a gradient."""
+        # In the order in which the input passes them.
         zeros = []
         if self.first_zero:
             zeros.append(self.first)
