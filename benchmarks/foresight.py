@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from examples.spike_lab.run import FAULTS, Setting  # noqa: E402
 from jacdiag.backtest import Run, read_runs  # noqa: E402
 from jacdiag.backtest.cross_validation import curves  # noqa: E402
-from jacdiag.backtest.dataset import Board, board  # noqa: E402
+from jacdiag.backtest.dataset import Dataset, build_dataset  # noqa: E402
 from jacdiag.backtest.outcomes import label  # noqa: E402
 from jacdiag.detectors.rising_rate import RisingRate  # noqa: E402
 from jacdiag.records.risk import RiskCurve, RiskTable  # noqa: E402
@@ -84,9 +84,9 @@ class Point:
         return 1e4 * self.alarms / max(1, self.healthy_steps)
 
 
-def columns(grids: Iterable[str]) -> tuple[list[Run], Board]:
+def columns(grids: Iterable[str]) -> tuple[list[Run], Dataset]:
     runs = [run for grid in grids for run in read_runs([GRIDS / f"{grid}.runs.gz"]) if run.whole]
-    cast = board(
+    cast = build_dataset(
         runs,
         [label(run.loss) for run in runs],
         bad="any",
@@ -97,9 +97,9 @@ def columns(grids: Iterable[str]) -> tuple[list[Run], Board]:
     return runs, cast
 
 
-def tables(cast: Board) -> dict[str, RiskTable]:
+def tables(cast: Dataset) -> dict[str, RiskTable]:
     """The curves with the figure, and without: the same placements, rates and warm-ups."""
-    ones = {NOTHING: np.ones(len(cast.wrong))}
+    ones = {NOTHING: np.ones(len(cast.is_wrong))}
     with_it, without = curves(cast, 200), curves(replace(cast, figures=ones), 200, (NOTHING,))
     return {"figure": RiskTable(with_it), "rate and warm-up alone": RiskTable(without)}
 
@@ -166,7 +166,7 @@ def cases(grid: str) -> list[Case]:
     """
     runs, cast = columns((grid,))
     found = []
-    for run, one, wrong in zip(runs, cast.labels, cast.wrong, strict=True):
+    for run, one, wrong in zip(runs, cast.labels, cast.is_wrong, strict=True):
         if one.outcome == "healthy" and not wrong:
             found.append(Case(run, rates(run), None))
         elif one.outcome == "diverged" and one.left is not None:

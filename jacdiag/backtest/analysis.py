@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jacdiag.backtest.cross_validation import curves, held_out
-from jacdiag.backtest.dataset import WORSE, Board, board
+from jacdiag.backtest.dataset import WORSE, Dataset, build_dataset
 from jacdiag.backtest.metrics import Bools, Floats, auroc, auroc_interval, operating_point
 from jacdiag.backtest.outcomes import label
 from jacdiag.backtest.recorded_run import Run
@@ -57,16 +57,10 @@ def backtest(
     if bad not in _OUTCOMES:
         raise UsageError("unknown outcome", got=bad, hint="diverged, spiked, worse or any")
     _check_factors(runs, [*stratum, *peers, *hold_out])
-    complete = [run for run in runs if run.whole]
+    complete = _complete_runs(runs)
     not_complete = len(runs) - len(complete)
-    if not complete:
-        raise UsageError(
-            "no run has reached its end",
-            got=f"{len(runs)} begun",
-            hint="the factor `steps` says where it is",
-        )
     labels = [label(run.loss) for run in complete]
-    dataset = board(
+    dataset = build_dataset(
         complete,
         labels,
         bad=bad,
@@ -75,18 +69,16 @@ def backtest(
         cluster_without=cluster_without,
         worse=worse,
     )
-    wrong = dataset.wrong
-    _check_outcomes(wrong, not_complete)
+    is_wrong = dataset.is_wrong
+    _check_outcomes(is_wrong, not_complete)
 
-    # 2. Every figure, and the trivial classifiers.
-    rankings = []
-    for is_trivial, figures in ((False, dataset.figures), (True, dataset.trivial)):
-        for name, values in figures.items():
-            rankings.append(_ranking(dataset, name, values, is_trivial, false_alarms, times))
-    rankings.sort(key=lambda ranking: (ranking.trivial, -(ranking.all_pairs or 0.0)))
+    # 2. A curve of the chance holds for a placement of the norm, and for no other factor.
+    curves_of_risk = {}
+    if list(stratum) == ["placement"]:
+        curves_of_risk = curves(dataset, times)
 
     # 3. The report.
-    asked = {
+    options = {
         "stratum": list(stratum),
         "peers": list(peers),
         "bad": bad,
@@ -99,81 +91,121 @@ def backtest(
     names = [run.name for run in complete]
     return BacktestReport(
         labels=dict(zip(names, labels, strict=True)),
-        bad=dict(zip(names, (bool(is_wrong) for is_wrong in wrong), strict=True)),
+        bad=dict(zip(names, is_wrong.tolist(), strict=True)),
         strata=_count_strata(dataset),
-        rankings=rankings,
-        detectors=_detectors(complete, labels, wrong, lead),
+        rankings=_rankings(dataset, false_alarms, times),
+        detectors=_detectors(complete, labels, is_wrong, lead),
         held_out=[held_out(dataset, factor, false_alarms, times) for factor in hold_out],
-        curves=curves(dataset, times) if list(stratum) == ["placement"] else {},
-        asked=asked,
+        curves=curves_of_risk,
+        asked=options,
     )
 
 
 def _check_factors(runs: Sequence[Run], names: Sequence[str]) -> None:
     """Raise if no run has one of the factors."""
-    known = {name for run in runs for name in run.factors}
+    known: set[str] = set()
+    for run in runs:
+        known.update(run.factors)
+    listed = ", ".join(sorted(known)) or "no factors at all"
     for name in names:
         if name not in known:
-            raise UsageError(
-                f"no run has the factor '{name}'",
-                got=", ".join(sorted(known)) or "no factors at all",
-            )
+            raise UsageError(f"no run has the factor '{name}'", got=listed)
 
 
-def _check_outcomes(wrong: Bools, not_complete: int) -> None:
+def _complete_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that reached their end; raise if there are none."""
+    complete = [run for run in runs if run.whole]
+    if complete:
+        return complete
+    raise UsageError(
+        "no run has reached its end",
+        got=f"{len(runs)} begun",
+        hint="the factor `steps` says where it is",
+    )
+
+
+def _check_outcomes(is_wrong: Bools, not_complete: int) -> None:
     """Raise if all runs ended alike."""
-    if wrong.any() and not wrong.all():
+    if is_wrong.any() and not is_wrong.all():
         return
+
+    # Runs that have not reached their end may end otherwise.
     hint = "--bad chooses what is wrong"
     if not_complete:
         hint = f"{not_complete} more have not reached their end"
     raise UsageError(
         "all runs ended alike: nothing can be ranked",
-        got=f"{int(wrong.sum())} of {len(wrong)} went wrong",
+        got=f"{int(is_wrong.sum())} of {len(is_wrong)} went wrong",
         hint=hint,
     )
 
 
-def _count_strata(dataset: Board) -> dict[str, list[int]]:
+def _count_strata(dataset: Dataset) -> dict[str, list[int]]:
     """Return for each stratum how many runs it has, and how many of them went wrong."""
     counts: dict[str, list[int]] = {}
-    for name, is_wrong in zip(dataset.strata, dataset.wrong, strict=True):
+    for name, is_wrong in zip(dataset.strata, dataset.is_wrong, strict=True):
         count = counts.setdefault(name, [0, 0])
         count[0] += 1
         count[1] += bool(is_wrong)
     return counts
 
 
+def _rankings(dataset: Dataset, false_alarms: float, times: int) -> list[Ranking]:
+    """Rank all figures, the best first, and then the trivial classifiers."""
+    # 1. Rank each by itself.
+    figures = []
+    for name, values in dataset.figures.items():
+        figures.append(_ranking(dataset, name, values, False, false_alarms, times))
+    trivial = []
+    for name, values in dataset.trivial.items():
+        trivial.append(_ranking(dataset, name, values, True, false_alarms, times))
+
+    # 2. The best first. One that is not defined counts as 0.
+    figures.sort(key=_negative_auroc)
+    trivial.sort(key=_negative_auroc)
+    return figures + trivial
+
+
+def _negative_auroc(ranking: Ranking) -> float:
+    """Return a key that puts the highest AUROC first."""
+    return -(ranking.all_pairs or 0.0)
+
+
 def _ranking(
-    dataset: Board, name: str, values: Floats, trivial: bool, false_alarms: float, times: int
+    dataset: Dataset, name: str, values: Floats, trivial: bool, false_alarms: float, times: int
 ) -> Ranking:
     """Rank one figure: over all runs, within strata, and with the learning rate given."""
-    wrong, strata = dataset.wrong, dataset.strata
+    is_wrong = dataset.is_wrong
+    strata = dataset.strata
 
     def interval(groups: Sequence[Hashable] | None) -> Estimate:
-        return auroc_interval(values, wrong, groups, dataset.clusters, times=times)
+        """Return the AUROC with its interval; only runs of the same group are compared."""
+        return auroc_interval(values, is_wrong, groups, dataset.clusters, times=times)
 
     # 1. Within each stratum alone.
+    given_rate = dataset.given_rate
     by_stratum: dict[str, float | None] = {}
     given_by_stratum: dict[str, float | None] = {}
     for stratum in dict.fromkeys(strata):
-        places = np.array([k for k, other in enumerate(strata) if other == stratum])
-        rates = [dataset.given_rate[k] for k in places]
-        by_stratum[stratum] = auroc(values[places], wrong[places])
-        given_by_stratum[stratum] = auroc(values[places], wrong[places], rates, missing_ties=True)
+        places = np.flatnonzero(np.array(strata) == stratum).tolist()
+        scores = values[places]
+        outcomes = is_wrong[places]
+        rates = [given_rate[place] for place in places]
+        by_stratum[stratum] = auroc(scores, outcomes)
+        given_by_stratum[stratum] = auroc(scores, outcomes, rates, missing_ties=True)
 
     # 2. Over all strata.
     return Ranking(
-        name,
-        interval(None),
-        interval(strata),
-        interval(dataset.given_rate),
-        auroc(values, wrong, dataset.given_rate, missing_ties=True),
-        by_stratum,
-        given_by_stratum,
-        operating_point(values, wrong, false_alarms),
-        trivial,
-        int(np.sum(~np.isnan(values))),
+        name=name,
+        over_all=interval(None),
+        within=interval(strata),
+        given_lr=interval(given_rate),
+        all_pairs=auroc(values, is_wrong, given_rate, missing_ties=True),
+        by_stratum=by_stratum,
+        given_by_stratum=given_by_stratum,
+        operating=operating_point(values, is_wrong, false_alarms),
+        trivial=trivial,
+        measured=int(np.sum(~np.isnan(values))),
     )
 
 
@@ -189,35 +221,54 @@ class _Tally:
     ahead_by_outcome: dict[str, list[int]] = field(default_factory=dict)
 
     def add_healthy(self, run: Run, alert_steps: list[int]) -> None:
+        """Count a healthy run, in which every alert is a false alarm."""
         self.alarms += len(alert_steps)
         self.healthy_steps += len(run.steps)
 
     def add_bad(self, run: Run, outcome: Label, alert_steps: list[int], lead: int) -> None:
         """Count a run that went wrong, and how long before that the rule fired first."""
+        # 1. The step at which the loss left its band.
         assert outcome.left is not None
-        self.bad += 1
         last = len(run.steps) - 1
         left_at = int(run.steps[min(outcome.left, last)])
+
+        # 2. Count the run.
+        self.bad += 1
+        counts = self.ahead_by_outcome.setdefault(outcome.outcome, [0, 0])
+        counts[1] += 1
+
+        # 3. The first alert before that step has the longest lead.
         leads = [left_at - step for step in alert_steps if step <= left_at]
-        ahead, count = self.ahead_by_outcome.setdefault(outcome.outcome, [0, 0])
-        if leads:
-            self.leads.append(max(leads))
-            ahead += max(leads) >= lead
-        self.ahead_by_outcome[outcome.outcome] = [ahead, count + 1]
+        if not leads:
+            return
+        self.leads.append(max(leads))
+        if max(leads) >= lead:
+            counts[0] += 1
 
 
 def _detectors(
-    runs: Sequence[Run], labels: Sequence[Label], wrong: Bools, lead: int
+    runs: Sequence[Run], labels: Sequence[Label], is_wrong: Bools, lead: int
 ) -> list[Detector]:
-    """Return how each live rule did, and all of them together.
+    """Return how each live rule did, and all of them together."""
+    # 1. The rules that fired in some run.
+    fired: set[str] = set()
+    for run in runs:
+        fired.update(code for _, code in _live_alerts(run))
+
+    # 2. Each of them, and all together.
+    codes = sorted(fired)
+    detectors = [_detector(code, {code}, runs, labels, is_wrong, lead) for code in codes]
+    if len(codes) > 1:
+        detectors.append(_detector("any", fired, runs, labels, is_wrong, lead))
+    return detectors
+
+
+def _live_alerts(run: Run) -> list[tuple[int, str]]:
+    """Return step and code of a run's alerts.
 
     What step 0 says is the audit's, and no prediction of a live rule.
     """
-    codes = sorted({code for run in runs for step, code in run.alerts if step > 0})
-    detectors = [_detector(code, {code}, runs, labels, wrong, lead) for code in codes]
-    if len(codes) > 1:
-        detectors.append(_detector("any", set(codes), runs, labels, wrong, lead))
-    return detectors
+    return [(step, code) for step, code in run.alerts if step > 0]
 
 
 def _detector(
@@ -225,24 +276,28 @@ def _detector(
     codes: set[str],
     runs: Sequence[Run],
     labels: Sequence[Label],
-    wrong: Bools,
+    is_wrong: Bools,
     lead: int,
 ) -> Detector:
     """Count alerts of some codes in healthy runs, and before bad runs left their band."""
+    # 1. Count run by run. A run that spiked and was not to count as bad is neither.
     tally = _Tally()
-    for run, outcome, is_wrong in zip(runs, labels, wrong, strict=True):
-        alert_steps = [step for step, code in run.alerts if step > 0 and code in codes]
-        if outcome.outcome == "healthy" and not is_wrong:
+    for run, outcome, is_bad in zip(runs, labels, is_wrong, strict=True):
+        alert_steps = [step for step, code in _live_alerts(run) if code in codes]
+        is_healthy = outcome.outcome == "healthy" and not is_bad
+        if is_healthy:
             tally.add_healthy(run, alert_steps)
-        elif is_wrong and outcome.left is not None:
+        elif is_bad and outcome.left is not None:
             tally.add_bad(run, outcome, alert_steps, lead)
+
+    # 2. The figures of the rule.
     return Detector(
-        name,
-        tally.bad,
-        len(tally.leads),
-        sum(value >= lead for value in tally.leads),
-        tally.leads,
-        tally.alarms,
-        tally.healthy_steps,
-        tally.ahead_by_outcome,
+        code=name,
+        bad=tally.bad,
+        found=len(tally.leads),
+        ahead=sum(value >= lead for value in tally.leads),
+        leads=tally.leads,
+        alarms=tally.alarms,
+        healthy_steps=tally.healthy_steps,
+        ahead_by_outcome=tally.ahead_by_outcome,
     )

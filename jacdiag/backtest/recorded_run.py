@@ -38,7 +38,14 @@ class Run:
 
         It did if it has as many steps as its factor `steps` says, or if its loss broke.
         """
+        if not self.steps.size:
+            return False
+
+        # 1. Nothing says how long it should be.
         planned = self.factors.get("steps")
-        if not isinstance(planned, int | float) or not self.steps.size:
-            return bool(self.steps.size)
-        return bool(self.steps[-1] >= planned or not np.isfinite(self.loss[-1]))
+        if not isinstance(planned, int | float):
+            return True
+
+        # 2. A loss that is not finite ends a run early.
+        is_broken = not np.isfinite(self.loss[-1])
+        return bool(is_broken or self.steps[-1] >= planned)

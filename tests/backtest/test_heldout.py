@@ -1,4 +1,4 @@
-"""What is held out is foretold from the rest alone."""
+"""What is held out is predicted from the others alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jacdiag_cli.main import main
 
 from jacdiag.backtest import Run, backtest
 from jacdiag.backtest.archive import encoded, pack, read_packed, unpack
-from jacdiag.backtest.cross_validation import curves, foretelling
-from jacdiag.backtest.dataset import board
+from jacdiag.backtest.cross_validation import choose_figure, curves
+from jacdiag.backtest.dataset import build_dataset
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records.backtest import BacktestReport
 from jacdiag.rules.risk_curves import load_risk
@@ -136,7 +136,7 @@ def inits(smooth: str, bent: str) -> list[Run]:
 def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: str) -> None:
     [bent] = set(CONDITIONS) - {smooth}
     runs = inits(smooth, bent)
-    cast = board(
+    cast = build_dataset(
         runs,
         [label_once(run.loss) for run in runs],
         bad="any",
@@ -148,10 +148,10 @@ def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: st
     assert len(set(cast.inits)) == 6 and cast.best(everything) == bent, (
         "they rank alike: the first one is named"
     )
-    assert foretelling(cast, everything) == smooth
+    assert choose_figure(cast, everything) == smooth
     assert backtest(runs, times=5).curves["pre"].figure == smooth
     one_init = np.array([run.factors["branch_std"] == 2.0 for run in runs])
-    assert foretelling(cast, one_init) == cast.best(one_init), (
+    assert choose_figure(cast, one_init) == cast.best(one_init), (
         "with nothing to leave out, the ranks"
     )
 
@@ -191,7 +191,7 @@ def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
             replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})
             for k, r in enumerate(named(made(120)))
         ]
-        cast = board(
+        cast = build_dataset(
             runs,
             [label_once(run.loss) for run in runs],
             bad="any",

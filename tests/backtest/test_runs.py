@@ -16,7 +16,7 @@ import pytest
 from jacdiag.backtest import Run, backtest, read_runs
 from jacdiag.backtest.archive import pack, unpack
 from jacdiag.backtest.cross_validation import curves
-from jacdiag.backtest.dataset import board
+from jacdiag.backtest.dataset import build_dataset
 from jacdiag.backtest.outcomes import label
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.rules.risk_features import CONDITIONS
@@ -159,7 +159,7 @@ def test_a_figure_of_nothing_makes_no_range() -> None:
             )
         )
     wrong = np.array([run.figures[CONDITIONS[0]] * float(run.factors["lr"]) > 0.05 for run in runs])
-    cast = board(
+    cast = build_dataset(
         runs,
         [label(run.loss) for run in runs],
         bad="any",
@@ -167,5 +167,5 @@ def test_a_figure_of_nothing_makes_no_range() -> None:
         peers=[],
         cluster_without=["seed"],
     )
-    [found] = curves(replace(cast, wrong=wrong), 10).values()
+    [found] = curves(replace(cast, is_wrong=wrong), 10).values()
     assert found.ranges["figure"][0] > 0 and found.runs == 88
