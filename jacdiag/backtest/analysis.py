@@ -280,7 +280,7 @@ def _detector(
     lead: int,
 ) -> Detector:
     """Count alerts of some codes in healthy runs, and before bad runs left their band."""
-    # 1. Count run by run. A run that spiked and was not to count as bad is neither.
+    # 1. Count run by run. A run that spiked, but does not count as bad, is neither.
     tally = _Tally()
     for run, outcome, is_bad in zip(runs, labels, is_wrong, strict=True):
         alert_steps = [step for step, code in _live_alerts(run) if code in codes]

@@ -15,6 +15,7 @@ from jacdiag.records.backtest import Bin, Estimate, Operating
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+
 _LEVEL = 0.9500000018071152  # 1.959964 standard deviations on either side
 LEAST_CLUSTERS = 5  # fewer, drawn with replacement, say nothing of what others would have shown
 
@@ -31,9 +32,12 @@ def pairs_won(scores: Floats, is_wrong: Bools) -> tuple[float, int]:
     known = ~np.isnan(scores)
     high = np.sort(scores[known & is_wrong])
     low = np.sort(scores[known & ~is_wrong])
+
+    # For each bad run, the good ones that score lower, and with ties.
     below = np.searchsorted(low, high, side="left")
     up_to = np.searchsorted(low, high, side="right")
-    return float(np.sum(below + 0.5 * (up_to - below))), int(high.size * low.size)
+    won = float(np.sum(below + 0.5 * (up_to - below)))
+    return won, int(high.size * low.size)
 
 
 def auroc(
@@ -49,7 +53,7 @@ def auroc(
         scores: one a run, larger meaning worse; nan where the figure was not measured.
         is_wrong: which runs went wrong.
         strata: only runs of the same stratum are compared; strata count by their pairs.
-        missing_ties: pairs with a run that has no score count half, too, and are not left out: so
+        missing_ties: pairs with a run that has no score count half, too, and are not left out. So
             figures that were measured on different runs can be compared.
 
     Returns:
@@ -59,21 +63,37 @@ def auroc(
         >>> auroc(np.array([3.0, 2.0, 1.0]), np.array([True, False, False]))
         1.0
     """
-    groups = [np.arange(len(scores))] if strata is None else members(strata)
-    won_in_all, count_of_all = 0.0, 0
+    # 1. The runs that are compared with each other.
+    groups = [np.arange(len(scores))]
+    if strata is not None:
+        groups = members(strata)
+
+    # 2. Count over all groups.
+    won_in_all = 0.0
+    count_of_all = 0
     for places in groups:
         won, count = pairs_won(scores[places], is_wrong[places])
         if missing_ties:
-            every = int(is_wrong[places].sum() * (~is_wrong[places]).sum())
+            bad = is_wrong[places].sum()
+            good = (~is_wrong[places]).sum()
+            every = int(bad * good)
             won += 0.5 * (every - count)
             count = every
         won_in_all += won
         count_of_all += count
-    return won_in_all / count_of_all if count_of_all else None
+
+    # 3. The share that the bad runs win.
+    if not count_of_all:
+        return None
+    return won_in_all / count_of_all
 
 
 def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
-    """Return the places of equal keys, group by group."""
+    """Return the places of equal keys, group by group.
+
+    Args:
+        keys: one an entry.
+    """
     places: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -112,29 +132,41 @@ def auroc_interval(
     difference = scores[high][:, None] - scores[low][None, :]
     pairs = np.ones_like(difference)
     if strata is not None:
-        codes = np.empty(len(scores), dtype=np.intp)
-        for code, places in enumerate(members(strata)):
-            codes[places] = code
+        codes = _codes_of(strata)
         pairs = (codes[high][:, None] == codes[low][None, :]).astype(np.float64)
+
+    # A tie counts half.
     won = pairs * ((difference > 0) + 0.5 * (difference == 0))
     count = pairs.sum()
     if not count:
         return Estimate(None, level=level)
     value = float(won.sum() / count)
 
-    # 2. The same for each resample.
+    # 2. Whether there are enough clusters to resample.
     known_clusters = [c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known]
     if len(members(known_clusters)) < LEAST_CLUSTERS:
         return Estimate(value, level=level)
+
+    # 3. The same for each resample.
     weights = _resampled(clusters, times, seed)
     above = ((weights[:, high] @ won) * weights[:, low]).sum(axis=1)
     counts = ((weights[:, high] @ pairs) * weights[:, low]).sum(axis=1)
+
+    # 4. The interval over the resamples that have a pair.
     has_pairs = counts > 0
     resampled = above[has_pairs] / counts[has_pairs]
     if not resampled.size:
         return Estimate(value, level=level)
     lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(lower), float(upper), level, int(resampled.size))
+
+
+def _codes_of(keys: Sequence[Hashable]) -> NDArray[np.intp]:
+    """Return a number for each key, the same for equal ones."""
+    codes = np.empty(len(keys), dtype=np.intp)
+    for code, places in enumerate(members(keys)):
+        codes[places] = code
+    return codes
 
 
 def _resampled(clusters: Sequence[Hashable], times: int, seed: int) -> NDArray[np.float64]:
@@ -164,16 +196,26 @@ def operating_point(scores: Floats, is_wrong: Bools, false_alarms: float) -> Ope
     if not good.size or not bad_scores.size:
         return None
 
+    # 1. The good run of which as many score higher as may be alarmed on.
     allowed = int(np.floor(false_alarms * good.size + 1e-9))
     threshold = float("-inf")
     if allowed < good.size:
         threshold = float(good[good.size - allowed - 1])
 
-    hits = int(np.sum(bad_scores > threshold))
-    alarms = int(np.sum(good > threshold)) + hits
-    precision = hits / alarms if alarms else None
-    rate = float(np.mean(good > threshold))
-    return Operating(threshold, rate, float(np.mean(bad_scores > threshold)), precision)
+    # 2. What an alarm above its score does.
+    is_hit = bad_scores > threshold
+    is_false_alarm = good > threshold
+    hits = int(np.sum(is_hit))
+    alarms = int(np.sum(is_false_alarm)) + hits
+    precision = None
+    if alarms:
+        precision = hits / alarms
+    return Operating(
+        threshold=threshold,
+        false_alarms=float(np.mean(is_false_alarm)),
+        recall=float(np.mean(is_hit)),
+        precision=precision,
+    )
 
 
 def calibration(chances: Floats, is_wrong: Bools, bins: int = 5) -> list[Bin]:
@@ -184,15 +226,21 @@ def calibration(chances: Floats, is_wrong: Bools, bins: int = 5) -> list[Bin]:
         is_wrong: which runs went wrong.
         bins: how many; fewer if there are fewer runs.
     """
+    # 1. The runs in the order of their chance.
     known = ~np.isnan(chances)
     order = np.flatnonzero(known)[np.argsort(chances[known], kind="stable")]
     count = min(bins, max(len(order), 1))
+
+    # 2. Bins of as many runs each. Only without any run is one empty.
     calibrated = []
     for places in np.array_split(order, count):
-        if places.size:
-            size, hits = int(places.size), int(is_wrong[places].sum())
-            mean = float(chances[places].mean())
-            calibrated.append(Bin(mean, size, hits, *wilson(hits, size)))
+        if not places.size:
+            continue
+        size = int(places.size)
+        hits = int(is_wrong[places].sum())
+        lower, upper = wilson(hits, size)
+        chance = float(chances[places].mean())
+        calibrated.append(Bin(chance, runs=size, bad=hits, lower=lower, upper=upper))
     return calibrated
 
 

@@ -24,10 +24,20 @@ from numpy.typing import NDArray
 from jacdiag.records.backtest import Label, Outcome
 
 Floats = NDArray[np.float64]
-WINDOW, OVER = 201, 0.1
-MEMORY, DEVIATIONS, LEAST = 1000, 7.0, 60
+
+# Of the spike rate: steps of the window, and nats over its median.
+WINDOW = 201
+OVER = 0.1
+
+# Of the spike score: steps before, standard deviations, and how many steps there must be.
+MEMORY = 1000
+DEVIATIONS = 7.0
+LEAST = 60
+
+# Nats over the lowest median that a run diverges by.
 MARGIN = 0.5
-WARM = 0.1  # share of the run that the initial fall of the loss takes; no spike is counted in it
+# Share of the run that the initial fall of the loss takes. No spike is counted in it.
+WARM = 0.1
 
 
 def label(loss: Floats, *, margin: float = MARGIN) -> Label:
@@ -42,7 +52,7 @@ def label(loss: Floats, *, margin: float = MARGIN) -> Label:
         >>> label(np.linspace(4.0, 2.0, 400)).outcome
         'healthy'
     """
-    begin, loss = _carried(loss)
+    begin, loss = _without_gaps(loss)
     count = len(loss)
 
     # 1. Spikes, by both definitions.
@@ -75,7 +85,7 @@ def label(loss: Floats, *, margin: float = MARGIN) -> Label:
     return Label(outcome, spike_rate, spike_score, left, final, count)
 
 
-def _carried(loss: Floats) -> tuple[int, Floats]:
+def _without_gaps(loss: Floats) -> tuple[int, Floats]:
     """Return where the first finite loss is, and the losses from there with their gaps filled.
 
     A gap takes the loss before it. An end that broke stays so.
@@ -84,11 +94,12 @@ def _carried(loss: Floats) -> tuple[int, Floats]:
     known = np.flatnonzero(np.isfinite(filled))
     if not known.size:
         return 0, filled
+    first, last = known[0], known[-1]
     for k in np.flatnonzero(np.isnan(filled)):
-        is_gap = known[0] < k < known[-1]
+        is_gap = first < k < last
         if is_gap:
             filled[k] = filled[k - 1]
-    return int(known[0]), filled[known[0] :]
+    return int(first), filled[first:]
 
 
 def _over_median(loss: Floats) -> NDArray[np.bool_]:
@@ -96,7 +107,8 @@ def _over_median(loss: Floats) -> NDArray[np.bool_]:
 
     A shorter run has a shorter window. A loss that is not finite counts as over it.
     """
-    half = min(WINDOW, max(3, len(loss) // 5)) // 2
+    window = min(WINDOW, max(3, len(loss) // 5))
+    half = window // 2
     is_over = ~np.isfinite(loss)
     for k in np.flatnonzero(~is_over):
         around = loss[max(0, k - half) : k + half + 1]
@@ -108,13 +120,17 @@ def _over_median(loss: Floats) -> NDArray[np.bool_]:
 def _far_from_mean(loss: Floats) -> NDArray[np.bool_]:
     """Return which losses lie 7 standard deviations or more from the mean of those before."""
     is_far = np.zeros(len(loss), dtype=bool)
-    # a short run would carry its first fall in a long memory
+
+    # A short run would carry its first fall in a long memory.
     memory = min(MEMORY, max(LEAST, len(loss) // 5))
     for k in range(LEAST, len(loss)):
+        # 1. The finite losses before.
         before = loss[max(0, k - memory) : k]
         before = before[np.isfinite(before)]
         if before.size < LEAST:
             continue
+
+        # 2. How far this one is from them.
         if not math.isfinite(loss[k]):
             is_far[k] = True
             continue
@@ -133,27 +149,43 @@ def _left_for_good(loss: Floats, margin: float) -> int | None:
     """
     # 1. The medians of the tenths of the run, as far as its loss is finite.
     broken = np.flatnonzero(~np.isfinite(loss))
-    known = loss[: broken[0]] if broken.size else loss
+    is_broken = broken.size > 0
+    known = loss[: broken[0]] if is_broken else loss
     tenth = max(1, len(loss) // 10)
     begins = range(0, len(known) - tenth + 1, tenth)
     medians = [float(np.median(known[k : k + tenth])) for k in begins]
 
-    # 2. Whether the run diverged at all.
-    if not broken.size:
-        is_short = len(medians) < 2 or len(loss) < 10
-        if is_short or float(np.median(loss[-tenth:])) <= min(medians[:-1]) + margin:
+    # 2. Whether the run diverged at all. Its own last tenth is no earlier one.
+    if not is_broken:
+        if not _ends_high(loss, tenth, medians, margin):
             return None
         medians.pop()
     if not medians:
         return int(broken[0])
 
     # 3. The first step after the last one in the band.
-    half = tenth // 8
-    around = np.array(
-        [np.median(known[max(0, k - half) : k + half + 1]) for k in range(len(known))]
-    )
-    in_band = np.flatnonzero(around <= min(medians) + margin / 2)
     last = len(loss) - 1
+    around = _medians_around(known, half=tenth // 8)
+    in_band = np.flatnonzero(around <= min(medians) + margin / 2)
     if in_band.size:
         return int(min(in_band[-1] + 1, last))
-    return int(broken[0]) if broken.size else last
+
+    # 4. A run that was never in its band began where it broke.
+    if is_broken:
+        return int(broken[0])
+    return last
+
+
+def _ends_high(loss: Floats, tenth: int, medians: list[float], margin: float) -> bool:
+    """Return whether the last tenth of a run lies over every earlier one by the margin."""
+    is_short = len(medians) < 2 or len(loss) < 10
+    if is_short:
+        return False
+    final = float(np.median(loss[-tenth:]))
+    return not final <= min(medians[:-1]) + margin
+
+
+def _medians_around(loss: Floats, half: int) -> Floats:
+    """Return the median of the losses around each step, `half` on either side."""
+    medians = [np.median(loss[max(0, k - half) : k + half + 1]) for k in range(len(loss))]
+    return np.array(medians)

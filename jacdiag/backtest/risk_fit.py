@@ -18,7 +18,9 @@ from jacdiag.backtest.metrics import LEAST_CLUSTERS, Bools, Floats, members
 # The pull towards no effect, in runs, on the slope of a standardized feature. It keeps the slopes
 # finite when a feature separates the runs.
 RIDGE = 0.5
-_SIGNS = ((None, None), (0.0, None), (0.0, None), (None, 0.0))  # a longer warm-up does no harm
+
+# Bounds of the coefficients: a worse figure and a higher rate do no good, a longer warm-up no harm.
+_SIGNS = ((None, None), (0.0, None), (0.0, None), (None, 0.0))
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,19 @@ def features(figure: Floats, lr: Floats, warmup: Floats | None) -> NDArray[np.fl
     """
     if warmup is None:
         warmup = np.full(len(figure), np.nan)
+    columns = [
+        np.ones(len(figure)),
+        _logarithm(figure),
+        _logarithm(lr),
+        _logarithm(np.maximum(warmup, 1.0)),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _logarithm(values: Floats) -> Floats:
+    """Return natural logarithms; nan where a value is not known or not above 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logarithms = [
-            np.where(values > 0, np.log(values), np.nan)
-            for values in (figure, lr, np.maximum(warmup, 1.0))
-        ]
-    return np.stack([np.ones(len(figure)), *logarithms], axis=1)
+        return np.where(values > 0, np.log(values), np.nan)
 
 
 def fit(
@@ -84,7 +93,7 @@ def fit(
         lr: one learning rate a run, above 0; runs without one are left out.
         is_wrong: which went wrong.
         clusters: runs of one cluster are resampled together for the covariance. A cluster is an
-            init, for a curve is used for models that it has not seen.
+            init, because a curve is used for models that it has not seen.
         warmup: steps, one value a run; enters if all runs know theirs and they differ.
         times: resamples; 0 leaves the covariance at 0.
         seed: of the resamples.
@@ -101,34 +110,62 @@ def fit(
     """
     # 1. The runs of which everything is known.
     X = features(figure, lr, warmup)
-    warmups = X[:, 3]
-    if np.isnan(warmups).any() or len(np.unique(warmups)) < 2:
+    if not _warmups_differ(X):
         X = X[:, :3]
     known: Bools = np.logical_not(np.isnan(X).any(axis=1))
-    X, y = X[known], is_wrong[known]
-    if not y.any() or y.all():
-        return None
-    groups = members([c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known])
-    if times and len(groups) < LEAST_CLUSTERS:
+    X = X[known]
+    y = is_wrong[known]
+    if not _has_both(y):
         return None
 
-    # 2. The curve, and its covariance over resampled clusters.
-    best = _solved(X, y)
+    # 2. The curve.
+    known_clusters = [clusters[place] for place in np.flatnonzero(known).tolist()]
+    groups = members(known_clusters)
+    if times and len(groups) < LEAST_CLUSTERS:
+        return None
+    best = _maximize_likelihood(X, y)
+
+    # 3. Its covariance over resampled clusters.
+    count = X.shape[1]
     if not times:
-        return Curve(best, np.zeros((X.shape[1],) * 2))
-    generator = np.random.default_rng(seed)
-    resampled = []
-    for _ in range(times):
-        drawn = generator.integers(len(groups), size=len(groups))
-        rows = np.concatenate([groups[k] for k in drawn])
-        if y[rows].any() and not y[rows].all():
-            resampled.append(_solved(X[rows], y[rows]))
+        return Curve(best, np.zeros((count, count)))
+    resampled = _resampled_coefficients(X, y, groups, times, seed)
     if len(resampled) < max(2, times / 2):
         return None
     return Curve(best, np.cov(np.array(resampled).T))
 
 
-def _solved(X: NDArray[np.float64], y: Bools) -> Floats:
+def _warmups_differ(X: NDArray[np.float64]) -> bool:
+    """Return whether all runs know their warm-up, and not all have the same."""
+    warmups = X[:, 3]
+    if np.isnan(warmups).any():
+        return False
+    return len(np.unique(warmups)) >= 2
+
+
+def _has_both(y: Bools) -> bool:
+    """Return whether some runs went wrong and some did not."""
+    return bool(y.any() and not y.all())
+
+
+def _resampled_coefficients(
+    X: NDArray[np.float64], y: Bools, groups: Sequence[NDArray[np.intp]], times: int, seed: int
+) -> list[Floats]:
+    """Fit again to clusters that are drawn with replacement.
+
+    Draws in which all runs ended alike are left out.
+    """
+    generator = np.random.default_rng(seed)
+    coefficients = []
+    for _ in range(times):
+        drawn = generator.integers(len(groups), size=len(groups))
+        rows = np.concatenate([groups[k] for k in drawn])
+        if _has_both(y[rows]):
+            coefficients.append(_maximize_likelihood(X[rows], y[rows]))
+    return coefficients
+
+
+def _maximize_likelihood(X: NDArray[np.float64], y: Bools) -> Floats:
     """Maximize the penalized likelihood; return the coefficients of the features as they are.
 
     Args:
@@ -136,13 +173,16 @@ def _solved(X: NDArray[np.float64], y: Bools) -> Floats:
         y: which runs went wrong.
     """
     # 1. Standardize the features: the penalty treats all slopes alike.
-    mean, spread = X[:, 1:].mean(axis=0), X[:, 1:].std(axis=0)
+    mean = X[:, 1:].mean(axis=0)
+    spread = X[:, 1:].std(axis=0)
     spread = np.where(spread > 1e-12, spread, 1.0)
     Z = np.column_stack([X[:, 0], (X[:, 1:] - mean) / spread])
     signs = np.where(y, 1.0, -1.0)
 
     def loss(b: Floats) -> tuple[float, Floats]:
+        """Return the penalized loss and its gradient."""
         margin = signs * (Z @ b)
+        # The intercept is not pulled.
         pull = np.array([0.0, *b[1:]])
         value = float(np.logaddexp(0.0, -margin).sum() + RIDGE * pull @ pull)
         gradient = -(Z * (signs * expit(-margin))[:, None]).sum(axis=0) + 2 * RIDGE * pull

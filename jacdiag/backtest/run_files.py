@@ -22,14 +22,16 @@ from jacdiag.backtest.archive import is_packed, read_packed
 from jacdiag.backtest.recorded_run import Factor, Floats, Run
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.records import Report
+from jacdiag.records import NewerSchemaError, Report
 from jacdiag.records.run_log import RUN_FILE, Alert, RunLog, number, read_run
 from jacdiag.rules.risk_features import init_figures
 from jacdiag.rules.thresholds import Thresholds
 
 FACTORS, AUDIT = "factors.json", "audit.json"
 KEYS = ("step", "loss", "grad_norm", "lr")
-_UNLOGGED = (None, "")  # a blank is no "nan": that one was logged
+
+# Values of a step that was not logged. A blank is no "nan": that one was logged.
+_UNLOGGED = (None, "")
 
 
 def read_runs(
@@ -52,36 +54,55 @@ def read_runs(
         SourceError: a file that cannot be read, holds no run, or holds less than `rules` need.
         UsageError: a column that is not there.
     """
-    files = [file for path in paths for file in _files(Path(path))]
+    # 1. The files.
+    files: list[Path] = []
+    for path in paths:
+        files += _files(Path(path))
     if not files:
         raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
-    sources: list[tuple[Path, Run]] = []
+
+    # 2. The runs in each, and where it is.
+    runs: list[Run] = []
+    places: list[tuple[str, ...]] = []
     for file in files:
-        sources += [(file, run) for run in _read(file, dict(columns or {}), figures, rules)]
-    return _with_unique_names(sources)
+        runs_of_file = _read(file, dict(columns or {}), figures, rules)
+        runs += runs_of_file
+        places += [_place(file)] * len(runs_of_file)
+    return _with_unique_names(runs, places)
 
 
-def _with_unique_names(sources: Sequence[tuple[Path, Run]]) -> list[Run]:
-    """Rename runs that share a name: by as much of their path as is needed, then by a number."""
+def _with_unique_names(runs: Sequence[Run], places: Sequence[tuple[str, ...]]) -> list[Run]:
+    """Rename runs that share a name: by as much of their path as is needed, then by a number.
+
+    Args:
+        runs: as they were read.
+        places: the folders of each, as `_place` returns them.
+    """
     # 1. By their path, one folder more at a time.
-    names = [run.name for _, run in sources]
-    places = [_place(file) for file, _ in sources]
-    for depth in range(1, max(map(len, places)) + 1):
-        shared = {name for name, count in Counter(names).items() if count > 1}
+    names = [run.name for run in runs]
+    deepest = max((len(place) for place in places), default=0)
+    for depth in range(1, deepest + 1):
+        shared = _repeated(names)
         if not shared:
             break
-        for k, (_, run) in enumerate(sources):
+        for k, run in enumerate(runs):
             if names[k] in shared:
                 names[k] = "/".join((*places[k][-depth:], run.name))
 
     # 2. By a number.
     seen: Counter[str] = Counter()
     renamed = []
-    for name, (_, run) in zip(names, sources, strict=True):
+    for name, run in zip(names, runs, strict=True):
         seen[name] += 1
-        unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        renamed.append(replace(run, name=unique))
+        if seen[name] > 1:
+            name = f"{name} ({seen[name]})"
+        renamed.append(replace(run, name=name))
     return renamed
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    """Return the names that stand there more than once."""
+    return {name for name, count in Counter(names).items() if count > 1}
 
 
 def _place(file: Path) -> tuple[str, ...]:
@@ -92,48 +113,67 @@ def _place(file: Path) -> tuple[str, ...]:
     folder = file.absolute().parent
     if file.name == RUN_FILE:
         folder = folder.parent
-    parts = folder.parts[1:]
-    return (*parts, file.name) if is_packed(file) else parts
+    folders = folder.parts[1:]
+    if is_packed(file):
+        return (*folders, file.name)
+    return folders
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path) -> list[Path]:
+    """Return a file, the log of a run's folder, or all logs below a folder."""
     if not path.is_dir():
-        yield path
-    elif (path / RUN_FILE).is_file():
-        yield path / RUN_FILE
-    else:
-        yield from sorted(path.rglob(RUN_FILE))
+        return [path]
+
+    # A folder that is a run is not searched for others.
+    log = path / RUN_FILE
+    if log.is_file():
+        return [log]
+    return sorted(path.rglob(RUN_FILE))
 
 
 def _read(
     file: Path, columns: dict[str, str], figures: Sequence[str], rules: Thresholds | None
 ) -> list[Run]:
+    """Read the runs of one file. The arguments are those of `read_runs`."""
+    # 1. A log of jacdiag, which alone holds what the live rules look at.
     if file.suffix == ".jsonl" and _is_ours(file):
         return [of_log(read_run(file), _name(file), _factors(file), _report(file), rules)]
     if rules is not None:
         raise _too_little(str(file))
+
+    # 2. Other files.
     if is_packed(file):
         return read_packed(file)
     return [_foreign(file, columns, figures)]
 
 
 def _is_ours(file: Path) -> bool:
+    """Return whether a file begins as a log of jacdiag does."""
+    # 1. Its first line, which is empty in an empty file.
     try:
         with file.open("rb") as lines:
-            first = json.loads(lines.readline() or b"null")
+            line = lines.readline()
     except OSError as error:
         raise SourceError(f"cannot read the run '{file}'", got=error.strerror) from error
+
+    # 2. The header of a run.
+    try:
+        header = json.loads(line)
     except ValueError:
         return False
-    return isinstance(first, dict) and first.get("type") == "run"
+    return isinstance(header, dict) and header.get("type") == "run"
 
 
 def _name(file: Path) -> str:
-    return file.parent.name if file.name == RUN_FILE else file.stem
+    """Return the name of the run in a file."""
+    if file.name == RUN_FILE:
+        return file.parent.name
+    return file.stem
 
 
 def _factors(file: Path) -> dict[str, Factor]:
     """Read the factors next to a log; a number that is not finite is kept as a text."""
+    # 1. Read the file, if there is one.
     path = file.parent / FACTORS
     if not path.is_file():
         return {}
@@ -145,14 +185,25 @@ def _factors(file: Path) -> dict[str, Factor]:
         raise SourceError(
             f"'{path}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}'
         )
-    return {str(name): _factor(value) for name, value in data.items() if value is not None}
+
+    # 2. null is a factor that this run does not have.
+    factors = {}
+    for name, value in data.items():
+        if value is not None:
+            factors[str(name)] = _factor(value)
+    return factors
 
 
 def _factor(value: Any) -> Factor:
+    """Return the value of a factor as a finite number or as text."""
     if isinstance(value, str):
         return value
     as_number = number(value)
-    return as_number if math.isfinite(as_number) else str(as_number)
+    if math.isfinite(as_number):
+        return as_number
+
+    # nan differs from itself, so it would be another level in each run.
+    return str(as_number)
 
 
 def _report(file: Path) -> Report | None:
@@ -188,62 +239,88 @@ def of_log(
     Raises:
         SourceError: no step has a loss, or the log holds less than `rules` need.
     """
+    # 1. The steps that have a loss.
     rows = [row for row in log.steps if row.get("loss") is not None]
     if not rows:
         raise _no_loss(name)
+
+    # 2. The alerts of the log, or of the live rules as they are today.
+    if rules is None:
+        alerts = _alerts_of(log)
+    else:
+        alerts = _judged_again(log, name, rules)
+
+    # 3. What was varied, and the figures of the untrained model.
     factors = _with_rate(factors, log.column("lr"))
+    figures = _figures_of(report or _report_at_start(log), factors.get("lr"))
     return Run(
-        name,
-        factors,
-        _array(number(row.get("step")) for row in rows),
-        _array(number(row.get("loss")) for row in rows),
-        _array(_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in rows),
-        _figures_of(report or _report_at_start(log), factors.get("lr")),
-        _alerts_of(log) if rules is None else _judged_again(log, name, rules),
+        name=name,
+        factors=factors,
+        steps=_array(number(row.get("step")) for row in rows),
+        loss=_array(number(row.get("loss")) for row in rows),
+        grad_norm=_array(_gradient_norm(row) for row in rows),
+        figures=figures,
+        alerts=alerts,
     )
 
 
 def _with_rate(factors: Mapping[str, Factor], rates: Iterable[float]) -> dict[str, Factor]:
     """Return the factors with the largest finite learning rate, unless they name one."""
-    completed = dict(factors)
+    if "lr" in factors:
+        return dict(factors)
     finite = [rate for rate in rates if math.isfinite(rate)]
-    if "lr" not in completed and finite:
-        completed["lr"] = max(finite)
-    return completed
+    if not finite:
+        return dict(factors)
+
+    # The largest is the peak of the schedule.
+    return {**factors, "lr": max(finite)}
 
 
 def _report_at_start(log: RunLog) -> Report | None:
+    """Return the report of the probe before the first step; None if the log has none."""
     for row in log.probes:
-        if row.get("step") == 0 and row.get("report"):
+        if _holds_first_report(row):
             return Report.from_dict(row["report"])
     return None
+
+
+def _holds_first_report(row: Mapping[str, Any]) -> bool:
+    """Return whether the line of a probe holds a report of the untrained model."""
+    return row.get("step") == 0 and bool(row.get("report"))
 
 
 def _figures_of(report: Report | None, rate: Factor | None) -> dict[str, float]:
     """Return the figures of the untrained model; none without a report."""
     if report is None:
         return {}
-    return init_figures(report, rate if isinstance(rate, float) else None)
+
+    # A rate that is a text, such as "cosine", is no number to scale a figure by.
+    if isinstance(rate, float):
+        return init_figures(report, rate)
+    return init_figures(report, None)
 
 
 def _alerts_of(log: RunLog) -> list[tuple[int, str]]:
     """Return step and code of the alerts in a log."""
-    return [
-        (int(row["step"]), str(row["code"]))
-        for row in log.alerts
-        if "step" in row and "code" in row
-    ]
+    alerts = []
+    for row in log.alerts:
+        is_complete = "step" in row and "code" in row
+        if is_complete:
+            alerts.append((int(row["step"]), str(row["code"])))
+    return alerts
 
 
 def _judged_again(log: RunLog, name: str, rules: Thresholds) -> list[tuple[int, str]]:
     """Return step and code of the alerts that the live rules raise today."""
     try:
         return [(alert.step, alert.code) for alert in rejudged(log, rules)]
+    except NewerSchemaError:
+        raise  # the log may hold all that is needed, in a form that is not known here
     except (KeyError, TypeError, ValueError) as error:
         raise _too_little(name) from error
 
 
-class _Kind(IntEnum):
+class _LineOrder(IntEnum):
     """Kinds of lines, in their order within a step."""
 
     STEP = 0
@@ -269,9 +346,9 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
         [Alert(step=812, code='JD502', ...)]
     """
     # 1. The lines of the log in their order.
-    lines = [(row["step"], _Kind.STEP, row) for row in log.steps]
-    lines += [(row["step"], _Kind.STATISTICS, row) for row in log.stats]
-    lines += [(row["step"], _Kind.PROBE, row) for row in log.probes]
+    lines = [(row["step"], _LineOrder.STEP, row) for row in log.steps]
+    lines += [(row["step"], _LineOrder.STATISTICS, row) for row in log.stats]
+    lines += [(row["step"], _LineOrder.PROBE, row) for row in log.probes]
     lines.sort(key=lambda line: line[:2])
 
     # 2. Each line to the rules.
@@ -279,20 +356,27 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
     resumes = set(log.resumes)
     alerts: list[Alert] = []
     for step, kind, row in lines:
-        if kind is _Kind.STATISTICS:
+        if kind is _LineOrder.STATISTICS:
             alerts += rules.statistics(step, row["figures"]).alerts
-        elif kind is _Kind.PROBE:
-            if step == 0 and row.get("report"):
-                rules.know(Report.from_dict(row["report"]))
-            alerts += rules.probe(step, row["figures"]).alerts
+        elif kind is _LineOrder.PROBE:
+            alerts += _judge_probe(rules, row)
         else:
+            # What the rules learned before a resume is not about the steps after it.
             if step - 1 in resumes:
                 rules.resumed()
             alerts += rules.step(StepFigures.from_row(row)).alerts
     return alerts
 
 
+def _judge_probe(rules: LiveRules, row: Mapping[str, Any]) -> Sequence[Alert]:
+    """Return the alerts of a probe. Later ones are compared with that of the untrained model."""
+    if _holds_first_report(row):
+        rules.know(Report.from_dict(row["report"]))
+    return rules.probe(row["step"], row["figures"]).alerts
+
+
 def _no_loss(name: str) -> SourceError:
+    """Return the error of a log without a loss."""
     return SourceError(
         f"'{name}' holds no loss",
         hint="a run is labelled by its loss: steps without are passed over",
@@ -300,16 +384,22 @@ def _no_loss(name: str) -> SourceError:
 
 
 def _too_little(name: str) -> SourceError:
+    """Return the error of a log that the live rules cannot judge."""
     return SourceError(
         f"'{name}' does not hold what the live rules look at", hint="a log of jacdiag.watch does"
     )
 
 
-def _first_known(*values: Any) -> float:
-    return next((number(v) for v in values if v is not None), math.nan)
+def _gradient_norm(row: Mapping[str, Any]) -> float:
+    """Return the gradient norm of a step, before clipping if that was logged."""
+    norm = row.get("grad_norm")
+    if norm is None:
+        norm = row.get("grad_norm_post")
+    return number(norm)
 
 
 def _array(values: Iterable[float]) -> Floats:
+    """Return numbers as an array."""
     return np.array(list(values), dtype=np.float64)
 
 
@@ -329,17 +419,24 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
             f"'{file}' holds no row", hint="CSV with a header, or JSONL with an object a line"
         )
     names = {key: columns.get(key, key) for key in KEYS}
-    known = dict.fromkeys(name for row in rows for name in row)
+    known: dict[str, None] = {}
+    for row in rows:
+        known.update(dict.fromkeys(row))
     _check_columns(file, known, names["loss"], figures)
 
     # 2. The steps that have a loss, by their number or by their place.
-    losses, norms, steps = [], [], []
+    has_numbers = names["step"] in known
+    losses = []
+    norms = []
+    steps = []
     for place, row in enumerate(rows, start=1):
-        if row.get(names["loss"]) in _UNLOGGED:
+        loss = row.get(names["loss"])
+        if loss in _UNLOGGED:
             continue
-        losses.append(number(row[names["loss"]]))
+        losses.append(number(loss))
         norms.append(number(row.get(names["grad_norm"])))
-        steps.append(number(row.get(names["step"])) if names["step"] in known else float(place))
+        step = number(row.get(names["step"])) if has_numbers else float(place)
+        steps.append(step)
     if not losses:
         raise _no_loss(file.name)
 
@@ -347,8 +444,14 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
     used = {*names.values(), *figures}
     factors = {**_constant(rows, known, used), **_factors(file)}
     factors = _with_rate(factors, (number(row.get(names["lr"])) for row in rows))
-    first_values = {name: _first(rows, name) for name in figures}
-    return Run(_name(file), factors, _array(steps), _array(losses), _array(norms), first_values)
+    return Run(
+        name=_name(file),
+        factors=factors,
+        steps=_array(steps),
+        loss=_array(losses),
+        grad_norm=_array(norms),
+        figures={name: _first_logged(rows, name) for name in figures},
+    )
 
 
 def _check_columns(
@@ -358,6 +461,8 @@ def _check_columns(
     for name in (loss, *figures):
         if name in known:
             continue
+
+        # The option that names the column.
         hint = "a --figure is a column"
         if name == loss:
             hint = "--column loss=NAME says what it is called"
@@ -365,25 +470,42 @@ def _check_columns(
         raise UsageError(f"'{file.name}' has no column '{name}'", got=listed, hint=hint)
 
 
-def _first(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return next((number(row[name]) for row in rows if row.get(name) not in _UNLOGGED), math.nan)
+def _first_logged(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Return the first value of a column; nan if no row has one."""
+    for row in rows:
+        value = row.get(name)
+        if value not in _UNLOGGED:
+            return number(value)
+    return math.nan
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV, or the objects of a JSONL."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the run '{file}'", got=str(error)) from error
+    lines = text.splitlines()
     if file.suffix == ".csv":
-        for row in csv.DictReader(text.splitlines()):
-            row.pop(None, None)  # fields beyond the header
-            yield row
-        return
-    for line in text.splitlines():
+        yield from _csv_rows(lines)
+    else:
+        yield from _jsonl_rows(lines)
+
+
+def _csv_rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV with a header."""
+    for row in csv.DictReader(lines):
+        row.pop(None, None)  # fields beyond the header
+        yield row
+
+
+def _jsonl_rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines that are JSON objects."""
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            continue  # a logger may print other lines between them
         if isinstance(row, dict):
             yield row
 
@@ -392,13 +514,17 @@ def _constant(
     rows: Sequence[Mapping[str, Any]], known: Iterable[str], used: set[str]
 ) -> dict[str, Factor]:
     """Return the columns that never change, except those that are used for something else."""
+    # Of a single row, nothing says what changes.
     constant: dict[str, Factor] = {}
     if len(rows) < 2:
         return constant
+
     for name in known:
         values = {str(row.get(name)) for row in rows}
         if name in used or len(values) != 1:
             continue
+
+        # "1e-3" is the same level as 0.001.
         value = rows[0].get(name)
         as_number = number(value)
         constant[name] = as_number if math.isfinite(as_number) else str(value)
