@@ -230,10 +230,12 @@ def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
         >>> run_audit(layer, AuditOptions(inputs=torch.randn(2, 4, 8), products=False)).tier
         'measured'
     """
+    # 1. The latest batch of a flight is the probe.
     if options.replay is not None and options.inputs is None:
         options = replace(options, inputs=latest_batch(path_text(options.replay)))
     thresholds = load_thresholds(options.thresholds, options.risk)
 
+    # 2. Open both models before any work, on the device of this rank.
     with enlisted(options.ranks) as ranks, torch.inference_mode(False):
         device = ranks.device(None if options.device is None else str(options.device))
         with current(pick(device)):
@@ -244,8 +246,12 @@ def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
                 ranks=ranks,
                 baseline=options.baseline,
             )
-            earlier = None if options.against is None else open_earlier(options.against, options)
+            earlier = None
+            if options.against is not None:
+                earlier = open_earlier(options.against, options)
             report = _run(request, earlier)
+
+    # 3. The same report, with the methods of the public class.
     return AuditReport(**{field.name: getattr(report, field.name) for field in fields(Report)})
 
 
@@ -264,7 +270,9 @@ def _open(source: ModelSource, options: AuditOptions) -> Source:
 def _run(request: Request, earlier: Earlier | None) -> Report:
     """Measure, judge, and add what the options request beyond that."""
     # 1. Measure the model, or read its weights alone, and judge the result by the rules.
-    audit = None if request.source.model is None else Audit(request)
+    audit = None
+    if request.source.model is not None:
+        audit = Audit(request)
     if earlier is not None:
         request, report = _compare(request, audit, earlier)
     elif audit is not None:
@@ -300,6 +308,7 @@ def _compare(request: Request, audit: Audit | None, earlier: Earlier) -> tuple[R
 
 def _read_weights(request: Request) -> Report:
     """Return the report on weights without a model that runs."""
+    # 1. What needs a model that runs.
     options = request.options
     if options.probes > 1:
         hint = "--model FACTORY, which builds the model; or leave --probes out"
@@ -309,10 +318,14 @@ def _read_weights(request: Request) -> Report:
     weights = request.source.state.items()
     request.ranks.agree(lambda: fingerprint(None, weights, (), request.shared_by_ranks(), {}))
 
+    # 2. Read the weights.
     report = weights_report(request.source, options.state)
-    notes, contract = list(report.notes), report.contract
+    notes = list(report.notes)
     if options.tokens is not None:
         notes.append(f"--tokens {options.tokens} was not read: no model was run")
+
+    # 3. Add what the options say.
+    contract = report.contract
     if contract is not None:
         contract = replace(contract, pinned=dict(options.contract or {}))
     settings = {

@@ -53,25 +53,46 @@ def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlie
     """
     # 1. A report, in memory or in a file.
     if isinstance(against, Report):
-        check_has_norms(against, source_name(against))
-        return Earlier(source_name(against), report=against)
+        return _earlier_report(against, source_name(against))
     text = ""
     if isinstance(against, str | bytes | os.PathLike):
         text = path_text(against)
     path = Path(text)
     if text.endswith(".json") and path.is_file():
-        report = read_report(path)
-        check_has_norms(report, text)
-        return Earlier(text, report=report)
+        return _earlier_report(read_report(path), text)
 
     # 2. A source to measure.
+    source = _open_source(against, text, options)
+    if source.model is None:
+        hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
+        raise UsageError(
+            f"there is nothing to compare with in '{text}'", got="weights alone", hint=hint
+        )
+    return Earlier(text or source.name, source=source)
+
+
+def _earlier_report(report: Report, name: str) -> Earlier:
+    """Return a report to compare with; raise if it holds no norms."""
+    check_has_norms(report, name)
+    return Earlier(name, report=report)
+
+
+def _open_source(against: ModelSource, text: str, options: AuditOptions) -> Source:
+    """Open a source to compare with.
+
+    Args:
+        against: the source.
+        text: its path or name; "" for a model in memory.
+        options: of the audit.
+    """
+    # The factory and the key of the audited model fit another file of its weights only.
     model = options.model
     key = options.key
     builds_itself = not text or text.startswith("hf:") or is_factory(text)
     if builds_itself:
         model = None
         key = None
-    source = source_of(
+    return source_of(
         against,
         model=model,
         model_args=options.model_args,
@@ -79,12 +100,6 @@ def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlie
         trust_pickle=options.trust_pickle,
         seed=options.seed,
     )
-    if source.model is None:
-        hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
-        raise UsageError(
-            f"there is nothing to compare with in '{text}'", got="weights alone", hint=hint
-        )
-    return Earlier(text or source.name, source=source)
 
 
 def measure_earlier(earlier: Earlier, request: Request, later: Audit) -> Report:
@@ -98,6 +113,7 @@ def measure_earlier(earlier: Earlier, request: Request, later: Audit) -> Report:
     Raises:
         UsageError: it is of another architecture, or a report that another probe was used for.
     """
+    # 1. A report is only checked.
     width = model_record(later.model, later.sites).width
     if earlier.report is not None:
         report = earlier.report
@@ -108,10 +124,10 @@ def measure_earlier(earlier: Earlier, request: Request, later: Audit) -> Report:
         check_same_probe(later.probe.described, dtype, report, earlier.name)
         return report
 
+    # 2. A model is measured. Only the norms are compared: the contract, the optimizer and the
+    # remedies are the later model's.
     assert earlier.source is not None and earlier.source.model is not None
     probe = later.probe.for_model(earlier.source.model)
-    # Only the norms are compared: the contract, the optimizer and the remedies are the later
-    # model's.
     plain = replace(request, source=earlier.source, baseline=None)
     plain = plain.with_options(contract=None, optimizer=None, remedies="none")
     audit = Audit(plain, probe)
@@ -136,8 +152,11 @@ def judge_against(
         The request that holds the comparison, for what is tried on copies later, and the report
         with its verdict.
     """
+    # 1. Compare.
     margin = request.thresholds.limits("regression").warning or 0.0
     record, figures = compare_with_earlier(report, earlier, name, margin)
     request = replace(request, baseline=figures, against=record)
+
+    # 2. Judge, with the notes that only the earlier report has.
     own_notes = [f"{name}: {note}" for note in earlier.notes if note not in report.notes]
     return request, request.judged(replace(report, notes=[*report.notes, *own_notes]))

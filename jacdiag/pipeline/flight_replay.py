@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,7 +58,9 @@ from jacdiag.sources.host_memory import free_host_memory
 _TOKENS_SHOWN = 8
 _CUT = 0.999  # the share of the other batches' tokens that is below the cut
 _LEAST_TOKENS = 1000  # fewer do not show where that is
-# of the weights: themselves, two gradients, and what a format or a precision takes on the way
+
+# Copies of the weights: themselves, two gradients, and what a format or a precision takes on the
+# way.
 _COPIES = 4
 _CLIPPED_ALIKE = 5e-3  # norms this close to the largest one were clipped to it
 # What a batch that does not fit the model raises; any other error is one of this program.
@@ -94,7 +96,7 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _LoggedRun:
     """The figures that the run logged.
 
     Attributes:
@@ -168,13 +170,13 @@ def _why_not(request: Request) -> str:
 
     # Weights that stay in their files are copied into memory, together with their gradients.
     size = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    needed = _COPIES * size
     free = free_host_memory()
-    if free is None or _COPIES * size <= free:
+    if free is None or needed <= free:
         return ""
-    gib = _COPIES * size / 2**30
     return (
-        f"the weights stay in their files; with gradients they would take {gib:.1f} GiB, "
-        "and less is free"
+        f"the weights stay in their files; with gradients they would take {needed / 2**30:.1f} "
+        "GiB, and less is free"
     )
 
 
@@ -185,16 +187,17 @@ def _whole_model(source: Source) -> nn.Module:
     if source.weights is None:
         return model
 
-    whole = copy.deepcopy(model)
-    # Copies are kept by the parameter that they belong to, so that tied ones stay tied.
+    # 1. Copy each parameter once, so that tied ones stay tied.
     copies: dict[int, nn.Parameter] = {}
+    for original in model.parameters():
+        copies[id(original)] = _copy_in_memory(source, original)
+
+    # 2. Put the copies into a copy of the modules.
+    whole = copy.deepcopy(model)
     for module, target in zip(model.modules(), whole.modules(), strict=True):
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in copies:
-                copies[id(parameter)] = _copy_in_memory(source, parameter)
-            target._parameters[name] = copies[id(parameter)]
+            if parameter is not None:
+                target._parameters[name] = copies[id(parameter)]
     return whole
 
 
@@ -296,15 +299,24 @@ def _notes_of_figures(measured: Sequence[_Measured]) -> list[str]:
 
 def look_at_values(batch: FlightBatch, batches: Sequence[FlightBatch]) -> BatchValues:
     """Return what of a batch is not finite, compared with the batches before it."""
+    return find_nonfinite_values(_by_name(batch), _earlier_arguments(batch, batches))
+
+
+def _earlier_arguments(
+    batch: FlightBatch, batches: Sequence[FlightBatch]
+) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of the batches of earlier steps, which stand after a batch."""
     place = batches.index(batch)
-    earlier = (_by_name(before) for before in batches[place + 1 :] if before.step != batch.step)
-    return find_nonfinite_values(_by_name(batch), earlier)
+    for earlier in batches[place + 1 :]:
+        if earlier.step != batch.step:
+            yield _by_name(earlier)
 
 
 def _by_name(batch: FlightBatch) -> dict[str, Any]:
     """Return the arguments of a batch by name; positional ones by their place."""
     args, kwargs = batch.load()
-    return {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+    by_place = {str(place): value for place, value in enumerate(args)}
+    return {**by_place, **kwargs}
 
 
 def _device(parameters: Sequence[Tensor]) -> torch.device:
@@ -335,18 +347,12 @@ def _record(
     run = _logged(flight, _micro_batches(flight))
     onset = _onset(flight, run)
     checkpoint = request.source.step
-    suspects: list[_Measured] = []
-    others: list[_Measured] = []
-    for item in measured:
-        is_suspect = item.kept.step is not None and item.kept.step == onset
-        if is_suspect:
-            suspects.append(item)
-        else:
-            others.append(item)
+    suspects = [item for item in measured if _is_of_step(item, onset)]
+    others = [item for item in measured if not _is_of_step(item, onset)]
 
     # 2. What the run had before, and what it had with these weights.
-    before, at_checkpoint = _levels(run, onset, checkpoint)
-    decision = _decide(flight, run, onset, checkpoint, suspects, others, before, at_checkpoint)
+    levels = _levels(run, onset, checkpoint)
+    decision = _decide(flight, run, onset, checkpoint, suspects, others, levels)
     if run.note and suspects:
         notes = [*notes, run.note]
 
@@ -369,9 +375,9 @@ def _record(
         verdict=decision.verdict,
         sentence=decision.sentence,
         about_checkpoint=_about_checkpoint(checkpoint, onset),
-        batches=[_batch(item, item in suspects, others, run) for item in measured],
-        before=before,
-        at_checkpoint=at_checkpoint,
+        batches=[_batch(item, _is_of_step(item, onset), others, run) for item in measured],
+        before=levels.before,
+        at_checkpoint=levels.at_checkpoint,
         tokens=_largest_tokens(suspects),
         token_cut=cut,
         tokens_beyond=tokens_beyond,
@@ -384,54 +390,72 @@ def _record(
     )
 
 
+def _is_of_step(item: _Measured, step: int | None) -> bool:
+    """Return whether a batch belongs to a step; one whose step is not known belongs to none."""
+    return item.kept.step is not None and item.kept.step == step
+
+
 def _decide(
     flight: Flight,
-    run: _Run,
+    run: _LoggedRun,
     onset: int | None,
     checkpoint: int | None,
     suspects: Sequence[_Measured],
     others: Sequence[_Measured],
-    before: Mapping[str, LevelRecord],
-    at_checkpoint: Mapping[str, LevelRecord],
+    levels: _Levels,
 ) -> Decision:
     """Return the verdict on the suspects, with its sentence and its evidence."""
-    # 1. What the run logged at the onset.
-    row = run.row(onset)
-    logged = {LOSS: _loss_of(row), GRADIENT: None if run.note else _gradient_of(row)}
-    sequences = 0
-    for item in suspects:
-        if item.figures is not None:
-            sequences += len(item.figures.sequences)
-
-    # 2. Loss and gradient norm.
+    # 1. Loss and gradient norm.
     figures = []
     for name in (LOSS, GRADIENT):
         figure = Figure(
             name=name,
             suspects=_values(suspects, name),
             others=_values(others, name),
-            at_step=logged[name],
-            before=before.get(name),
-            at_checkpoint=at_checkpoint.get(name),
+            at_step=_comparable_figure(name, run, onset),
+            before=levels.before.get(name),
+            at_checkpoint=levels.at_checkpoint.get(name),
             then=_logged_at_own_steps(others, name, run, onset, checkpoint),
             met=_met_after_checkpoint([*suspects, *others], name, run, checkpoint),
             sequences_out=_places_out(suspects, others, name),
-            sequences=sequences,
+            sequences=_count_sequences(suspects),
         )
         figures.append(figure)
 
-    # 3. How the run ended, and what could not be run.
-    is_crash = flight.ended == "crash" and any(item.kept.running for item in suspects)
-    reasons = [item.why for item in suspects if item.why]
+    # 2. How the run ended, and what could not be run.
+    highest = None
+    if flight.complete:
+        highest = _highest(run, onset)
+    failures = [item.why for item in suspects if item.why]
     context = ReplayContext(
         step=onset,
         checkpoint_step=checkpoint,
-        highest_before=_highest(run, onset) if flight.complete else None,
-        crash=flight.why if is_crash else "",
-        failed=reasons[0] if reasons else "",
+        highest_before=highest,
+        crash=_crash_of(flight, suspects),
+        failed=next(iter(failures), ""),
         others_failed=sum(bool(item.why) for item in others),
     )
     return decide(figures, context)
+
+
+def _crash_of(flight: Flight, suspects: Iterable[_Measured]) -> str:
+    """Return why the run crashed, if a suspect was running then; "" otherwise."""
+    if flight.ended != "crash":
+        return ""
+
+    # A batch that was done by then did not crash the run.
+    if any(item.kept.running for item in suspects):
+        return flight.why
+    return ""
+
+
+def _count_sequences(measured: Iterable[_Measured]) -> int:
+    """Return how many sequences the batches that were run have."""
+    count = 0
+    for item in measured:
+        if item.figures is not None:
+            count += len(item.figures.sequences)
+    return count
 
 
 def _values(measured: Iterable[_Measured], name: str) -> list[float]:
@@ -449,58 +473,86 @@ def _token_losses(measured: Iterable[_Measured]) -> list[float]:
 
 
 def _logged_at_own_steps(
-    others: Iterable[_Measured], name: str, run: _Run, onset: int | None, checkpoint: int | None
+    others: Iterable[_Measured],
+    name: str,
+    run: _LoggedRun,
+    onset: int | None,
+    checkpoint: int | None,
 ) -> list[float | None]:
-    """Return what the run logged for each batch at its own step.
+    """Return what the run logged for each batch that was run, at its own step.
 
-    None for steps that the jump may have reached.
-
-    Weights from long before had other values, which are those around their own step.
+    A batch of a step that the jump may have reached has None. The list is empty if nothing can be
+    compared.
     """
     if onset is None or not _is_comparable(name, run):
         return []
+
+    # 1. Weights from long before had other values, which are those around their own step.
     is_early = checkpoint is not None and checkpoint < onset - WINDOW // 2
     if is_early:
         return []
-    logged: list[float | None] = []
-    for item in others:
-        if item.figures is None:
-            continue
-        step = item.kept.step
-        if step is not None and step < onset:
-            logged.append(_logged_figure(name, run, step))
-        else:
-            logged.append(None)
-    return logged
+
+    # 2. The steps before the jump.
+    steps = [item.kept.step for item in others if item.figures is not None]
+    return [_logged_before(name, run, step, onset) for step in steps]
+
+
+def _logged_before(name: str, run: _LoggedRun, step: int | None, onset: int) -> float | None:
+    """Return what the run logged at a step, if that lies before the onset."""
+    if step is None:
+        return None
+
+    # The jump may have reached later steps.
+    if step >= onset:
+        return None
+    return _logged_figure(name, run, step)
 
 
 def _met_after_checkpoint(
-    measured: Iterable[_Measured], name: str, run: _Run, checkpoint: int | None
+    measured: Iterable[_Measured], name: str, run: _LoggedRun, checkpoint: int | None
 ) -> tuple[float, float] | None:
     """Return the figure of the batch of the step after the checkpoint, now and in the run."""
-    if checkpoint is None or not _is_comparable(name, run):
+    if checkpoint is None:
         return None
+
+    # 1. What the run logged at that step.
     next_step = checkpoint + 1
+    logged = _comparable_figure(name, run, next_step)
+    if logged is None:
+        return None
+
+    # 2. Its batch. With several micro-batches, the run logged no figure of one of them.
     values = _values([item for item in measured if item.kept.step == next_step], name)
-    logged = _logged_figure(name, run, next_step)
-    # With several micro-batches, the run logged no figure of one of them.
-    if len(values) != 1 or logged is None:
+    if len(values) != 1:
         return None
     return values[0], logged
 
 
-def _is_comparable(name: str, run: _Run) -> bool:
+def _is_comparable(name: str, run: _LoggedRun) -> bool:
     """Return whether the run logged a figure that is one of a single batch."""
     return name != GRADIENT or not run.note
 
 
-def _logged_figure(name: str, run: _Run, step: int) -> float | None:
+def _logged_figure(name: str, run: _LoggedRun, step: int | None) -> float | None:
     """Return the loss or the gradient norm that the run logged at a step."""
     row = run.row(step)
-    return _loss_of(row) if name == LOSS else _gradient_of(row)
+    if name == LOSS:
+        return _loss_of(row)
+    return _gradient_of(row)
 
 
-def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Run) -> BatchReplay:
+def _comparable_figure(name: str, run: _LoggedRun, step: int | None) -> float | None:
+    """Return what the run logged at a step, if it is a figure of a single batch."""
+    if not _is_comparable(name, run):
+        return None
+
+    # The same figure of several batches or ranks would differ for that reason alone.
+    return _logged_figure(name, run, step)
+
+
+def _batch(
+    item: _Measured, suspect: bool, others: Sequence[_Measured], run: _LoggedRun
+) -> BatchReplay:
     """Return the record of a batch, with what the run logged at its step."""
     # 1. What is known of any batch, also of one that could not be run.
     step = item.kept.step
@@ -520,21 +572,48 @@ def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Ru
     if figures is None:
         return record
 
-    # 2. Its sequences, compared with those of the other batches.
-    reference = [other for other in others if other is not item and other.figures is not None]
-    outlying = {name: _sequences_out(item, reference, name) for name in (LOSS, GRADIENT)}
-    sequences = []
+    # 2. Its own figures.
+    return replace(
+        record,
+        loss=figures.loss,
+        gradient=figures.gradient,
+        sequences=_sequence_records(item, figures, others),
+        note=figures.note,
+    )
+
+
+def _sequence_records(
+    item: _Measured, figures: BatchFigures, others: Sequence[_Measured]
+) -> list[SequenceReplay]:
+    """Return the record of each sequence of a batch, compared with those of other batches."""
+    # 1. Which of them are out of the range of the others.
+    reference = [other for other in others if other is not item]
+    is_loss_out = _sequences_out(item, reference, LOSS)
+    is_gradient_out = _sequences_out(item, reference, GRADIENT)
+
+    # 2. One record for each.
+    records = []
     for place, sequence in enumerate(figures.sequences):
-        sequence_record = SequenceReplay(
+        outlying = []
+        if is_loss_out[place]:
+            outlying.append(LOSS)
+        if is_gradient_out[place]:
+            outlying.append(GRADIENT)
+        record = SequenceReplay(
             loss=sequence.loss,
             gradient=sequence.gradient,
-            tokens=None if sequence.tokens is None else len(sequence.tokens.losses),
-            outlying=[name for name, out in outlying.items() if out[place]],
+            tokens=_count_tokens(sequence.tokens),
+            outlying=outlying,
         )
-        sequences.append(sequence_record)
-    return replace(
-        record, loss=figures.loss, gradient=figures.gradient, sequences=sequences, note=figures.note
-    )
+        records.append(record)
+    return records
+
+
+def _count_tokens(tokens: TokenLosses | None) -> int | None:
+    """Return how many tokens a loss is the mean of; None if that is not known."""
+    if tokens is None:
+        return None
+    return len(tokens.losses)
 
 
 def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -> list[bool]:
@@ -564,18 +643,26 @@ def _largest_tokens(suspects: Iterable[_Measured]) -> list[TokenReplay]:
     """Return the tokens of the suspects with the largest losses, the largest first."""
     largest: list[TokenReplay] = []
     for item in suspects:
-        for row, tokens in item.tokens:
-            for place in tokens.losses.argsort(descending=True)[:_TOKENS_SHOWN].tolist():
-                token = TokenReplay(
-                    row,
-                    int(tokens.positions[place]),
-                    int(tokens.targets[place]),
-                    float(tokens.losses[place]),
-                    item.kept.file.name,
-                )
-                largest.append(token)
+        for sequence, tokens in item.tokens:
+            largest += _largest_of_sequence(item.kept.file.name, sequence, tokens)
     largest.sort(key=lambda token: -token.loss)
     return largest[:_TOKENS_SHOWN]
+
+
+def _largest_of_sequence(batch: str, sequence: int, tokens: TokenLosses) -> list[TokenReplay]:
+    """Return the tokens of a sequence with the largest losses."""
+    order = tokens.losses.argsort(descending=True)
+    largest = []
+    for place in order[:_TOKENS_SHOWN].tolist():
+        token = TokenReplay(
+            sequence=sequence,
+            position=int(tokens.positions[place]),
+            target=int(tokens.targets[place]),
+            loss=float(tokens.losses[place]),
+            batch=batch,
+        )
+        largest.append(token)
+    return largest
 
 
 def _token_cut(others: Iterable[_Measured]) -> float | None:
@@ -597,11 +684,15 @@ def _norms(report: Report, flight: Flight) -> tuple[list[NormChange], int | None
         return [], None
     figures = flight.probe.get("figures") or {}
     earlier = figures.get("branch_norm") or {}
+
+    # Sub-layers that were measured in both.
     changes = []
     for row in report.sublayers:
-        if row.branch_norm is not None and row.name in earlier:
-            earlier_norm = number(earlier[row.name])
-            changes.append(NormChange(row.name, row.branch_norm.estimate, earlier_norm))
+        norm = row.branch_norm
+        if norm is None or row.name not in earlier:
+            continue
+        change = NormChange(row.name, batch=norm.estimate, probe=number(earlier[row.name]))
+        changes.append(change)
     return changes, flight.probe.get("step")
 
 
@@ -645,29 +736,40 @@ def _micro_batches(flight: Flight) -> int:
     return max(batches_of_step.values(), default=1)
 
 
-def _logged(flight: Flight, micro: int) -> _Run:
+def _logged(flight: Flight, micro: int) -> _LoggedRun:
     """Return the losses and the gradient norms that the run logged.
 
     Args:
         flight: of the run.
         micro: batches of one step.
     """
-    losses, gradients = [], []
+    losses = []
+    gradients = []
+    by_step: dict[int, Mapping[str, Any]] = {}
     for row in flight.rows:
+        step = row["step"]
+        by_step[step] = row
         loss = _loss_of(row)
         if loss is not None:
-            losses.append((row["step"], loss))
+            losses.append((step, loss))
         gradient = _gradient_of(row)
         if gradient is not None:
-            is_positive = 0 < gradient < math.inf
-            gradients.append((row["step"], math.log(gradient) if is_positive else gradient))
-    by_step: dict[int, Mapping[str, Any]] = {row["step"]: row for row in flight.rows}
-    return _Run(losses, gradients, by_step, _why_other_gradients(flight, micro))
+            gradients.append((step, _logarithm(gradient)))
+    return _LoggedRun(losses, gradients, by_step, _why_other_gradients(flight, micro))
+
+
+def _logarithm(gradient: float) -> float:
+    """Return the logarithm of a gradient norm; the norm itself if it is 0, inf or nan."""
+    is_positive = 0 < gradient < math.inf
+    if is_positive:
+        return math.log(gradient)
+    return gradient
 
 
 def _why_other_gradients(flight: Flight, micro: int) -> str:
     """Return why the logged gradient norms are not those of one batch; "" if they are."""
     start = "gradient norms are not compared with the run's: "
+
     # 1. They are of more than one batch.
     ranks = flight.header.get("ranks")
     if isinstance(ranks, int) and ranks > 1:
@@ -683,29 +785,32 @@ def _why_other_gradients(flight: Flight, micro: int) -> str:
 
 def _seem_clipped(rows: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether only norms after clipping are logged, and more than two equal the largest."""
+    # 1. The norms after clipping. One from before it is one of the batch.
     norms = []
     for row in rows:
         if row.get("grad_norm") is not None:
             return False
-        if row.get("grad_norm_post") is None:
-            continue
-        norm = number(row["grad_norm_post"])
+        norm = number(row.get("grad_norm_post"))
         if math.isfinite(norm):
             norms.append(norm)
     if not norms:
         return False
+
+    # 2. How many of them were clipped to the largest.
     as_large = max(norms) * (1 - _CLIPPED_ALIKE)
     largest = [norm for norm in norms if norm >= as_large]
     return len(largest) > 2
 
 
 def _loss_of(row: Mapping[str, Any]) -> float | None:
+    """Return the loss in a row of the log; None if it was not logged."""
     if row.get("loss") is None:
         return None
     return number(row["loss"])
 
 
 def _gradient_of(row: Mapping[str, Any]) -> float | None:
+    """Return the gradient norm in a row, before clipping if that was logged; None if none was."""
     value = row.get("grad_norm")
     if value is None:
         value = row.get("grad_norm_post")
@@ -714,25 +819,28 @@ def _gradient_of(row: Mapping[str, Any]) -> float | None:
     return number(value)
 
 
-def _onset(flight: Flight, run: _Run) -> int | None:
+def _onset(flight: Flight, run: _LoggedRun) -> int | None:
     """Return the step to look at.
 
     It is the one that crashed, else the first that stands out up to that of the flight.
     """
+    # 1. A flight that does not say its step: that of its latest batch.
     if flight.step is None:
-        steps = [batch.step for batch in flight.batches]
-        return steps[0] if steps else None
+        return flight.batches[0].step if flight.batches else None
 
-    # 1. The step that was running when the run crashed.
+    # 2. The step that was running when the run crashed.
     running = _running_step(flight)
     if running is not None and flight.ended == "crash":
         return running
 
-    # 2. The first that stands out.
+    # 3. The first that stands out. Gradient norms scatter more: they say where a jump begins only
+    # if the loss has none.
     by_loss = first_out(run.losses, flight.step, logarithm=False)
     by_gradient = first_out(run.gradients, flight.step, logarithm=True)
-    # Gradient norms scatter more: they say where a jump begins only if the loss has none.
-    return by_loss or by_gradient or running or flight.step
+    for step in (by_loss, by_gradient, running):
+        if step:
+            return step
+    return flight.step
 
 
 def _running_step(flight: Flight) -> int | None:
@@ -743,42 +851,66 @@ def _running_step(flight: Flight) -> int | None:
     return None
 
 
-def _levels(
-    run: _Run, onset: int | None, checkpoint: int | None
-) -> tuple[dict[str, LevelRecord], dict[str, LevelRecord]]:
-    """Return the usual values before the onset.
+@dataclass(frozen=True)
+class _Levels:
+    """The usual values of the figures that are comparable with those of a batch.
 
-    With them come those of the run when it had the weights of the checkpoint.
+    Attributes:
+        before: in all steps before the onset.
+        at_checkpoint: when the run had the weights of the checkpoint.
     """
+
+    before: dict[str, LevelRecord] = field(default_factory=dict)
+    at_checkpoint: dict[str, LevelRecord] = field(default_factory=dict)
+
+
+def _levels(run: _LoggedRun, onset: int | None, checkpoint: int | None) -> _Levels:
+    """Return the usual values before the onset, and when the run had the checkpoint's weights."""
+    levels = _Levels()
     if onset is None:
-        return {}, {}
-    logged = {LOSS: run.losses, GRADIENT: run.gradients}
-    if run.note:
-        del logged[GRADIENT]
-    before: dict[str, LevelRecord] = {}
-    at_checkpoint: dict[str, LevelRecord] = {}
-    for name, rows in logged.items():
-        # 1. All steps before the onset.
-        earlier = [row for row in rows if row[0] < onset]
-        level = usual_value(earlier)
-        if level:
-            before[name] = level
+        return levels
+    _add_levels(levels, LOSS, run.losses, onset, checkpoint)
 
-        # 2. As many on either side of the checkpoint. The beginning and the onset cut some off.
-        near = earlier
-        if checkpoint is not None and checkpoint < onset - 1:
-            near = [row for row in earlier if abs(row[0] - checkpoint) <= WINDOW // 2]
-        level = usual_value(near)
-        if level:
-            at_checkpoint[name] = level
-    return before, at_checkpoint
+    # Gradient norms of several batches say nothing of one.
+    if not run.note:
+        _add_levels(levels, GRADIENT, run.gradients, onset, checkpoint)
+    return levels
 
 
-def _highest(run: _Run, onset: int | None) -> float | None:
+def _add_levels(
+    levels: _Levels,
+    name: str,
+    rows: Iterable[tuple[int, float]],
+    onset: int,
+    checkpoint: int | None,
+) -> None:
+    """Add the usual values of one figure, where there are enough steps to have one."""
+    # 1. All steps before the onset.
+    earlier = [(step, value) for step, value in rows if step < onset]
+    level = usual_value(earlier)
+    if level:
+        levels.before[name] = level
+
+    # 2. As many on either side of the checkpoint. The beginning and the onset cut some off.
+    near = earlier
+    if checkpoint is not None and checkpoint < onset - 1:
+        near = _rows_near(earlier, checkpoint)
+    level = usual_value(near)
+    if level:
+        levels.at_checkpoint[name] = level
+
+
+def _rows_near(rows: Iterable[tuple[int, float]], step: int) -> list[tuple[int, float]]:
+    """Return the rows of half a window on either side of a step."""
+    return [row for row in rows if abs(row[0] - step) <= WINDOW // 2]
+
+
+def _highest(run: _LoggedRun, onset: int | None) -> float | None:
     """Return the largest usual loss of the run before the onset; that of the first step counts."""
-    values = []
-    for step, value in run.losses:
-        is_before = onset is None or step < onset
-        if is_before and math.isfinite(value):
-            values.append(value)
-    return max(values, default=None)
+    losses = run.losses
+    if onset is not None:
+        losses = [(step, loss) for step, loss in losses if step < onset]
+
+    # A loss that is not finite is not usual.
+    finite = [loss for _, loss in losses if math.isfinite(loss)]
+    return max(finite, default=None)

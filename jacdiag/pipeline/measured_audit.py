@@ -154,20 +154,19 @@ class Audit:
 
     # -- steps -------------------------------------------------------------------------------------
     def _trace(self) -> None:
+        """Record the model on its probe, once."""
         if self._traced:
             return
-        options = self.request.options
 
         # 1. Put the model on its device, and build the probes.
         self._check_values()
         self._place()
         self.probe = self._build_probe()
-        if options.probes > 1 and self._given_probe is None:
-            self.further = [self._build_probe(number) for number in range(1, options.probes)]
-            check_varied([self.probe, *self.further], options.input_factory)
+        self._build_further_probes()
         self._check_baseline()
 
         # 2. Record one forward, and find the sub-layers in it.
+        options = self.request.options
         with self._phase("record"), self.probe.suspected():
             self.sites = sites(
                 self.model,
@@ -177,6 +176,8 @@ class Audit:
                 weights=self.request.source.weights,
                 **self.probe.kwargs,
             )
+
+        # 3. Note what the dataflow hides, and end if it shows no sub-layer.
         self._notes += self.sites.notes
         self._notes += [f"hidden from the dataflow: {line}" for line in self.sites.hidden]
         self._notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
@@ -185,6 +186,7 @@ class Audit:
         self._traced = True
 
     def _run(self) -> Report:
+        """Measure the traced model."""
         self._trace()
 
         # 1. Decide what the weights are: fresh or trained, finite or not.
@@ -196,6 +198,20 @@ class Audit:
         self.layers = self.sites.layers
         self._share_confidence()
         self._draws = Draws(self.sites.skeleton.params)
+        checks = self._check_weights()
+
+        # 2. Measure, unless two runs of the model differ: no product would mean anything.
+        self.request.ranks.agree(self._fingerprint)
+        measured = Share()
+        network = None
+        if self.sites.deterministic and self.request.options.products:
+            measured = self._measure(checks)
+            measured = self._with_flow(measured)
+            network = self._network(measured)
+        return self._report(measured, network, checks)
+
+    def _check_weights(self) -> dict[str, Any]:
+        """Look for weights that are not finite; return the first checks of the report."""
         non_finite = non_finite_state(self.sites)
         self.broken = non_finite.names
         self._notes += non_finite.notes
@@ -203,22 +219,18 @@ class Audit:
             "deterministic": self.sites.deterministic,
             "non_finite": self.broken,
         }
+
+        # The operation that makes two runs differ.
         if self.sites.culprit:
             checks["culprit"] = self.sites.culprit
-
-        # 2. Measure, unless two runs of the model differ: no product would mean anything.
-        self.request.ranks.agree(self._fingerprint)
-        measured, network = Share(), None
-        if self.sites.deterministic and self.request.options.products:
-            measured = self._measure(checks)
-            measured = self._with_flow(measured)
-            network = self._network(measured)
-        return self._report(measured, network, checks)
+        return checks
 
     def _check_values(self) -> None:
         """Raise if the model has shapes only: nothing can be measured then."""
-        in_files = self.request.source.weights is not None
-        if in_files or not any(parameter.is_meta for parameter in self.model.parameters()):
+        # Weights that stay in their files are read from there.
+        if self.request.source.weights is not None:
+            return
+        if not any(parameter.is_meta for parameter in self.model.parameters()):
             return
         hint = (
             "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes "
@@ -233,7 +245,9 @@ class Audit:
 
     def _build_probe(self, number: int = 0) -> Probe:
         """Return the probe of that number, on the model's device."""
-        options, source = self.request.options, self.request.source
+        # 1. An input that was passed. With a model that was passed, it stays where it is.
+        options = self.request.options
+        source = self.request.source
         if self._given_probe is not None:
             return self._given_probe.to(source.device)
         if options.inputs is not None:
@@ -241,6 +255,8 @@ class Audit:
             if not source.owned:
                 return probe
             return probe.to(pick(self.request.options.device))
+
+        # 2. One that is drawn or read here.
         probe = build_probe(
             source,
             batch=options.batch,
@@ -255,17 +271,31 @@ class Audit:
             return probe
         return probe.to(source.device)
 
+    def _build_further_probes(self) -> None:
+        """Build the other probes that are requested; raise if their inputs are all the same."""
+        options = self.request.options
+        if options.probes == 1 or self._given_probe is not None:
+            return
+        self.further = [self._build_probe(number) for number in range(1, options.probes)]
+        check_varied([self.probe, *self.further], options.input_factory)
+
     def _check_baseline(self) -> None:
         """Raise if the baseline was measured with a different probe.
 
         Results would differ for that reason alone.
         """
+        # 1. Without products no figure depends on the probe.
         baseline = self.request.baseline
         if baseline is None or not self.request.options.products:
             return
+
+        # 2. `jacdiag.gate` says that a baseline is of another model.
         names = {name for name, _ in self.model.named_parameters()}
-        if baseline.weights and not baseline.weights.keys() & names:
-            return  # a baseline of another model: `jacdiag.gate` says so
+        is_of_another_model = baseline.weights and names.isdisjoint(baseline.weights)
+        if is_of_another_model:
+            return
+
+        # 3. The two probes.
         facts = facts_of(self.probe.record, str(self.request.options.dtype))
         differing = parting(facts, baseline.probe)
         if differing:
@@ -278,13 +308,17 @@ class Audit:
 
     def _decide_state(self) -> StateDecision:
         """Decide whether the model is freshly initialised or trained."""
-        skeleton, source = self.sites.skeleton, self.request.source
+        skeleton = self.sites.skeleton
+        source = self.request.source
+        draws_again = None
+        if source.rebuild is not None:
+            draws_again = self._draws_again
         return decide_state(
             self.request.options.state,
             history_of(source),
             lambda: judge_weights(skeleton.params, skeleton.outlines),
             settled=source.fresh,
-            draws_again=self._draws_again if source.rebuild is not None else None,
+            draws_again=draws_again,
         )
 
     def _draws_again(self, evidence: WeightEvidence) -> bool:
@@ -292,12 +326,17 @@ class Audit:
 
         False if there is no room to try.
         """
+        # 1. Whether there is room for a second model.
         rebuild = self.request.source.rebuild
+        if rebuild is None:
+            return False
         outlines = self.sites.skeleton.outlines.values()
         needed = sum(outline.numel() * outline.element_size() for outline in outlines)
         free = free_host_memory()
-        if rebuild is None or (free is not None and 2 * needed > free):
+        if free is not None and 2 * needed > free:
             return False
+
+        # 2. Build it, and compare.
         try:
             other = rebuild(self.request.options.seed + 1)
         except JacdiagError:
@@ -316,12 +355,15 @@ class Audit:
 
     def _fingerprint(self) -> Fingerprint:
         """Return what must be the same on every rank before the work is shared."""
+        # 1. The probe and the sub-layers.
         skeleton = self.sites.skeleton
         tensors: list[torch.Tensor] = []
         collect_deep((self.probe.args, self.probe.kwargs), tensors)
         plan = {
             site.name: f"{site.kind}, group {site.group}, {site.placement}" for site in self.sites
         }
+
+        # 2. What was found of the weights, and the options.
         facts = {
             "state": self.state,
             "deterministic": str(self.sites.deterministic),
@@ -338,7 +380,8 @@ class Audit:
         Args:
             checks: is given the sub-layers whose replay differs from the recorded forward.
         """
-        ranks, progress = self.request.ranks, self.request.options.progress
+        ranks = self.request.ranks
+        progress = self.request.options.progress
         start = time.perf_counter()
         jobs = self._jobs()
         shares = []
@@ -373,12 +416,15 @@ class Audit:
             if progress is not None:
                 progress.stop()
 
-        tolerance = REPLAY_TOLERANCE[self.sites.dtype]
-        # `not <=`: an error that is NaN counts, too.
-        checks["replay"] = {
-            name: error for name, error in measured.errors.items() if not error <= tolerance
-        }
+        checks["replay"] = self._failed_replays(measured.errors)
         return measured
+
+    def _failed_replays(self, errors: Mapping[str, float]) -> dict[str, float]:
+        """Return the sub-layers that gave something else when they were run alone."""
+        tolerance = REPLAY_TOLERANCE[self.sites.dtype]
+
+        # `not <=`: an error that is NaN counts, too.
+        return {name: error for name, error in errors.items() if not error <= tolerance}
 
     def _verify_replay(self) -> Share:
         """Return the errors of replay of this rank's stretch of the sub-layers."""
@@ -389,7 +435,9 @@ class Audit:
 
     def _jobs(self) -> list[Job]:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
-        options, outlines = self.request.options, self.sites.skeleton.outlines
+        # 1. How far each norm is solved.
+        options = self.request.options
+        outlines = self.sites.skeleton.outlines
         effort = Effort(
             options.tol,
             self.confidence,
@@ -400,26 +448,35 @@ class Audit:
         )
 
         def measure_sublayers(members: list[Sublayer]) -> Share:
+            """Measure the sub-layers of one shortcut, and count the products that were spent."""
             records = measure_group(
                 members, effort, self.probe.token_ids, self.state, self._weight_figures
             )
-            intervals = [interval for record in records for interval in _intervals(record)]
-            return Share(records, sum(interval.products for interval in intervals))
+            return Share(records, sum(_count_products(record) for record in records))
 
+        # 2. One job for each shortcut. Its cost is that of the weights in its products.
         jobs = []
         for members in self.sites.by_shortcut():
-            cost = sum(outlines[name].numel() for site in members for name in site.products)
+            cost = 0
+            for site in members:
+                cost += sum(outlines[name].numel() for name in site.products)
             run = partial(measure_sublayers, members)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
+
+        # 3. The entire network. With --decide its end-to-end norm is left out.
         if not self.broken:
-            units = len(self.sites) * (0.1 if options.decide else 0.4)
+            share_of_time = 0.1 if options.decide else 0.4
+            units = len(self.sites) * share_of_time
             jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
         return jobs
 
     def _measure_network(self) -> Share:
         """Measure the entire network: the gradient at every depth, and the end-to-end norm."""
-        options, token_ids = self.request.options, self.probe.token_ids
-        profile, dead = None, None
+        # 1. The gradients, and where they do not arrive.
+        options = self.request.options
+        token_ids = self.probe.token_ids
+        profile = None
+        dead = None
         why: dict[str, str] = {}
         try:
             profile = gradient_profile(self.sites, token_ids)
@@ -430,8 +487,9 @@ class Audit:
         except (RuntimeError, NotImplementedError, TraceError) as error:
             return Share(why=dict.fromkeys(("gradient_norms", "end_to_end"), one_line(error)))
 
+        # 2. The end-to-end norm. One forward and one backward are cheap; the chain is not.
         through = None
-        if not options.decide:  # one forward and one backward are cheap; the chain is not
+        if not options.decide:
             try:
                 through = end_to_end(
                     self.sites, options.tol, self.confidence, options.max_products, options.seed
@@ -442,12 +500,15 @@ class Audit:
 
     def _frozen(self) -> set[str]:
         """Return the names of the parameters that are frozen in the model that was passed."""
-        return {
-            plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad
-        }
+        names = set()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                names.add(plain_name(name))
+        return names
 
     def _network(self, measured: Share) -> NetworkRecord:
         """Return the record of the entire network."""
+        # 1. Why a figure is missing.
         notes = dict(measured.why)
         if self.request.options.decide:
             notes["end_to_end"] = "not measured with --decide"
@@ -456,6 +517,8 @@ class Audit:
         missing = {}
         if "gradient_norms" in notes:
             missing["dead"] = notes["gradient_norms"]
+
+        # 2. The parts, and the whole.
         backward = backward_record(self.sites, measured.profile, measured.dead, missing)
         forward = forward_record(self.sites, self.probe.token_ids)
         return network_record(
@@ -479,6 +542,7 @@ class Audit:
         """Return a function that says when each norm of a sub-layer decides the rules."""
 
         def decided(site: Sublayer) -> Mapping[str, Decided]:
+            """Return for each norm of a sub-layer when its interval decides the rules."""
             points = decision_points(
                 kind=site.kind,
                 placement=site.placement,
@@ -491,14 +555,17 @@ class Audit:
 
     def _weight_figures(self, name: str) -> WeightStats | None:
         """Return the figures of a weight, measured once."""
-        if name not in self._stats:
-            draw = self._draws.of(name)
-            self._stats[name] = weight_stats(
-                name,
-                self.sites.skeleton.params[name],
-                norm=not self.request.options.decide,  # no rule reads the norms of weights
-                std=None if draw is None else draw.std,
-            )
+        if name in self._stats:
+            return self._stats[name]
+
+        # The std is known from the draw. No rule reads the norm.
+        draw = self._draws.of(name)
+        self._stats[name] = weight_stats(
+            name,
+            self.sites.skeleton.params[name],
+            norm=not self.request.options.decide,
+            std=None if draw is None else draw.std,
+        )
         return self._stats[name]
 
     # -- the report --------------------------------------------------------------------------------
@@ -531,12 +598,14 @@ class Audit:
 
     def _model_record(self) -> ModelRecord:
         """Return the record of the model, with the std of each embedding table."""
-        outlines, params = self.sites.skeleton.outlines, self.sites.skeleton.params
+        outlines = self.sites.skeleton.outlines
+        params = self.sites.skeleton.params
         tables = {}
         for name in self.sites.coverage.embedding:
-            if name in outlines and outlines[name].dim() == 2:
-                shape, std = list(outlines[name].shape), std_of(params[name], correction=1)
-                tables[name] = WeightStats(name, shape, std)
+            is_table = name in outlines and outlines[name].dim() == 2
+            if is_table:
+                std = std_of(params[name], correction=1)
+                tables[name] = WeightStats(name, list(outlines[name].shape), std)
         return replace(
             model_record(self.model, self.sites),
             weights=tables,
@@ -565,7 +634,9 @@ class Audit:
 
     def _settings(self, measured: Share, checks: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that the report names."""
-        options, source = self.request.options, self.request.source
+        # 1. What every report names.
+        options = self.request.options
+        source = self.request.source
         settings: dict[str, Any] = {
             "tol": options.tol,
             "confidence": self.confidence,
@@ -579,6 +650,8 @@ class Audit:
             "name": source.name,
             "checks": checks,
         }
+
+        # 2. What only some audits have.
         if self.request.ranks.size > 1:
             settings["ranks"] = [use.to_dict() for use in measured.uses]
         if self._family is not None:
@@ -591,16 +664,25 @@ class Audit:
 
     def _ladder(self, records: list[SublayerRecord], width: int | None) -> list[dict[str, Any]]:
         """Return the inits to compare with: those of untrained models of the same placement."""
-        placements = {record.placement for record in records if record.branch_norm is not None}
-        if self.state != "init" or len(placements) != 1:
+        # 1. Those that are known are untrained.
+        if self.state != "init":
+            return []
+
+        # 2. Models of several placements have none to compare with.
+        measured = [record for record in records if record.branch_norm is not None]
+        placements = {record.placement for record in measured}
+        if len(placements) != 1:
             return []
         return load_healthy(width, placements.pop())
 
     def _cost(self, measured: Share) -> Cost:
         """Return what the audit cost."""
+        # 1. Work. A product of the entire network runs every branch.
         through = measured.through.products if measured.through else 0
         forwards = sum(record.cost or 0.0 for record in measured.records)
         forwards += through * len(measured.records)
+
+        # 2. Memory of the rank that took most, and time.
         peak = max((use.peak_memory_mb for use in measured.uses), default=peak_memory_mb())
         seconds = time.perf_counter() - self._started
         return Cost(forwards, measured.products + through, seconds, peak, self._phases)
@@ -630,4 +712,14 @@ def _intervals(record: SublayerRecord) -> list[Interval]:
 def _clear_of(points: Iterable[float]) -> Decided:
     """Return a function that says whether an interval holds none of the points."""
     limits = tuple(points)
-    return lambda lower, upper: all(upper <= limit or lower > limit for limit in limits)
+
+    def is_clear(lower: float, upper: float) -> bool:
+        """Return whether no limit lies inside the interval."""
+        return all(upper <= limit or lower > limit for limit in limits)
+
+    return is_clear
+
+
+def _count_products(record: SublayerRecord) -> int:
+    """Return how many products the norms of a sub-layer took."""
+    return sum(interval.products for interval in _intervals(record))

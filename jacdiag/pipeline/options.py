@@ -138,6 +138,7 @@ class AuditOptions:
 
     def __post_init__(self) -> None:
         """Check every option and bring it into one form."""
+        # 1. Types, and one form for what may be written in several.
         _check_types(self)
         self._set(
             device=None if self.device is None else str(self.device),
@@ -147,6 +148,8 @@ class AuditOptions:
             ignore=codes_of("ignore", self.ignore),
             dtype=_dtype_name(self.dtype),
         )
+
+        # 2. Ranges of numbers.
         check_ranges(
             tol=self.tol,
             confidence=self.confidence,
@@ -162,8 +165,11 @@ class AuditOptions:
             beta2=self.beta2,
         )
         self._set(seed=int(self.seed), probes=int(self.probes))
+
+        # 3. Options that exclude each other.
         _check_combinations(self)
 
+        # 4. Defaults and tables.
         if self.confidence_all is None and self.confidence is None:
             self._set(confidence=DEFAULT_CONFIDENCE)
         self._set(
@@ -243,6 +249,7 @@ def _check_types(options: AuditOptions) -> None:
             raise UsageError(f"{name} cannot be None", hint="leave it out for its default")
 
     def check(name: str, kinds: Any, expected: str, *, optional: bool = True) -> None:
+        """Raise if an option is of none of these types."""
         value = getattr(options, name)
         if value is None and optional:
             return
@@ -277,6 +284,8 @@ def _check_optimizer(optimizer: Any) -> None:
     """Raise unless an optimizer has parameter groups, or is a list of them."""
     if optimizer is None or hasattr(optimizer, "param_groups"):
         return
+
+    # Groups, as a torch optimizer takes them. A single one may stand by itself.
     groups = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     if all(_is_parameter_group(group) for group in groups):
         return
@@ -285,6 +294,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _is_parameter_group(group: Any) -> bool:
+    """Return whether something is a group of parameters, as a torch optimizer has them."""
     return isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
 
 
@@ -358,6 +368,7 @@ def _check_against(options: AuditOptions) -> None:
 
 def _check_replay(options: AuditOptions) -> None:
     """Raise if another option gives the probe, too."""
+    # `inputs` may be given as well: they take the place of the flight's batch.
     for name in ("tokens", "input_factory"):
         if getattr(options, name) is not None:
             raise UsageError(

@@ -50,28 +50,40 @@ def with_probes(request: Request, audit: Audit, report: Report) -> Report:
     # 2. Put the spread of each figure into the first report.
     reports = [report, *others]
     sublayers = [_with_spread(row, others) for row in report.sublayers]
-    probes = [each.probe for each in reports if each.probe is not None]
-    seeds = [probe.seed for probe in probes if probe.is_drawn]
-    facts: dict[str, Any] = {"count": len(reports), "verdicts": [each.verdict for each in reports]}
-    if seeds:
-        facts["seeds"] = seeds
     return replace(
         report,
         sublayers=sublayers,
         network=_network_with_spread(reports),
         cost=_total_cost(report.cost, others, time.perf_counter() - start),
-        settings={**report.settings, "probes": facts},
+        settings={**report.settings, "probes": _facts_of_probes(reports)},
         notes=[*report.notes, *_notes(request, others)],
     )
 
 
+def _facts_of_probes(reports: Sequence[Report]) -> dict[str, Any]:
+    """Return how many probes there were, the verdict on each, and the seeds of those drawn."""
+    facts: dict[str, Any] = {
+        "count": len(reports),
+        "verdicts": [report.verdict for report in reports],
+    }
+
+    # Tokens of a file have no seed.
+    probes = [report.probe for report in reports if report.probe is not None]
+    seeds = [probe.seed for probe in probes if probe.is_drawn]
+    if seeds:
+        facts["seeds"] = seeds
+    return facts
+
+
 def _with_spread(row: SublayerRecord, others: Iterable[Report]) -> SublayerRecord:
     """Return a sub-layer's record with the spread of its figures; sub-layers match by name."""
+    # 1. Its record on each probe; None where that one has no such sub-layer.
     rows: list[SublayerRecord | None] = [row]
     for report in others:
         by_name = {other.name: other for other in report.sublayers}
         rows.append(by_name.get(row.name))
 
+    # 2. The spread of each figure.
     spreads = {}
     for figure in FIGURES:
         spread = spread_of([getattr(other, figure, None) for other in rows])
@@ -92,17 +104,17 @@ def spread_of(intervals: Sequence[Interval | None]) -> ProbeSpread | None:
     """
     if intervals[0] is None:
         return None
+
+    # 1. The estimates, and the numbers among them.
     estimates: list[float | None] = []
     numbers = []
     for interval in intervals:
-        if interval is None:
-            estimates.append(None)
-            continue
-        estimates.append(interval.estimate)
-        if not math.isnan(interval.estimate):
-            numbers.append(interval.estimate)
+        estimate = None if interval is None else interval.estimate
+        estimates.append(estimate)
+        if estimate is not None and not math.isnan(estimate):
+            numbers.append(estimate)
 
-    # One number has no spread.
+    # 2. One number has no spread.
     if len(numbers) < 2:
         return None
     return ProbeSpread(least=min(numbers), most=max(numbers), estimates=estimates)
@@ -113,29 +125,34 @@ def _network_with_spread(reports: Sequence[Report]) -> NetworkRecord | None:
     first = reports[0].network
     if first is None:
         return None
-    networks = [report.network for report in reports]
-    spread = spread_of([network.end_to_end if network else None for network in networks])
+    spread = spread_of([_end_to_end(report) for report in reports])
+
+    # It is None too if only one probe gave a number.
     if spread is None:
         return first
     return replace(first, over_probes={"end_to_end": spread})
 
 
+def _end_to_end(report: Report) -> Interval | None:
+    """Return the end-to-end norm of a report; None if it was not measured."""
+    if report.network is None:
+        return None
+    return report.network.end_to_end
+
+
 def _total_cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
     """Return what all probes cost together."""
     # What was not measured counts as nothing.
-    forwards = [first.forward_equivalents or 0.0]
-    products = first.products or 0
-    peak_memory = first.peak_memory_mb or 0.0
-    for report in others:
-        forwards.append(report.cost.forward_equivalents or 0.0)
-        products += report.cost.products or 0
-        peak_memory = max(peak_memory, report.cost.peak_memory_mb or 0.0)
+    costs = [first, *(report.cost for report in others)]
+    forwards = [cost.forward_equivalents or 0.0 for cost in costs]
+    products = [cost.products or 0 for cost in costs]
+    peaks = [cost.peak_memory_mb or 0.0 for cost in costs]
     return replace(
         first,
         forward_equivalents=math.fsum(forwards),
-        products=products,
+        products=sum(products),
         seconds=(first.seconds or 0.0) + seconds,
-        peak_memory_mb=peak_memory,
+        peak_memory_mb=max(peaks),
         phases={**first.phases, "probes": seconds},
     )
 

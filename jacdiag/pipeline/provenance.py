@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import resource
 import sys
@@ -23,13 +22,34 @@ def stamp() -> dict[str, Any]:
 def peak_memory_mb() -> float:
     """Return the peak of the device's allocator, or of the entire process on a CPU, in MiB.
 
-    Linux hands the peak of the parent down in ru_maxrss (KiB; on macOS bytes); the kernel's VmHWM
-    is the process's own.
+    Linux hands the peak of the parent process down in `ru_maxrss`. The kernel's VmHWM is that of
+    the process itself.
     """
+    # 1. The device, if this process has used it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
+
+    # 2. The process, as the kernel has it.
+    own_peak = _kernel_peak_kib()
+    if own_peak is not None:
+        return own_peak / 2**10
+
+    # 3. The process, as it inherited it: in KiB, and on macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    if sys.platform == "darwin":
+        return peak / 2**20
+    return peak / 2**10
+
+
+def _kernel_peak_kib() -> int | None:
+    """Return the peak of this process in KiB; None on a system that does not say it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+
+    # A line such as "VmHWM:   123456 kB".
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
+    return None

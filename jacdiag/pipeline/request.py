@@ -35,7 +35,11 @@ class Request:
     against: AgainstRecord | None = None
 
     def with_options(self, **changes: Any) -> Request:
-        """Return this request with some options changed."""
+        """Return this request with some options changed.
+
+        Args:
+            **changes: options by their names.
+        """
         return replace(self, options=replace(self.options, **changes))
 
     def shared_by_ranks(self) -> dict[str, Any]:
@@ -46,11 +50,18 @@ class Request:
         return shared
 
     def judged(self, report: Report) -> Report:
-        """Return the report with the verdict of the rules, compared with the baseline if any."""
+        """Return the report with the verdict of the rules, compared with the baseline if any.
+
+        Args:
+            report: as it was measured.
+        """
+        # 1. The figures that a baseline is compared with.
         if self.baseline is not None:
             margin = self.thresholds.limits("regression").warning or 0.0
             figures = figures_of([report], margin)
             report = replace(report, figures=figures, baseline=self.baseline, against=self.against)
+
+        # 2. The rules.
         options = self.options
         return evaluate(
             report,

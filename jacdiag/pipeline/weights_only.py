@@ -38,6 +38,7 @@ NOT_MEASURED = (
 OUTSIDE = ("embedding", "positions", "cls", "projection", "head")
 NO_ROLE = "no role could be told from its name and shape"
 NO_WEIGHT = "a mask or a table that the model computes, as its name says"
+
 # BERT's `embeddings.LayerNorm`, BLOOM's `word_embeddings_layernorm`, BART's
 # `layernorm_embedding`, RWKV's `pre_ln`.
 _NORM_OF_EMBEDDING = re.compile(
@@ -69,9 +70,10 @@ def weights_report(source: Source, given: State | None = None) -> Report:
         source: holds the state dict; its model is None.
         given: the state, if the user said it.
     """
-    state = {name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()}
     # 1. Classify.
+    state = {name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()}
     model = read_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+
     # 2. Summarise.
     decision = decide_state(
         given,
@@ -81,13 +83,16 @@ def weights_report(source: Source, given: State | None = None) -> Report:
     phase = decision.state
     embedding = summarise_embedding(state, model)
     stats = summarise_weights(state, model)
+
     # 3. Build.
     records = [
         build_sublayer(index, sublayer, model, stats, phase, embedding)
         for index, sublayer in enumerate(model.sublayers)
     ]
     broken = non_finite_weights(state)
-    notes = [f"weights only: {source.why_weights}"] if source.why_weights else []
+    notes = []
+    if source.why_weights:
+        notes.append(f"weights only: {source.why_weights}")
     return Report(
         source=source.info,
         tier="weights",
@@ -106,12 +111,21 @@ def weights_report(source: Source, given: State | None = None) -> Report:
 # -- Summarise -------------------------------------------------------------------------------------
 def _matrices(model: NamedModel) -> list[str]:
     """Return the matrices of sub-layers and those around them, not what the model computes."""
-    outside = [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
-    return list(dict.fromkeys([*_matrices_of_sublayers(model), *outside]))
+    names = [*_matrices_of_sublayers(model), *_matrices_outside(model)]
+    return list(dict.fromkeys(names))
 
 
 def _matrices_of_sublayers(model: NamedModel) -> list[str]:
-    return [name for sublayer in model.sublayers for name in sublayer.roles]
+    """Return the matrices of all sub-layers, in their order."""
+    names: list[str] = []
+    for sublayer in model.sublayers:
+        names += sublayer.roles
+    return names
+
+
+def _matrices_outside(model: NamedModel) -> list[str]:
+    """Return the matrices around the layers: embeddings, positions and heads."""
+    return [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
 
 
 def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[str, WeightStats]:
@@ -127,8 +141,8 @@ def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[st
             stats[name] = figures
 
     # 2. Those outside, with their std only.
-    for name, weight in model.weights.items():
-        if name in stats or weight.role not in OUTSIDE:
+    for name in _matrices_outside(model):
+        if name in stats:
             continue
         figures = weight_stats(name, state[name], norm=False, std=std_of(state[name]))
         if figures is not None:
@@ -139,7 +153,7 @@ def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[st
 def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> EmbeddingFacts:
     """Return what the widest embedding says of the stream before the first layer."""
     # 1. The widest table must be one of the stream's width.
-    tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
+    tables = _embedding_tables(state, model)
     if not tables:
         return EmbeddingFacts(
             None, "Eq. 15 needs sigma_x', and no weight's name is that of an embedding"
@@ -167,7 +181,13 @@ def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> Embed
     return EmbeddingFacts(spread_of(state[widest]), limits)
 
 
+def _embedding_tables(state: Mapping[str, Tensor], model: NamedModel) -> list[str]:
+    """Return the embeddings that have a row for each token."""
+    return [name for name in model.with_role("embedding") if state[name].dim() == 2]
+
+
 def _is_norm_of_embedding(name: str, role: str) -> bool:
+    """Return whether a weight is the gain of a norm that follows the embedding."""
     return role == "norm_gain" and _NORM_OF_EMBEDDING.search(name) is not None
 
 
@@ -190,7 +210,6 @@ def build_model(
             uncovered[name] = NO_WEIGHT
 
     # 2. The weights outside all layers.
-    outside = [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
     return ModelRecord(
         name="",
         parameters=parameters,
@@ -199,7 +218,7 @@ def build_model(
         covered_parameters=covered,
         uncovered=list(uncovered),
         uncovered_reasons=uncovered,
-        weights={name: stats[name] for name in outside},
+        weights={name: stats[name] for name in _matrices_outside(model)},
     )
 
 
@@ -262,19 +281,25 @@ def _weights_by_role(
     A matrix without a role is listed by its own name inside the sub-layer. Experts share their
     roles.
     """
-    weights: dict[str, WeightStats] = {}
+    # 1. The matrices of each role.
+    by_role: dict[str, list[WeightStats]] = {}
     several: dict[str, None] = {}
     for name, role in sublayer.roles.items():
         if name not in stats or role == "positions":
             continue
         key = role or name.removeprefix(f"{sublayer.name}.").removesuffix(".weight")
-        if key not in weights:
-            weights[key] = stats[name]
-            continue
-        several[key] = None
-        if (stats[name].norm or 0.0) > (weights[key].norm or 0.0):
-            weights[key] = stats[name]
+        if key in by_role:
+            several[key] = None
+        by_role.setdefault(key, []).append(stats[name])
+
+    # 2. The largest of each, the first of equal ones.
+    weights = {role: max(matrices, key=_norm_or_zero) for role, matrices in by_role.items()}
     return weights, list(several)
+
+
+def _norm_or_zero(weight: WeightStats) -> float:
+    """Return the spectral norm of a matrix; 0 if it was not measured."""
+    return weight.norm or 0.0
 
 
 def bound_of_first_ffn(
@@ -288,18 +313,20 @@ def bound_of_first_ffn(
     # 1. The paper's case: an FFN of two matrices at init, after a known embedding.
     if phase != "init":
         return None, "Eq. 15 describes an initial state; these weights are trained"
-    names = {role: name for name, role in sublayer.roles.items()}
-    if len(sublayer.roles) != 2 or set(names) != {"W_1", "W_2"}:
+    if sorted(sublayer.roles.values()) != ["W_1", "W_2"]:
         return None, "Eq. 15 is for an FFN of two matrices"
     if embedding.rows is None:
         return None, embedding.note
 
     # 2. Its numbers.
+    names = {role: name for name, role in sublayer.roles.items()}
     first_std = stats[names["W_1"]].std
     second_std = stats[names["W_2"]].std
     sigma = embedding.rows.median
     if first_std is None or second_std is None or not sigma > 0:
         return None, "Eq. 15 needs finite weights and an embedding that is not zero"
+
+    # 3. Its sizes.
     sizes = model.weights[names["W_1"]]
     if sizes.fan_in is None or sizes.fan_out is None:
         return None, "Eq. 15 needs the sizes of W_1, which its shape does not give"
@@ -309,19 +336,13 @@ def bound_of_first_ffn(
 def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRecord:
     """Return the contract record: roles by name, sizes by shape. Tensors are read one at a time."""
     # 1. The sizes.
-    sizes: dict[str, float] = {"N": model.layers}
-    if model.width:
-        sizes["d"] = model.width
-    tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
-    if tables:
-        sizes["V"] = max(state[name].shape[0] for name in tables)
+    sizes = _sizes_in_formulas(state, model)
 
     # 2. How each weight was drawn, and which numbers it shares with another.
     uses = without_adapters({name: weight.use for name, weight in model.weights.items()})
-    draws = {
-        name: draw_of(state[name], table=weight.role in TABLES)
-        for name, weight in model.weights.items()
-    }
+    draws = {}
+    for name, weight in model.weights.items():
+        draws[name] = draw_of(state[name], table=weight.role in TABLES)
     copies = copies_of(draws, state)
     streams = streams_of(draws, state)
 
@@ -332,6 +353,19 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
         record = replace(record, same_as=copies.get(name, ""), stream_of=streams.get(name, ""))
         weights.append(record)
     return ContractRecord(family="", sizes=sizes, weights=with_sections(weights, state))
+
+
+def _sizes_in_formulas(state: Mapping[str, Tensor], model: NamedModel) -> dict[str, float]:
+    """Return the variables of formulas: N (layers), d (width) and V (vocabulary)."""
+    sizes: dict[str, float] = {"N": model.layers}
+    if model.width:
+        sizes["d"] = model.width
+
+    # The largest table is that of the tokens.
+    tables = _embedding_tables(state, model)
+    if tables:
+        sizes["V"] = max(state[name].shape[0] for name in tables)
+    return sizes
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:

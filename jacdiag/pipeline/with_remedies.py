@@ -48,7 +48,8 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
 
     # 1. Try the remedies.
     start = time.perf_counter()
-    choice, progress = request.options.remedies, request.options.progress
+    choice = request.options.remedies
+    progress = request.options.progress
     remedies = remedies_for(report, audit.model, request.thresholds, has_begun=choice == "begun")
     if progress is not None:
         progress.start(len(remedies), "trying remedies")
@@ -78,9 +79,14 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
 
 def _can_be_remedied(request: Request, audit: Audit, report: Report) -> bool:
     """Return whether remedies are requested, and the model is one to try them on."""
+    # 1. Nothing is requested, or nothing could be measured on a copy.
     choice = request.options.remedies
-    if choice == "none" or audit.sites.deterministic is False or audit.broken:
+    if choice == "none":
         return False
+    if audit.sites.deterministic is False or audit.broken:
+        return False
+
+    # 2. A run that has begun can be changed whatever its state; else only an init can.
     if choice == "begun":
         return True
     return report.state == "init" and bool(aims(report))
@@ -91,11 +97,15 @@ def _check_room(request: Request, audit: Audit) -> None:
     if request.source.weights is not None:
         raise MeasureError("the weights stay in their files")
 
-    # Memory is checked on the host alone.
-    parameters = list(audit.model.parameters())
-    if any(parameter.device.type != "cpu" for parameter in parameters):
-        return
-    needed = _SPARE * sum(p.numel() * p.element_size() for p in parameters)
+    # 1. Memory is checked on the host alone.
+    size = 0
+    for parameter in audit.model.parameters():
+        if parameter.device.type != "cpu":
+            return
+        size += parameter.numel() * parameter.element_size()
+
+    # 2. Compare it with what is free, if that can be known.
+    needed = _SPARE * size
     free = free_host_memory()
     if free is not None and needed > free:
         raise MeasureError(
@@ -195,6 +205,8 @@ class _Trial:
         """Return parameter groups of the copy: what the optimizer would decay of it."""
         if self.request.options.optimizer is None:
             return None
+
+        # Any decay above 0 says that a parameter decays.
         names = self.decayed - spared
         params = [parameter for name, parameter in model.named_parameters() if name in names]
         return [{"params": params, "weight_decay": 1.0}]
@@ -202,12 +214,18 @@ class _Trial:
 
 def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
     """Return a function that builds the source with another seed; None if it has one set only."""
-    if source.info.get("format") not in ("factory", "hf-config") or "factory" not in source.info:
+    # 1. A file holds one set of weights.
+    if source.info.get("format") not in ("factory", "hf-config"):
         return None
+    if "factory" not in source.info:
+        return None
+    factory = source.info["factory"]
+    model_args = source.info.get("model_args")
 
+    # 2. A factory or a config draws others.
     def build(seed: int) -> nn.Module | None:
+        """Return the model with weights of this seed; None if it cannot be built again."""
         with contextlib.suppress(JacdiagError):
-            factory, model_args = source.info["factory"], source.info.get("model_args")
             return load(factory, model_args=model_args, seed=seed).model
         return None
 
