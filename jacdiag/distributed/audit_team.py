@@ -340,26 +340,42 @@ class Team:
 
         Runs in its own thread.
         """
-        beats = 0
+        # 1. Look until a rank has failed, or this one leaves.
         last_beat = _LastBeat("", time.monotonic())
-        while self.failure is None and not self._left.is_set():
-            beats += 1
-            try:
-                self.store.raw.set(f"beat/{self.rank}", str(beats))
-                if self.store.has("failure"):
-                    self.failure = Failure.from_dict(self.store.get("failure"))
-                elif self.members:
-                    last_beat = self._find_dead(last_beat)
-            except Exception:
-                if not self._left.is_set():
-                    self.failure = self._failure_of_store()
+        for beat in itertools.count(1):
+            if self.failure is not None or self._left.is_set():
+                break
+            last_beat = self._look_once(beat, last_beat)
             if self.failure is None:
                 self._left.wait(BEAT)
 
-        must_alarm = self.failure is not None and not self._left.is_set()
-        if must_alarm and self.alarm is not None:
-            assert self.failure is not None
+        # 2. A rank that has left needs no alarm.
+        if self.failure is None or self._left.is_set():
+            return
+        if self.alarm is not None:
             self.alarm(self.failure, self._noticed)
+
+    def _look_once(self, beat: int, last_beat: _LastBeat) -> _LastBeat:
+        """Give one sign of life, and note a failure if there is one.
+
+        Args:
+            beat: the number of this sign of life.
+            last_beat: of the next rank.
+
+        Returns:
+            The last sign of life of the next rank.
+        """
+        try:
+            self.store.raw.set(f"beat/{self.rank}", str(beat))
+            if self.store.has("failure"):
+                self.failure = Failure.from_dict(self.store.get("failure"))
+            elif self.members:
+                return self._find_dead(last_beat)
+        except Exception:
+            # The store may end before this rank, once it has left.
+            if not self._left.is_set():
+                self.failure = self._failure_of_store()
+        return last_beat
 
     def _find_dead(self, last_beat: _LastBeat) -> _LastBeat:
         """Publish a failure if a process of this machine is gone or the next rank is silent.
@@ -371,23 +387,37 @@ class Team:
             The same, or a newer one.
         """
         # 1. Processes of this machine can be seen.
-        others = [member for member in self.members if member.rank != self.rank]
-        dead = [(member, f"process {member.pid} is gone") for member in others if member.is_gone()]
+        gone = [member for member in self.members if member.rank != self.rank and member.is_gone()]
 
         # 2. The next rank may be on any machine: its signs of life are in the store.
         following = self.members[(self.rank + 1) % self.size]
-        key = f"beat/{following.rank}"
-        beat = self.store.raw.get(key).decode() if self.store.has(key) else ""
+        beat = self._read_beat(following.rank)
         if beat != last_beat.beat:
             last_beat = _LastBeat(beat, time.monotonic())
-        elif time.monotonic() - last_beat.time > self.silence:
-            dead.append((following, f"no sign of life for {self.silence:.0f} s"))
+        is_silent = time.monotonic() - last_beat.time > self.silence
 
-        # 3. A rank leaves only after the end is in the store, so the end is read last.
-        if dead and not self.store.has("end"):
-            member, got = dead[0]
-            self._publish(Failure(member.rank, "died", f"{member.name} died", got, _WHY))
+        # 3. Report the first of them.
+        if gone:
+            self._report_dead(gone[0], f"process {gone[0].pid} is gone")
+        elif is_silent:
+            self._report_dead(following, f"no sign of life for {self.silence:.0f} s")
         return last_beat
+
+    def _read_beat(self, rank: int) -> str:
+        """Return the last sign of life of a rank; "" before its first one."""
+        key = f"beat/{rank}"
+        if not self.store.has(key):
+            return ""
+        return self.store.raw.get(key).decode()
+
+    def _report_dead(self, member: Member, got: str) -> None:
+        """Publish that a rank has died, unless the job has ended.
+
+        A rank leaves only after the end is in the store, so the end is read last.
+        """
+        if self.store.has("end"):
+            return
+        self._publish(Failure(member.rank, "died", f"{member.name} died", got, _WHY))
 
     def _failure_of_store(self) -> Failure:
         """Return the failure of a store that no longer answers: its process has ended."""
@@ -402,13 +432,13 @@ class Team:
     def _publish(self, failure: Failure) -> None:
         """Publish a failure, or take over the one that was published first: all report that one."""
         try:
+            # 1. This rank is the first.
             if self.store.put_first("failure", failure.to_dict()):
                 self.failure = failure
                 return
-            # `put_first` takes the key before the data are there.
-            deadline = time.monotonic() + PATIENCE
-            while not self.store.has("failure") and time.monotonic() < deadline:
-                time.sleep(POLL)
+
+            # 2. Another one was. `put_first` takes the key before the data are there.
+            self._wait_until(lambda: self.store.has("failure"))
             self.failure = Failure.from_dict(self.store.get("failure"))
         except Exception:
             self.failure = failure
@@ -470,9 +500,12 @@ class Team:
 
     def _others_have_left(self) -> bool:
         """Return whether every rank has left the job or has ended."""
-        return all(
-            member.is_gone() or self.store.has(f"bye/{member.rank}") for member in self.members
-        )
+        for member in self.members:
+            if member.is_gone():
+                continue
+            if not self.store.has(f"bye/{member.rank}"):
+                return False
+        return True
 
     def _wait_until(self, is_done: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Wait until a condition holds, for a limited time."""

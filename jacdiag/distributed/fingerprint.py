@@ -45,12 +45,13 @@ class Fingerprint(Record):
     sublayers: dict[str, str]
 
     def difference(self, other: Fingerprint) -> tuple[str, str, str] | None:
-        """Return the first difference: its kind, its name, and both values in words.
-
-        None if there is no difference.
+        """Return the first difference to the fingerprint of another rank.
 
         Args:
-            other: the fingerprint of another rank.
+            other: that fingerprint.
+
+        Returns:
+            The kind of the difference, its name, and both values in words; None if there is none.
         """
         for field in fields(self):
             own_values: dict[str, str] = getattr(self, field.name)
@@ -58,6 +59,8 @@ class Fingerprint(Record):
             for name in dict.fromkeys([*own_values, *other_values]):
                 if own_values.get(name) == other_values.get(name):
                     continue
+
+                # A name that one rank lacks has no value there.
                 own = clipped(own_values.get(name, "not there"), 80)
                 theirs = clipped(other_values.get(name, "not there"), 80)
                 return _KINDS[field.name], name, f"{own}, against {theirs}"
@@ -92,10 +95,15 @@ def fingerprint(
         options: of the audit.
         sublayers: name -> text on which the order of the jobs depends.
     """
+    # A build such as "+cu121" may differ between machines.
+    torch_version = torch.__version__.split("+")[0]
+    config = {}
+    if root is not None:
+        config = _config(root)
     return Fingerprint(
-        versions={"torch": torch.__version__.split("+")[0], "jacdiag": __version__},
+        versions={"torch": torch_version, "jacdiag": __version__},
         options={name: str(value) for name, value in options.items()},
-        config={} if root is None else _config(root),
+        config=config,
         weights={name: _describe(tensor) for name, tensor in tensors},
         probe={f"input {index}": _describe(tensor) for index, tensor in enumerate(probe)},
         sublayers=dict(sublayers),
@@ -161,8 +169,12 @@ def _scalars(table: Mapping[str, Any], prefix: str, kinds: tuple[type, ...]) -> 
     """Return the public values of some types by prefixed name, without those that may differ."""
     scalars = {}
     for key, value in table.items():
-        if key.startswith("_") or _MAY_DIFFER.search(key):
+        if not isinstance(value, kinds):
             continue
-        if isinstance(value, kinds):
-            scalars[f"{prefix}{key}"] = repr(value)
+
+        # A private attribute may hold anything, such as a counter.
+        is_private = key.startswith("_")
+        if is_private or _MAY_DIFFER.search(key):
+            continue
+        scalars[f"{prefix}{key}"] = repr(value)
     return scalars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from jacdiag.distributed.audit_team import JOIN, OR_ALONE, Alone, Team
@@ -27,16 +27,22 @@ def join(alarm: Callable[[Failure, threading.Event], None] | None = None) -> Tea
     """
     # 1. Read rank and size from the environment.
     variables = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    is_valid = all(text.isdecimal() for text in variables.values())
-    if is_valid:
-        rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        is_valid = rank < size
-    if not is_valid:
+    if not _names_a_rank(variables):
         got = ", ".join(f"{name}={text}" for name, text in variables.items())
         raise UsageError("the environment names no rank of several", got=got, hint=OR_ALONE)
+    rank = int(variables["RANK"])
+    size = int(variables["WORLD_SIZE"])
 
     # 2. Meet the others at the store.
     return Team(connect(rank, size, JOIN), rank, size, alarm=alarm)
+
+
+def _names_a_rank(variables: Mapping[str, str]) -> bool:
+    """Return whether the variables are numbers, and the rank is below the size."""
+    for text in variables.values():
+        if not text.isdecimal():
+            return False
+    return int(variables["RANK"]) < int(variables["WORLD_SIZE"])
 
 
 @contextmanager
@@ -49,6 +55,7 @@ def enlisted(ranks: Ranks | bool) -> Iterator[Ranks]:
     Raises:
         UsageError: True in a process that is not one of several.
     """
+    # 1. No new team.
     if isinstance(ranks, (Alone, Team)):
         yield ranks
         return
@@ -62,7 +69,7 @@ def enlisted(ranks: Ranks | bool) -> Iterator[Ranks]:
             hint="torchrun --nproc-per-node 2 script.py",
         )
 
-    # A new team ends with the audit, also if another rank is what ended it.
+    # 2. A new team, which ends with the audit, also if another rank is what ended it.
     team = join()
     try:
         yield team

@@ -49,13 +49,19 @@ class Member(Record):
 
         False for a process of another machine or container.
         """
-        if not self.place or self.place != place_of_process():
+        # 1. Whether its number means anything here.
+        if not self.place:
             return False
+        if self.place != place_of_process():
+            return False
+
+        # 2. A process that has ended has no entry.
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return True
 
-        # The name of the program stands in parentheses, and may have spaces and parentheses.
+        # 3. A zombie has one, and one that is dead. The name of the program stands in parentheses,
+        # and may have spaces and parentheses.
         state = stat.rpartition(")")[2].split()[0]
-        return state in "ZX"  # a zombie, or dead
+        return state in "ZX"

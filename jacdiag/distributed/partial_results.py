@@ -35,7 +35,7 @@ class Use(Record):
 
 @dataclass(frozen=True)
 class Share(Record):
-    """A part of the measured results.
+    """Some of the measured results.
 
     Attributes:
         records: of sub-layers.
@@ -63,7 +63,7 @@ def merged(shares: Iterable[Share]) -> Share:
     """Return one share that holds all of several; sub-layers are in the order of the stream.
 
     Args:
-        shares: the parts. If several have a figure of the entire network, the first one counts.
+        shares: what was measured. If several have a figure of the entire network, the first counts.
     """
     records: list[SublayerRecord] = []
     uses: list[Use] = []
@@ -91,4 +91,6 @@ def merged(shares: Iterable[Share]) -> Share:
 
 def _first_measured(first: T | None, second: T | None) -> T | None:
     """Return the first of two values that is not None."""
-    return second if first is None else first
+    if first is not None:
+        return first
+    return second

@@ -101,12 +101,14 @@ class Store:
             key: its name, the same on every rank.
             data: plain JSON values.
         """
+        # 1. The pieces.
         packed = zlib.compress(json.dumps(data).encode(), 1)
-        pieces = [packed[start : start + _PIECE] for start in range(0, len(packed), _PIECE)]
-        for number, piece in enumerate(pieces):
-            self.raw.set(f"{key}/{number}", piece)
-        # The key itself goes last: `has` sees it only when all pieces are there.
-        self.raw.set(key, str(len(pieces)))
+        starts = range(0, len(packed), _PIECE)
+        for number, start in enumerate(starts):
+            self.raw.set(f"{key}/{number}", packed[start : start + _PIECE])
+
+        # 2. The key itself goes last: `has` sees it only when all pieces are there.
+        self.raw.set(key, str(len(starts)))
 
     def put_first(self, key: str, data: Any) -> bool:
         """Write a value unless another rank has; return whether it was written.

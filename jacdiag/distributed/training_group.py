@@ -39,12 +39,16 @@ class ElsewhereError(SourceError):
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether a rank holds pieces of the weights (FSDP2, tensor parallel)."""
-    for parameter in model.parameters():
-        # Only a DTensor has placements, one for each dimension of its mesh.
-        for placement in getattr(parameter, "placements", None) or ():
-            if not placement.is_replicate():
-                return True
-    return False
+    return any(_is_in_pieces(parameter) for parameter in model.parameters())
+
+
+def _is_in_pieces(parameter: Tensor) -> bool:
+    """Return whether this rank holds a piece of a weight only."""
+    # Only a DTensor has placements, one for each dimension of its mesh.
+    placements = getattr(parameter, "placements", None)
+    if not placements:
+        return False
+    return not all(placement.is_replicate() for placement in placements)
 
 
 class Together:
@@ -61,6 +65,7 @@ class Together:
     """
 
     def __init__(self, sharded: bool, seconds: float = 60.0) -> None:
+        # 1. Which rank this is, if the training is on several.
         self.rank = 0
         self.size = 1
         if dist.is_available() and dist.is_initialized():
@@ -68,8 +73,12 @@ class Together:
             self.size = dist.get_world_size()
         self.lead = self.rank == 0
         self.sharded = sharded and self.size > 1
+
+        # 2. What has gone wrong so far.
         self.broken = ""
         self._end_reason = ""  # why the work in step has ended, if it has failed
+
+        # 3. A process group of its own.
         self.group: Any = None
         if self.sharded:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
@@ -183,6 +192,8 @@ class Together:
 
         # 2. Exchange places and statuses.
         highest, same_place = self._exchange(place, status)
+
+        # 3. An error of this rank says more than that of another.
         if error is not None:
             self._end_reason = one_line(error)
         elif highest == _Status.FAILED:
@@ -241,7 +252,7 @@ class Together:
 
     @contextmanager
     def _notice_silence(self) -> Iterator[None]:
-        """Run one collective; if it fails, a rank did not answer and none is asked again."""
+        """Run one collective. If it fails, a rank did not answer, and no other one follows."""
         try:
             yield
         except Exception as error:

@@ -19,7 +19,15 @@ from jacdiag.gate.source_location import located
 from jacdiag.measure.family_confidence import Family
 from jacdiag.pipeline.audit import run_audit
 from jacdiag.pipeline.options import AuditOptions
-from jacdiag.records import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
+from jacdiag.records import (
+    LEVELS,
+    FiguresRecord,
+    Finding,
+    RemedyRecord,
+    Report,
+    RuleResult,
+    Verdict,
+)
 from jacdiag.records.option_ranges import RANGES
 from jacdiag.rules import evaluate, measurement, selected
 from jacdiag.rules.remedy_targets import with_fixes
@@ -181,7 +189,9 @@ def run_gate(
     """
     # 1. Check the options before any work.
     _check_gate(seeds, budget, fail_on)
-    before = None if baseline is None else read_baseline(baseline)
+    before = None
+    if baseline is not None:
+        before = read_baseline(baseline)
     limits = load_thresholds(options.thresholds, options.risk)
     level = options.confidence_all
     options = _options_of_each(options, seeds, has_baseline=before is not None)
@@ -202,7 +212,7 @@ def run_gate(
     )
     merged = _merge([judged, *reports[1:]])
 
-    # 3. Decide.
+    # 3. Decide. What is undecided, or what no rule was applied to, is never a pass.
     findings = located(with_fixes(merged.findings, merged.remedies), runs.model, _spec(source))
     undecided = sorted({rule.code for rule in merged.rules if rule.status == "unknown"})
     applied = measurement.applied(merged, {rule.code: rule for rule in merged.rules})
@@ -245,15 +255,22 @@ def _check_gate(seeds: Any, budget: Any, fail_on: Any) -> None:
 
     # 2. The budget.
     if budget is not None:
-        is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
-        if not is_number or not budget > 0:
-            raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
+        _check_budget(budget)
 
     # 3. The level.
     levels = (*LEVELS, "never")
     if fail_on not in levels:
         hint = f"one of {', '.join(levels)}"
         raise UsageError("unknown level", got=str(fail_on), hint=hint)
+
+
+def _check_budget(budget: Any) -> None:
+    """Raise unless a budget is a number of seconds."""
+    # A bool is an integer in Python.
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if is_number and budget > 0:
+        return
+    raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
 
 
 def _options_of_each(options: AuditOptions, seeds: int, *, has_baseline: bool) -> AuditOptions:
@@ -281,7 +298,9 @@ def _options_of_each(options: AuditOptions, seeds: int, *, has_baseline: bool) -
 
 def _spec(source: Any) -> str:
     """Return what names the model in the user's code; "" for an object in memory."""
-    return path_text(source) if isinstance(source, str | bytes | os.PathLike) else ""
+    if isinstance(source, str | bytes | os.PathLike):
+        return path_text(source)
+    return ""
 
 
 class _Runs:
@@ -302,8 +321,13 @@ class _Runs:
         baseline: FiguresRecord | None,
         budget: float | None,
     ) -> None:
-        self._source, self._options = source, options
-        self._baseline, self._budget = baseline, budget
+        # 1. What to audit.
+        self._source = source
+        self._options = options
+        self._baseline = baseline
+        self._budget = budget
+
+        # 2. What came of it so far.
         self._remedies_tried = False
         self.started = time.perf_counter()
         self.same_weights = False
@@ -378,10 +402,14 @@ class _Runs:
                 self._remedies_tried = True
 
             # 2. More products decide only what an interval leaves open.
-            products *= _MORE_PRODUCTS
             if not _is_undecided(report):
                 return report
-            if products > _MOST_PRODUCTS or self._is_late(0):
+            products *= _MORE_PRODUCTS
+            if products > _MOST_PRODUCTS:
+                return report
+
+            # 3. Nor is there time for them once the budget is spent.
+            if self._is_late(0):
                 return report
 
     def _is_late(self, done: int) -> bool:
@@ -399,11 +427,9 @@ class _Runs:
 
 def _is_undecided(report: Report) -> bool:
     """Return whether a rule about norms is undecided."""
-    for rule in report.rules:
-        is_about_norms = rule.code.startswith("JD1")
-        if is_about_norms and rule.status == "unknown":
-            return True
-    return False
+    # Codes that begin with JD1 are those of the norms.
+    undecided = [rule.code for rule in report.rules if rule.status == "unknown"]
+    return any(code.startswith("JD1") for code in undecided)
 
 
 def _drawn_figures(report: Report) -> tuple[Any, ...]:
@@ -425,13 +451,25 @@ def _drawn_figures(report: Report) -> tuple[Any, ...]:
 
 def _merge(reports: Sequence[Report]) -> Report:
     """Return the first report with the findings of all: a rule fires if it does for any seed."""
+    # 1. The worst status of each rule, and the worst verdict.
     first = reports[0]
     rules = [_worst_result(rule, reports) for rule in first.rules]
+    verdicts = [report.verdict for report in reports]
+    verdict = min(verdicts, key=_VERDICTS.index)
+
+    # 2. The findings in the order of the rules.
     codes = [rule.code for rule in rules]
     findings = sorted(_merge_findings(reports), key=lambda finding: codes.index(finding.code))
-    verdict = min((report.verdict for report in reports), key=_VERDICTS.index)
-    remedies = next((report.remedies for report in reports if report.remedies), [])
-    return replace(first, findings=findings, rules=rules, verdict=verdict, remedies=remedies)
+    merged = replace(first, findings=findings, rules=rules, verdict=verdict)
+    return replace(merged, remedies=_first_remedies(reports))
+
+
+def _first_remedies(reports: Sequence[Report]) -> list[RemedyRecord]:
+    """Return the remedies of the first model that some were tried on."""
+    for report in reports:
+        if report.remedies:
+            return report.remedies
+    return []
 
 
 def _merge_findings(reports: Sequence[Report]) -> list[Finding]:
@@ -459,10 +497,12 @@ def _merge_findings(reports: Sequence[Report]) -> list[Finding]:
 
 def _worst_result(rule: RuleResult, reports: Sequence[Report]) -> RuleResult:
     """Return the result of a rule of the first report, with its worst status in all of them."""
+    # 1. Its result in each report.
     results = []
     for report in reports:
         results += [other for other in report.rules if other.code == rule.code]
 
+    # 2. The worst, the first of equal ones.
     worst = min(results, key=lambda other: _STATUSES.index(other.status))
     note = rule.note or worst.note
     return RuleResult(rule.code, worst.status, rule.matched, rule.name, note)
@@ -478,8 +518,8 @@ def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int
     """
     # 1. A finding at the level or above it.
     if fail_on != "never":
-        least = LEVELS.index(fail_on)
-        if any(LEVELS.index(finding.level) >= least for finding in findings):
+        failing = LEVELS[LEVELS.index(fail_on) :]
+        if any(finding.level in failing for finding in findings):
             return FINDINGS
 
     # 2. What was not decided is never a pass.

@@ -15,6 +15,8 @@ from jacdiag.errors import JacdiagError
 from jacdiag.records import Finding
 from jacdiag.sources.factory import resolve
 
+_INSTALLED = frozenset({"site-packages", "dist-packages"})  # folders of installed packages
+
 
 def located(
     findings: Sequence[Finding], model: nn.Module | None, spec: str, root: Path | None = None
@@ -36,14 +38,26 @@ def located(
     fallback = _fallback(spec, base)
     with_places = []
     for finding in findings:
+        # 1. The class of its module, if that is the user's own.
         place = fallback
         if model is not None:
-            names = [*finding.evidence.get("parameters", ()), *finding.where]
-            place = _class_of(model, names[0] if names else "", base) or fallback
+            place = _class_of(model, _first_name(finding), base) or fallback
+
+        # 2. Say it in the evidence.
         if place is not None:
             finding = replace(finding, evidence={**finding.evidence, "location": place})
         with_places.append(finding)
     return with_places
+
+
+def _first_name(finding: Finding) -> str:
+    """Return the first parameter that a finding is about, else its first place; "" for none."""
+    names = [*finding.evidence.get("parameters", ()), *finding.where]
+    if not names:
+        return ""
+
+    # A parameter says more than its sub-layer.
+    return str(names[0])
 
 
 def _class_of(model: nn.Module, name: str, base: Path) -> dict[str, Any] | None:
@@ -81,7 +95,12 @@ def _relative(file: str | Path | None, line: int, base: Path) -> dict[str, Any] 
     if file is None:
         return None
     real = Path(os.path.realpath(file))
-    if not real.is_relative_to(base) or {"site-packages", "dist-packages"} & set(real.parts):
+    if not real.is_relative_to(base):
+        return None
+
+    # A virtual environment may lie in the working folder.
+    is_installed = not _INSTALLED.isdisjoint(real.parts)
+    if is_installed:
         return None
     return {"file": real.relative_to(base).as_posix(), "line": line}
 
@@ -105,6 +124,7 @@ def _fallback(spec: str, base: Path) -> dict[str, Any] | None:
     # 3. A factory: its definition, or else its file.
     try:
         definition = resolve(spec)
-        return _lines(definition, base) or _relative(spec.rpartition(":")[0], 1, base)
     except JacdiagError:
         return None
+    file = spec.rpartition(":")[0]
+    return _lines(definition, base) or _relative(file, 1, base)
