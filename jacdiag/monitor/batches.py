@@ -377,25 +377,55 @@ def _names_in_call(
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    """Return a copy of a tensor; anything else as it is."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    return leaf
 
 
 def _few(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first sequences of a batch, their first tokens where all tensors are (B, T)."""
-    tensors: list[Tensor] = []
-    map_leaves(
-        lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None,
-        (list(args), kwargs),
-    )
-    sized = [t for t in tensors if t.dim()]
-    one_batch = len({t.shape[0] for t in sized}) == 1
-    flat = one_batch and all(t.dim() == 2 and not t.is_floating_point() for t in sized)
-    one_length = flat and len({t.shape[1] for t in sized}) == 1
+    """Return the first sequences of a batch, and their first tokens if all tensors are (B, T)."""
+    # 1. Which dimensions all tensors share.
+    sized = _tensors_with_dimensions(args, kwargs)
+    has_one_batch = _share_size(sized, 0)
+    has_one_length = has_one_batch and _may_be_tokens(sized) and _share_size(sized, 1)
 
+    # 2. Cut the tensors along these.
     def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or not one_batch:
+        """Return a copy of the first sequences of a tensor; anything else as it is."""
+        can_be_cut = has_one_batch and isinstance(leaf, Tensor) and leaf.dim() > 0
+        if not can_be_cut:
             return _copied(leaf)
         leaf = leaf[:_SEQUENCES]
-        return _copied(leaf[:, :_LENGTH] if one_length else leaf)
+        if has_one_length:
+            leaf = leaf[:, :_LENGTH]
+        return _copied(leaf)
 
     return map_leaves(cut, args), map_leaves(cut, kwargs)
+
+
+def _tensors_with_dimensions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a batch that are no single number."""
+    tensors: list[Tensor] = []
+
+    def note(leaf: Any) -> None:
+        """Add a leaf, if it is such a tensor."""
+        if isinstance(leaf, Tensor) and leaf.dim():
+            tensors.append(leaf)
+
+    map_leaves(note, (list(args), kwargs))
+    return tensors
+
+
+def _share_size(tensors: list[Tensor], dimension: int) -> bool:
+    """Return whether all tensors have one size along a dimension; False if there is no tensor."""
+    sizes = {tensor.shape[dimension] for tensor in tensors}
+    return len(sizes) == 1
+
+
+def _may_be_tokens(tensors: list[Tensor]) -> bool:
+    """Return whether all tensors are tables of integers, as token ids and masks are."""
+    for tensor in tensors:
+        if tensor.dim() != 2 or tensor.is_floating_point():
+            return False
+    return True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -106,17 +105,23 @@ class KeptBatches:
 
     def drop_between(self, base: int, current: int) -> None:
         """Drop the batches of steps after `base`, but those of the step at hand."""
-        batches = [batch for batch in self.queue if batch.step <= base or batch.step == current]
+        batches = []
+        for batch in self.queue:
+            is_at_hand = batch.step == current
+            if is_at_hand or batch.step <= base:
+                batches.append(batch)
         self.queue = deque(batches, maxlen=self.queue.maxlen)
         if self.automatic:
             self.bytes = sum(batch.bytes for batch in batches)
 
     def _bytes_of(self, step: int) -> int:
         """The bytes of the latest batches, as far as they belong to a step."""
-        return sum(
-            batch.bytes
-            for batch in takewhile(lambda batch: batch.step == step, reversed(self.queue))
-        )
+        total = 0
+        for batch in reversed(self.queue):
+            if batch.step != step:
+                break
+            total += batch.bytes
+        return total
 
     def chosen(self, step: int) -> list[KeptBatch]:
         """Return what a flight about a step holds, in order: the batch of that step comes last.
@@ -125,12 +130,17 @@ class KeptBatches:
         lie. They are also what `--replay` compares it with. If only later batches are left, all of
         them are returned.
         """
+        # 1. The batches up to the step.
         entries = [batch for batch in self.queue if batch.step <= step]
-        if self.automatic and any(batch.step == step for batch in entries):
-            return [
-                batch for batch in entries if batch.step > step - (LONGEST_ONSET + 1) * self.stride
-            ]
-        return entries or list(self.queue)
+        if not entries:
+            return list(self.queue)
+
+        # 2. Of those, the ones in which the cause may lie, if that of the step itself is there.
+        has_step = any(batch.step == step for batch in entries)
+        if not self.automatic or not has_step:
+            return entries
+        too_early = step - (LONGEST_ONSET + 1) * self.stride
+        return [batch for batch in entries if batch.step > too_early]
 
     def after(self, step: int) -> list[KeptBatch]:
         """Return the batches of the step that began after `step` and has not ended, in order."""
@@ -138,9 +148,11 @@ class KeptBatches:
 
 
 def _copy_of(step: int, arguments: dict[str, Any], size: int) -> KeptBatch:
+    """Return a batch with copies of its tensors, and the random state that the step began with."""
     devices: set[str] = set()
 
     def copy(leaf: Any) -> Any:
+        """Copy a tensor, and note its device."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         devices.add(leaf.device.type)
@@ -151,9 +163,11 @@ def _copy_of(step: int, arguments: dict[str, Any], size: int) -> KeptBatch:
 
 
 def _size(arguments: dict[str, Any]) -> int:
+    """Return how many bytes the tensors of a batch take."""
     sizes: list[int] = []
 
     def note(leaf: Any) -> Any:
+        """Note the bytes of a tensor."""
         if isinstance(leaf, torch.Tensor):
             sizes.append(leaf.numel() * leaf.element_size())
         return leaf

@@ -98,7 +98,11 @@ def group_parameters(
         world: how many ranks add their squares up; 1 if each holds all.
     """
     # 1. The labels: those in order, then all others.
-    named = [(names[id(p)], p) for p in parameters if id(p) in names]
+    named: list[tuple[str, Tensor]] = []
+    for parameter in parameters:
+        name = names.get(id(parameter))
+        if name is not None:
+            named.append((name, parameter))
     used = {group_of.get(name, OTHER) for name, _ in named}
     labels = [label for label in order if label in used]
     labels.extend(sorted(used.difference(order)))

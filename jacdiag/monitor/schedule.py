@@ -57,15 +57,16 @@ class Cadence:
         is_zero = given == 0 and not is_bool
         if given is None or is_zero:
             return cls(None)
+
         # 2. A number of steps.
         if isinstance(given, int) and not is_bool and given > 0:
             return cls(given)
+
         # 3. A text.
-        cadence = None
         if isinstance(given, str):
             cadence = cls._parse(given)
-        if cadence is not None:
-            return cadence
+            if cadence is not None:
+                return cadence
         hint = (
             f'{name}=200 (steps), {name}="1%" (of the time), {name}="200, 1%" (both), None (never)'
         )

@@ -237,16 +237,24 @@ def read_skip_list(
         places, contents = _places(entry, batches_per_step)
         if not places:
             unplaced.append(int(entry.get("step", 0)))
-        for position, content in zip(places, contents, strict=True):
-            seen = positions.get(position, content)
-            # Two runs may each have had a bad batch there, and not the same one.
-            positions[position] = content if seen == content else None
+        _add_places(positions, places, contents)
 
     # 3. Add the places around them.
     for position in list(positions):
         for near in range(max(position - before, 0), position + after + 1):
             positions.setdefault(near, None)
     return BadBatches(positions=positions, unplaced=unplaced)
+
+
+def _add_places(
+    positions: dict[int, str | None], places: list[int], contents: list[str | None]
+) -> None:
+    """Add places with the content that was seen there; None where contents differ."""
+    for position, content in zip(places, contents, strict=True):
+        seen = positions.get(position, content)
+
+        # Two runs may each have had a bad batch there, and not the same one.
+        positions[position] = content if seen == content else None
 
 
 def _parse_entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | None:
@@ -256,6 +264,7 @@ def _parse_entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | Non
         UsageError: it has no meaning.
     """
     hint = 'such as {"positions": [1200, 1201]} or {"from": 1200, "to": 1400}'
+
     # 1. Read the line. One without its end was torn off by a kill.
     try:
         entry = json.loads(line)

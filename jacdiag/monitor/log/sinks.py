@@ -380,6 +380,7 @@ def _alert_sink(target: str | AlertSink) -> AlertSink:
 
 
 def _with_name(failed: Callable[[str, str], None], name: str) -> Callable[[str], None]:
+    """Return a function that reports a failure of one target."""
     return lambda reason: failed(name, reason)
 
 
@@ -392,6 +393,8 @@ def slashed(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, float]:
     """
     # 1. What may be a figure, by its name.
     named_values: dict[str, Any] = {key: row.get(key) for key in _STEP_FIGURES}
+
+    # Learning rates by parameter group, gradient norms by sub-layer, and the update.
     for group, rate in enumerate(row.get("lrs") or []):
         named_values[f"lrs/{group}"] = rate
     for name, norm in zip(groups, row.get("grad") or [], strict=False):

@@ -256,15 +256,16 @@ def _host_of(address: str) -> str:
         raise UsageError("the address of a webhook cannot be read", hint=_HINT) from None
 
     # 2. Check what a request would fail at, or would send to the wrong place.
-    if parts.scheme not in ("http", "https") or not host:
+    is_of_the_web = parts.scheme in ("http", "https")
+    if not is_of_the_web or not host:
         raise UsageError("a webhook needs an address of the web", hint=_HINT)
-    is_plain = address.isascii() and address.isprintable()
-    if not is_plain or " " in address:
+    if not _is_plain(address):
         raise UsageError(
             f"the address of the webhook at {host} holds a character that no address may",
             hint=_HINT,
         )
-    if parts.username is not None or parts.password is not None:
+    has_user = parts.username is not None or parts.password is not None
+    if has_user:
         raise UsageError(
             f"the address of the webhook at {host} holds a user name or a password",
             hint="use an address with its secret in the path or in the query",
@@ -272,7 +273,15 @@ def _host_of(address: str) -> str:
     return host
 
 
+def _is_plain(address: str) -> bool:
+    """Return whether an address has only characters that an address may have."""
+    if " " in address:
+        return False
+    return address.isascii() and address.isprintable()
+
+
 def _phrase(code: int) -> str:
+    """Return a status of HTTP with its meaning: "HTTP 404 Not Found"."""
     try:
         return f"HTTP {code} {http.HTTPStatus(code).phrase}"
     except ValueError:
