@@ -466,6 +466,7 @@ def _merge(reports: Sequence[Report]) -> Report:
 
 def _first_remedies(reports: Sequence[Report]) -> list[RemedyRecord]:
     """Return the remedies of the first model that some were tried on."""
+    # They are tried once, so that no other report has any.
     for report in reports:
         if report.remedies:
             return report.remedies

@@ -282,6 +282,8 @@ def _note_on_failures(measured: Sequence[_Measured]) -> str:
     failed = [item for item in measured if item.why]
     if not failed:
         return ""
+
+    # One by its name, several by their number.
     which = failed[0].kept.file.name
     if len(failed) > 1:
         which = f"{len(failed)} of {len(measured)} batches"
@@ -290,10 +292,11 @@ def _note_on_failures(measured: Sequence[_Measured]) -> str:
 
 def _notes_of_figures(measured: Sequence[_Measured]) -> list[str]:
     """Return the notes of the batches' figures, each once, in alphabetical order."""
-    notes: set[str] = set()
-    for item in measured:
-        if item.figures is not None and item.figures.note:
-            notes.add(item.figures.note)
+    all_figures = [item.figures for item in measured if item.figures is not None]
+    notes = {figures.note for figures in all_figures}
+
+    # Most batches have nothing that a reader should know.
+    notes.discard("")
     return sorted(notes)
 
 
@@ -328,9 +331,12 @@ def _device(parameters: Sequence[Tensor]) -> torch.device:
 
 def _reason(error: BaseException) -> str:
     """Return an error in one line."""
-    if isinstance(error, JacdiagError):
-        return "; ".join(part for part in (error.what, error.got, error.hint) if part)
-    return one_line(error)
+    if not isinstance(error, JacdiagError):
+        return one_line(error)
+
+    # What, got and try; the last two may be missing.
+    sentences = [error.what, error.got, error.hint]
+    return "; ".join(sentence for sentence in sentences if sentence)
 
 
 # -- the record ------------------------------------------------------------------------------------
@@ -907,10 +913,12 @@ def _rows_near(rows: Iterable[tuple[int, float]], step: int) -> list[tuple[int, 
 
 def _highest(run: _LoggedRun, onset: int | None) -> float | None:
     """Return the largest usual loss of the run before the onset; that of the first step counts."""
-    losses = run.losses
-    if onset is not None:
-        losses = [(step, loss) for step, loss in losses if step < onset]
+    usual = []
+    for step, loss in run.losses:
+        if onset is not None and step >= onset:
+            continue
 
-    # A loss that is not finite is not usual.
-    finite = [loss for _, loss in losses if math.isfinite(loss)]
-    return max(finite, default=None)
+        # A loss that is not finite is not usual.
+        if math.isfinite(loss):
+            usual.append(loss)
+    return max(usual, default=None)

@@ -276,6 +276,8 @@ class Audit:
         options = self.request.options
         if options.probes == 1 or self._given_probe is not None:
             return
+
+        # The first probe has number 0.
         self.further = [self._build_probe(number) for number in range(1, options.probes)]
         check_varied([self.probe, *self.further], options.input_factory)
 

@@ -276,8 +276,11 @@ def _check_progress(progress: Any) -> None:
     """Raise unless a display of progress has the three methods that are called."""
     if progress is None:
         return
-    if not all(hasattr(progress, name) for name in ("start", "advance", "stop")):
-        raise UsageError("progress needs start, advance and stop", got=kind_of(progress))
+
+    # Any object with these methods will do.
+    for name in ("start", "advance", "stop"):
+        if not hasattr(progress, name):
+            raise UsageError("progress needs start, advance and stop", got=kind_of(progress))
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -142,11 +142,13 @@ def _end_to_end(report: Report) -> Interval | None:
 
 def _total_cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
     """Return what all probes cost together."""
-    # What was not measured counts as nothing.
+    # 1. What each probe cost. What was not measured counts as nothing.
     costs = [first, *(report.cost for report in others)]
     forwards = [cost.forward_equivalents or 0.0 for cost in costs]
     products = [cost.products or 0 for cost in costs]
     peaks = [cost.peak_memory_mb or 0.0 for cost in costs]
+
+    # 2. Their sums, and the largest peak. Further probes are a phase of the audit.
     return replace(
         first,
         forward_equivalents=math.fsum(forwards),

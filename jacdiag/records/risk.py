@@ -40,6 +40,8 @@ class Risk(Record):
         """Return the chance as in "31% [18%, 47%]", or why there is none."""
         if self.chance is None:
             return self.reason
+
+        # A chance is never said without its interval.
         if self.lower is None or self.upper is None:
             return self.reason
         return f"{self.chance:.0%} [{self.lower:.0%}, {self.upper:.0%}]"
