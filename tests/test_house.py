@@ -54,7 +54,7 @@ UPWARDS = {
     ("jacdiag/records/report.py", "render"),
 }
 # The renderer imports the report; see above.
-CLOSES_A_CIRCLE = {("jacdiag.records.report", "jacdiag.render.terminal.table")}
+CLOSES_A_CIRCLE = {("jacdiag.records.report", "jacdiag.render.terminal.report")}
 ABOVE_ALL_FLOORS = {"__init__", "_version", "errors"}
 
 WITHOUT_TORCH = ("records", "rules", "detectors", "render")
@@ -74,6 +74,7 @@ SUBJECTS = {
     "lightning",
     "low_rank_adapters",
     "options",
+    "report",
     "state_space_rates",
     "structure",
     "tied_weights",

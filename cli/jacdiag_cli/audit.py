@@ -163,7 +163,7 @@ def _show(report: Report, given: Mapping[str, Any], *, aside: bool) -> None:
     output_format = given["output_format"]
     layout = {"all_rows": given["all_rows"], "sort": given["sort"]}
     if output_format == "pretty":
-        from jacdiag.render.terminal.table import print_report
+        from jacdiag.render.terminal.report import print_report
 
         terminal = console(stderr=aside)
         with terminal.capture() as captured:

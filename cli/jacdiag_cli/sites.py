@@ -168,7 +168,7 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 def _page(data: dict[str, Any], width: int | None) -> str:
     from jacdiag.render.content.sentences import read_words
-    from jacdiag.render.terminal.table import packed
+    from jacdiag.render.terminal.report import packed
 
     head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
     parts = ["".join(f"{line}\n" for line in head if line)]

@@ -451,9 +451,9 @@ class Report(Record):
         Args:
             width: characters a line, that of the terminal if not given; a narrower table has fewer
                 columns.
-            options: of `jacdiag.render.terminal.table.print_report`, such as `all_rows=True`.
+            options: of `jacdiag.render.terminal.report.print_report`, such as `all_rows=True`.
         """
-        from jacdiag.render.terminal.table import show_report
+        from jacdiag.render.terminal.report import show_report
 
         show_report(self, width, **options)
 

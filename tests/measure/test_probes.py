@@ -14,7 +14,7 @@ import jacdiag
 from jacdiag.errors import JacdiagError, ProbeError, UsageError
 from jacdiag.records import Interval, Report
 from jacdiag.render.content import verdict as lines
-from jacdiag.render.content.columns import build
+from jacdiag.render.content.sublayer_table import build
 from jacdiag.render.formats.markdown import render
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded

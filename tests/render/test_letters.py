@@ -20,8 +20,8 @@ from jacdiag.render.formats import diff as beside
 from jacdiag.render.formats import junit, markdown, sarif
 from jacdiag.render.formats import pr_comment as comment
 from jacdiag.render.terminal import gate
+from jacdiag.render.terminal.report import print_report
 from jacdiag.render.terminal.run_screen import _BARS, _SHADES
-from jacdiag.render.terminal.table import print_report
 
 ROOT = Path(__file__).parents[2]
 ENCODINGS = ("ascii", "latin-1", "cp1252", "cp437")

@@ -15,8 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from jacdiag.records import Finding, Interval, Report, RuleResult, SublayerRecord
-from jacdiag.render.content.columns import build
-from jacdiag.render.terminal.table import print_report
+from jacdiag.render.content.sublayer_table import build
+from jacdiag.render.terminal.report import print_report
 
 WIDTHS = (40, 60, 80, 100, 120, 200)
 KINDS: dict[str, Callable[[int], Report]] = {

@@ -11,8 +11,8 @@ from jacdiag.records import Interval, Report, SublayerRecord
 from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
 from jacdiag.records.report import source_name
-from jacdiag.render.content.columns import badness
 from jacdiag.render.content.severity import FIELD_OF_RULE
+from jacdiag.render.content.sublayer_table import badness
 
 __all__ = [
     "condition",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from jacdiag.records import Report
-from jacdiag.render.content.columns import Grid
 from jacdiag.render.content.severity import SIGNS
+from jacdiag.render.content.sublayer_table import Grid
 from jacdiag.render.view import CostView, ReplayView, VerdictView, build_view
 
 _SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from jacdiag.records import Report
 from jacdiag.render.ascii_symbols import spelled
-from jacdiag.render.content.columns import Column, Gap, Grid
 from jacdiag.render.content.flight_replay import table_lines
 from jacdiag.render.content.sentences import left_out
 from jacdiag.render.content.severity import SIGNS
+from jacdiag.render.content.sublayer_table import Column, Gap, Grid
 from jacdiag.render.content.verdict import TIED, Line
 from jacdiag.render.view import HeaderView, ReplayView, ReportView, VerdictView, build_view
 
