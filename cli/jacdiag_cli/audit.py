@@ -31,7 +31,7 @@ from jacdiag_cli.options import (
 from jacdiag_cli.output_files import any_on_stdout
 from jacdiag_cli.progress import bar
 from jacdiag_cli.report_files import form_of, machine_text, plan_report_files, write_report_files
-from jacdiag_cli.streams import Invocation, console, emit, model_output, say, show
+from jacdiag_cli.streams import CommandInvocation, console, emit, model_output, say, show
 
 if TYPE_CHECKING:
     from jacdiag.records import Report
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.command(cls=Configured)
 @add(SOURCE, PROBE, PROBES, REPLAY, SOLVER, TOGETHER, JUDGEMENT, AGAINST, remedies("first"), OUTPUT)
 @click.pass_obj
-def audit(invocation: Invocation, source: str, **given: Any) -> int:
+def audit(invocation: CommandInvocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
 
     SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
@@ -121,7 +121,7 @@ def _recorded_batch(folder: str | None) -> Any:
     return read_batch(folder, context.params["batch"])
 
 
-def _with_command(report: Report, invocation: Invocation) -> Report:
+def _with_command(report: Report, invocation: CommandInvocation) -> Report:
     """Return the report with the command that gives it again."""
     command = shlex.join(["jacdiag", *invocation.args])
     return dataclasses.replace(report, settings={**report.settings, "command": command})

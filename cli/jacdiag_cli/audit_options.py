@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Profile, current, resolve_profile, toml_text
+from jacdiag_cli.config import ResolvedProfile, current, resolve_profile, toml_text
 
 if TYPE_CHECKING:
     from jacdiag.pipeline.options import AuditOptions
@@ -60,7 +60,7 @@ def audit_options(given: Mapping[str, Any], **others: Any) -> AuditOptions:
     return AuditOptions(**{**values, "input_factory": given["inputs"], **others})
 
 
-def read_profile(given: Mapping[str, Any]) -> Profile:
+def read_profile(given: Mapping[str, Any]) -> ResolvedProfile:
     """Return what --profile and the configuration say, checked before anything is measured.
 
     Args:
@@ -79,7 +79,7 @@ def read_profile(given: Mapping[str, Any]) -> Profile:
     return profile
 
 
-def rule_options(profile: Profile, contract: str | None) -> dict[str, Any]:
+def rule_options(profile: ResolvedProfile, contract: str | None) -> dict[str, Any]:
     """Return the options of an audit that --profile, --contract and the configuration decide.
 
     Args:

@@ -11,7 +11,7 @@ import click
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
-from jacdiag_cli.streams import Column, Invocation, emit, grid, room, show
+from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, room, show
 
 if TYPE_CHECKING:
     from jacdiag.backtest.recorded_run import Run
@@ -143,7 +143,7 @@ _RUN = (
     help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG.",
 )
 @click.pass_obj
-def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
+def backtest(invocation: CommandInvocation, runs: tuple[str, ...], **given: Any) -> int:
     """Labels recorded runs by their loss, and ranks the figures by how well they predicted it.
 
     The figures are those of the untrained model.
@@ -281,7 +281,7 @@ def _show(report: BacktestReport, given: Mapping[str, Any], *, aside: bool) -> N
     columns = []
     cells = zip(*layout.rows(report, every=given["all_rows"]), strict=True)
     for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
-        columns.append(Column(title, column, _INTEREST[index], right=index > 3))
+        columns.append(TableColumn(title, column, _INTEREST[index], right=index > 3))
     lines = [*layout.summary(report), "", grid(columns, room(stderr=aside))]
     lines += [layout.detected(detector, given["lead"]) for detector in report.detectors]
     for held_out in report.held_out:

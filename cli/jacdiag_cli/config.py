@@ -28,7 +28,7 @@ _FACTORIES = ("model", "inputs")
 
 
 @dataclass(frozen=True)
-class Config:
+class ConfigFile:
     """The contents of a configuration file.
 
     Attributes:
@@ -47,7 +47,7 @@ class Config:
     allow_trust_pickle: bool = False
 
 
-def load(start: Path, known: list[str]) -> Config:
+def load(start: Path, known: list[str]) -> ConfigFile:
     """Read the nearest configuration in a folder or its parents.
 
     jacdiag.toml goes before pyproject.toml.
@@ -65,7 +65,7 @@ def load(start: Path, known: list[str]) -> Config:
             settings = _read(path) if path.is_file() else None
             if settings is not None:
                 return _checked(path, settings, known)
-    return Config()
+    return ConfigFile()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -100,7 +100,7 @@ def toml_text(path: Path) -> str:
     return text
 
 
-def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:
+def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> ConfigFile:
     """Return the configuration that a file holds.
 
     Args:
@@ -122,7 +122,7 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
             raise _unknown_key(path, key, value, known)
     tables = {name: settings.get(name, {}) for name in TABLES}
     trust = bool(settings.get("allow-trust-pickle", False))
-    return Config(path, options, allow_trust_pickle=trust, **tables)
+    return ConfigFile(path, options, allow_trust_pickle=trust, **tables)
 
 
 def _check_kind(path: Path, name: str, value: Any) -> None:
@@ -252,7 +252,7 @@ def _one_value(param: click.Parameter, value: Any) -> Any:
     return str(value)
 
 
-def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
+def _blamed(error: click.BadParameter, config: ConfigFile) -> click.BadParameter:
     """Return an error that names the configuration file, if the wrong value came from it."""
     name = error.param.name if error.param else None
     source = error.ctx.get_parameter_source(name) if error.ctx and name else None
@@ -263,15 +263,15 @@ def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
     )
 
 
-def current() -> Config:
+def current() -> ConfigFile:
     """Return the configuration of the command that runs."""
-    config: Config = click.get_current_context().meta.get("jacdiag.config", Config())
+    config: ConfigFile = click.get_current_context().meta.get("jacdiag.config", ConfigFile())
     return config
 
 
 @dataclass(frozen=True)
-class Profile:
-    """The meaning of `--profile`.
+class ResolvedProfile:
+    """What `--profile` means, together with the configuration.
 
     Attributes:
         levels: a name, or a table by rule code.
@@ -287,7 +287,7 @@ class Profile:
     fail_on: str
 
 
-def resolve_profile(context: click.Context, config: Config) -> Profile:
+def resolve_profile(context: click.Context, config: ConfigFile) -> ResolvedProfile:
     """Look a profile up: `[profiles.NAME]` may hold what `PROFILE_KEYS` lists.
 
     Args:
@@ -301,7 +301,7 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
     values, name = dict(context.params), str(context.params["profile"])
     if name in BUILT_IN:
         select, ignore, fail_on = (values[key] for key in ("select", "ignore", "fail_on"))
-        return Profile(name, config.thresholds, select, ignore, fail_on)
+        return ResolvedProfile(name, config.thresholds, select, ignore, fail_on)
 
     # 2. A profile of the configuration.
     if name not in config.profiles:
@@ -328,7 +328,9 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
     # 4. Its thresholds and levels.
     thresholds = merged(config.thresholds, table.get("thresholds", {}))
     levels = {"name": name, "levels": table.get("levels", {})}
-    return Profile(levels, thresholds, values["select"], values["ignore"], values["fail_on"])
+    return ResolvedProfile(
+        levels, thresholds, values["select"], values["ignore"], values["fail_on"]
+    )
 
 
 def _check_profile(table: Any, where: str) -> None:

@@ -11,7 +11,7 @@ import click
 from jacdiag_cli.audit_options import audit_options
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
-from jacdiag_cli.streams import Column, Invocation, emit, grid, model_output, room
+from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room
 
 if TYPE_CHECKING:
     from jacdiag.comparison import Comparison
@@ -47,7 +47,7 @@ _NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
 )
 @click.pass_obj
 def diff(
-    invocation: Invocation, a: str, b: str, output_format: str, all_rows: bool, **given: Any
+    invocation: CommandInvocation, a: str, b: str, output_format: str, all_rows: bool, **given: Any
 ) -> int:
     """Compares two models, checkpoints or JSON reports: where do their figures differ first?
 
@@ -113,7 +113,7 @@ def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
     emit("\n".join(lines) + "\n")
 
 
-def _columns(pairs: Any) -> list[Column]:
+def _columns(pairs: Any) -> list[TableColumn]:
     """Return the columns of a table of pairs."""
     from jacdiag.render.formats import diff as layout
 
@@ -121,5 +121,5 @@ def _columns(pairs: Any) -> list[Column]:
     cells = zip(*layout.rows(pairs), strict=True)
     for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
         interest = 100 if index <= _ALWAYS_SHOWN else 10 - index
-        columns.append(Column(title, list(column), interest, right=index in _NUMBERS))
+        columns.append(TableColumn(title, list(column), interest, right=index in _NUMBERS))
     return columns

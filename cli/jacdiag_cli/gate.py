@@ -29,7 +29,7 @@ from jacdiag_cli.options import (
 from jacdiag_cli.output_files import any_on_stdout, say_written
 from jacdiag_cli.progress import bar
 from jacdiag_cli.report_files import form_of, machine_text, plan_report_files, write_report_files
-from jacdiag_cli.streams import Invocation, emit, model_output, say, show
+from jacdiag_cli.streams import CommandInvocation, emit, model_output, say, show
 
 if TYPE_CHECKING:
     from jacdiag.records import Report
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     OUTPUT,
 )
 @click.pass_obj
-def gate(invocation: Invocation, source: str, **given: Any) -> int:
+def gate(invocation: CommandInvocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
 
     SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built again for each seed. The exit

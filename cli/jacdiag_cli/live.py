@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import SourceError
-from jacdiag_cli.streams import Invocation, console, emit, interrupted
+from jacdiag_cli.streams import CommandInvocation, console, emit, interrupted
 
 if TYPE_CHECKING:
     from jacdiag.records.run_log import RunLog
@@ -38,7 +38,9 @@ _LEAST_PAUSE = 10  # times what the last frame took
     help="Height of a frame; that of the terminal if not given.",
 )
 @click.pass_obj
-def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: int | None) -> int:
+def live(
+    invocation: CommandInvocation, run: str, once: bool, refresh: float, lines: int | None
+) -> int:
     """Follow the log of a run that `jacdiag.watch` writes.
 
     RUN is a run.jsonl, or the folder that holds one.

@@ -33,7 +33,7 @@ from jacdiag_cli.plot import plot
 from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
 from jacdiag_cli.streams import (
-    Invocation,
+    CommandInvocation,
     complain,
     forgive_streams,
     interrupted,
@@ -87,20 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _ended(error, interrupts)
         if team is None:
             try:
-                return _run(Invocation(args, interrupts))
+                return _run(CommandInvocation(args, interrupts))
             except BaseException as error:
                 return _ended(error, interrupts)
-        return _run_as_one_of(team, Invocation(args, interrupts, team))
+        return _run_as_one_of(team, CommandInvocation(args, interrupts, team))
 
 
-def _run(invocation: Invocation) -> int:
+def _run(invocation: CommandInvocation) -> int:
     result = cli.main(
         args=invocation.args, prog_name="jacdiag", standalone_mode=False, obj=invocation
     )
     return result if isinstance(result, int) else 0
 
 
-def _run_as_one_of(team: Team, invocation: Invocation) -> int:
+def _run_as_one_of(team: Team, invocation: CommandInvocation) -> int:
     """Run on every rank; rank 0 alone prints.
 
     All leave when it has written everything, or at the first failure.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jacdiag_cli.streams import Column, emit, grid, room
+from jacdiag_cli.streams import TableColumn, emit, grid, room
 
 if TYPE_CHECKING:
     from jacdiag.rules.rule import RuleInfo
@@ -35,11 +35,11 @@ def rules(output_format: str) -> None:
         )
         return
     columns = [
-        Column("code", [rule.code for rule in EVERY]),
-        Column("name", [rule.name for rule in EVERY]),
-        Column("at most", [rule.level for rule in EVERY], 3),
-        Column("applies to", [applies_to(rule) for rule in EVERY], 2),
-        Column("what it says", [rule.summary for rule in EVERY], 1),
+        TableColumn("code", [rule.code for rule in EVERY]),
+        TableColumn("name", [rule.name for rule in EVERY]),
+        TableColumn("at most", [rule.level for rule in EVERY], 3),
+        TableColumn("applies to", [applies_to(rule) for rule in EVERY], 2),
+        TableColumn("what it says", [rule.summary for rule in EVERY], 1),
     ]
     emit(
         grid(columns, room(), "json")

@@ -15,7 +15,16 @@ from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import PROBE, SOURCE, add
 from jacdiag_cli.progress import bar
-from jacdiag_cli.streams import Column, Invocation, clipped, emit, grid, model_output, room, say
+from jacdiag_cli.streams import (
+    CommandInvocation,
+    TableColumn,
+    clipped,
+    emit,
+    grid,
+    model_output,
+    room,
+    say,
+)
 
 if TYPE_CHECKING:
     from jacdiag.sources import Source
@@ -37,7 +46,7 @@ _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
     help="Of what is printed.",
 )
 @click.pass_obj
-def sites(invocation: Invocation, source: str, output_format: str, **given: Any) -> None:
+def sites(invocation: CommandInvocation, source: str, output_format: str, **given: Any) -> None:
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
     Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
@@ -198,18 +207,18 @@ def _head(data: dict[str, Any]) -> list[str]:
     return parts + ([] if data["deterministic"] else ["two runs gave different outputs"])
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[Column]:
+def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
     return [
-        Column("index", [str(row["index"]) for row in rows], 6, right=True),
-        Column("sub-layer", [row["name"] for row in rows]),
-        Column("kind", [row["kind"] for row in rows], 9),
-        Column("norm", [row["placement"] for row in rows], 8),
-        Column("parallel", [_both(row) for row in rows], 5),
-        Column("shape", [_times(row["shape"]) for row in rows], 4),
-        Column(
+        TableColumn("index", [str(row["index"]) for row in rows], 6, right=True),
+        TableColumn("sub-layer", [row["name"] for row in rows]),
+        TableColumn("kind", [row["kind"] for row in rows], 9),
+        TableColumn("norm", [row["placement"] for row in rows], 8),
+        TableColumn("parallel", [_both(row) for row in rows], 5),
+        TableColumn("shape", [_times(row["shape"]) for row in rows], 4),
+        TableColumn(
             "parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True
         ),
-        Column("added at", [_near(row["line"]) for row in rows], 3),
+        TableColumn("added at", [_near(row["line"]) for row in rows], 3),
     ]
 
 
@@ -249,9 +258,9 @@ def _elsewhere(data: dict[str, Any], width: int | None) -> str:
 def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
     names = list(uncovered)
     columns = [
-        Column("not covered", names),
-        Column("shape", [_times(uncovered[name]["shape"]) for name in names], 1),
-        Column("reason", [uncovered[name]["reason"] for name in names], 2),
+        TableColumn("not covered", names),
+        TableColumn("shape", [_times(uncovered[name]["shape"]) for name in names], 1),
+        TableColumn("reason", [uncovered[name]["reason"] for name in names], 2),
     ]
     return grid(columns, width, "json")
 

@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Invocation:
+class CommandInvocation:
     """How the command was called.
 
     Attributes:
@@ -159,7 +159,7 @@ def room(*, stderr: bool = False) -> int | None:
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of a plain table.
 
     Attributes:
@@ -188,7 +188,7 @@ class Column:
         return [text.ljust(width) for text in texts]
 
 
-def grid(columns: Sequence[Column], width: int | None = None, other: str = "markdown") -> str:
+def grid(columns: Sequence[TableColumn], width: int | None = None, other: str = "markdown") -> str:
     """Return a plain table: every column as wide as its widest text, two spaces between.
 
     No row is ever wrapped. If the terminal is too narrow, a line below names the columns that were
@@ -209,7 +209,7 @@ def grid(columns: Sequence[Column], width: int | None = None, other: str = "mark
     return text + _name_dropped(dropped, width, other)
 
 
-def _fitting(columns: Sequence[Column], width: int | None) -> list[Column]:
+def _fitting(columns: Sequence[TableColumn], width: int | None) -> list[TableColumn]:
     """Return the columns that fit a width, without those of the least interest."""
     shown = list(columns)
     while width is not None and sum(column.width + 2 for column in shown) - 2 > width:

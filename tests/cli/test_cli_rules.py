@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli.rig import ROOT, Done, on_terminal
-from jacdiag_cli.streams import Column, grid
+from jacdiag_cli.streams import TableColumn, grid
 
 from jacdiag.rules import EVERY
 
@@ -62,7 +62,11 @@ def test_rules_on_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
 
 
 def test_a_table_names_the_columns_that_it_left_out() -> None:
-    columns = [Column("name", ["a"]), Column("long", ["x" * 30], 2), Column("odd", ["y" * 20], 1)]
+    columns = [
+        TableColumn("name", ["a"]),
+        TableColumn("long", ["x" * 30], 2),
+        TableColumn("odd", ["y" * 20], 1),
+    ]
     assert grid(columns, 60).splitlines()[2:] == []
     assert grid(columns, 50).splitlines()[2:] == [
         "1 column left out: odd; a wider terminal or",

@@ -18,7 +18,7 @@ _END_ROLES = {"first": ("W_Q", "W_QKV", "W_1"), "last": ("W_O", "W_2")}
 
 
 @dataclass(frozen=True)
-class Column:
+class SublayerColumn:
     """One column of the visible rows.
 
     Attributes:
@@ -62,7 +62,7 @@ class Grid:
         gaps: folds, by the number of visible rows above each.
     """
 
-    columns: list[Column]
+    columns: list[SublayerColumn]
     rows: list[SublayerRecord]
     gaps: dict[int, Gap]
 
@@ -193,15 +193,15 @@ def _trend(gains: list[float]) -> str:
 # -- columns ---------------------------------------------------------------------------------------
 def _columns(
     report: Report, rows: list[SublayerRecord], levels: dict[tuple[str, str], str]
-) -> list[Column]:
+) -> list[SublayerColumn]:
     """Return every column that has something to show, from left to right."""
     # 1. Depth and name.
     unmarked = [""] * len(rows)
     depths = [f"{row.depth:>2}" for row in rows]
     names = [row.name for row in rows]
     columns = [
-        Column("depth", "depth", 100, depths, unmarked),
-        Column("name", "sub-layer", 100, names, unmarked, left=True),
+        SublayerColumn("depth", "depth", 100, depths, unmarked),
+        SublayerColumn("name", "sub-layer", 100, names, unmarked, left=True),
     ]
 
     # 2. The figures, and next to the branch norm its range over several probes.
@@ -218,7 +218,7 @@ def _columns(
     factor_of = guilty(report)
     if any(row.name in factor_of for row in rows):
         factors = [factor_of.get(row.name, "") for row in rows]
-        columns.append(Column("who", "who", 80, factors, unmarked, left=True))
+        columns.append(SublayerColumn("who", "who", 80, factors, unmarked, left=True))
     return columns
 
 
@@ -227,7 +227,7 @@ def _figure_column(
     figure: _Figure,
     rows: list[SublayerRecord],
     levels: dict[tuple[str, str], str],
-) -> Column:
+) -> SublayerColumn:
     cells = aligned([figure.text(row) for row in rows])
     if figure.key == "shortcut_std":
         cells = [f"{cell} {_bar(row)}" for cell, row in zip(cells, rows, strict=True)]
@@ -235,7 +235,7 @@ def _figure_column(
     if figure.key == "bound" and report.tier == "weights":
         interest = _BOUND_ALONE
     row_levels = [levels.get((row.name, figure.key), "") for row in rows]
-    return Column(figure.key, figure.title, interest, cells, row_levels)
+    return SublayerColumn(figure.key, figure.title, interest, cells, row_levels)
 
 
 def _bar(row: SublayerRecord) -> str:
@@ -244,7 +244,7 @@ def _bar(row: SublayerRecord) -> str:
     return bar(row.shortcut_std.min)
 
 
-def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
+def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> SublayerColumn:
     """Return the branch norms of the earlier model."""
     texts = []
     for row in rows:
@@ -254,15 +254,15 @@ def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
             lower, estimate, upper = ends
             text = spoken(Interval(estimate, lower, upper))
         texts.append(text)
-    return Column("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
+    return SublayerColumn("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
 
 
-def _over_probes(rows: list[SublayerRecord], probes: int) -> Column:
+def _over_probes(rows: list[SublayerRecord], probes: int) -> SublayerColumn:
     """Return the smallest to largest branch norm over several probes."""
     spreads = [row.over_probes.get("branch_norm") for row in rows]
     texts = [str(spread or ABSENT) for spread in spreads]
     title = f"over {probes} probes"
-    return Column("over_probes", title, _SPREAD, aligned(texts), [""] * len(rows))
+    return SublayerColumn("over_probes", title, _SPREAD, aligned(texts), [""] * len(rows))
 
 
 def _has(row: SublayerRecord, key: str, tier: str) -> bool:

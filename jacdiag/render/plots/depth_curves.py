@@ -32,7 +32,7 @@ _ALL_KINDS = tuple(kind for look in LOOKS for kind in look.kinds)
 
 
 @dataclass(frozen=True)
-class Curve:
+class DepthCurve:
     """Values over depth.
 
     Attributes:
@@ -105,8 +105,8 @@ class DepthView:
     """
 
     measured: bool
-    gains: list[Curve]
-    factors: list[Curve]
+    gains: list[DepthCurve]
+    factors: list[DepthCurve]
     is_split: bool
     missing: list[float]
     zeros: list[float]
@@ -152,7 +152,7 @@ def places(report: Report) -> dict[str, float]:
 
 
 # -- curves ----------------------------------------------------------------------------------------
-def _gains(report: Report) -> list[Curve]:
+def _gains(report: Report) -> list[DepthCurve]:
     """Return branch norms per kind with their bands; bounds and earlier norms are dashed."""
     curves = [_intervals(report, look, "branch_norm", look.label) for look in LOOKS]
     curves += [_bound(report, look) for look in LOOKS]
@@ -168,7 +168,7 @@ def _is_split(report: Report) -> bool:
     return any(row.norm_gain and row.core_norm for row in report.sublayers)
 
 
-def _factors(report: Report) -> list[Curve]:
+def _factors(report: Report) -> list[DepthCurve]:
     """Return core ‖J‖ per kind and 1/σ_x; without an input norm, the residual map instead."""
     if report.tier == "weights":
         return []
@@ -202,9 +202,9 @@ def _pick(report: Report, kinds: tuple[str, ...], key: str) -> list[tuple[float,
     return points
 
 
-def _intervals(report: Report, look: Look, key: str, label: str) -> Curve:
+def _intervals(report: Report, look: Look, key: str, label: str) -> DepthCurve:
     points = _pick(report, look.kinds, key)
-    return Curve(
+    return DepthCurve(
         label,
         [x for x, _ in points],
         [interval.estimate for _, interval in points],
@@ -216,35 +216,35 @@ def _intervals(report: Report, look: Look, key: str, label: str) -> Curve:
     )
 
 
-def _single(report: Report, key: str, label: str) -> Curve:
+def _single(report: Report, key: str, label: str) -> DepthCurve:
     """Return a figure of all kinds of sub-layers as one curve without a band."""
     points = _pick(report, _ALL_KINDS, key)
     x = [place for place, _ in points]
     y = [interval.estimate for _, interval in points]
     if key == "out_norm_gain":
-        return Curve(label, x, y, PALE, dashed=True)
-    return Curve(label, x, y, INK)
+        return DepthCurve(label, x, y, PALE, dashed=True)
+    return DepthCurve(label, x, y, INK)
 
 
-def _earlier(report: Report, look: Look) -> Curve:
+def _earlier(report: Report, look: Look) -> DepthCurve:
     """Return the branch norms of the earlier model, dashed; empty without a comparison."""
     at = places(report)
     norms = report.against.branch_norms if report.against is not None else {}
     rows = [row for row in report.sublayers if row.kind in look.kinds and row.name in norms]
     values = [norms[row.name][1] for row in rows]
     y = [value if _is_drawable(value) else math.nan for value in values]
-    return Curve("earlier", [at[row.name] for row in rows], y, look.colour, dashed=True)
+    return DepthCurve("earlier", [at[row.name] for row in rows], y, look.colour, dashed=True)
 
 
-def _bound(report: Report, look: Look) -> Curve:
+def _bound(report: Report, look: Look) -> DepthCurve:
     """Return the paper's bound, less 1; of weights alone it is the figure that is shown."""
     at = places(report)
     rows = [row for row in report.sublayers if row.kind in look.kinds and _is_drawable(row.bound)]
     x = [at[row.name] for row in rows]
     y = [_excess(row) for row in rows]
     if report.tier == "weights":
-        return Curve(look.label, x, y, look.colour, look.marker, dashed=True)
-    return Curve("paper's bound − 1", x, y, look.colour, dashed=True)
+        return DepthCurve(look.label, x, y, look.colour, look.marker, dashed=True)
+    return DepthCurve("paper's bound − 1", x, y, look.colour, dashed=True)
 
 
 def _excess(row: SublayerRecord) -> float:
@@ -253,7 +253,7 @@ def _excess(row: SublayerRecord) -> float:
     return row.bound - 1 if row.bound > 1 else math.nan
 
 
-def extent(curves: list[Curve]) -> tuple[float, float]:
+def extent(curves: list[DepthCurve]) -> tuple[float, float]:
     """Return the smallest and largest value of a panel, bands included.
 
     The two are at least a factor of 3 apart.

@@ -17,7 +17,7 @@ from jacdiag.records.output_file import is_streamed, leads_to_stdout, write_outp
 from jacdiag.render.plots.depth_curves import (
     INK,
     PALE,
-    Curve,
+    DepthCurve,
     DepthView,
     Threshold,
     extent,
@@ -173,7 +173,7 @@ def _cut(text: str, longest: int) -> str:
     return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
-def _panel(axes: Axes, curves: list[Curve], label: str, depth: DepthView) -> None:
+def _panel(axes: Axes, curves: list[DepthCurve], label: str, depth: DepthView) -> None:
     """Draw curves on a log scale, or say that there are none."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -215,7 +215,7 @@ def _tick(value: float) -> str:
     return f"{mantissa}e{int(power)}"
 
 
-def _draw_curve(axes: Axes, curve: Curve) -> None:
+def _draw_curve(axes: Axes, curve: DepthCurve) -> None:
     """Draw a line with its band."""
     if curve.low and curve.high:
         _draw_interval_band(axes, curve, curve.low, curve.high)
@@ -239,7 +239,9 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     axes.plot(curve.x, curve.y, color=curve.colour, markeredgecolor="white", **style)
 
 
-def _draw_interval_band(axes: Axes, curve: Curve, lower: list[float], upper: list[float]) -> None:
+def _draw_interval_band(
+    axes: Axes, curve: DepthCurve, lower: list[float], upper: list[float]
+) -> None:
     """Draw the intervals of a curve. A bar stands for the band of a point without a neighbour."""
     # 1. An interval without an upper bound leaves the panel at its top.
     beyond_top = 1e3 * axes.get_ylim()[1]
@@ -265,7 +267,7 @@ def _gain_label(depth: DepthView) -> str:
 def _draw_limits(
     axes: Axes,
     limits: list[Threshold],
-    curves: list[Curve],
+    curves: list[DepthCurve],
     prefix: str,
     labelled: DepthView | None,
 ) -> None:
@@ -391,7 +393,7 @@ def _depth_axis(axes: Axes, depth: DepthView) -> None:
     axes.set_xlim(-margin, depth.last + margin)
 
 
-def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> None:
+def _direct_labels(axes: Axes, curves: list[DepthCurve], figure_height: float) -> None:
     """Name each curve at its right end, pushed apart if two labels would overlap.
 
     Curves of one name share one label.
@@ -400,7 +402,7 @@ def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> Non
         return
 
     # 1. The mean height at which the curves of each name end, as a logarithm.
-    named: dict[str, list[Curve]] = {}
+    named: dict[str, list[DepthCurve]] = {}
     for curve in curves:
         named.setdefault(curve.label, []).append(curve)
     ends = []
@@ -432,7 +434,7 @@ def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> Non
         )
 
 
-def _legend_sign(curve: Curve) -> str:
+def _legend_sign(curve: DepthCurve) -> str:
     """Return the character that looks like a curve's marker or line."""
     if curve.marker in _MARKER_SIGNS:
         return _MARKER_SIGNS[curve.marker]

@@ -13,7 +13,7 @@ from jacdiag.render.ascii_symbols import spelled
 from jacdiag.render.content.flight_replay import table_lines
 from jacdiag.render.content.sentences import left_out
 from jacdiag.render.content.severity import SIGNS
-from jacdiag.render.content.sublayer_table import Column, Gap, Grid
+from jacdiag.render.content.sublayer_table import Gap, Grid, SublayerColumn
 from jacdiag.render.content.verdict import TIED, Line
 from jacdiag.render.view import HeaderView, ReplayView, ReportView, VerdictView, build_view
 
@@ -153,7 +153,7 @@ def packed(parts: list[str], width: int | None) -> list[str]:
 
 
 # -- table -----------------------------------------------------------------------------------------
-def _table(grid: Grid, columns: list[Column], width: int | None) -> list[Text]:
+def _table(grid: Grid, columns: list[SublayerColumn], width: int | None) -> list[Text]:
     """Return the title line, the visible rows, and a line for each fold."""
     if not grid.rows:
         return [Text(f"{_INDENT}no sub-layers")]
@@ -180,7 +180,7 @@ def _gap(gap: Gap, width: int | None) -> Text:
     return Text(line, style="dim")
 
 
-def _title_line(columns: list[Column]) -> Text:
+def _title_line(columns: list[SublayerColumn]) -> Text:
     line = Text(_INDENT, style="dim")
     for column in columns:
         is_left = column.left or column.key == "who"
@@ -191,7 +191,7 @@ def _title_line(columns: list[Column]) -> Text:
     return line
 
 
-def _row(columns: list[Column], place: int) -> Text:
+def _row(columns: list[SublayerColumn], place: int) -> Text:
     line = Text(_INDENT)
     for column in columns:
         level_style = _STYLES[column.levels[place]]
@@ -204,13 +204,13 @@ def _row(columns: list[Column], place: int) -> Text:
     return line
 
 
-def _style_of(column: Column) -> str:
+def _style_of(column: SublayerColumn) -> str:
     if column.key == "who":
         return "bold"
     return ""
 
 
-def _padded(text: str, column: Column, *, is_left: bool) -> str:
+def _padded(text: str, column: SublayerColumn, *, is_left: bool) -> str:
     """Fill a cell up to its column's width."""
     space = " " * (_width(column) - cell_len(text))
     if is_left:
@@ -218,11 +218,11 @@ def _padded(text: str, column: Column, *, is_left: bool) -> str:
     return space + text
 
 
-def _width(column: Column) -> int:
+def _width(column: SublayerColumn) -> int:
     return max(cell_len(text) for text in [column.title, *column.cells])
 
 
-def _total(columns: list[Column]) -> int:
+def _total(columns: list[SublayerColumn]) -> int:
     """Return the width of a row: indent, cells, room for marks, and gaps between the columns."""
     total = len(_INDENT) - len(_GAP)
     for column in columns:
@@ -232,7 +232,7 @@ def _total(columns: list[Column]) -> int:
     return total
 
 
-def _fitting(columns: list[Column], width: int | None) -> list[Column]:
+def _fitting(columns: list[SublayerColumn], width: int | None) -> list[SublayerColumn]:
     """Return the columns that fit.
 
     The least interesting columns go first, but one figure stays. If a row is still too long, the
@@ -256,7 +256,7 @@ def _fitting(columns: list[Column], width: int | None) -> list[Column]:
     return [_shortened(column, excess) if column.key == "name" else column for column in fitting]
 
 
-def _shortened(column: Column, excess: int) -> Column:
+def _shortened(column: SublayerColumn, excess: int) -> SublayerColumn:
     room = max(_LEAST_NAME, _width(column) - excess)
     cells = []
     for cell in column.cells:
@@ -264,7 +264,9 @@ def _shortened(column: Column, excess: int) -> Column:
             cells.append(cell)
         else:
             cells.append(f"…{_tail(cell, room - 1)}")
-    return Column(column.key, column.title, column.interest, cells, column.levels, column.left)
+    return SublayerColumn(
+        column.key, column.title, column.interest, cells, column.levels, column.left
+    )
 
 
 def _tail(text: str, room: int) -> str:
