@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
 from jacdiag.records.report import source_name
 from jacdiag.render.content.severity import FIELD_OF_RULE
-from jacdiag.render.content.sublayer_table import badness
 
 __all__ = [
     "condition",
@@ -51,24 +51,37 @@ def legible(value: Any) -> Any:
     Args:
         value: a report, or any value that stands in one.
     """
+    # 1. A text.
     if isinstance(value, str):
-        return "".join(_legible_character(character) for character in value)
+        return "".join(map(_legible_character, value))
+
+    # 2. What holds others.
     if isinstance(value, Record):
-        names = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type]
-        changes = {name: legible(getattr(value, name)) for name in names}
-        return dataclasses.replace(value, **changes)  # type: ignore[type-var]
+        return _legible_record(value)
     if isinstance(value, dict):
         return {legible(key): legible(item) for key, item in value.items()}
     if isinstance(value, list):
         return [legible(item) for item in value]
+
+    # 3. Numbers and None.
     return value
 
 
+def _legible_record(record: Record) -> Record:
+    """Return a record whose fields are legible."""
+    changes = {}
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        changes[field.name] = legible(getattr(record, field.name))
+    legible_record: Record = dataclasses.replace(record, **changes)  # type: ignore[type-var]
+    return legible_record
+
+
 def _legible_character(character: str) -> str:
+    """Return a printable character in place of one: a space, or the sign of a lost one."""
     if character.isprintable():
         return character
     if character.isspace():
-        return " "
+        return " "  # a line break or a tab
     return "\ufffd"
 
 
@@ -106,15 +119,19 @@ def read_words(source: Mapping[str, Any]) -> list[str]:
     others = source.get("others")
     if not others:
         return []
+
+    # A file may hold hundreds of sets: the first few are named.
     listed = ", ".join(map(str, others[:_OTHERS]))
-    if len(others) > _OTHERS:
-        listed += f" and {len(others) - _OTHERS} more"
+    beyond = len(others) - _OTHERS
+    if beyond > 0:
+        listed += f" and {beyond} more"
     key = source.get("key") or "the tensors at the top"
     return [f"read: {key}", f"also in the file: {listed}"]
 
 
 def model_words(report: Report) -> str:
     """Return the model in words: "GPT, 12 layers, d 768, 124M parameters (99.8% covered)"."""
+    # 1. Its name and size.
     model = report.model
     facts = []
     if model.name:
@@ -122,6 +139,8 @@ def model_words(report: Report) -> str:
     facts.append(plural(model.layers, "layer"))
     if model.width:
         facts.append(f"d {model.width}")
+
+    # 2. Its parameters, and what the audit covers.
     parameters = f"{counted(model.parameters)} parameters"
     if model.covered_parameters is not None:
         parameters += f" ({share(model.covered_parameters, model.parameters)} covered)"
@@ -137,19 +156,22 @@ def state_words(report: Report) -> str:
     Several placements are all named, the most frequent first.
     """
     state = report.state or "state unknown"
-    placements = [row.placement for row in report.sublayers]
-    if report.tier != "measured" or not placements:
+    if report.tier != "measured" or not report.sublayers:
         return state
-    kinds = sorted(set(placements), key=lambda kind: -placements.count(kind))
-    norms = " and ".join(placement_words(str(kind)) for kind in kinds)
-    return f"{state}, {norms}"
+
+    # Of two that are equally frequent, the first in the alphabet stands first.
+    placements = sorted(str(row.placement) for row in report.sublayers)
+    by_frequency = Counter(placements).most_common()
+    norms = [placement_words(placement) for placement, _ in by_frequency]
+    return f"{state}, {' and '.join(norms)}"
 
 
 def placement_words(placement: str) -> str:
     """Return a placement as a noun: "pre-norm", "no norm"."""
-    if placement == "none":
-        return "no norm"
-    return f"{placement}-norm"
+    has_norm = placement != "none"
+    if has_norm:
+        return f"{placement}-norm"
+    return "no norm"
 
 
 def why_state(report: Report) -> str:
@@ -158,7 +180,8 @@ def why_state(report: Report) -> str:
     For example "trained (41 of 48 matrices are no draw of an init); --state init overrides". It is
     "" if the user gave the state.
     """
-    if not report.state_reason or report.state_basis == "given":
+    was_detected = report.state_basis != "given"
+    if not report.state_reason or not was_detected:
         return ""
     other = "init"
     if report.state == "init":
@@ -186,39 +209,53 @@ def plural(number: int, noun: str) -> str:
     >>> plural(1, "layer"), plural(12, "layer")
     ('1 layer', '12 layers')
     """
-    if number == 1:
+    is_single = number == 1
+    if is_single:
         return f"{number} {noun}"
     return f"{number} {noun}s"
 
 
 def _probe(report: Report) -> list[str]:
     """Return probe, device, intervals and training plan, as parts of a line."""
+    # 1. Weights alone were not run.
     plan = _plan(report)
     sublayers = plural(len(report.sublayers), "sub-layer")
     if report.probe is None or report.tier == "weights":
         return ["weights only: no model was run", sublayers, plan]
 
-    settings = report.settings
-    device = " on ".join(str(settings[key]) for key in ("dtype", "device") if settings.get(key))
-    confidence = confidence_words(settings)
+    # 2. What it was run on, where, and how sure the figures are.
     intervals = sublayers
+    confidence = confidence_words(report.settings)
     if confidence:
         intervals = f"{sublayers}, {confidence}"
+    device = _device(report.settings)
     facts = [f"probe: {_probe_words(report)}", device, intervals, plan]
-    return [fact for fact in facts if fact]
+    return list(filter(None, facts))
+
+
+def _device(settings: Mapping[str, Any]) -> str:
+    """Return precision and device, as far as they are known: "float32 on cpu"."""
+    known = []
+    for key in ("dtype", "device"):
+        if settings.get(key):
+            known.append(str(settings[key]))
+    return " on ".join(known)
 
 
 def _probe_words(report: Report) -> str:
     """Return what the model was run on, and what was left out of it."""
-    probe, settings = report.probe, report.settings
+    probe = report.probe
     assert probe is not None
     text = _probe_source(report)
+
+    # What limits it.
     if probe.excluded_rows:
         text += f", {plural(probe.excluded_rows, 'dead row')} left out"
     if probe.off_distribution:
         text += ", off-distribution"
-    if settings.get("probes"):
-        text += f", the first of {settings['probes']['count']} probes"
+    probes = report.settings.get("probes")
+    if probes:
+        text += f", the first of {probes['count']} probes"
     return text
 
 
@@ -241,12 +278,17 @@ def _probe_source(report: Report) -> str:
 
     # 3. Inputs of a file, or of a recorded step.
     replayed = report.settings.get("replayed")
-    if not replayed:
-        return f"{size}, from --inputs"
+    if replayed:
+        return f"{size}, {_recorded_batch(replayed)}"
+    return f"{size}, from --inputs"
+
+
+def _recorded_batch(replayed: Mapping[str, Any]) -> str:
+    """Return the step of a recorded batch, if its flight says so."""
     step = replayed.get("batch_step")
     if step is None:
-        return f"{size}, from --replay"
-    return f"{size}, from --replay, the batch of step {step:,}"
+        return "from --replay"
+    return f"from --replay, the batch of step {step:,}"
 
 
 def confidence_words(settings: Mapping[str, Any]) -> str:
@@ -261,17 +303,21 @@ def confidence_words(settings: Mapping[str, Any]) -> str:
     >>> confidence_words({"confidence": 0.9995, "confidence_all": together})
     'each interval at 99.95%, all 20 together at 99% (Bonferroni)'
     """
+    # 1. Each by itself.
     each, together = settings.get("confidence"), settings.get("confidence_all")
     if not each:
         return ""
     words = f"each interval at {level(each)}"
     if not together:
         return words
+
+    # 2. All of them, and what else the chance of a miss is shared with.
     also = ""
     if together.get("shared_with_remedies"):
         also = " and those of remedies"
-    if together.get("seeds", 1) > 1:
-        also += f" and of {together['seeds']} seeds"
+    seeds = together.get("seeds", 1)
+    if seeds > 1:
+        also += f" and of {seeds} seeds"
     return (
         f"{words}, all {together['intervals']}{also} together at {level(together['level'])} "
         "(Bonferroni)"
@@ -280,12 +326,15 @@ def confidence_words(settings: Mapping[str, Any]) -> str:
 
 def _plan(report: Report) -> str:
     """Return the learning rate and what goes with it, or that none was given."""
+    # 1. What goes with it.
     plan = report.plan
     others = []
     for name in ("warmup", "clip", "beta2"):
         value = getattr(plan, name)
         if value is not None:
             others.append(f"{name} {value:g}")
+
+    # 2. The learning rate, without which the others are of no use.
     if plan.lr is not None:
         return ", ".join([f"learning rate {plan.lr:g}", *others])
     if not others:
@@ -307,14 +356,23 @@ def condition(report: Report, code: str) -> str:
     Returns:
         The status in the report; "not selected" if the rule was not run.
     """
+    # 1. The status.
     conditions = report.conditions
     status = conditions.large_shortcut
     if code == "JD101":
         status = conditions.small_sublayers
-    was_run = not report.rules or any(rule.code == code for rule in report.rules)
-    if status == "unknown" and not was_run:
+
+    # 2. "unknown" is also the status of a condition that nobody judged.
+    if status == "unknown" and not _was_run(report, code):
         return "not selected"
     return status
+
+
+def _was_run(report: Report, code: str) -> bool:
+    """Return whether a rule was run; a report without a list of rules ran them all."""
+    if not report.rules:
+        return True
+    return any(rule.code == code for rule in report.rules)
 
 
 def headline(report: Report) -> str:
@@ -329,25 +387,30 @@ def headline(report: Report) -> str:
 
     # 2. An error of a rule that judges neither condition comes before them.
     for finding in report.findings:
-        if finding.level == "error" and finding.code not in FIELD_OF_RULE:
+        is_other_error = finding.level == "error" and finding.code not in FIELD_OF_RULE
+        if is_other_error:
             return f"{finding.code}: {finding.what}"
 
     # 3. The worst branch gain, after what it was judged by.
     gain = _worst_gain(report)
-    if report.state == "trained":
-        return f"Trained model: {gain or 'no branch could be measured'}{_comparison(report)}"
-    return _conditions_headline(report, gain)
+    if report.state != "trained":
+        return _conditions_headline(report, gain)
+    if not gain:
+        gain = "no branch could be measured"
+    return f"Trained model: {gain}{_comparison(report)}"
 
 
 def _conditions_headline(report: Report, gain: str) -> str:
     """Return the verdict on an initialized model, with its worst gain if that was measured."""
     if report.settings.get("products") is False:
         return "The init contract alone: no norm was measured"
+
+    # With a gain, the conditions stand before it.
     words = _conditions_in_words(report)
     if gain:
         return f"{words}: {gain}"
     if words == _NOT_PRE_NORM:
-        return "Nothing could be measured"
+        return "Nothing could be measured"  # neither conditions nor a gain
     return words
 
 
@@ -370,31 +433,33 @@ def _worst_gain(report: Report) -> str:
 
 def _comparison(report: Report) -> str:
     """Return how a trained model compares, as the end of a sentence; "" if it was judged."""
-    if report.against is not None:
-        return f"; compared with {report.against.source}"
+    against = report.against
+    if against is not None:
+        return f"; compared with {against.source}"
     if report.verdict == "observed":
         return "; nothing to compare it with"
-    return ""
+    return ""  # a rule fired, or a profile lets rules decide on a trained model
 
 
 def _weights_headline(report: Report) -> str:
     """Return the paper's largest bound, in words."""
-    bounds = [row for row in report.sublayers if row.bound is not None and math.isfinite(row.bound)]
+    bounds = []
+    for row in report.sublayers:
+        if row.bound is not None and math.isfinite(row.bound):
+            bounds.append((row.bound, row.name))
     if not bounds:
         return "From the weights alone: no bound can be given"
-    worst = max(bounds, key=lambda row: row.bound or 0)
-    return f"From the weights alone: the paper's bound is {three(worst.bound)} at {worst.name}"
+    largest, name = max(bounds, key=lambda pair: pair[0])
+    return f"From the weights alone: the paper's bound is {three(largest)} at {name}"
 
 
 def worst_branch(report: Report) -> tuple[SublayerRecord, Interval] | None:
     """Return the sub-layer with the largest finite branch norm, and that norm."""
-    rows = [
-        row
-        for row in report.sublayers
-        if row.branch_norm and math.isfinite(row.branch_norm.estimate)
-    ]
-    if not rows:
+    measured = []
+    for row in report.sublayers:
+        norm = row.branch_norm
+        if norm and math.isfinite(norm.estimate):
+            measured.append((row, norm))
+    if not measured:
         return None
-    row = max(rows, key=badness)
-    assert row.branch_norm is not None
-    return row, row.branch_norm
+    return max(measured, key=lambda pair: pair[1].estimate)

@@ -6,8 +6,9 @@ from jacdiag.records import LEVELS, Finding, Interval, Report, SublayerRecord
 
 SIGNS = {"error": "●", "warning": "▲", "undecided": "?", "info": "", "": ""}
 FIELD_OF_RULE = {"JD101": "core_norm", "JD102": "norm_gain", "JD103": "branch_norm"}
+_RULE_OF_FIELD = {field: code for code, field in FIELD_OF_RULE.items()}
 UNDECIDED = "undecided"
-LOUDNESS = ["", "info", UNDECIDED, "warning", "error"]
+LOUDNESS = ["", "info", UNDECIDED, "warning", "error"]  # from the least to the most
 _FACTOR_OF_RULE = {"JD101": "sub-layer", "JD102": "shortcut"}
 
 
@@ -35,9 +36,10 @@ def marks(report: Report) -> dict[tuple[str, str], str]:
 
     # 2. What is undecided: the interval lies across a threshold.
     open_codes = open_rules(report)
+    open_fields = [field for code, field in FIELD_OF_RULE.items() if code in open_codes]
     for row in report.sublayers:
-        for rule, field in FIELD_OF_RULE.items():
-            if rule in open_codes and is_across(report, row, field):
+        for field in open_fields:
+            if is_across(report, row, field):
                 note((row.name, field), UNDECIDED)
     return levels
 
@@ -84,17 +86,30 @@ def drawn_threshold(report: Report, field: str, level: str) -> float | None:
         field: branch_norm, core_norm or norm_gain.
         level: warning or error.
     """
-    # 1. Whether the rule decides at all.
-    code = next(code for code, figure in FIELD_OF_RULE.items() if figure == field)
-    decides = report.state != "trained" or code in report.settings.get("levels", ())
-    if not decides:
+    code = _RULE_OF_FIELD[field]
+    if not _decides(report, code):
         return None
-
-    # 2. Whether it compares this figure with its thresholds.
-    compares = any(rule.code == code and rule.matched for rule in report.rules)
-    if report.rules and not compares:
+    if not _compares(report, code):
         return None
     return threshold(report, field, level)
+
+
+def _decides(report: Report, code: str) -> bool:
+    """Return whether a rule about norms decides on this model, rather than only observe it."""
+    if report.state != "trained":
+        return True
+    was_made_to_decide: bool = code in report.settings.get("levels", ())
+    return was_made_to_decide
+
+
+def _compares(report: Report, code: str) -> bool:
+    """Return whether a rule was run, and compared a sub-layer with its thresholds."""
+    if not report.rules:
+        return True  # an older report does not say
+    for rule in report.rules:
+        if rule.code == code and rule.matched:
+            return True
+    return False
 
 
 def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
@@ -104,10 +119,12 @@ def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
     """
     value = getattr(row, field)
     if not isinstance(value, Interval):
-        return False
+        return False  # it was not measured
     for level in ("warning", "error"):
         limit = threshold(report, field, level)
-        if limit is not None and value.side_of(limit) == "across":
+        if limit is None:
+            continue
+        if value.side_of(limit) == "across":
             return True
     return False
 
@@ -122,6 +139,8 @@ def guilty(report: Report) -> dict[str, str]:
     """
     if report.state == "trained":
         return {}
+
+    # 1. The factors that rules named at each sub-layer.
     factors_of: dict[str, set[str]] = {}
     for finding in report.findings:
         factor = _FACTOR_OF_RULE.get(finding.code)
@@ -130,13 +149,16 @@ def guilty(report: Report) -> dict[str, str]:
         for name in finding.where:
             factors_of.setdefault(name, set()).add(factor)
 
+    # 2. As one word.
     return {name: _factor_word(factors) for name, factors in factors_of.items()}
 
 
 def _factor_word(factors: set[str]) -> str:
+    """Return the one factor that is to blame, or "both"."""
     if len(factors) > 1:
         return "both"
-    return next(iter(factors))
+    (factor,) = factors
+    return factor
 
 
 def at_least(level: str, floor: str) -> bool:

@@ -75,21 +75,30 @@ def build(report: Report, *, all_rows: bool = False, sort: str = "depth") -> Gri
         all_rows: show every row; else long models are folded.
         sort: "depth" (as the model runs) or "worst" (largest branch norm first).
     """
+    # 1. The sub-layers in their order, and the loudest mark of each.
     records = list(report.sublayers)
     if sort == "worst":
         records.sort(key=lambda row: -badness(row))
-
-    # The loudest mark of each sub-layer: later entries of a dict win.
     levels = marks(report)
-    loudest = {}
-    for (name, _), level in sorted(levels.items(), key=lambda item: LOUDNESS.index(item[1])):
-        loudest[name] = level
+    loudest = _loudest_marks(levels)
 
+    # 2. The rows that are shown.
     shown = set(range(len(records)))
     if not all_rows:
         shown = _visible(records, loudest, sort)
     rows = [row for place, row in enumerate(records) if place in shown]
+
+    # 3. Their columns, and the folds between them.
     return Grid(_columns(report, rows, levels), rows, _gaps(records, shown, loudest))
+
+
+def _loudest_marks(levels: dict[tuple[str, str], str]) -> dict[str, str]:
+    """Return the loudest mark of each sub-layer, from the marks of its figures."""
+    from_low_to_high = sorted(levels.items(), key=lambda item: LOUDNESS.index(item[1]))
+    loudest = {}
+    for (name, _), level in from_low_to_high:
+        loudest[name] = level  # a later entry is at least as loud
+    return loudest
 
 
 def badness(row: SublayerRecord) -> float:
@@ -97,9 +106,12 @@ def badness(row: SublayerRecord) -> float:
 
     What is not finite counts as the worst.
     """
+    # 1. The measured norm goes before the bound.
     value = row.bound
     if row.branch_norm:
         value = row.branch_norm.estimate
+
+    # 2. Neither is the least, and inf or nan the most.
     if value is None:
         return -math.inf
     if not math.isfinite(value):
@@ -114,27 +126,56 @@ def _visible(records: list[SublayerRecord], loudest: dict[str, str], sort: str) 
     if count <= _SHOWN_IN_FULL:
         return set(range(count))
     if sort == "worst":
+        # The worst rows stand at the top, where none of the others can be missed.
         return set(range(_SHOWN_IN_FULL - _NOTABLE))
 
     # 1. The first rows and the last ones.
     shown = {*range(_HEAD), *range(count - _TAIL, count)}
 
-    # 2. A few of the others: those with a mark that matters, and those that stand out.
+    # 2. A few of the others.
+    shown |= _notable(records, loudest, shown)
+
+    # 3. A single row between two shown ones takes no more room than a fold.
+    return shown | _lonely(shown, count)
+
+
+def _notable(records: list[SublayerRecord], loudest: dict[str, str], shown: set[int]) -> set[int]:
+    """Return the places of a few other rows: with a mark that matters, or larger than all shown.
+
+    Args:
+        records: all sub-layers.
+        loudest: the loudest mark of each, by name.
+        shown: places that are shown anyway.
+    """
+
     def rank(place: int) -> tuple[int, float]:
         row = records[place]
         return -LOUDNESS.index(loudest.get(row.name, "")), -badness(row)
 
-    hidden = sorted((place for place in range(count) if place not in shown), key=rank)
-    # a hair above the first rows is no news
-    top = 1.25 * max(badness(records[place]) for place in shown)
-    for place in hidden[:_NOTABLE]:
-        is_marked = loudest.get(records[place].name) in ("error", "undecided")
-        if is_marked or badness(records[place]) > top:
-            shown.add(place)
+    # 1. The others, the loudest first, and of these the worst first.
+    hidden = [place for place in range(len(records)) if place not in shown]
+    hidden.sort(key=rank)
 
-    # 3. A single row between two shown ones takes no more room than a fold.
-    lonely = {place for place in hidden if place - 1 in shown and place + 1 in shown}
-    return shown | lonely
+    # 2. Those of them that tell a reader something new.
+    largest_shown = max(badness(records[place]) for place in shown)
+    limit = 1.25 * largest_shown  # a hair above the first rows is no news
+    notable = set()
+    for place in hidden[:_NOTABLE]:
+        row = records[place]
+        is_marked = loudest.get(row.name) in ("error", "undecided")
+        if is_marked or badness(row) > limit:
+            notable.add(place)
+    return notable
+
+
+def _lonely(shown: set[int], count: int) -> set[int]:
+    """Return the places between two shown rows that are not shown themselves."""
+    lonely = set()
+    for place in range(count):
+        is_between = place - 1 in shown and place + 1 in shown
+        if is_between:
+            lonely.add(place)
+    return lonely
 
 
 def _gaps(
@@ -168,10 +209,12 @@ def _gap(rows: list[SublayerRecord], loudest: dict[str, str]) -> Gap:
 def _count_marks(rows: list[SublayerRecord], loudest: dict[str, str]) -> str:
     """Return how many rows have each mark, as the end of a sentence: ", 3 ●"."""
     levels = Counter(loudest.get(row.name) for row in rows)
-    shown = [level for level in ("error", "warning", "undecided") if levels[level]]
-    counts = [f"{levels[level]} {SIGNS[level]}" for level in shown]
+    counts = []
+    for level in ("error", "warning", "undecided"):
+        if levels[level]:
+            counts.append(f"{levels[level]} {SIGNS[level]}")
     if not counts:
-        return ""
+        return ""  # no row has a mark
     return f", {' '.join(counts)}"
 
 
@@ -181,11 +224,16 @@ def _trend(gains: list[float]) -> str:
     if not values:
         return ""
     low, high = min(values), max(values)
-    begins_high, ends_low = values[0] >= 0.8 * high, values[-1] <= 1.25 * low
-    begins_low, ends_high = values[0] <= 1.25 * low, values[-1] >= 0.8 * high
-    if begins_high and ends_low:
+
+    # Near the largest or the smallest value is as good as at it.
+    near_high, near_low = 0.8 * high, 1.25 * low
+    first, last = values[0], values[-1]
+    is_falling = first >= near_high and last <= near_low
+    is_rising = first <= near_low and last >= near_high
+
+    if is_falling:
         return f", falling to {three(low)}"
-    if begins_low and ends_high:
+    if is_rising:
         return f", rising to {three(high)}"
     return f", between {three(low)} and {three(high)}"
 
@@ -207,7 +255,7 @@ def _columns(
     # 2. The figures, and next to the branch norm its range over several probes.
     probes = report.settings.get("probes", {}).get("count")
     for figure in _FIGURES:
-        if any(_has(row, figure.key, report.tier) for row in report.sublayers):
+        if _any_has(report, figure.key):
             columns.append(_figure_column(report, figure, rows, levels))
         if figure.key == "branch_norm" and probes:
             columns.append(_over_probes(rows, probes))
@@ -216,10 +264,15 @@ def _columns(
     if report.against is not None:
         columns.append(_earlier(report.against, rows))
     factor_of = guilty(report)
-    if any(row.name in factor_of for row in rows):
-        factors = [factor_of.get(row.name, "") for row in rows]
+    factors = [factor_of.get(row.name, "") for row in rows]
+    if any(factors):
         columns.append(SublayerColumn("who", "who", 80, factors, unmarked, left=True))
     return columns
+
+
+def _any_has(report: Report, key: str) -> bool:
+    """Return whether a figure has something to show, in a visible row or in a folded one."""
+    return any(_has(row, key, report.tier) for row in report.sublayers)
 
 
 def _figure_column(
@@ -228,20 +281,36 @@ def _figure_column(
     rows: list[SublayerRecord],
     levels: dict[tuple[str, str], str],
 ) -> SublayerColumn:
+    """Return the column of one figure, with the marks of its cells."""
+    # 1. The cells. The std of the shortcut has a bar next to its number.
     cells = aligned([figure.text(row) for row in rows])
     if figure.key == "shortcut_std":
-        cells = [f"{cell} {_bar(row)}" for cell, row in zip(cells, rows, strict=True)]
+        cells = _with_bars(cells, rows)
+
+    # 2. Its rank among the columns.
     interest = figure.interest
     if figure.key == "bound" and report.tier == "weights":
         interest = _BOUND_ALONE
+
+    # 3. The marks.
     row_levels = [levels.get((row.name, figure.key), "") for row in rows]
     return SublayerColumn(figure.key, figure.title, interest, cells, row_levels)
 
 
+def _with_bars(cells: list[str], rows: list[SublayerRecord]) -> list[str]:
+    """Return cells with the bar of each row's shortcut at their end."""
+    with_bars = []
+    for cell, row in zip(cells, rows, strict=True):
+        with_bars.append(f"{cell} {_bar(row)}")
+    return with_bars
+
+
 def _bar(row: SublayerRecord) -> str:
-    if row.shortcut_std is None:
+    """Return the bar of a shortcut's std; a space keeps the width where there is none."""
+    std = row.shortcut_std
+    if std is None:
         return " "
-    return bar(row.shortcut_std.min)
+    return bar(std.min)
 
 
 def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> SublayerColumn:
@@ -259,21 +328,30 @@ def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> SublayerColu
 
 def _over_probes(rows: list[SublayerRecord], probes: int) -> SublayerColumn:
     """Return the smallest to largest branch norm over several probes."""
-    spreads = [row.over_probes.get("branch_norm") for row in rows]
-    texts = [str(spread or ABSENT) for spread in spreads]
+    texts = []
+    for row in rows:
+        spread = row.over_probes.get("branch_norm")
+        texts.append(str(spread or ABSENT))
     title = f"over {probes} probes"
     return SublayerColumn("over_probes", title, _SPREAD, aligned(texts), [""] * len(rows))
 
 
 def _has(row: SublayerRecord, key: str, tier: str) -> bool:
     """Return whether a row has a figure that says more than another column does."""
-    if key == "residual_norm" and row.placement == "pre":
-        return False  # 1 + branch norm, nearly: says nothing that the branch norm does not
-    if key == "core_norm" and row.core_norm == row.branch_norm:
-        return False  # no input norm: the core is the branch itself
+    # 1. Figures of weights stand in a table that has no others.
     if key.startswith("weights."):
-        return tier == "weights" and _end_weight(row, key) is not None
-    return getattr(row, key) is not None
+        has_weight = _end_weight(row, key) is not None
+        return tier == "weights" and has_weight
+
+    # 2. Some repeat what the branch norm says.
+    repeats_branch = False
+    if key == "residual_norm":
+        repeats_branch = row.placement == "pre"  # 1 + branch norm, nearly
+    elif key == "core_norm":
+        repeats_branch = row.core_norm == row.branch_norm  # no input norm: the same map
+
+    # 3. All others are shown where they were measured.
+    return not repeats_branch and getattr(row, key) is not None
 
 
 def _end_weight(row: SublayerRecord, key: str) -> float | None:
@@ -285,6 +363,7 @@ def _end_weight(row: SublayerRecord, key: str) -> float | None:
     """
     place, figure = key.removeprefix("weights.").split("_")
     for role in _END_ROLES[place]:
+        # A fused matrix has another role than single ones: the first that is there counts.
         if role in row.weights:
             value: float | None = getattr(row.weights[role], figure)
             return value
@@ -292,6 +371,8 @@ def _end_weight(row: SublayerRecord, key: str) -> float | None:
 
 
 def _weight(key: str) -> Callable[[SublayerRecord], str]:
+    """Return the function that writes one figure of a row's matrices."""
+
     def text(row: SublayerRecord) -> str:
         return three(_end_weight(row, key))
 
@@ -299,6 +380,8 @@ def _weight(key: str) -> Callable[[SublayerRecord], str]:
 
 
 def _norm(key: str) -> Callable[[SublayerRecord], str]:
+    """Return the function that writes one norm of a row with its interval."""
+
     def text(row: SublayerRecord) -> str:
         value: Interval | None = getattr(row, key)
         return spoken(value)
@@ -308,9 +391,10 @@ def _norm(key: str) -> Callable[[SublayerRecord], str]:
 
 def _shortcut_std(row: SublayerRecord) -> str:
     """Return the smallest std over tokens: the one that 1/σ belongs to."""
-    if row.shortcut_std is None:
+    std = row.shortcut_std
+    if std is None:
         return ABSENT
-    return three(row.shortcut_std.min)
+    return three(std.min)
 
 
 @dataclass(frozen=True)
@@ -323,7 +407,7 @@ class _Figure:
     text: Callable[[SublayerRecord], str]
 
 
-_SPREAD = 65  # it was asked for and paid for
+_SPREAD = 65  # it was requested and paid for
 _BOUND_ALONE = 70  # without a measurement the bound is the most that is known
 
 _FIGURES = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.errors import clipped
-from jacdiag.records import LEVELS, Finding, Report, SublayerRecord
+from jacdiag.records import LEVELS, Finding, Interval, Report, RuleResult, SublayerRecord
 from jacdiag.records.number_format import (
     ABSENT,
     between,
@@ -20,7 +20,7 @@ from jacdiag.records.number_format import (
     three,
     two,
 )
-from jacdiag.records.report import PRODUCT_ALONE
+from jacdiag.records.report import PRODUCT_ALONE, Cost, NetworkRecord, ProbeSpread
 from jacdiag.render.content.remedies import remedied
 from jacdiag.render.content.sentences import condition, placement_words, worst_branch
 from jacdiag.rules.thresholds import load_healthy
@@ -31,6 +31,12 @@ TIED = "\u00a0"  # a space at which no line is broken
 _NAMED = 3  # how many names a sentence lists before it counts the rest
 _RUNGS_NEAR = 3  # rungs of the ladder that are shown on either side of this model
 _YOURS = "▸yours"
+_TITLES = {
+    "branch_norm": "branch ‖J‖",
+    "core_norm": "core ‖J‖",
+    "norm_gain": "1/σ gain",
+    "bound": "bound",
+}
 _MEASURE_MORE = {
     "weights": "give --model FACTORY, which builds the model: one that runs can be measured",
     "measured": "ask for narrower intervals with --tol, at the price of more products",
@@ -91,13 +97,15 @@ def _fired_rules(report: Report) -> list[Line]:
     for code, findings in _by_code(report.findings).items():
         if code in OWN_LINES:
             continue
-        text = "; ".join(_with_where(finding) for finding in findings)
+        sentences = map(_with_where, findings)
         label = rule_names.get(code, "") or code
-        lines.append(Line(label, text, level=findings[0].level, code=code))
+        level = findings[0].level  # of the loudest one
+        lines.append(Line(label, "; ".join(sentences), level=level, code=code))
     return lines
 
 
 def _by_level(findings: list[Finding]) -> list[Finding]:
+    """Return findings from the most severe to the least; those of one level stay in order."""
     return sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
 
 
@@ -110,22 +118,28 @@ def _by_code(findings: list[Finding]) -> dict[str, list[Finding]]:
 
 
 def _first_of(report: Report, code: str) -> Finding | None:
+    """Return the first finding of a rule."""
     return next((finding for finding in report.findings if finding.code == code), None)
 
 
 def _with_where(finding: Finding) -> str:
-    names_are_said = any(name in finding.what for name in finding.where)
-    if not finding.where or names_are_said:
+    """Return the sentence of a finding, with the names of its places if it has none of them."""
+    if not finding.where:
         return finding.what
+    for name in finding.where:
+        if name in finding.what:
+            return finding.what
     return f"{finding.what}: {some(finding.where)}"
 
 
 def some(names: list[str]) -> str:
     """Return the first few names, and how many there are beyond."""
-    text = ", ".join(clipped(name, 160) for name in names[:_NAMED])
-    if len(names) <= _NAMED:
+    shown = [clipped(name, 160) for name in names[:_NAMED]]
+    text = ", ".join(shown)
+    beyond = len(names) - _NAMED
+    if beyond <= 0:
         return text
-    return f"{text} and {len(names) - _NAMED} more"
+    return f"{text} and {beyond} more"
 
 
 # -- the conditions of the paper -------------------------------------------------------------------
@@ -133,46 +147,75 @@ def _condition(report: Report, code: str) -> Line:
     """Return the line of one condition: what its rule found, else the figure that it judged."""
     label = CONDITIONS[code]
     status = condition(report, code)
-    findings = _by_level([finding for finding in report.findings if finding.code == code])
+
+    # 1. What the rule found.
+    findings = _by_code(report.findings).get(code)
     if findings:
         text = "; ".join(finding.what for finding in findings)
         return Line(label, text, status, findings[0].level, code)
 
+    # 2. Else why it found nothing, or what it looked at.
     level = ""
     if status == "unknown":
         level = "undecided"
-    notes = [rule.note for rule in report.rules if rule.code == code and rule.note]
-    if notes:
-        text = notes[0]
-    elif code == "JD101":
-        text = _largest_core(report)
-    else:
-        text = _smallest_shortcut(report)
+    text = _note_of_rule(report, code) or _judged_figure(report, code)
     return Line(label, text, status, level)
+
+
+def _note_of_rule(report: Report, code: str) -> str:
+    """Return what a rule noted in place of a finding; "" if it noted nothing."""
+    for rule in report.rules:
+        if rule.code == code and rule.note:
+            return rule.note
+    return ""
+
+
+def _judged_figure(report: Report, code: str) -> str:
+    """Return the figure that a condition is about, at the sub-layer where it is worst."""
+    if code == "JD101":
+        return _largest_core(report)
+    return _smallest_shortcut(report)
 
 
 def _largest_core(report: Report) -> str:
     """Return the largest ‖J‖·√(2N) of a core, and how many of them were not measured."""
-    measured = [
-        (row.core_norm, row)
-        for row in report.sublayers
-        if row.core_norm and row.placement in ("pre", "sandwich")
-    ]
+    # 1. The cores that the condition is about.
+    measured = []
+    for row in report.sublayers:
+        is_judged = row.placement in ("pre", "sandwich")
+        if row.core_norm and is_judged:
+            measured.append((row.core_norm, row))
     if not measured or not report.model.layers:
         return ""
+
+    # 2. The largest, at the scale at which it is judged.
     core_norm, worst = max(measured, key=lambda pair: pair[0].estimate)
     scaled = core_norm.scaled(math.sqrt(2 * report.model.layers))
     text = f"largest core ‖J‖·√(2N) {spoken(scaled)}, at {worst.name}"
+    return text + _unmeasured_cores(report)
 
-    pre_norm = [row for row in report.sublayers if row.placement == "pre" and not row.nested]
-    missing = sum(row.core_norm is None for row in pre_norm)
-    if missing:
-        text += f"; not measured at {missing} of {len(pre_norm)} sub-layers"
-    return text
+
+def _unmeasured_cores(report: Report) -> str:
+    """Return how many cores of pre-norm sub-layers were not measured, as an end of a sentence."""
+    total, missing = 0, 0
+    for row in report.sublayers:
+        # A nested sub-layer is a part of another one.
+        if row.placement != "pre" or row.nested:
+            continue
+        total += 1
+        if row.core_norm is None:
+            missing += 1
+    if not missing:
+        return ""
+    return f"; not measured at {missing} of {total} sub-layers"
 
 
 def _smallest_shortcut(report: Report) -> str:
-    measured = [(row.shortcut_std, row) for row in report.sublayers if row.shortcut_std]
+    """Return the smallest std of a shortcut, and where it is; "" if none was measured."""
+    measured = []
+    for row in report.sublayers:
+        if row.shortcut_std:
+            measured.append((row.shortcut_std, row))
     if not measured:
         return ""
     std, row = min(measured, key=lambda pair: pair[0].min)
@@ -184,36 +227,53 @@ def _instead(report: Report) -> Line | None:
 
     The paper states its conditions for pre-norm alone.
     """
+    # 1. Whether the conditions leave something to look at.
     rows = [row for row in report.sublayers if not row.nested]
-    placements = {row.placement for row in rows}
-    conditions_apply = "pre" in placements or None in placements
-    if report.tier != "measured" or not rows or conditions_apply:
+    if report.tier != "measured" or not rows:
         return None
-    sentences = [_judged_branch_gain(report), _largest_out_norm_gain(rows)]
-    text = "; ".join(sentence for sentence in sentences if sentence)
+    placements = {row.placement for row in rows}
+    if "pre" in placements or None in placements:
+        return None
+
+    # 2. The gains of branches, and of norms at their ends.
+    branch_gain = _judged_branch_gain(report)
+    norm_gain = _largest_out_norm_gain(rows)
+    text = "; ".join(filter(None, [branch_gain, norm_gain]))
     return Line("looked at", text or "nothing could be measured")
 
 
 def _judged_branch_gain(report: Report) -> str:
+    """Return the worst branch gain, and whether a rule judges it; "" if none was measured."""
     worst = worst_branch(report)
     if worst is None:
         return ""
     row, gain = worst
     judged = "judged by no rule"
-    for rule in report.rules:
-        if rule.code != "JD103":
-            continue
-        if rule.matched:
-            judged = "JD103 judges it by its placement"
-        break
+    if _matched_gain_rule(report):
+        judged = "JD103 judges it by its placement"
     return f"branch gain {spoken(gain)} at {row.name} ({judged})"
 
 
+def _matched_gain_rule(report: Report) -> bool:
+    """Return whether JD103 has thresholds for a placement of this model."""
+    for rule in report.rules:
+        if rule.code == "JD103":
+            return bool(rule.matched)
+    return False
+
+
 def _largest_out_norm_gain(rows: list[SublayerRecord]) -> str:
-    measured = [(row.out_norm_gain, row) for row in rows if row.out_norm_gain is not None]
+    """Return the largest gain of a norm at the end of a branch; "" if none was measured."""
+    # 1. The largest.
+    measured = []
+    for row in rows:
+        if row.out_norm_gain is not None:
+            measured.append((row.out_norm_gain, row))
     if not measured:
         return ""
     gain, row = max(measured, key=lambda pair: pair[0].estimate)
+
+    # 2. Where that norm stands.
     place = "the norm at the branch's end"
     if row.placement == "post":
         place = "the norm after the sum"
@@ -229,15 +289,21 @@ def _against(report: Report) -> Line | None:
     against = report.against
     if against is None:
         return None
+
+    # 1. The branch gains that changed.
     branches = [change for change in against.changes if change.figure == "branch_norm"]
     grew = sum(change.grew for change in branches)
     text = (
         f"{against.source} ({against.state}): of {against.compared} branch gains {grew} grew and "
         f"{len(branches) - grew} shrank beyond both intervals"
     )
-    network = next((change for change in against.changes if change.figure == "end_to_end"), None)
-    if network is not None:
-        text += f"; true end-to-end gain {three(network.earlier[1])} -> {three(network.now[1])}"
+
+    # 2. The gain of the entire network.
+    for change in against.changes:
+        if change.figure == "end_to_end":
+            earlier, now = three(change.earlier[1]), three(change.now[1])
+            text += f"; true end-to-end gain {earlier} -> {now}"
+            break
     return Line("against", text)
 
 
@@ -245,12 +311,13 @@ def _risk(report: Report) -> Line | None:
     """Return the chance at the planned learning rate, or why there is none."""
     risk = report.risk
     if risk is None:
-        return None
+        return None  # no learning rate was given
     if risk.chance is None:
         return Line("risk", f"no chance is given: {risk.reason}")
+    rate, value = three(risk.lr or 0.0), three(risk.value or 0.0)
     text = (
-        f"at lr {three(risk.lr or 0.0)} a chance of {risk} to go "
-        f"wrong, from {risk.figure} {three(risk.value or 0.0)}; calibrated on {risk.range}"
+        f"at lr {rate} a chance of {risk} to go wrong, "
+        f"from {risk.figure} {value}; calibrated on {risk.range}"
     )
     return _judged_by(report, "JD105", "risk", text)
 
@@ -270,34 +337,55 @@ def _depth(report: Report) -> Line | None:
         return None
 
     # 1. The product, and what was measured end to end.
-    text = f"product of gains {_power_of_e(network.gain_product_log)}"
+    text = f"product of gains {_power_of_e(network.gain_product_log)}, "
     if network.end_to_end:
-        text += f", true end-to-end gain {spoken(network.end_to_end)}"
-        spread = network.over_probes.get("end_to_end")
-        if spread is not None:
-            text += f" ({spread} over {len(spread.estimates)} probes)"
-        log_of_upper = math.log(max(network.end_to_end.upper, 1e-300))
-        if network.gain_product_log > log_of_upper + math.log(2):
-            text += " (the rest cancels)"
+        text += _end_to_end(network, network.end_to_end, network.gain_product_log)
     else:
-        reason = network.notes.get("end_to_end")
-        text += f", {PRODUCT_ALONE}"
-        if reason:
-            text += f" ({reason})"
+        text += _product_alone(network)
 
     # 2. What the rule says of it.
     finding = _first_of(report, "JD104")
     if finding is None:
         return Line("over depth", text)
-    limit = finding.evidence.get("threshold")
     beyond = finding.what
+    limit = finding.evidence.get("threshold")
     if limit is not None:
         beyond = f"the product is above e^{limit:g}"
     return Line("over depth", f"{text}; {beyond}", level=finding.level, code=finding.code)
 
 
+def _end_to_end(network: NetworkRecord, gain: Interval, product_log: float) -> str:
+    """Return the measured end-to-end gain, and how it compares with the product of gains.
+
+    Args:
+        network: the figures of the network.
+        gain: the norm of the Jacobian from the first shortcut to the last.
+        product_log: natural log of the product of the gains of all sub-layers.
+    """
+    text = f"true end-to-end gain {spoken(gain)}"
+    spread = network.over_probes.get("end_to_end")
+    if spread is not None:
+        text += f" ({spread} over {len(spread.estimates)} probes)"
+
+    # The product is a bound. One more than twice the upper end is no rounding.
+    log_of_upper = math.log(max(gain.upper, 1e-300))
+    if product_log > log_of_upper + math.log(2):
+        text += " (the rest cancels)"
+    return text
+
+
+def _product_alone(network: NetworkRecord) -> str:
+    """Return that no end-to-end gain was measured, and why if that is known."""
+    reason = network.notes.get("end_to_end")
+    if not reason:
+        return PRODUCT_ALONE
+    return f"{PRODUCT_ALONE} ({reason})"
+
+
 def _power_of_e(log: float) -> str:
-    if math.log(1e4) <= abs(log) < math.inf:
+    """Return e to a power: as a number, or as a power if the number would be long."""
+    is_long = math.log(1e4) <= abs(log) < math.inf
+    if is_long:
         return f"e^{log:.1f}"
     return three(math.exp(log))
 
@@ -307,58 +395,73 @@ def _over_probes(report: Report) -> Line | None:
     probes = report.settings.get("probes")
     if not probes:
         return None
+
+    # 1. The verdicts.
     count = probes["count"]
     verdicts = Counter(probes["verdicts"]).most_common()
     listed = ", ".join(f"{verdict} at {times} of {count}" for verdict, times in verdicts)
-    spreads = {
-        row.name: row.over_probes["branch_norm"]
-        for row in report.sublayers
-        if "branch_norm" in row.over_probes
-    }
+
+    # 2. The branch gains, by sub-layer.
+    spreads = {}
+    for row in report.sublayers:
+        if "branch_norm" in row.over_probes:
+            spreads[row.name] = row.over_probes["branch_norm"]
     if not spreads:
         text = f"no branch gain was measured on more than one probe; verdict {listed}"
         return Line("over probes", text)
 
-    # 1. The worst gain of each probe.
-    worst = []
-    for values in zip(*(spread.estimates for spread in spreads.values()), strict=True):
-        known = _known(values)
-        if known:
-            worst.append(max(known))
-
-    # 2. The sub-layer at which the probes differ most.
-    ratios = {
-        name: spread.most / spread.least for name, spread in spreads.items() if spread.least > 0
-    }
-    apart = ""
-    if ratios:
-        name = max(ratios, key=ratios.__getitem__)
-        apart = f", at most {three(ratios[name])} times apart at one sub-layer ({name})"
+    # 3. The worst gain of each probe, and the sub-layer at which the probes differ most.
+    worst = _worst_of_each_probe(spreads)
     text = (
         f"worst branch gain {between(min(worst), max(worst))} on {count} "
-        f"probes{apart}; verdict {listed}; "
+        f"probes{_farthest_apart(spreads)}; verdict {listed}; "
         "what other data give, not an error of the measurement"
     )
     return Line("over probes", text)
 
 
+def _worst_of_each_probe(spreads: dict[str, ProbeSpread]) -> list[float]:
+    """Return the largest branch gain of each probe; a probe without one is left out."""
+    by_probe = zip(*(spread.estimates for spread in spreads.values()), strict=True)
+    worst = []
+    for values in by_probe:
+        known = _known(values)
+        if known:
+            worst.append(max(known))
+    return worst
+
+
+def _farthest_apart(spreads: dict[str, ProbeSpread]) -> str:
+    """Return the largest ratio between two probes at one sub-layer, as a part of a sentence."""
+    ratios = {}
+    for name, spread in spreads.items():
+        if spread.least > 0:
+            ratios[name] = spread.most / spread.least
+    if not ratios:
+        return ""
+    name = max(ratios, key=ratios.__getitem__)
+    return f", at most {three(ratios[name])} times apart at one sub-layer ({name})"
+
+
 def _known(values: Iterable[float | None]) -> list[float]:
+    """Return the values that were measured."""
     return [value for value in values if value is not None and not math.isnan(value)]
 
 
 def _gradients(report: Report) -> Line | None:
     """Return the gradient's norm at the first shortcut, compared with that at the top."""
-    if report.network is None:
+    ends = _gradient_ends(report)
+    if ends is None:
         return None
-    norms = report.network.gradient_norms
-    if not norms or len(norms) < 2:
-        return None
-    first, last = norms[0], norms[-1]
+
+    # 1. Norms whose ratio says nothing.
+    first, last = ends
     if not last or not math.isfinite(first / last):
         return None
     if first == 0:
         return Line("gradient", f"at the first shortcut 0, at the top {three(last)}")
 
+    # 2. The larger of the two over the smaller.
     ratio = first / last
     change = f"{three(1 / ratio)} times smaller than at the top"
     if ratio >= 1:
@@ -366,16 +469,34 @@ def _gradients(report: Report) -> Line | None:
     return Line("gradient", f"at the first shortcut {three(first)}, {change} ({three(last)})")
 
 
+def _gradient_ends(report: Report) -> tuple[float, float] | None:
+    """Return the gradient's norm at the first shortcut and at the top; None if not measured."""
+    if report.network is None:
+        return None
+    norms = report.network.gradient_norms
+    if not norms or len(norms) < 2:
+        return None
+    return norms[0], norms[-1]
+
+
 def _attention(report: Report) -> Line | None:
     """Return the largest logit and the least entropy of attention over all sub-layers."""
-    records = [row.attention for row in report.sublayers if row.attention is not None]
-    logits = [record.max_logit for record in records if record.max_logit is not None]
-    shares = [record.entropy_share for record in records if record.entropy_share is not None]
-    if not logits or not shares:
+    # 1. The figures of all sub-layers that have attention.
+    logits, shares = [], []
+    for row in report.sublayers:
+        if row.attention is None:
+            continue
+        logits.append(row.attention.max_logit)
+        shares.append(row.attention.entropy_share)
+
+    # 2. The extremes of those that were measured.
+    known_logits = [logit for logit in logits if logit is not None]
+    known_shares = [share for share in shares if share is not None]
+    if not known_logits or not known_shares:
         return None
+    least_percent = three(100 * min(known_shares))
     text = (
-        f"logits at most {three(max(logits))}, entropy at least {three(100 * min(shares))}% of "
-        "uniform"
+        f"logits at most {three(max(known_logits))}, entropy at least {least_percent}% of uniform"
     )
     return Line("attention", text)
 
@@ -392,31 +513,53 @@ def _others(report: Report) -> Line | None:
         return None
 
     # 1. One placement: inits of another one have other gains.
-    placements = sorted(
-        {str(row.placement) for row in report.sublayers if row.branch_norm is not None}
-    )
+    placements = _measured_placements(report)
     if len(placements) > 1:
-        several = " and ".join(placement_words(placement) for placement in placements)
+        several = " and ".join(map(placement_words, placements))
         return _not_compared(f"the sub-layers differ in placement ({several})")
-    placement = placements[0]
+    (placement,) = placements
     norms = placement_words(placement)
 
     # 2. The rungs of this placement.
     rungs = [rung for rung in report.ladder if rung.get("placement") == placement]
+    if not rungs and load_healthy(placement=placement):
+        return None  # a report without a ladder, such as that of a probe in a run
     if not rungs:
-        if load_healthy(placement=placement):
-            return None  # a report without a ladder, such as that of a probe in a run
         kind = f"with {norms}"
         if placement == "none":
             kind = "without norms"
         return _not_compared(f"no init of another model {kind} was measured")
 
     # 3. This model among them.
-    steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
-    steps = sorted([*steps, (worst[1].estimate, _YOURS)])
-    shown = [f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps)]
-    text = f"worst branch gain  {' · '.join(shown)}  ({norms}, at init{_widths(report, rungs)})"
+    gain = worst[1].estimate
+    ladder = _ladder(rungs, gain)
+    text = f"worst branch gain  {ladder}  ({norms}, at init{_widths(report, rungs)})"
     return Line("other models", text)
+
+
+def _measured_placements(report: Report) -> list[str]:
+    """Return the placements of the sub-layers whose branch norm was measured, by name."""
+    placements = set()
+    for row in report.sublayers:
+        if row.branch_norm is not None:
+            placements.add(str(row.placement))
+    return sorted(placements)
+
+
+def _ladder(rungs: list[dict[str, Any]], yours: float) -> str:
+    """Return the rungs next to this model's gain, from the smallest to the largest.
+
+    Args:
+        rungs: inits of other models.
+        yours: the worst branch gain of this model.
+    """
+    steps = [(yours, _YOURS)]
+    for rung in rungs:
+        steps.append((float(rung["worst_branch_gain"]), str(rung["name"])))
+    shown = []
+    for gain, name in _nearest(sorted(steps)):
+        shown.append(f"{name} {two(gain)}".replace(" ", TIED))
+    return " · ".join(shown)
 
 
 def _not_compared(reason: str) -> Line:
@@ -425,29 +568,35 @@ def _not_compared(reason: str) -> Line:
 
 
 def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:
+    """Return the widths of the inits on the ladder, next to the model's own."""
     widths = {rung["width"] for rung in rungs if rung.get("width")}
     if not widths:
-        return ""
-    if widths == {report.model.width}:
+        return ""  # the ladder does not say
+    own = report.model.width
+    if widths == {own}:
         return ", same width"
-    return f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
+    return f", width {_range(widths)}; yours {own or 'unknown'}"
 
 
 def _nearest(steps: list[tuple[float, str]]) -> list[tuple[float, str]]:
     """Return your rung, the nearest ones on both sides, and the two ends of the ladder."""
-    yours = next(place for place, (_, name) in enumerate(steps) if name.startswith("▸"))
-    ends = (0, len(steps) - 1)
+    names = [name for _, name in steps]
+    yours = names.index(_YOURS)
     nearest = []
     for place, step in enumerate(steps):
-        if abs(place - yours) <= _RUNGS_NEAR or place in ends:
+        is_near = abs(place - yours) <= _RUNGS_NEAR
+        is_end = place in (0, len(steps) - 1)
+        if is_near or is_end:
             nearest.append(step)
     return nearest
 
 
 def _range(values: set[int]) -> str:
-    if len(values) == 1:
-        return str(min(values))
-    return f"{min(values)} to {max(values)}"
+    """Return the smallest and the largest value, or the one that there is."""
+    least, most = min(values), max(values)
+    if least == most:
+        return str(least)
+    return f"{least} to {most}"
 
 
 # -- what was not judged ---------------------------------------------------------------------------
@@ -455,15 +604,21 @@ def _open(report: Report) -> Line | None:
     """Return the rules that did not come to an answer: an undecided rule is never a pass."""
     undecided = []
     for rule in report.rules:
-        if rule.status != "unknown" or rule.code in CONDITIONS:
-            continue
-        name = f"{rule.code} {rule.name}".strip()
-        if rule.note:
-            name = f"{name} ({rule.note})"
-        undecided.append(name)
+        # The two conditions have lines of their own.
+        is_open = rule.status == "unknown" and rule.code not in CONDITIONS
+        if is_open:
+            undecided.append(_named_with_note(rule))
     if not undecided:
         return None
     return Line("undecided", ", ".join(undecided), level="undecided")
+
+
+def _named_with_note(rule: RuleResult) -> str:
+    """Return code and name of a rule, and what it noted."""
+    name = f"{rule.code} {rule.name}".strip()
+    if not rule.note:
+        return name
+    return f"{name} ({rule.note})"
 
 
 def _uncovered(report: Report) -> Line | None:
@@ -471,6 +626,8 @@ def _uncovered(report: Report) -> Line | None:
     model = report.model
     if not model.uncovered:
         return None
+
+    # 1. The modules, each with the reason if there is one.
     names = []
     for name in model.uncovered:
         reason = model.uncovered_reasons.get(name)
@@ -479,6 +636,8 @@ def _uncovered(report: Report) -> Line | None:
         else:
             names.append(name)
     text = some(names)
+
+    # 2. Their share.
     if model.covered_parameters is not None:
         missing = model.parameters - model.covered_parameters
         text = f"{share(missing, model.parameters)} of the parameters: {text}"
@@ -487,21 +646,12 @@ def _uncovered(report: Report) -> Line | None:
 
 def footnotes(report: Report) -> list[str]:
     """Return why columns or figures are missing, one sentence per reason."""
-    titles = {
-        "branch_norm": "branch ‖J‖",
-        "core_norm": "core ‖J‖",
-        "norm_gain": "1/σ gain",
-        "bound": "bound",
-    }
+    # 1. Figures that some or all sub-layers lack.
     notes = []
-    for key, title in titles.items():
-        by_reason = _missing_by_reason(report, key)
-        for reason, names in list(by_reason.items())[:_NAMED]:
-            where = ""
-            if len(names) < len(report.sublayers):
-                where = f" at {some(names)}"
-            notes.append(f"no {title}{where}: {reason}")
+    for key, title in _TITLES.items():
+        notes += _missing_figures(report, key, title)
 
+    # 2. What the two factors are worth on a trained model.
     is_split = any(row.core_norm and row.norm_gain for row in report.sublayers)
     if report.state == "trained" and is_split:
         notes.append(
@@ -511,12 +661,32 @@ def footnotes(report: Report) -> list[str]:
     return notes
 
 
+def _missing_figures(report: Report, key: str, title: str) -> list[str]:
+    """Return a sentence for each of the first reasons why a figure is missing.
+
+    Args:
+        report: of either tier and state.
+        key: of the figure in a record.
+        title: of its column.
+    """
+    sentences = []
+    by_reason = _missing_by_reason(report, key)
+    for reason, names in list(by_reason.items())[:_NAMED]:
+        where = ""
+        if len(names) < len(report.sublayers):
+            where = f" at {some(names)}"
+        sentences.append(f"no {title}{where}: {reason}")
+    return sentences
+
+
 def _missing_by_reason(report: Report, key: str) -> dict[str, list[str]]:
     """Return the sub-layers without a figure, by the reason that they give."""
     by_reason: dict[str, list[str]] = {}
     for row in report.sublayers:
-        if getattr(row, key) is None and key in row.notes:
-            by_reason.setdefault(row.notes[key], []).append(row.name)
+        is_explained = key in row.notes
+        if is_explained and getattr(row, key) is None:
+            names = by_reason.setdefault(row.notes[key], [])
+            names.append(row.name)
     return by_reason
 
 
@@ -527,10 +697,14 @@ def to_do(report: Report) -> list[str]:
     Args:
         report: of either tier and state.
     """
+    # 1. Changes to the model.
     lines = remedied(report)
-    lines += [f"{text}   jacdiag explain {code}" for text, code in _advice(report).items()]
-    nothing_to_compare_with = report.baseline is None
-    if report.state == "trained" and report.tier == "measured" and nothing_to_compare_with:
+    for text, code in _advice(report).items():
+        lines.append(f"{text}   jacdiag explain {code}")
+
+    # 2. Without a model to compare it with, the norms of a trained one are not judged.
+    is_measured_run = report.state == "trained" and report.tier == "measured"
+    if is_measured_run and report.baseline is None:
         lines.append(_offer_comparison(report))
     return lines or [_without_remedy(report)]
 
@@ -540,14 +714,12 @@ def _advice(report: Report) -> dict[str, str]:
 
     A fix for a figure (JD1xx, JD2xx) is shown only if it was tried on a copy and helps.
     """
-    answered = {code for remedy in report.remedies if remedy.recommended for code in remedy.codes}
+    answered = _answered_codes(report)
     advice: dict[str, str] = {}
     for finding in _by_level(report.findings):
         if not finding.fix:
             continue
-        is_comparison = finding.code == "JD110" and report.against is not None
-        needs_trial = finding.code.startswith(("JD1", "JD2")) and not is_comparison
-        if not needs_trial:
+        if not _needs_trial(report, finding):
             advice.setdefault(finding.fix, finding.code)
         elif finding.verified and finding.code not in answered:
             text = f"{finding.fix} (tried on a copy of this model: it helps)"
@@ -555,33 +727,61 @@ def _advice(report: Report) -> dict[str, str]:
     return advice
 
 
+def _answered_codes(report: Report) -> set[str]:
+    """Return the rules that the recommended remedy answers."""
+    codes: set[str] = set()
+    for remedy in report.remedies:
+        if remedy.recommended:
+            codes.update(remedy.codes)
+    return codes
+
+
+def _needs_trial(report: Report, finding: Finding) -> bool:
+    """Return whether a fix is shown only if it was tried: it changes how a figure comes out."""
+    if finding.code == "JD110" and report.against is not None:
+        return False  # a comparison of two checkpoints: nothing can be tried on a copy
+    return finding.code.startswith(("JD1", "JD2"))
+
+
 def _offer_comparison(report: Report) -> str:
     """Return the command by which a trained model can be judged."""
     command = str(report.settings.get("command") or "")
     if not command.startswith("jacdiag audit"):
-        command = "jacdiag audit NOW"
+        command = "jacdiag audit NOW"  # the library was called, or another command
     return f"compare it with an earlier checkpoint, or its JSON report: {command} --against EARLIER"
 
 
 def _without_remedy(report: Report) -> str:
-    loudest = next(iter(_by_level(report.findings)), None)
+    """Return the line of "What to do" if there is no remedy and no advice."""
+    # 1. A better measurement could decide.
     is_undecided = report.verdict == "unknown"
-    if is_undecided and (report.tier == "weights" or _norms_judged(report)):
+    if is_undecided and _could_measure_more(report):
         return _MEASURE_MORE[report.tier]
-    if loudest is None and is_undecided:
-        return "nothing: no selected rule applied"
-    if loudest is None:
+
+    # 2. Nothing fired.
+    if not report.findings:
+        if is_undecided:
+            return "nothing: no selected rule applied"
         return "nothing: no rule fired"
+
+    # 3. What fired has no fix that helps.
+    loudest = _by_level(report.findings)[0]
     if loudest.level == "info":
         return "nothing: what fired are observations"
     return f"read on: jacdiag explain {loudest.code}"
 
 
+def _could_measure_more(report: Report) -> bool:
+    """Return whether a measurement, or one with more products, could decide the verdict."""
+    return report.tier == "weights" or _norms_judged(report)
+
+
 def _norms_judged(report: Report) -> bool:
-    """Return whether more products could decide an undecided verdict."""
+    """Return whether a rule is undecided, or compared norms with its thresholds."""
     for rule in report.rules:
-        judges_norms = rule.matched and rule.code.startswith("JD1")
-        if rule.status == "unknown" or judges_norms:
+        if rule.status == "unknown":
+            return True
+        if rule.matched and rule.code.startswith("JD1"):
             return True
     return False
 
@@ -593,11 +793,17 @@ def cost(report: Report) -> str:
     if spent.forward_equivalents:
         amounts.append(f"{spent.forward_equivalents:,.0f} forwards of one sub-layer")
     if spent.seconds is not None:
-        time = seconds(spent.seconds)
-        for phase, name in (("remedies", "remedies"), ("probes", "further probes")):
-            if spent.phases.get(phase):
-                time += f" ({name} {seconds(spent.phases[phase])})"
-        amounts.append(time)
+        amounts.append(_time_spent(spent, spent.seconds))
     if spent.peak_memory_mb:
         amounts.append(f"peak {memory(spent.peak_memory_mb)}")
     return ", ".join(amounts) or ABSENT
+
+
+def _time_spent(spent: Cost, total: float) -> str:
+    """Return the seconds of an audit, and how many of them went to remedies and probes."""
+    time = seconds(total)
+    for phase, name in (("remedies", "remedies"), ("probes", "further probes")):
+        part = spent.phases.get(phase)
+        if part:
+            time += f" ({name} {seconds(part)})"
+    return time
