@@ -36,34 +36,41 @@ def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable
         replay: of a report.
         all_rows: show every batch; else the suspects and the latest few of the others.
     """
-    # 1. The rows.
+    # 1. The batches, suspects first.
     others = replay.others
     if not all_rows:
         others = others[:_FOLDED]
     rows = [_batch_cells(batch, _batch_name(batch)) for batch in [*replay.suspects, *others]]
+
+    # 2. One row for all that are folded away, and one for what is usual.
     hidden = replay.others[len(others) :]
     if hidden:
         rows.append(_range_cells(hidden))
     if replay.before:
         rows.append(_level_cells(replay))
+    return ReplayTable(HEADER, _aligned_rows(rows))
 
-    # 2. The columns of numbers, with their points in a line.
+
+def _aligned_rows(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows whose columns of numbers have their points in a line."""
     if not rows:
-        return ReplayTable(HEADER, [])
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    numbers = [aligned(column) for column in columns[1:5]]
-    texts = [columns[0], *numbers, columns[5]]
-    return ReplayTable(HEADER, list(zip(*texts, strict=True)))
+        return []
+    first, *numbers, last = zip(*rows, strict=True)
+    columns = [first, *map(aligned, numbers), last]
+    return list(zip(*columns, strict=True))
 
 
 def table_lines(table: ReplayTable) -> list[str]:
     """Return the table as lines of plain text."""
-    widths = [
-        max(len(cell) for cell in column) for column in zip(table.header, *table.rows, strict=True)
-    ]
+    # 1. Every column as wide as its widest cell.
+    all_rows = [table.header, *table.rows]
+    columns = zip(*all_rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+
+    # 2. The lines, without spaces at their ends.
     lines = []
-    for row in [table.header, *table.rows]:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+    for row in all_rows:
+        cells = map(str.ljust, row, widths)
         lines.append("  ".join(cells).rstrip())
     return lines
 
@@ -99,8 +106,12 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
 def _onset(replay: ReplayRecord) -> str:
     """Return why the batch of another step than the alert's is looked at; "" if it is not."""
     onset, step = replay.onset, replay.step
-    if onset is None or step is None or onset == step:
+    if onset is None or step is None:
         return ""
+    if onset == step:
+        return ""  # the batch of the alert's own step
+
+    # A step after the last one that was logged.
     if onset > step:
         return (
             f"step {onset:,} had begun and not ended when the loop was left: its batch is looked at"
@@ -126,10 +137,15 @@ def _not_finite(batches: list[BatchReplay]) -> list[str]:
         return facts
 
     # 2. No batch does: worth a word if a figure is not finite.
-    all_finite = all(batch.values is not None and batch.values.is_finite for batch in batches)
-    if all_finite and any(_has_lost_figure(batch) for batch in batches):
+    lost_a_figure = any(map(_has_lost_figure, batches))
+    if lost_a_figure and all(map(_has_finite_values, batches)):
         return [f"every tensor of the {len(batches)} kept batches is finite"]
     return []
+
+
+def _has_finite_values(batch: BatchReplay) -> bool:
+    """Return whether a batch was looked at, and every value in it is finite."""
+    return batch.values is not None and batch.values.is_finite
 
 
 def _has_lost_figure(batch: BatchReplay) -> bool:
@@ -139,12 +155,15 @@ def _has_lost_figure(batch: BatchReplay) -> bool:
 
 
 def _batch_name(batch: BatchReplay) -> str:
+    """Return the step of a batch, and whether it is the suspect."""
+    name = f"{batch.step:,}"
     if batch.suspect:
-        return f"{batch.step:,} suspect"
-    return f"{batch.step:,}"
+        name += " suspect"
+    return name
 
 
 def _batch_cells(batch: BatchReplay, name: str) -> tuple[str, ...]:
+    """Return the row of one batch: its figures now, each next to the one in the run's log."""
     return (
         name,
         three(batch.loss),
@@ -156,6 +175,7 @@ def _batch_cells(batch: BatchReplay, name: str) -> tuple[str, ...]:
 
 
 def _range_cells(batches: list[BatchReplay]) -> tuple[str, ...]:
+    """Return the row of batches that are folded away: the range of each figure."""
     return (
         f"{len(batches)} more",
         _ends([batch.loss for batch in batches]),
@@ -171,16 +191,17 @@ def _ends(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return three(None)
-    return f"{three(min(known))} to {three(max(known))}"
+    least, most = three(min(known)), three(max(known))
+    return f"{least} to {most}"
 
 
 def _count_outlying(batches: list[BatchReplay]) -> str:
     """Return how many sequences of some batches are out of range, and of how many."""
-    outlying, count = 0, 0
+    sequences = []
     for batch in batches:
-        outlying += sum(bool(sequence.outlying) for sequence in batch.sequences)
-        count += len(batch.sequences)
-    return f"{outlying} of {count}"
+        sequences += batch.sequences
+    outlying = sum(bool(sequence.outlying) for sequence in sequences)
+    return f"{outlying} of {len(sequences)}"
 
 
 def _level_cells(replay: ReplayRecord) -> tuple[str, ...]:
@@ -188,26 +209,35 @@ def _level_cells(replay: ReplayRecord) -> tuple[str, ...]:
     loss, gradient = None, None
     if LOSS in replay.before:
         loss = replay.before[LOSS].center
+    # The level of the gradient is that of its logarithm.
     if GRADIENT in replay.before:
-        gradient = math.exp(replay.before[GRADIENT].center)  # its level is that of the logarithm
+        gradient = math.exp(replay.before[GRADIENT].center)
     return "usual before", "", three(loss), "", three(gradient), ""
 
 
 def _sequences_out(batch: BatchReplay) -> str:
     """Return the outlying sequences of a batch, the largest loss first; "" if there are none."""
-    out = [(place, sequence) for place, sequence in enumerate(batch.sequences) if sequence.outlying]
-    if not out:
+    # 1. Those that are out of range.
+    outlying = []
+    for place, sequence in enumerate(batch.sequences):
+        if sequence.outlying:
+            outlying.append((place, sequence))
+    if not outlying:
         return ""
-    out.sort(key=lambda pair: -(pair[1].loss or 0.0))
-    shown = [
-        f"{place} (loss {three(sequence.loss)}, gradient {three(sequence.gradient)})"
-        for place, sequence in out[:_SEQUENCES]
-    ]
+    outlying.sort(key=lambda pair: -(pair[1].loss or 0.0))
+
+    # 2. The first few of them in words.
+    shown = []
+    for place, sequence in outlying[:_SEQUENCES]:
+        loss, gradient = three(sequence.loss), three(sequence.gradient)
+        shown.append(f"{place} (loss {loss}, gradient {gradient})")
     listed = ", ".join(shown)
-    if len(out) > _SEQUENCES:
-        listed += f" and {len(out) - _SEQUENCES} more"
+    if len(outlying) > _SEQUENCES:
+        listed += f" and {len(outlying) - _SEQUENCES} more"
+
+    # 3. The sentence.
     noun = "sequences"
-    if len(out) == 1:
+    if len(outlying) == 1:
         noun = "sequence"
     return (
         f"out of the range of the other batches' sequences: {noun} {listed}, of "
@@ -216,30 +246,38 @@ def _sequences_out(batch: BatchReplay) -> str:
 
 
 def _tokens(replay: ReplayRecord) -> str:
-    shown = ", ".join(_token(token) for token in replay.tokens[:_TOKENS])
-    text = f"largest token losses of the suspect: {shown}"
-    if replay.token_cut is not None and replay.tokens_counted:
-        text += (
-            f"; {replay.tokens_beyond} of its {replay.tokens_counted:,} tokens are above "
-            f"{three(replay.token_cut)}, as 1 in 1,000 tokens of the other batches is"
-        )
-    return text
+    """Return the tokens of the largest losses, and how many are above the other batches' range."""
+    shown = map(_token, replay.tokens[:_TOKENS])
+    text = f"largest token losses of the suspect: {', '.join(shown)}"
+    if replay.token_cut is None or not replay.tokens_counted:
+        return text  # there is no other batch to compare with
+    return (
+        f"{text}; {replay.tokens_beyond} of its {replay.tokens_counted:,} tokens are above "
+        f"{three(replay.token_cut)}, as 1 in 1,000 tokens of the other batches is"
+    )
 
 
 def _token(token: TokenReplay) -> str:
-    return (
-        f"{three(token.loss)} (id {token.target} in sequence {token.sequence} at {token.position})"
-    )
+    """Return the loss of a token, its id and its place in the batch."""
+    place = f"id {token.target} in sequence {token.sequence} at {token.position}"
+    return f"{three(token.loss)} ({place})"
 
 
 def _norms(replay: ReplayRecord) -> str:
-    finite = [norm for norm in replay.norms if math.isfinite(norm.ratio) and norm.ratio > 0]
+    """Return how branch norms on the suspect compare with those on the run's fixed probe."""
     start = f"branch norms on the batch of step {replay.probed_step}"
     start += f" compared with the probe of step {replay.probe_step}"
-    if not finite:
+
+    # 1. The ratios that can be compared.
+    comparable = []
+    for norm in replay.norms:
+        if math.isfinite(norm.ratio) and norm.ratio > 0:
+            comparable.append(norm)
+    if not comparable:
         return f"{start}: none can be compared"
-    finite.sort(key=lambda norm: -abs(math.log(norm.ratio)))
-    far = ", ".join(f"{three(norm.ratio)} x at {norm.name}" for norm in finite[:_NORMS])
-    return (
-        f"{start}: {three(median(norm.ratio for norm in finite))} x in the median; farthest {far}"
-    )
+
+    # 2. The usual ratio, and those farthest from 1 in either direction.
+    usual = three(median(norm.ratio for norm in comparable))
+    comparable.sort(key=lambda norm: -abs(math.log(norm.ratio)))
+    farthest = [f"{three(norm.ratio)} x at {norm.name}" for norm in comparable[:_NORMS]]
+    return f"{start}: {usual} x in the median; farthest {', '.join(farthest)}"

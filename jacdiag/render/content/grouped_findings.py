@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Level, Report
-from jacdiag.render.content.sentences import legible
+from jacdiag.render.content.sentences import legible, plural
 
 NOT_COMPARED = (
     "a trained model that was compared with nothing: no rule tells it from a wrecked one "
@@ -55,7 +55,9 @@ class Note:
     @property
     def place(self) -> str:
         """Return the place as in "model.py:118", or "" if it is not known."""
-        return f"{self.file}:{self.line}" if self.file else ""
+        if not self.file:
+            return ""
+        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -105,44 +107,69 @@ def build_gate_view(report: Report) -> GateView:
     Args:
         report: of `jacdiag gate` or of an audit.
     """
+    # 1. What only a gate has.
+    command, seconds = "audit", None
     gate = report.settings.get("gate", {})
-    recorded = gate.get("seconds")
-    baseline = report.baseline
+    if "gate" in report.settings:
+        command = "gate"
+    if gate.get("seconds") is not None:
+        seconds = float(gate["seconds"])
+    baseline_day = None
+    if report.baseline is not None:
+        baseline_day = report.baseline.created[:10]
+
+    # 2. What an audit has, too.
     return GateView(
-        command="gate" if "gate" in report.settings else "audit",
+        command=command,
         outcome=_outcome(report),
         seeds=int(gate.get("seeds", 1)),
-        seconds=None if recorded is None else float(recorded),
+        seconds=seconds,
         notes=notes(report),
         counted=_counted(report),
         reservations=_reservations(report),
         not_applicable=_not_applicable(report),
         changes=_changes(report),
-        baseline_day=None if baseline is None else baseline.created[:10],
+        baseline_day=baseline_day,
         accept=_accept_command(report),
     )
 
 
 def notes(report: Report) -> list[Note]:
     """Return one note per rule that fired, in the order of the rules."""
-    rule_names = {rule.code: rule.name for rule in report.rules}
-    fail_on = str(report.settings.get("gate", {}).get("fail_on", "error"))
+    # 1. The findings of each rule.
     groups: dict[str, list[Finding]] = {}
     for finding in report.findings:
         groups.setdefault(finding.code, []).append(legible(finding))
-    return [
-        _note(code, rule_names.get(code, ""), findings, fail_on)
-        for code, findings in groups.items()
-    ]
+
+    # 2. A note for each.
+    rule_names = {rule.code: rule.name for rule in report.rules}
+    fail_on = str(report.settings.get("gate", {}).get("fail_on", "error"))
+    notes = []
+    for code, findings in groups.items():
+        notes.append(_note(code, rule_names.get(code, ""), findings, fail_on))
+    return notes
 
 
 def _note(code: str, name: str, findings: list[Finding], fail_on: str) -> Note:
+    """Return the note of one rule.
+
+    Args:
+        code: of the rule.
+        name: of the rule.
+        findings: at least one.
+        fail_on: the least level at which the gate fails.
+    """
+    # 1. The loudest finding stands for all of them.
     loudest_first = sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
     level = loudest_first[0].level
+
+    # 2. Where it is, in the repository and in the model.
     location = _location(loudest_first)
     names = []
     for finding in loudest_first:
         names += [*finding.evidence.get("parameters", ()), *finding.where]
+
+    # 3. The first sentences; the others are counted.
     return Note(
         code=code,
         name=name,
@@ -160,35 +187,46 @@ def _note(code: str, name: str, findings: list[Finding], fail_on: str) -> Note:
 def _location(findings: list[Finding]) -> dict[str, Any]:
     """Return the first place in the repository that a finding names."""
     for finding in findings:
+        # A report may come from a file: the evidence is whatever stands there.
         location = finding.evidence.get("location")
         if isinstance(location, dict):
             return location
+
     return {}
 
 
 def _fix(findings: list[Finding]) -> str:
     """Return the first fix; one of a figure's rule (JD1xx, JD2xx) only if it was tried."""
     for finding in findings:
+        if not finding.fix:
+            continue
         needs_trial = finding.code.startswith(("JD1", "JD2"))
-        if finding.fix and (finding.verified or not needs_trial):
+        if not needs_trial or finding.verified:
             return finding.fix
     return ""
 
 
 def _reaches(level: Level, fail_on: str) -> bool:
     """Return whether a gate that fails on `fail_on` fails on a level."""
-    if fail_on == "never":
+    never_fails = fail_on == "never"
+    if never_fails:
         return False
     return LEVELS.index(level) >= LEVELS.index(fail_on)
 
 
 def _counted(report: Report) -> str:
-    clean = sum(rule.status == "clean" for rule in report.rules)
-    absent = sum(rule.status == "not-applicable" for rule in report.rules)
-    undecided = [rule.code for rule in report.rules if rule.status == "unknown"]
-    counts = [f"{clean} {'rule' if clean == 1 else 'rules'} clean"]
+    """Return how many rules came out in which way, with the codes of the undecided ones."""
+    # 1. By status.
+    codes: dict[str, list[str]] = {}
+    for rule in report.rules:
+        codes.setdefault(rule.status, []).append(rule.code)
+    undecided = codes.get("unknown", [])
+    absent = codes.get("not-applicable", [])
+
+    # 2. In words. The clean ones are always counted, be there none.
+    counts = [f"{plural(len(codes.get('clean', [])), 'rule')} clean"]
     if absent:
-        counts.append(f"{absent} not applicable")
+        counts.append(f"{len(absent)} not applicable")
     if undecided:
         counts.append(f"{len(undecided)} undecided ({', '.join(undecided)})")
     return ", ".join(counts)
@@ -196,15 +234,19 @@ def _counted(report: Report) -> str:
 
 def _not_applicable(report: Report) -> list[str]:
     """Return why rules did not apply, if they say so."""
-    return [
-        f"{rule.code}: {rule.note}"
-        for rule in report.rules
-        if rule.note and rule.status == "not-applicable"
-    ]
+    reasons = []
+    for rule in report.rules:
+        if rule.status != "not-applicable":
+            continue
+        if rule.note:
+            reasons.append(f"{rule.code}: {rule.note}")
+    return reasons
 
 
 def _outcome(report: Report) -> str:
+    """Return the outcome of a gate by its exit code, or the verdict of an audit."""
     exit_code = report.settings.get("gate", {}).get("exit_code")
+    # A trained model that was compared with nothing does not pass: it was only looked at.
     if exit_code == 0 and report.verdict == "observed":
         return "OBSERVED"
     return _OUTCOMES.get(exit_code, report.verdict.upper())
@@ -222,21 +264,30 @@ def _reservations(report: Report) -> list[str]:
 
 def _changes(report: Report) -> list[FigureChange]:
     """Return the figures that JD110 found to differ from the baseline."""
-    changes: list[dict[str, Any]] = []
+    # 1. The evidence of all findings of that rule.
+    evidence: list[dict[str, Any]] = []
     for finding in report.findings:
         if finding.code == "JD110":
-            changes += finding.evidence.get("changes", ())
-    return [
-        FigureChange(str(change["where"]), change["field"], change["old"], change["new"])
-        for change in changes
-    ]
+            evidence += finding.evidence.get("changes", ())
+
+    # 2. As records.
+    changes = []
+    for change in evidence:
+        where = str(change["where"])
+        changes.append(FigureChange(where, change["field"], change["old"], change["new"]))
+    return changes
 
 
 def _accept_command(report: Report) -> str:
     """Return the command that writes the baseline again, if a baseline refused the figures."""
-    was_refused = any(finding.code == "JD110" for finding in report.findings)
-    if "gate" not in report.settings or not was_refused:
+    # 1. Whether there is something to accept.
+    if "gate" not in report.settings:
         return ""
+    fired = {finding.code for finding in report.findings}
+    if "JD110" not in fired:
+        return ""
+
+    # 2. The command of the gate, with the option that writes.
     command = str(report.settings.get("command") or "jacdiag gate SOURCE --baseline FILE")
     if "--write-baseline" in command:
         return command
