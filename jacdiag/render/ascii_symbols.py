@@ -85,14 +85,18 @@ def letters_of(character: str) -> str:
         >>> letters_of("▲"), letters_of("é"), letters_of("中")
         ('!', 'e', '\\\\u4e2d')
     """
+    # 1. Characters that this program prints.
     if character in _LETTERS:
         return _LETTERS[character]
     if ord(character) in _BRAILLE:
         return "*"
     if ord(character) in _BOXES:
         return "+"
+
+    # 2. Any other: without its accents, or as an escape.
     plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    if plain.strip() and "?" not in plain:
+    is_readable = plain.strip() and "?" not in plain
+    if is_readable:
         return plain
     return character.encode("ascii", "backslashreplace").decode()
 
@@ -116,17 +120,37 @@ def spelled(text: str, encoding: str | None, form: Form = "text") -> str:
     encoding = encoding or "utf-8"
     if _holds(text, encoding):
         return text
+
+    # 1. Syntaxes that have escapes.
     if form == "json":
-        return "".join(c if _holds(c, encoding) else json.dumps(c)[1:-1] for c in text)
+        return _escaped_for_json(text, encoding)
     if form == "xml":
         return text.encode(encoding, "xmlcharrefreplace").decode(encoding)
 
+    # 2. Others, line by line.
     if form == "markdown":
-        if not _holds("‖", encoding):
-            text = text.replace("‖", "\\|")
-        if not _holds("·", encoding):
-            text = _PRODUCT.sub(r"\\*", text)
-    return "".join(_spelled_line(line, encoding) for line in text.splitlines(keepends=True))
+        text = _spelled_bars(text, encoding)
+    lines = text.splitlines(keepends=True)
+    return "".join(_spelled_line(line, encoding) for line in lines)
+
+
+def _escaped_for_json(text: str, encoding: str) -> str:
+    """Return JSON in which escapes stand for what an encoding cannot hold."""
+    characters = []
+    for character in text:
+        if not _holds(character, encoding):
+            character = json.dumps(character)[1:-1]  # the escape without its quotes
+        characters.append(character)
+    return "".join(characters)
+
+
+def _spelled_bars(text: str, encoding: str) -> str:
+    """Return Markdown in which bars and stars that stand for signs are escaped."""
+    if not _holds("‖", encoding):
+        text = text.replace("‖", "\\|")
+    if not _holds("·", encoding):
+        text = _PRODUCT.sub(r"\\*", text)
+    return text
 
 
 def register() -> str:
@@ -139,23 +163,27 @@ def register() -> str:
 
 
 def _handle(error: UnicodeError) -> tuple[str, int]:
+    """Return letters in place of what could not be encoded, and where to go on."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    failed = error.object[error.start : error.end]
-    return "".join(letters_of(character) for character in failed), error.end
+    unencodable = error.object[error.start : error.end]
+    return "".join(map(letters_of, unencodable)), error.end
 
 
 def _holds(text: str, encoding: str) -> bool:
+    """Return whether an encoding has all characters of a text."""
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
         return False
-    except LookupError:  # an encoding that Python does not know: its stream decides
+    except LookupError:
+        # An encoding that Python does not know: its stream decides.
         return True
     return True
 
 
 def _spelled_line(line: str, encoding: str) -> str:
+    """Return one line in letters, with its columns where they were as far as there is room."""
     if _holds(line, encoding):
         return line
 
@@ -165,17 +193,17 @@ def _spelled_line(line: str, encoding: str) -> str:
         line = _PRODUCT.sub("*", line)
 
     # 2. Spell what does not fit, and count how much wider the line has become.
-    parts: list[str] = []
+    pieces: list[str] = []
     wider = 0
     for piece in re.findall(r" {2,}|[^ ]| ", line):
         if piece.startswith("  "):
             # 3. A gap gives room back, down to one space.
-            taken = min(wider, len(piece) - 1)
-            wider -= taken
-            piece = piece[taken:]
+            reduction = min(wider, len(piece) - 1)
+            wider -= reduction
+            piece = piece[reduction:]
         elif not _holds(piece, encoding):
             letters = letters_of(piece)
             wider += len(letters) - 1
             piece = letters
-        parts.append(piece)
-    return "".join(parts)
+        pieces.append(piece)
+    return "".join(pieces)

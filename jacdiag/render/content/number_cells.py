@@ -21,26 +21,38 @@ def aligned(cells: Sequence[str]) -> list[str]:
     >>> aligned(["9.83 to 10.4", "0.456 to 0.502"])
     ['9.83  to 10.4  ', '0.456 to  0.502']
     """
+    # 1. The lower ends, or single numbers, and the upper ends.
     ends = [cell.partition(_TO) for cell in cells]
     lowers = _on_the_point([lower for lower, _, _ in ends])
     uppers = _on_the_point([upper for _, _, upper in ends])
 
+    # 2. Put them together again.
     padded = []
     for lower, (_, separator, _), upper in zip(lowers, ends, uppers, strict=True):
-        if not separator:
-            upper = ""  # a single number: its column has no upper end
-        padded.append(f"{lower}{separator}{upper}")
+        if separator:
+            padded.append(f"{lower}{separator}{upper}")
+        else:
+            padded.append(lower)  # a single number: its column has no upper end
 
-    width = max((len(cell) for cell in padded), default=0)
-    return [f"{cell:<{width}}" for cell in padded]
+    # 3. One width for all.
+    width = max(map(len, padded), default=0)
+    return [text.ljust(width) for text in padded]
 
 
 def _on_the_point(numbers: Sequence[str]) -> list[str]:
     """Pad single numbers on both sides."""
-    halves = [_split(number) for number in numbers]
-    left = max((len(head) for head, _ in halves), default=0)
-    right = max((len(tail) for _, tail in halves), default=0)
-    return [f"{head:>{left}}{tail:<{right}}" for head, tail in halves]
+    # 1. What stands before the point, and from it on.
+    heads, tails = [], []
+    for number in numbers:
+        head, tail = _split(number)
+        heads.append(head)
+        tails.append(tail)
+
+    # 2. Each side as wide as its widest text.
+    left = max(map(len, heads), default=0)
+    right = max(map(len, tails), default=0)
+    pairs = zip(heads, tails, strict=True)
+    return [f"{head:>{left}}{tail:<{right}}" for head, tail in pairs]
 
 
 def _split(number: str) -> tuple[str, str]:
@@ -62,5 +74,8 @@ def bar(value: float, low: float = 0.01, high: float = 1.0) -> str:
     """
     if not math.isfinite(value) or value <= low:
         return _BLOCKS[0]
+
+    # 0 at `low`, 1 at `high`, more above it.
     place = math.log(value / low) / math.log(high / low)
-    return _BLOCKS[min(len(_BLOCKS) - 1, int(place * (len(_BLOCKS) - 1)))]
+    last = len(_BLOCKS) - 1
+    return _BLOCKS[min(last, int(place * last))]

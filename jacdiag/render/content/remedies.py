@@ -26,12 +26,17 @@ def remedied(report: Report) -> list[str]:
     Args:
         report: of either tier and state.
     """
+    # 1. One that is enough.
     remedies = report.remedies
     recommended = _recommended(remedies)
     if recommended is not None:
         return _recommendation(recommended, remedies)
+
+    # 2. A choice for a run that has begun.
     if _is_for_begun_run(report):
         return [f"{r.title}: {_effect_on_function(r)}; price: {r.price}" for r in remedies]
+
+    # 3. None was enough.
     if not remedies:
         return []
     nearest = _nearest(remedies)
@@ -42,16 +47,23 @@ def remedied(report: Report) -> list[str]:
 
 
 def _recommended(remedies: Sequence[RemedyRecord]) -> RemedyRecord | None:
+    """Return the remedy that is recommended, if one is."""
     return next((remedy for remedy in remedies if remedy.recommended), None)
 
 
 def _recommendation(best: RemedyRecord, remedies: Sequence[RemedyRecord]) -> list[str]:
-    others = [f"{r.name}: {_outcome(r)}" for r in remedies if r is not best]
+    """Return the lines on the recommended remedy.
+
+    Args:
+        best: the recommended one.
+        remedies: all that were tried.
+    """
     lines = [
         f"{best.title} ({best.name})   jacdiag explain {best.codes[0]}",
         f"tried on a copy{_on_seeds(best)}: {effect(best)}",
         f"price: {best.price}; the change as code: --patch FILE",
     ]
+    others = [f"{r.name}: {_outcome(r)}" for r in remedies if r is not best]
     if others:
         lines.append(f"also tried: {'; '.join(others)}")
     return lines
@@ -62,15 +74,18 @@ def _is_for_begun_run(report: Report) -> bool:
     choice = report.settings.get("remedies")
     if choice is not None:
         return bool(choice == "begun")
+
     # An older report does not say. Remedies for a begun run keep the function, and none is enough.
-    some_keep_function = any(remedy.keeps_function for remedy in report.remedies)
-    return some_keep_function and not any(remedy.sufficient for remedy in report.remedies)
+    keep_function = [remedy.keeps_function for remedy in report.remedies]
+    sufficient = [remedy.sufficient for remedy in report.remedies]
+    return any(keep_function) and not any(sufficient)
 
 
 def _nearest(remedies: Sequence[RemedyRecord]) -> RemedyRecord:
     """Return the one that leaves the fewest rules, of these the smallest gain."""
 
     def distance(remedy: RemedyRecord) -> tuple[int, float]:
+        # A gain that was not measured counts as the largest.
         interval = remedy.after.branch_norm
         upper = float("inf")
         if interval is not None:
@@ -85,14 +100,19 @@ def effect(remedy: RemedyRecord) -> str:
 
     For example "worst branch gain 23.2 to 24.1 → 1.05 to 1.10, both conditions met".
     """
+    # 1. The worst branch.
     before, after = remedy.before, remedy.after
     effects = []
     if before.branch_norm is not None and after.branch_norm is not None:
         gains = f"{between(*before.branch_norm)} → {between(*after.branch_norm)}"
         effects.append(f"worst branch gain {gains}")
+
+    # 2. The shortcut, if the remedy changes it.
     both_measured = before.norm_gain is not None and after.norm_gain is not None
     if both_measured and before.norm_gain != after.norm_gain:
         effects.append(f"1/σ gain {three(before.norm_gain)} → {three(after.norm_gain)}")
+
+    # 3. The conditions.
     effects.append(_conditions(after))
     return ", ".join(effects)
 
@@ -109,15 +129,19 @@ def document(report: Report) -> str:
     remedies = report.remedies
     if not remedies:
         return f"# Remedies\n\nNone was tried: {_why_none(report)}.\n"
+
+    # 1. All in a table.
+    sections = ["# Remedies", _table(remedies)]
+
+    # 2. Those as code that are enough, or that a begun run can take.
     chosen = [remedy for remedy in remedies if remedy.recommended]
     if _is_for_begun_run(report):
         chosen = remedies
+    for remedy in chosen:
+        sections += _section(remedy, is_enough=True)
 
-    sections = ["# Remedies", _table(remedies)]
-    if chosen:
-        for remedy in chosen:
-            sections += _section(remedy, is_enough=True)
-    else:
+    # 3. Without any, the nearest.
+    if not chosen:
         sections.append(
             f"None of {len(remedies)} remedies was enough. The nearest as code, which is not "
             "enough:"
@@ -132,12 +156,7 @@ def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
     mark = ""
     if not is_enough:
         mark = ": not enough"
-    if remedy.keeps_function:
-        result = _effect_on_function(remedy)
-    elif is_enough:
-        result = effect(remedy)
-    else:
-        result = _outcome(remedy)
+    result = _result(remedy, is_enough=is_enough)
     paragraphs = [
         f"## {remedy.title} ({remedy.name}){mark}",
         f"Tried on a copy{_on_seeds(remedy)}: {result}.",
@@ -151,6 +170,15 @@ def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
     return paragraphs
 
 
+def _result(remedy: RemedyRecord, *, is_enough: bool) -> str:
+    """Return what a remedy did, in the words that matter for its kind."""
+    if remedy.keeps_function:
+        return _effect_on_function(remedy)
+    if is_enough:
+        return effect(remedy)
+    return _outcome(remedy)
+
+
 def _why_none(report: Report) -> str:
     """Return why no remedy was tried: no finding asks for one, or one does and still none was."""
     # 1. Which findings ask for one.
@@ -162,7 +190,7 @@ def _why_none(report: Report) -> str:
         verb = "asks"
     request = f"{', '.join(codes)} {verb} for one"
 
-    # 2. What prevented it.
+    # 2. What prevented it: an option, the state of the model, or the model's code.
     if report.settings.get("remedies") == "none":
         return (
             f"{request}, but remedies are switched off (--remedies none); --remedies first tries "
@@ -173,14 +201,20 @@ def _why_none(report: Report) -> str:
             f"{request}, but the model is trained; --remedies begun tries what a run that has "
             "begun can take"
         )
-    reasons = [note for note in report.notes if note.startswith(_NOT_TRIED)]
-    reason = ""
-    if reasons:
-        reason = reasons[0].removeprefix(_NOT_TRIED)
-    return f"{request}, but {reason or 'none is known, or the model cannot be copied'}"
+    reason = _noted_reason(report) or "none is known, or the model cannot be copied"
+    return f"{request}, but {reason}"
+
+
+def _noted_reason(report: Report) -> str:
+    """Return the reason that the audit noted for trying no remedy; "" if it noted none."""
+    for note in report.notes:
+        if note.startswith(_NOT_TRIED):
+            return note.removeprefix(_NOT_TRIED)
+    return ""
 
 
 def _table(remedies: Sequence[RemedyRecord]) -> str:
+    """Return all remedies in a table, below the model as it is."""
     rows = [
         "| remedy | worst branch gain | 1/σ gain | left | enough | price |",
         "|:---|---:|---:|:---|:---|:---|",
@@ -196,34 +230,44 @@ def _table(remedies: Sequence[RemedyRecord]) -> str:
 
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
     """Return a line of the table: figures after a remedy, and the rules that it leaves."""
+    # 1. The figures that were measured.
     branch, gain = "-", "-"
     if figures.branch_norm is not None:
         branch = between(*figures.branch_norm)
     if figures.norm_gain is not None:
         gain = three(figures.norm_gain)
-    undecided = [f"{code} undecided" for code in figures.undecided]
-    left = ", ".join([*figures.fired, *undecided]) or "no warning or error"
+
+    # 2. The rules that still fire, or cannot decide.
+    remaining = [*figures.fired, *_undecided(figures)]
+    left = ", ".join(remaining) or "no warning or error"
     return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
+
+
+def _undecided(figures: Outlook) -> list[str]:
+    """Return the rules that cannot decide after a remedy."""
+    return [f"{code} undecided" for code in figures.undecided]
 
 
 def _outcome(remedy: RemedyRecord) -> str:
     """Return what a remedy does, and what it leaves."""
-    left = remedy.after.fired or [f"{code} undecided" for code in remedy.after.undecided]
+    left = remedy.after.fired or _undecided(remedy.after)
+    remainder = "not on every seed"
     if remedy.sufficient:
         remainder = "enough"
     elif left:
         remainder = f"left {', '.join(left)}"
-    else:
-        remainder = "not on every seed"
     return f"{effect(remedy)} ({remainder})"
 
 
 def _conditions(figures: Outlook) -> str:
+    """Return how the two conditions of the paper come out after a remedy."""
     small, large = figures.small_sublayers, figures.large_shortcut
     if small != large:
         return f"small sub-layers {small}, large shortcut {large}"
     if small != "not applicable":
         return f"both conditions {small}"
+
+    # A model that is not pre-norm is judged by other rules alone.
     if figures.fired:
         return "the conditions do not apply"
     return "no warning or error left"
@@ -233,14 +277,19 @@ def _effect_on_function(remedy: RemedyRecord) -> str:
     """Return whether a remedy leaves the model's function as it is."""
     if not remedy.keeps_function:
         return f"tried on a copy: {effect(remedy)}"
-    if remedy.function_change is None:
+
+    # How far the outputs of the copy are from those of the model.
+    difference = remedy.function_change
+    if difference is None:
         return "meant to keep the function; that could not be measured"
-    if remedy.function_change == 0:
+    if difference == 0:
         return "the function stays, to the last bit"
-    return f"the function stays (outputs differ by {remedy.function_change:.1e} at most, relative)"
+    return f"the function stays (outputs differ by {difference:.1e} at most, relative)"
 
 
 def _on_seeds(remedy: RemedyRecord) -> str:
-    if len(remedy.seeds) <= 1:
+    """Return the seeds that a remedy was tried on, if they are several."""
+    seeds = remedy.seeds
+    if len(seeds) <= 1:
         return ""
-    return f", on seeds {remedy.seeds[0]} to {remedy.seeds[-1]}"
+    return f", on seeds {seeds[0]} to {seeds[-1]}"

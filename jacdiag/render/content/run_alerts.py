@@ -28,28 +28,40 @@ def report_at_start(run: RunLog) -> list[dict[str, Any]]:
     The lines `finding` of the log are taken, else the findings of the report itself, else the
     alerts of an older log.
     """
+    # 1. What the log lists.
     if run.findings:
         return sorted(run.findings, key=_errors_first)
     if not run.probes:
         return []
+
+    # 2. What the report holds, or what an older log repeated as alerts.
     rows = _findings_in_report(run.probes[0])
     if rows is None:
         rows = [row for row in run.alerts if _repeats_report(row, run)]
-    return sorted((row for row in rows if row.get("level") != "info"), key=_errors_first)
+
+    # 3. Observations are no news at the start.
+    to_report = [row for row in rows if row.get("level") != "info"]
+    return sorted(to_report, key=_errors_first)
 
 
 def _errors_first(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return the key that sorts errors to the front, and lines of one level by code."""
     return row.get("level") != "error", str(row.get("code"))
 
 
 def _findings_in_report(probe: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the findings about the model in a probe's report; None if there is no report."""
-    findings = (probe.get("report") or {}).get("findings")
+    report = probe.get("report") or {}
+    findings = report.get("findings")
     if findings is None:
         return None
-    # JD9xx is about the measurement, not about the model.
-    about_model = [finding for finding in findings if finding.get("code", "") < "JD900"]
-    return [{**finding, "step": probe["step"]} for finding in about_model]
+
+    about_model = []
+    for finding in findings:
+        # JD9xx is about the measurement, not about the model.
+        if finding.get("code", "") < "JD900":
+            about_model.append({**finding, "step": probe["step"]})
+    return about_model
 
 
 def alerts_of_run(run: RunLog) -> list[dict[str, Any]]:
@@ -61,5 +73,7 @@ def _repeats_report(row: Mapping[str, Any], run: RunLog) -> bool:
     """Return whether an alert repeats a finding of the first probe's report."""
     if not is_of_report(row):
         return False
-    start = run.probes[0]["step"] if run.probes else None
+    start = None
+    if run.probes:
+        start = run.probes[0]["step"]
     return bool(row.get("step") == start)
