@@ -42,28 +42,39 @@ def rows(report: BacktestReport, *, every: bool = False) -> list[tuple[str, ...]
         report: of a backtest.
         every: return every figure; else the best ones. Trivial classifiers are always there.
     """
-    most = len(report.rankings) if every else _SHOWN
+    most = _SHOWN
+    if every:
+        most = len(report.rankings)
     return [_row(ranking) for ranking in _best_and_trivial(report, most)]
 
 
 def _best_and_trivial(report: BacktestReport, most: int) -> list[Ranking]:
     """Return the best figures, and after them all trivial classifiers."""
-    figures = [ranking for ranking in report.rankings if not ranking.trivial]
-    trivial = [ranking for ranking in report.rankings if ranking.trivial]
+    figures, trivial = [], []
+    for ranking in report.rankings:
+        if ranking.trivial:
+            trivial.append(ranking)
+        else:
+            figures.append(ranking)
     return figures[:most] + trivial
 
 
 def _row(ranking: Ranking) -> tuple[str, ...]:
+    """Return the texts of one figure. A trivial classifier stands in brackets."""
+    # 1. Its name.
     name = ranking.name
     if ranking.trivial:
         name = f"({name})"
 
+    # 2. Precision and recall at one rate of false alarms.
     precision, recall = _ABSENT, _ABSENT
     operating = ranking.operating
     if operating is not None:
         recall = f"{operating.recall:.2f}"
         if operating.precision is not None:
             precision = f"{operating.precision:.2f}"
+
+    # 3. How well it ranks.
     return (
         name,
         span(ranking.given_lr),
@@ -79,9 +90,13 @@ def span(estimate: Estimate) -> str:
     """Return text such as "0.93 [0.90, 0.95]", or "–" if nothing could be compared."""
     if estimate.value is None:
         return _ABSENT
-    if estimate.lower is None or estimate.upper is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} [{estimate.lower:.2f}, {estimate.upper:.2f}]"
+    text = f"{estimate.value:.2f}"
+
+    # Too few runs have a value and no interval.
+    lower, upper = estimate.lower, estimate.upper
+    if lower is None or upper is None:
+        return text
+    return f"{text} [{lower:.2f}, {upper:.2f}]"
 
 
 # -- sentences -------------------------------------------------------------------------------------
@@ -119,11 +134,12 @@ def summary(report: BacktestReport) -> list[str]:
 
 def _best_within(report: BacktestReport) -> Ranking:
     """Return the figure with the largest AUROC within strata."""
-    candidates = [
-        ranking
-        for ranking in report.rankings
-        if not ranking.trivial and ranking.within.value is not None
-    ]
+    candidates = []
+    for ranking in report.rankings:
+        if ranking.trivial:
+            continue
+        if ranking.within.value is not None:
+            candidates.append(ranking)
     return max(candidates, key=lambda ranking: ranking.within.value or 0.0)
 
 
@@ -168,7 +184,7 @@ def by_stratum(report: BacktestReport) -> list[str]:
     for stratum in report.strata:
         figures, trivial = _scores_in_stratum(report, stratum)
         if not figures:
-            continue
+            continue  # too few runs of this architecture
         line = f"{stratum}: {', '.join(figures[:_BEST])}"
         if trivial:
             line += f"; {trivial[0]}"
@@ -182,6 +198,7 @@ def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str],
     Each is a text such as "0.93 branch gain". A figure times the learning rate is left out, for it
     ranks runs of the same learning rate as the figure does.
     """
+    # 1. The scores, from the best to the worst.
     scored = []
     for ranking in report.rankings:
         score = ranking.given_by_stratum.get(stratum)
@@ -189,6 +206,7 @@ def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str],
             scored.append((score, ranking))
     scored.sort(key=lambda pair: -pair[0])
 
+    # 2. As texts, by kind.
     figures, trivial = [], []
     for score, ranking in scored:
         text = f"{score:.2f} {ranking.name}"
@@ -202,21 +220,27 @@ def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str],
 # -- what was held out -----------------------------------------------------------------------------
 def held_out_lines(held_out: HeldOut) -> list[str]:
     """Return what became of the levels of one factor that were held out, in sentences."""
-    levels = [
-        f"{name} ({level.bad} of {level.runs}, by {level.figure or 'nothing'})"
-        for name, level in held_out.levels.items()
-    ]
+    # 1. The levels, and how well the others predict them.
+    levels = []
+    for name, level in held_out.levels.items():
+        figure = level.figure or "nothing"
+        levels.append(f"{name} ({level.bad} of {level.runs}, by {figure})")
     lines = [f"held out by {held_out.factor}: {', '.join(levels)}", _held_out_auroc(held_out)]
+
+    # 2. How good the chances were, if there are some.
     if held_out.brier is not None:
         lines += _chance_lines(held_out)
     return lines + _transfer_lines(held_out)
 
 
 def _held_out_auroc(held_out: HeldOut) -> str:
+    """Return how well the figures ranked the held-out runs, next to the trivial classifiers."""
     text = (
         f"  AUROC, learning rate given: {span(held_out.auroc)}, "
         f"one figure for all {span(held_out.one_figure)}"
     )
+
+    # The best of those that know no Jacobian.
     trivial = {}
     for name, estimate in held_out.trivial.items():
         if estimate.value is not None:
@@ -233,17 +257,18 @@ def _chance_lines(held_out: HeldOut) -> list[str]:
     if held_out.brier_rate_alone is not None:
         score += f", {held_out.brier_rate_alone:.3f} by learning rate alone"
     alarms = f"false alarms {_percent(held_out.false_alarms)}, found {_percent(held_out.recall)}"
-    bins = [
-        f"{bin_.chance:.0%}→{bin_.bad / bin_.runs:.0%} of {bin_.runs}"
-        for bin_ in held_out.calibration
+    groups = [
+        f"{group.chance:.0%}→{group.bad / group.runs:.0%} of {group.runs}"
+        for group in held_out.calibration
     ]
-    return [f"  chance: {score}; {alarms}", f"  chance → went wrong: {'  '.join(bins)}"]
+    return [f"  chance: {score}; {alarms}", f"  chance → went wrong: {'  '.join(groups)}"]
 
 
 def _transfer_lines(held_out: HeldOut) -> list[str]:
     """Return for each architecture how often its runs were expected to go wrong, and did."""
     lines = []
     for name, transfer in held_out.transfer.items():
+        # An architecture without curves has nothing to be expected.
         if transfer.expected is None or transfer.observed is None:
             continue
         text = (
@@ -257,6 +282,7 @@ def _transfer_lines(held_out: HeldOut) -> list[str]:
 
 
 def _first_figures(figures: list[str]) -> str:
+    """Return the first two figures, and how many there are beyond."""
     text = ", ".join(figures[:2])
     if len(figures) > 2:
         text += f" and {len(figures) - 2} more"
@@ -264,8 +290,9 @@ def _first_figures(figures: list[str]) -> str:
 
 
 def _percent(share: float | None) -> str:
+    """Return a share in percent, or "–" if it is not known."""
     if share is None:
-        return _ABSENT
+        return _ABSENT  # no run to take it over
     return f"{share:.0%}"
 
 
@@ -314,6 +341,7 @@ def markdown(report: BacktestReport) -> str:
 
 
 def _bullets(texts: Iterable[str]) -> list[str]:
+    """Return list items."""
     return [f"- {text}" for text in texts]
 
 
@@ -321,16 +349,20 @@ def _nested_bullets(texts: Iterable[str]) -> list[str]:
     """Return list items; an indented text belongs to the item above it."""
     items = []
     for text in texts:
-        indent = "  " if text.startswith(" ") else ""
-        items.append(f"{indent}- {text.strip()}")
+        item = f"- {text.strip()}"
+        if text.startswith(" "):
+            item = f"  {item}"
+        items.append(item)
     return items
 
 
 def _table_row(cells: Iterable[str]) -> str:
+    """Return a row of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _curve_table(report: BacktestReport) -> list[str]:
+    """Return the section on the fitted curves, with their coefficients."""
     lines = [
         "## Curves of the chance",
         "",
@@ -338,6 +370,7 @@ def _curve_table(report: BacktestReport) -> list[str]:
         "|:---|:---|---:|---:|---:|---:|---:|---:|",
     ]
     for curve in report.curves.values():
+        # A curve may have no coefficient for the warm-up.
         coefficients = [f"{value:.3g}" for value in curve.coefficients]
         missing = [_ABSENT] * (4 - len(coefficients))
         counts = [str(curve.runs), str(curve.bad)]
@@ -407,17 +440,29 @@ def draw(report: BacktestReport) -> Figure:
 
 def _draw_panel(axes: Axes, estimates: Sequence[tuple[Ranking, Estimate]], label: str) -> None:
     """Draw estimates with their intervals, from the bottom to the top."""
+    # 1. A line where a figure would tell nothing.
     axes.axvline(0.5, color=PALE, linewidth=0.8)
+
+    # 2. The estimates.
     for height, (ranking, estimate) in enumerate(estimates):
-        if estimate.value is None:
-            continue
-        colour = PALE if ranking.trivial else INK
-        if estimate.lower is not None and estimate.upper is not None:
-            ends = [estimate.lower, estimate.upper]
-            axes.plot(ends, [height, height], color=colour, linewidth=1.5)
-        axes.plot([estimate.value], [height], "o", color=colour, markersize=4.5)
+        colour = INK
+        if ranking.trivial:
+            colour = PALE
+        _draw_estimate(axes, estimate, height, colour)
+
+    # 3. The axes.
     axes.set_xlim(0.0, 1.02)
     axes.set_xlabel(label)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def _draw_estimate(axes: Axes, estimate: Estimate, height: int, colour: str) -> None:
+    """Draw a dot for an estimate and a line for its interval, if there is one."""
+    if estimate.value is None:
+        return
+    if estimate.lower is not None and estimate.upper is not None:
+        ends = [estimate.lower, estimate.upper]
+        axes.plot(ends, [height, height], color=colour, linewidth=1.5)
+    axes.plot([estimate.value], [height], "o", color=colour, markersize=4.5)

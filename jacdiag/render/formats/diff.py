@@ -36,11 +36,16 @@ def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
 
 
 def _row(pair: PairLike) -> tuple[str, ...]:
-    depth, ratio, mark = "-", "", ""
+    """Return the cells of one figure of both models."""
+    # 1. What may be missing.
+    depth, ratio = "-", ""
     if pair.depth is not None:
         depth = str(pair.depth)
     if pair.ratio is not None:
         ratio = three(pair.ratio)
+
+    # 2. A mark where the two differ.
+    mark = ""
     if pair.parts:
         mark = "◀"
     first, second = _cell(pair, pair.old, pair.a), _cell(pair, pair.new, pair.b)
@@ -52,12 +57,18 @@ def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) ->
 
     A norm is written as its interval, a median with the range around it if that is wide.
     """
+    # 1. No figure, of a part that the model has or has not.
     if ends is None:
-        return "not measured" if name else "missing"
+        if name:
+            return "not measured"
+        return "missing"
+
+    # 2. A figure with its ends.
     lower, middle, upper = ends
     if pair.figure.endswith("_norm"):
         return between(lower, upper)
-    if lower <= 0 or upper > lower * 1.1:
+    is_wide = lower <= 0 or upper > lower * 1.1
+    if is_wide:
         return f"{three(middle)} ({between(lower, upper)})"
     return three(middle)
 
@@ -66,25 +77,38 @@ def verdict(pairs: Sequence[PairLike]) -> str:
     """Return one sentence: which figure differs first, and how many do."""
     if not pairs:
         return "nothing in one has a counterpart in the other"
+
+    # 1. The figures that differ.
     different = [pair for pair in pairs if pair.parts]
     if not different:
         return f"no figure of {len(pairs)} differs beyond its interval"
+
+    # 2. The first of them, without control characters in its name.
     counts = f"{len(different)} of {len(pairs)} figures differ"
-    return str(legible(f"{_first_difference(different[0])}; {counts}"))
+    sentence: str = legible(f"{_first_difference(different[0])}; {counts}")
+    return sentence
 
 
 def _first_difference(pair: PairLike) -> str:
     """Return where two models differ first, with both values and the names in both."""
+    # 1. Where.
     where = "outside the layers"
     if pair.depth is not None:
         where = f"at depth {pair.depth}"
     text = f"they differ first {where}: {pair.part} {pair.figure}"
+
+    # 2. The values, unless neither has one.
     if pair.old or pair.new:
         text += f" {_cell(pair, pair.old, pair.a)} and {_cell(pair, pair.new, pair.b)}"
-    names = pair.a
-    if pair.a != pair.b:
-        names = f"{pair.a or 'nothing'} and {pair.b or 'nothing'}"
-    return f"{text} ({names})"
+    return f"{text} ({_both_names(pair)})"
+
+
+def _both_names(pair: PairLike) -> str:
+    """Return what both models call a part: one name if they agree."""
+    if pair.a == pair.b:
+        return pair.a
+    first, second = pair.a or "nothing", pair.b or "nothing"
+    return f"{first} and {second}"
 
 
 def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) -> str:
@@ -95,11 +119,15 @@ def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) ->
         said: the verdict.
         notes: what limits the comparison.
     """
+    # 1. The verdict, and what limits it.
     sections = [f"**{escaped(said)}**"]
-    sections += [f"Note: {escaped(str(legible(note)))}." for note in notes]
+    for note in notes:
+        sections.append(f"Note: {escaped(str(legible(note)))}.")
+
+    # 2. The table.
     if pairs:
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += [table_row(row) for row in rows(pairs)]
+        lines += map(table_row, rows(pairs))
         sections.append("\n".join(lines))
     return "\n\n".join(sections) + "\n"
 
@@ -107,12 +135,18 @@ def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) ->
 def as_json(pairs: Sequence[PairLike], notes: Sequence[str] = ()) -> str:
     """Return every pair, the first that differs, and the notes, as JSON."""
     listed = [_plain(pair) for pair in pairs]
-    first = next((pair for pair in listed if pair["parts"]), None)
-    data = {"schema_version": 1, "first": first, "pairs": listed, "notes": list(notes)}
+    different = (pair for pair in listed if pair["parts"])
+    data = {
+        "schema_version": 1,
+        "first": next(different, None),
+        "pairs": listed,
+        "notes": list(notes),
+    }
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def _plain(pair: PairLike) -> dict[str, Any]:
+    """Return a pair as JSON holds it."""
     return {
         "depth": pair.depth,
         "part": pair.part,

@@ -28,16 +28,30 @@ def render(report: Report) -> str:
 
 
 def _annotation(note: Note) -> str:
-    where = f"file={_property(note.file)},line={note.line}," if note.file else ""
-    kind = "error" if note.fails else _COMMANDS[note.level]
+    """Return the workflow command of one rule."""
+    # 1. How severe it is. What fails the gate is an error, whatever its level.
+    kind = _COMMANDS[note.level]
+    if note.fails:
+        kind = "error"
+
+    # 2. Where it is shown, if that is known.
+    where = ""
+    if note.file:
+        where = f"file={_property(note.file)},line={note.line},"
+
+    # 3. What it says.
     title = _property(f"{note.code} {note.name}")
-    text = f"{note.text}\n{note.fix}" if note.fix else note.text
+    text = note.text
+    if note.fix:
+        text = f"{note.text}\n{note.fix}"
     return f"::{kind} {where}title={title}::{_data(text)}"
 
 
 def _data(text: str) -> str:
+    """Return a message as a workflow command holds it."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
+    """Return a property of a workflow command, in which commas and colons separate."""
     return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from xml.etree import ElementTree
 
 from jacdiag.records import Report, RuleResult
@@ -43,42 +44,69 @@ def render(report: Report) -> str:
 
 def _counts(report: Report, gate: GateView) -> dict[str, str]:
     """Return the attributes that suite and root share: time and numbers of cases."""
-    failing = {note.code for note in gate.notes if note.fails}
+    # 1. The time: of the gate, or of the audit.
     seconds = gate.seconds
     if seconds is None:
         seconds = float(report.cost.seconds or 0.0)
-    counts = {
-        "tests": len(report.rules),
-        "failures": len(failing & {rule.code for rule in report.rules}),
-        "errors": sum(rule.status == "unknown" for rule in report.rules),
-        "skipped": sum(rule.status == "not-applicable" for rule in report.rules),
+
+    # 2. The cases. A finding of a rule without a result has none.
+    statuses = Counter(rule.status for rule in report.rules)
+    codes = {rule.code for rule in report.rules}
+    failing = {note.code for note in gate.notes if note.fails}
+    return {
+        "time": f"{seconds:.3f}",
+        "tests": str(len(report.rules)),
+        "failures": str(len(failing & codes)),
+        "errors": str(statuses["unknown"]),
+        "skipped": str(statuses["not-applicable"]),
     }
-    return {"time": f"{seconds:.3f}"} | {key: str(count) for key, count in counts.items()}
 
 
 def _add_case(suite: ElementTree.Element, rule: RuleResult, note: Note | None) -> None:
+    """Add the test case of one rule.
+
+    Args:
+        suite: the element to add to.
+        rule: how the rule came out.
+        note: what it found; None if it found nothing.
+    """
     name = f"{rule.code} {rule.name}"
     case = ElementTree.SubElement(suite, "testcase", classname="jacdiag", name=name, time="0")
+
+    # 1. Findings that fail the gate come before the rule's own status.
     if note is not None and note.fails:
         _add_failure(case, note)
-    elif rule.status == "unknown":
+        return
+
+    # 2. Rules that did not decide, or did not apply.
+    if rule.status == "unknown":
         error = ElementTree.SubElement(case, "error", message="undecided", type="unknown")
         error.text = _clean(rule.note or _UNDECIDED)
-    elif rule.status == "not-applicable":
-        ElementTree.SubElement(case, "skipped", message=_clean(rule.note or "not applicable"))
-    elif note is not None:
-        ElementTree.SubElement(case, "system-out").text = _clean(f"{note.level}: {note.text}")
+        return
+    if rule.status == "not-applicable":
+        reason = rule.note or "not applicable"
+        ElementTree.SubElement(case, "skipped", message=_clean(reason))
+        return
+
+    # 3. Findings that the gate lets pass.
+    if note is not None:
+        output = ElementTree.SubElement(case, "system-out")
+        output.text = _clean(f"{note.level}: {note.text}")
 
 
 def _add_failure(case: ElementTree.Element, note: Note) -> None:
+    """Add a failure to a test case, with the place in the repository if it is known."""
     if note.file:
         case.set("file", _clean(note.file))
         case.set("line", str(note.line))
+
+    # The message is one sentence; the text below it has them all.
     message = _clean(note.sentences[0])
     failure = ElementTree.SubElement(case, "failure", message=message, type=note.level)
-    lines = [line for line in (note.place, note.text, note.fix) if line]
+    lines = filter(None, (note.place, note.text, note.fix))
     failure.text = _clean("\n".join(lines))
 
 
 def _clean(text: str) -> str:
+    """Return a text without the characters that XML cannot hold."""
     return _NOT_XML.sub("\ufffd", text)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from jacdiag.records import Report
 from jacdiag.render.content.severity import SIGNS
-from jacdiag.render.content.sublayer_table import Grid
+from jacdiag.render.content.sublayer_table import Grid, SublayerColumn
 from jacdiag.render.view import CostView, ReplayView, VerdictView, build_view
 
 _SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
@@ -45,9 +45,10 @@ def escaped(text: str) -> str:
     >>> escaped("h.*.attn  a|b")
     'h.\\\\*.attn a\\\\|b'
     """
+    # The backslash is first: later ones are escapes.
     for sign in _SPECIAL:
         text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    return " ".join(text.split())  # on one line
 
 
 def bullets(texts: Iterable[str]) -> str:
@@ -61,32 +62,51 @@ def table_row(cells: Iterable[str]) -> str:
 
 
 def _table(grid: Grid) -> str:
+    """Return the table of sub-layers, with a line for each fold."""
+    # 1. The titles.
     columns = grid.columns
     lines = [
         table_row(column.title for column in columns),
-        _rule_of(":---" if column.left else "---:" for column in columns),
+        _rule_of(map(_alignment, columns)),
     ]
+
+    # 2. The rows. A fold may also stand below the last one.
     for place in range(len(grid.rows) + 1):
         if place in grid.gaps:
-            lines.append(f"| | *{grid.gaps[place].text}* |" + " |" * (len(columns) - 2))
+            empty_cells = " |" * (len(columns) - 2)
+            lines.append(f"| | *{grid.gaps[place].text}* |{empty_cells}")
         if place < len(grid.rows):
-            cells = []
-            for column in columns:
-                sign = SIGNS[column.levels[place]]
-                cells.append(f"{column.cells[place].strip()} {sign}".strip())
-            lines.append(table_row(cells))
+            lines.append(table_row(_cell(column, place) for column in columns))
     return "\n".join(lines)
 
 
+def _alignment(column: SublayerColumn) -> str:
+    """Return how Markdown aligns a column."""
+    if not column.left:
+        return "---:"
+    return ":---"
+
+
+def _cell(column: SublayerColumn, place: int) -> str:
+    """Return a cell with its mark."""
+    sign = SIGNS[column.levels[place]]
+    return f"{column.cells[place].strip()} {sign}".strip()
+
+
 def _rule_of(alignments: Iterable[str]) -> str:
+    """Return the line below the titles of a table."""
     return "|" + "|".join(alignments) + "|"
 
 
 def _verdict(verdict: VerdictView) -> str:
+    """Return the lines of the verdict as a table without titles."""
     rows = ["| | | |", "|:---|:---|:---|"]
     for line in verdict.lines:
         status = f"{line.status} {SIGNS[line.level]}".strip()
-        code = f" `{line.code}`" if line.code else ""
+        # The rule's code is set as code: nothing in it needs an escape.
+        code = ""
+        if line.code:
+            code = f" `{line.code}`"
         rows.append(f"| **{escaped(line.label)}** | {status} | {escaped(line.text)}{code} |")
     return "\n".join(rows)
 
@@ -106,9 +126,11 @@ def _replay(replay: ReplayView | None) -> str:
 
 
 def _cost(cost: CostView) -> str:
+    """Return the cost, and the command that runs the audit again."""
     text = f"**Cost** {escaped(cost.text)}"
     if not cost.command:
-        return text
-    if "`" not in cost.command:
-        return f"{text} · again: `{cost.command}`"
-    return f"{text} · again: `` {cost.command} ``"
+        return text  # the library was called
+    # Two quotes around code let it hold one.
+    if "`" in cost.command:
+        return f"{text} · again: `` {cost.command} ``"
+    return f"{text} · again: `{cost.command}`"

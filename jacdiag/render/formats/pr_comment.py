@@ -39,6 +39,7 @@ def render(report: Report) -> str:
 
 
 def _subject(view: ReportView) -> str:
+    """Return what was audited, and over how many seeds."""
     header = view.header
     seeds = plural(view.gate.seeds, "seed")
     return f"{escaped(header.name)} · {escaped(header.model)} · {seeds}"
@@ -49,21 +50,31 @@ def _findings(notes: list[Note]) -> str:
     if not notes:
         return ""
     rows = ["| | rule | finding | where |", "|:---|:---|:---|:---|"]
-    for note in notes:
-        sign = "✗" if note.fails else _LEVEL_SIGNS[note.level]
-        text = "<br>".join(escaped(line) for line in note.text.splitlines())
-        rows.append(f"| {sign} | {note.code} {note.name} | {text} | {escaped(note.place)} |")
+    rows += map(_finding_row, notes)
     return "\n".join(rows)
+
+
+def _finding_row(note: Note) -> str:
+    """Return the row of one rule."""
+    sign = _LEVEL_SIGNS[note.level]
+    if note.fails:
+        sign = "✗"
+    # A cell has one line: <br> stands between its sentences.
+    text = "<br>".join(map(escaped, note.text.splitlines()))
+    return f"| {sign} | {note.code} {note.name} | {text} | {escaped(note.place)} |"
 
 
 def _changes(changes: list[FigureChange]) -> str:
     """Return a table of the figures that differ from the baseline."""
     if not changes:
         return ""
+
+    # A change of the init may change hundreds of figures: the first ones stand for all.
     rows = ["| changed | figure | old | new |", "|:---|:---|---:|---:|"]
     for change in changes[:_ROWS]:
         old, new = three(change.old), three(change.new)
         rows.append(f"| {escaped(change.where)} | {change.field} | {old} | {new} |")
-    if len(changes) > _ROWS:
-        rows.append(f"| *{len(changes) - _ROWS} more* | | | |")
+    beyond = len(changes) - _ROWS
+    if beyond > 0:
+        rows.append(f"| *{beyond} more* | | | |")
     return "\n".join(rows)

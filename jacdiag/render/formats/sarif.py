@@ -31,18 +31,20 @@ def render(report: Report) -> str:
     Args:
         report: of `jacdiag gate` or of an audit.
     """
-    from jacdiag.rules import RULES
-
-    # 1. The rules that fired.
+    # 1. What fired, and the rules in the order of the program.
     notes = build_gate_view(report).notes
-    fired = {note.code for note in notes}
-    rules = [rule for rule in RULES if rule.code in fired]
+    rules = _rules_of(notes)
     index = {rule.code: place for place, rule in enumerate(rules)}
-    driver: dict[str, Any] = {"name": "jacdiag", "rules": [_descriptor(rule) for rule in rules]}
+
+    # 2. The program.
+    driver: dict[str, Any] = {
+        "name": "jacdiag",
+        "rules": [_descriptor(rule) for rule in rules],
+    }
     if report.jacdiag:
         driver["version"] = report.jacdiag
 
-    # 2. The run.
+    # 3. The run.
     root = {"description": {"text": "the root of the repository"}}
     run = {
         "tool": {"driver": driver},
@@ -55,7 +57,16 @@ def render(report: Report) -> str:
     return json.dumps(log, indent=2, ensure_ascii=False) + "\n"
 
 
+def _rules_of(notes: list[Note]) -> list[Rule]:
+    """Return the rules that notes are about; a report of another version may name unknown ones."""
+    from jacdiag.rules import RULES
+
+    fired = {note.code for note in notes}
+    return [rule for rule in RULES if rule.code in fired]
+
+
 def _descriptor(rule: Rule) -> dict[str, Any]:
+    """Return a rule as SARIF describes it."""
     words = rule.name.split("-")
     return {
         "id": rule.code,
@@ -68,7 +79,29 @@ def _descriptor(rule: Rule) -> dict[str, Any]:
 
 
 def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
-    # 1. Where: a file of the repository, and modules of the model.
+    """Return the result of one rule.
+
+    Args:
+        note: all that the rule found.
+        index: the place of each rule among those of the log, by code.
+    """
+    # 1. The rule, and how severe its findings are.
+    result: dict[str, Any] = {"ruleId": note.code}
+    if note.code in index:
+        result["ruleIndex"] = index[note.code]
+    result["level"] = _LEVELS[note.level]
+    if note.fails:
+        result["level"] = "error"
+
+    # 2. What it found, and where.
+    result["message"] = {"text": f"{note.text}\n{note.fix}".strip()}
+    result["locations"] = [_location(note)]
+    result["partialFingerprints"] = {"jacdiag/v1": _fingerprint(note)}
+    return result
+
+
+def _location(note: Note) -> dict[str, Any]:
+    """Return a file of the repository and modules of the model."""
     file = {"uri": quote(note.file or _HOME), "uriBaseId": "%SRCROOT%"}
     location: dict[str, Any] = {
         "physicalLocation": {"artifactLocation": file, "region": {"startLine": note.line}}
@@ -76,21 +109,15 @@ def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
     modules = [{"fullyQualifiedName": name, "kind": "module"} for name in note.names[:_MODULES]]
     if modules:
         location["logicalLocations"] = modules
-
-    # 2. What.
-    result: dict[str, Any] = {"ruleId": note.code}
-    if note.code in index:
-        result["ruleIndex"] = index[note.code]
-    result["level"] = "error" if note.fails else _LEVELS[note.level]
-    result["message"] = {"text": f"{note.text}\n{note.fix}".strip()}
-    result["locations"] = [location]
-    result["partialFingerprints"] = {"jacdiag/v1": _fingerprint(note)}
-    return result
+    return location
 
 
 def _fingerprint(note: Note) -> str:
-    return hashlib.sha256("\n".join([note.code, *sorted(note.names)]).encode()).hexdigest()
+    """Return what a finding is recognised by: a hash of its rule and its names."""
+    identity = "\n".join([note.code, *sorted(note.names)])
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _one_line(text: str) -> str:
+    """Return a text without line breaks."""
     return " ".join(text.split())
