@@ -61,12 +61,13 @@ class DepthCurve:
     @property
     def lonely(self) -> list[int]:
         """Points without a neighbour: a line alone would not show them."""
-        known = [False, *(math.isfinite(value) for value in self.y), False]
+        # One more place on each side, so that every point has two neighbours.
+        is_known = [False, *map(math.isfinite, self.y), False]
         lonely = []
-        for k in range(len(self.y)):
-            has_neighbour = known[k] or known[k + 2]
-            if known[k + 1] and not has_neighbour:
-                lonely.append(k)
+        for place in range(1, len(is_known) - 1):
+            has_neighbour = is_known[place - 1] or is_known[place + 1]
+            if is_known[place] and not has_neighbour:
+                lonely.append(place - 1)
         return lonely
 
 
@@ -141,9 +142,12 @@ def build_depth_view(report: Report) -> DepthView:
 
 def places(report: Report) -> dict[str, float]:
     """Return where each sub-layer stands on the depth axis: evenly spread within its depth."""
+    # 1. The sub-layers of each depth.
     by_depth: dict[int, list[str]] = {}
     for row in report.sublayers:
         by_depth.setdefault(row.depth, []).append(row.name)
+
+    # 2. Their places from this depth to the next.
     at: dict[str, float] = {}
     for depth, names in by_depth.items():
         for k, name in enumerate(names):
@@ -154,9 +158,16 @@ def places(report: Report) -> dict[str, float]:
 # -- curves ----------------------------------------------------------------------------------------
 def _gains(report: Report) -> list[DepthCurve]:
     """Return branch norms per kind with their bands; bounds and earlier norms are dashed."""
-    curves = [_intervals(report, look, "branch_norm", look.label) for look in LOOKS]
-    curves += [_bound(report, look) for look in LOOKS]
-    curves += [_earlier(report, look) for look in LOOKS]
+    norms, bounds, earlier = [], [], []
+    for look in LOOKS:
+        norms.append(_intervals(report, look, "branch_norm", look.label))
+        bounds.append(_bound(report, look))
+        earlier.append(_earlier(report, look))
+    return _drawable([*norms, *bounds, *earlier])
+
+
+def _drawable(curves: list[DepthCurve]) -> list[DepthCurve]:
+    """Return the curves that have something to show."""
     return [curve for curve in curves if curve.finite]
 
 
@@ -171,7 +182,7 @@ def _is_split(report: Report) -> bool:
 def _factors(report: Report) -> list[DepthCurve]:
     """Return core ‖J‖ per kind and 1/σ_x; without an input norm, the residual map instead."""
     if report.tier == "weights":
-        return []
+        return []  # nothing was run
     if _is_split(report):
         curves = [_intervals(report, look, "core_norm", f"core, {look.label}") for look in LOOKS]
         curves.append(_single(report, "norm_gain", "1/σ gain"))
@@ -180,7 +191,7 @@ def _factors(report: Report) -> list[DepthCurve]:
             _single(report, "residual_norm", "‖aI + J‖"),
             _single(report, "out_norm_gain", "out-norm gain"),
         ]
-    return [curve for curve in curves if curve.finite]
+    return _drawable(curves)
 
 
 def _is_drawable(value: float | None) -> bool:
@@ -195,6 +206,8 @@ def _pick(report: Report, kinds: tuple[str, ...], key: str) -> list[tuple[float,
     for row in report.sublayers:
         if row.kind not in kinds:
             continue
+
+        # A gap, so that the line does not cross a sub-layer without a figure.
         interval: Interval | None = getattr(row, key)
         if interval is None or not _is_drawable(interval.estimate):
             interval = _NOTHING
@@ -203,24 +216,25 @@ def _pick(report: Report, kinds: tuple[str, ...], key: str) -> list[tuple[float,
 
 
 def _intervals(report: Report, look: Look, key: str, label: str) -> DepthCurve:
-    points = _pick(report, look.kinds, key)
-    return DepthCurve(
-        label,
-        [x for x, _ in points],
-        [interval.estimate for _, interval in points],
-        look.colour,
-        look.marker,
-        # 0 has no place on a log scale
-        low=[max(interval.lower, 1e-3 * interval.estimate) for _, interval in points],
-        high=[interval.upper for _, interval in points],
-    )
+    """Return a figure of one kind of sub-layers with its intervals as a band."""
+    x, y, low, high = [], [], [], []
+    for place, interval in _pick(report, look.kinds, key):
+        x.append(place)
+        y.append(interval.estimate)
+        # 0 has no place on a log scale.
+        low.append(max(interval.lower, 1e-3 * interval.estimate))
+        high.append(interval.upper)
+    return DepthCurve(label, x, y, look.colour, look.marker, low=low, high=high)
 
 
 def _single(report: Report, key: str, label: str) -> DepthCurve:
     """Return a figure of all kinds of sub-layers as one curve without a band."""
-    points = _pick(report, _ALL_KINDS, key)
-    x = [place for place, _ in points]
-    y = [interval.estimate for _, interval in points]
+    x, y = [], []
+    for place, interval in _pick(report, _ALL_KINDS, key):
+        x.append(place)
+        y.append(interval.estimate)
+
+    # The gain of a norm at the branch's end stands next to the figure of the panel.
     if key == "out_norm_gain":
         return DepthCurve(label, x, y, PALE, dashed=True)
     return DepthCurve(label, x, y, INK)
@@ -228,20 +242,33 @@ def _single(report: Report, key: str, label: str) -> DepthCurve:
 
 def _earlier(report: Report, look: Look) -> DepthCurve:
     """Return the branch norms of the earlier model, dashed; empty without a comparison."""
+    norms = {}
+    if report.against is not None:
+        norms = report.against.branch_norms
     at = places(report)
-    norms = report.against.branch_norms if report.against is not None else {}
-    rows = [row for row in report.sublayers if row.kind in look.kinds and row.name in norms]
-    values = [norms[row.name][1] for row in rows]
-    y = [value if _is_drawable(value) else math.nan for value in values]
-    return DepthCurve("earlier", [at[row.name] for row in rows], y, look.colour, dashed=True)
+    x, y = [], []
+    for row in report.sublayers:
+        # The earlier model may lack a sub-layer.
+        is_shown = row.kind in look.kinds and row.name in norms
+        if not is_shown:
+            continue
+        _, estimate, _ = norms[row.name]
+        if not _is_drawable(estimate):
+            estimate = math.nan
+        x.append(at[row.name])
+        y.append(estimate)
+    return DepthCurve("earlier", x, y, look.colour, dashed=True)
 
 
 def _bound(report: Report, look: Look) -> DepthCurve:
     """Return the paper's bound, less 1; of weights alone it is the figure that is shown."""
     at = places(report)
-    rows = [row for row in report.sublayers if row.kind in look.kinds and _is_drawable(row.bound)]
-    x = [at[row.name] for row in rows]
-    y = [_excess(row) for row in rows]
+    x, y = [], []
+    for row in report.sublayers:
+        is_shown = row.kind in look.kinds and _is_drawable(row.bound)
+        if is_shown:
+            x.append(at[row.name])
+            y.append(_excess(row))
     if report.tier == "weights":
         return DepthCurve(look.label, x, y, look.colour, look.marker, dashed=True)
     return DepthCurve("paper's bound − 1", x, y, look.colour, dashed=True)
@@ -249,8 +276,11 @@ def _bound(report: Report, look: Look) -> DepthCurve:
 
 def _excess(row: SublayerRecord) -> float:
     """Return what the bound, which is on |I + J|, leaves for the branch: its excess over 1."""
-    assert row.bound is not None
-    return row.bound - 1 if row.bound > 1 else math.nan
+    bound = row.bound
+    assert bound is not None
+    if bound > 1:
+        return bound - 1
+    return math.nan  # nothing, or a bound that was rounded below 1
 
 
 def extent(curves: list[DepthCurve]) -> tuple[float, float]:
@@ -261,10 +291,15 @@ def extent(curves: list[DepthCurve]) -> tuple[float, float]:
     Args:
         curves: with at least one finite value.
     """
-    finite = []
+    # 1. All that is drawn.
+    values: list[float] = []
     for curve in curves:
-        for values in (curve.y, curve.low or [], curve.high or []):
-            finite += [value for value in values if math.isfinite(value)]
+        values += curve.y
+        values += curve.low or []
+        values += curve.high or []
+    finite = [value for value in values if math.isfinite(value)]
+
+    # 2. Its ends, moved apart on the log scale if they are too near.
     low, high = min(finite), max(finite)
     widen = max(1.0, math.sqrt(3 * low / high))
     return low / widen, high * widen
@@ -278,8 +313,12 @@ def _missing(report: Report) -> list[float]:
     at = places(report)
     missing = []
     for row in report.sublayers:
-        norm = row.branch_norm.estimate if row.branch_norm else None
-        if norm != 0 and not _is_drawable(norm):
+        norm = None
+        if row.branch_norm:
+            norm = row.branch_norm.estimate
+        # A norm of 0 has a sign of its own.
+        is_missing = norm != 0 and not _is_drawable(norm)
+        if is_missing:
             missing.append(at[row.name])
     return missing
 
@@ -287,14 +326,16 @@ def _missing(report: Report) -> list[float]:
 def _zeros(report: Report) -> list[float]:
     """Return places of branches that add nothing: a log scale has no place for 0."""
     at = places(report)
-    return [
-        at[row.name]
-        for row in report.sublayers
-        if row.branch_norm and row.branch_norm.estimate == 0
-    ]
+    zeros = []
+    for row in report.sublayers:
+        norm = row.branch_norm
+        if norm and norm.estimate == 0:
+            zeros.append(at[row.name])
+    return zeros
 
 
 def _worst(report: Report, at: dict[str, float]) -> WorstBranch | None:
+    """Return the largest branch norm with its place on the depth axis."""
     worst = worst_branch(report)
     if worst is None:
         return None
@@ -303,17 +344,24 @@ def _worst(report: Report, at: dict[str, float]) -> WorstBranch | None:
 
 
 def _limits(report: Report, field: str) -> list[Threshold]:
+    """Return the thresholds on a figure at which a rule fires."""
     limits = []
     for level in ("warning", "error"):
         value = drawn_threshold(report, field, level)
-        if value is not None:
-            limits.append(Threshold(level, value))
+        if value is None:
+            continue
+        limits.append(Threshold(level, value))
     return limits
 
 
 def _stratum(report: Report) -> str:
-    kinds = {row.placement for row in report.sublayers if row.placement is not None}
-    if len(kinds) < 2:
+    """Return the placement that thresholds on gains are for; "" if the model has one alone."""
+    placements = {row.placement for row in report.sublayers}
+    if len(placements - {None}) < 2:
         return ""
+
+    # An older report does not say which.
     usual = report.settings.get("stratum")
-    return f"{usual}-norm" if usual else "the most frequent placement"
+    if not usual:
+        return "the most frequent placement"
+    return f"{usual}-norm"

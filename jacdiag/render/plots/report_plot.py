@@ -83,10 +83,13 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     Raises:
         UsageError: no picture format has this suffix, or the picture would go to a terminal.
     """
+    # 1. A terminal would show the bytes of a picture as text.
     if leads_to_stdout(path) and sys.stdout.isatty():
         raise UsageError(
             "a picture cannot be written to a terminal", hint="redirect stdout, or name a file"
         )
+
+    # 2. The suffix, or PNG where there need be none.
     suffix = Path(path).suffix.lower()
     if suffix in FORMATS:
         return suffix
@@ -147,6 +150,8 @@ def draw(report: Report) -> Figure:
 
 
 def _title(figure: Figure, view: ReportView) -> None:
+    """Write the verdict, and below it what was audited."""
+    # 1. The verdict, in a smaller font if it is long.
     headline = _cut(view.verdict.headline, _LONGEST_TITLE)
     font_size = min(14.5, 14.5 * 76 / len(headline))
     height = float(figure.get_figheight())
@@ -160,6 +165,8 @@ def _title(figure: Figure, view: ReportView) -> None:
         va="top",
         parse_math=False,
     )
+
+    # 2. The model.
     header = view.header
     about = _cut("  ·  ".join([header.name, header.model, header.state]), _LONGEST_SUBTITLE)
     figure.text(0.03, 1 - 0.53 / height, about, fontsize=10, color=PALE, va="top", parse_math=False)
@@ -209,6 +216,7 @@ def _panel(axes: Axes, curves: list[DepthCurve], label: str, depth: DepthView) -
 
 
 def _tick(value: float) -> str:
+    """Return the label of a tick: a plain number, or a power of ten if that would be long."""
     if 1e-4 <= value < 1e5:
         return f"{value:,.10g}"
     mantissa, power = f"{value:.0e}".split("e")
@@ -225,18 +233,24 @@ def _draw_curve(axes: Axes, curve: DepthCurve) -> None:
     if curve.dashed:
         style = {"linestyle": (0, (5, 3)), "linewidth": 1.1}
 
-    # 2. A marker at every point, or a dot at each point without a neighbour.
-    has_many = len(curve.x) > 40
-    style["markeredgewidth"] = 0.8
-    if has_many:
-        style["markeredgewidth"] = 0.4
-    if not curve.marker:
-        style |= {"marker": "o", "markevery": curve.lonely, "markersize": 4.0}
-    elif has_many:
-        style |= {"marker": curve.marker, "markersize": 3.2}
-    else:
-        style |= {"marker": curve.marker, "markersize": 6}
+    # 2. Its points.
+    style |= _marker_style(curve)
     axes.plot(curve.x, curve.y, color=curve.colour, markeredgecolor="white", **style)
+
+
+def _marker_style(curve: DepthCurve) -> dict[str, Any]:
+    """Return a marker for every point, or a dot for each point without a neighbour."""
+    # 1. Many markers would cover the line: they are smaller.
+    has_many = len(curve.x) > 40
+    size, edge = 6.0, 0.8
+    if has_many:
+        size, edge = 3.2, 0.4
+
+    # 2. A line without markers would not show a single point.
+    if not curve.marker:
+        lonely = {"marker": "o", "markevery": curve.lonely, "markersize": 4.0}
+        return {**lonely, "markeredgewidth": edge}
+    return {"marker": curve.marker, "markersize": size, "markeredgewidth": edge}
 
 
 def _draw_interval_band(
@@ -247,8 +261,9 @@ def _draw_interval_band(
     beyond_top = 1e3 * axes.get_ylim()[1]
     high = []
     for value in upper:
-        is_unbounded = value == math.inf
-        high.append(beyond_top if is_unbounded else value)
+        if value == math.inf:
+            value = beyond_top
+        high.append(value)
     axes.fill_between(curve.x, lower, high, color=curve.colour, alpha=0.25, linewidth=0)
 
     # 2. The bars.
@@ -259,9 +274,10 @@ def _draw_interval_band(
 
 def _gain_label(depth: DepthView) -> str:
     """Return which placement the thresholds on branch norms are for, if there are several."""
-    if not depth.stratum:
+    stratum = depth.stratum
+    if not stratum:
         return ""
-    return f"{depth.stratum}, "
+    return f"{stratum}, "
 
 
 def _draw_limits(
@@ -383,10 +399,13 @@ def _at_foot(axes: Axes, places: list[float], sign: str, text: str) -> None:
 
 
 def _depth_axis(axes: Axes, depth: DepthView) -> None:
+    """Set ticks at integer depths, with a margin on both sides."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("depth (layer)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+
+    # A single depth has no width that the margin could be a share of.
     margin = 0.5
     if depth.last:
         margin = max(0.02 * depth.last, 0.08)
@@ -436,22 +455,25 @@ def _direct_labels(axes: Axes, curves: list[DepthCurve], figure_height: float) -
 
 def _legend_sign(curve: DepthCurve) -> str:
     """Return the character that looks like a curve's marker or line."""
-    if curve.marker in _MARKER_SIGNS:
-        return _MARKER_SIGNS[curve.marker]
-    if curve.dashed:
-        return "- -"
-    return "—"
+    sign = _MARKER_SIGNS.get(curve.marker, "—")
+    has_marker = curve.marker in _MARKER_SIGNS
+    if curve.dashed and not has_marker:
+        sign = "- -"
+    return sign
 
 
 def _apart(heights: list[float], least: float) -> list[float]:
     """Move sorted heights apart until neighbours differ by `least` and none is above 1."""
     moved = list(heights)
     for _ in range(200):
+        # 1. Both neighbours give way by half of what is missing between them.
         for place in range(1, len(moved)):
             overlap = least - (moved[place] - moved[place - 1])
             if overlap > 0:
                 moved[place] += overlap / 2
                 moved[place - 1] -= overlap / 2
+
+        # 2. The topmost may have left the panel.
         excess = max(0.0, moved[-1] - 1.0)
         if excess > 1e-9:
             moved = [height - excess for height in moved]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jacdiag.records.run_log import RunLog, number
 
@@ -25,18 +26,28 @@ class Heat:
     @property
     def extent(self) -> tuple[float, float]:
         """Smallest and largest positive value; (1, 1) where there is none."""
-        finite = [v for row in self.values for v in row if math.isfinite(v) and v > 0]
-        return (min(finite), max(finite)) if finite else (1.0, 1.0)
+        drawable: list[float] = []
+        for row in self.values:
+            drawable += filter(_is_positive, row)
+        if not drawable:
+            return 1.0, 1.0
+        return min(drawable), max(drawable)
 
     def level(self, value: float, levels: int) -> int | None:
         """Return the level of a value on a log scale between the extremes.
 
         None for no value.
         """
-        if not (math.isfinite(value) and value > 0):
+        if not _is_positive(value):
             return None
+
+        # 1. The share of the way from the smallest to the largest.
         low, high = self.extent
-        share = math.log(value / low) / math.log(high / low) if high > low else 0.0
+        share = 0.0
+        if high > low:
+            share = math.log(value / low) / math.log(high / low)
+
+        # 2. The largest value belongs to the last level.
         return min(int(share * levels), levels - 1)
 
 
@@ -47,12 +58,31 @@ def heat_of(run: RunLog, columns: int | None = None) -> Heat:
 
     Sub-layers stand in the order of the first probe, which is that of depth.
     """
+    # 1. The probes that measured something.
     probes = [row for row in run.probes if row.get("figures")]
     if columns is not None and len(probes) > columns:
-        step = (len(probes) - 1) / max(columns - 1, 1)
-        probes = [probes[round(k * step)] for k in range(columns)]
-    names = list(
-        dict.fromkeys(name for row in probes for name in row["figures"].get("branch_norm", {}))
-    )
-    values = [[number(row["figures"]["branch_norm"].get(name)) for row in probes] for name in names]
-    return Heat(names, [int(row["step"]) for row in probes], values)
+        probes = _thinned(probes, columns)
+
+    # 2. The names, each once, where a probe has it first.
+    names: dict[str, None] = {}
+    for row in probes:
+        names.update(dict.fromkeys(row["figures"].get("branch_norm", {})))
+
+    # 3. The gains.
+    values = []
+    for name in names:
+        gains = [row["figures"]["branch_norm"].get(name) for row in probes]
+        values.append([number(gain) for gain in gains])
+    steps = [int(row["step"]) for row in probes]
+    return Heat(list(names), steps, values)
+
+
+def _thinned(probes: list[dict[str, Any]], columns: int) -> list[dict[str, Any]]:
+    """Return as many probes as there are columns, evenly chosen, with the first and the last."""
+    step = (len(probes) - 1) / max(columns - 1, 1)
+    return [probes[round(k * step)] for k in range(columns)]
+
+
+def _is_positive(value: float) -> bool:
+    """Return whether a log scale has a place for a value."""
+    return math.isfinite(value) and value > 0

@@ -11,11 +11,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.records.output_file import write_output
@@ -33,7 +34,7 @@ from jacdiag.render.plots.run_series import (
     gradient,
     update_ratio,
 )
-from jacdiag.render.terminal.run_screen import told_apart
+from jacdiag.render.terminal.run_screen import shorten_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,15 +107,19 @@ def parse_size(text: str) -> tuple[float, float]:
     >>> parse_size("slide"), parse_size("8x4.5")
     ((12.8, 7.2), (8.0, 4.5))
     """
+    # 1. A name.
     if text in SIZES:
         return SIZES[text]
-    match = _SIZE.fullmatch(text)
+
+    # 2. Two numbers, each in range.
     hint = f"{', '.join(SIZES)}, or inches such as 12.8x7.2, each {_SMALLEST:g} to {_LARGEST:g}"
+    match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"'{text}' is no size of a picture", hint=hint)
     width, height = float(match[1]), float(match[2])
-    if not (_SMALLEST <= width <= _LARGEST and _SMALLEST <= height <= _LARGEST):
-        raise UsageError(f"'{text}' is no size of a picture", hint=hint)
+    for side in (width, height):
+        if not _SMALLEST <= side <= _LARGEST:
+            raise UsageError(f"'{text}' is no size of a picture", hint=hint)
     return width, height
 
 
@@ -127,8 +132,12 @@ def parse_figures(text: str) -> tuple[str, ...]:
     >>> parse_figures("loss, lr")
     ('loss', 'lr')
     """
+    # 1. The names, each once; nothing stands for none.
+    stripped = map(str.strip, text.split(","))
+    names = tuple(dict.fromkeys(filter(None, stripped)))
+
+    # 2. Whether there are such panels.
     hint = f"there are {', '.join(FIGURES)}"
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise UsageError("no panel is named", hint=hint)
     for name in names:
@@ -190,9 +199,9 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     else:
         runs = dict(run)
     first, last = _range(runs, options)
-    drawn = [
-        _prepared(name, log, options, first, last, k) for k, (name, log) in enumerate(runs.items())
-    ]
+    drawn = []
+    for place, (name, log) in enumerate(runs.items()):
+        drawn.append(_prepared(name, log, options, first, last, place))
     names = _panel_names(drawn, options)
 
     # 2. The panels: one column, or two if there are many.
@@ -217,27 +226,37 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
         axis_end = first + 1
     for panel in panels.values():
         _mark(panel, drawn, first, last, labelled=id(panel) in tops)
-        panel.set_xlim(first, axis_end)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#e6e6e6", lw=0.6)
-        panel.set_axisbelow(True)
+        _frame(panel, first, axis_end)
 
     # 4. The axis of steps below each column, and the title.
-    for k in range(columns):
-        column_panels = list(panels.values())[k * rows : (k + 1) * rows]
-        if column_panels:
-            lowest = column_panels[-1]
-            lowest.set_xlabel("step")
-            lowest.tick_params(labelbottom=True)
-            _step_axis(lowest, first, last)
+    in_order = list(panels.values())
+    for begin in range(0, len(in_order), rows):
+        *_, lowest = in_order[begin : begin + rows]
+        lowest.set_xlabel("step")
+        lowest.tick_params(labelbottom=True)
+        _step_axis(lowest, first, last)
     _head(figure, drawn, options)
     return figure
 
 
+def _frame(panel: Axes, first: float, axis_end: float) -> None:
+    """Set the range of steps, and leave two of the four spines."""
+    panel.set_xlim(first, axis_end)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#e6e6e6", lw=0.6)
+    panel.set_axisbelow(True)
+
+
 def _panel_names(drawn: Sequence[_Drawn], options: RunPlot) -> list[str]:
     """Return the panels for which a run has data, in the order that was requested."""
+    # 1. What the runs have.
+    available: set[str] = set()
+    for curve in drawn:
+        available.update(curve.panels)
+
+    # 2. What was requested of it.
     candidates = options.figures or FIGURES
-    names = [name for name in candidates if any(name in curve.panels for curve in drawn)]
+    names = [name for name in candidates if name in available]
     if not names:
         raise UsageError(
             "there is nothing to draw",
@@ -252,11 +271,7 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
     # 1. The steps that there are.
     starts, ends = [], []
     for name, log in runs.items():
-        if not log.steps:
-            got = "a run without a step"
-            if name:
-                got = f"{printable(name)}: {got}"
-            raise UsageError("there is nothing to draw", got=got, hint="wait for log_every steps")
+        _check_steps(name, log)
         probed = [row["step"] for row in log.probes[:1]]
         starts.append(float(min([log.steps[0]["step"], *probed])))
         ends.append(float(log.steps[-1]["step"]))
@@ -273,6 +288,16 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
             "there is no step in the range", got=got, hint="--from and --to are steps of the run"
         )
     return first, last
+
+
+def _check_steps(name: str, log: RunLog) -> None:
+    """Raise UsageError if a run has no step yet."""
+    if log.steps:
+        return
+    got = "a run without a step"
+    if name:
+        got = f"{printable(name)}: {got}"
+    raise UsageError("there is nothing to draw", got=got, hint="wait for log_every steps")
 
 
 def _prepared(
@@ -311,7 +336,8 @@ def _prepared(
 
 def _either(first: Series, second: Series) -> Series:
     """Return the first series, or the second if the first has no value."""
-    if first.any:
+    has_value = first.any
+    if has_value:
         return first
     return second
 
@@ -329,11 +355,9 @@ def _panel(
 
     # 1. The lines.
     note, colour = "", PALE
-    shown = [curve for curve in drawn if name in curve.panels]
-    for curve in shown:
-        description = _draw_run_curve(panel, name, curve, several)
-        if description:
-            note = description
+    for curve in drawn:
+        if name in curve.panels:
+            note = _draw_run_curve(panel, name, curve, several) or note
     if name == "gradient" and not several:
         has_second = _second_gradient(panel, drawn[0], first, last)
         if has_second:
@@ -423,9 +447,12 @@ def _smoothed(
 
 def _second_gradient(panel: Axes, curve: _Drawn, first: float, last: float) -> bool:
     """Draw the norm that the optimizer used if it is another one; return whether it is."""
-    after = column(curve.run, "grad_norm_post").within(first, last)
+    # Without clipping the two are the same.
     was_clipped = any(row.get("clipped") for row in curve.run.steps)
-    if not was_clipped or not after.any:
+    if not was_clipped:
+        return False
+    after = column(curve.run, "grad_norm_post").within(first, last)
+    if not after.any:
         return False
     _line(panel, after.smoothed(curve.window), _RUNS[1], 1.4)
     return True
@@ -466,9 +493,10 @@ def _positive(drawn: Sequence[_Drawn], name: str) -> bool:
         if isinstance(values, Band):
             values = values.middle
         if values is None:
-            continue
+            continue  # this run did not measure it
         finite = values.y[np.isfinite(values.y)]
-        if bool((finite > 0).any()):
+        has_positive = bool((finite > 0).any())
+        if has_positive:
             return True
     return False
 
@@ -492,51 +520,71 @@ def _ticks_inside(low: float, high: float) -> list[float]:
     """Return round numbers between the limits: the coarsest series that has three of them."""
     from matplotlib.ticker import MaxNLocator
 
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # 1. From a tick per decade to eight.
     for mantissas in _MANTISSAS:
-        ticks = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
-        inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= 3:
-            return inside
-    # a range so short that its log scale is nearly a linear one
-    return [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        ticks = _within(_log_series(low, high, mantissas), low, high)
+        if len(ticks) >= 3:
+            return ticks
+
+    # 2. A range so short that its log scale is nearly a linear one.
+    return _within(MaxNLocator(4).tick_values(low, high), low, high)
+
+
+def _log_series(low: float, high: float, mantissas: Sequence[float]) -> list[float]:
+    """Return the mantissas times each power of ten, from below the limits to above them."""
+    lowest, highest = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = []
+    for decade in range(lowest, highest + 1):
+        ticks += [mantissa * 10.0**decade for mantissa in mantissas]
+    return ticks
+
+
+def _within(ticks: Iterable[float], low: float, high: float) -> list[float]:
+    """Return the ticks between the limits."""
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
     """Draw a cross at the foot for each step whose value is not finite; return since when."""
+    # 1. The runs that lost a value.
     words = []
     for curve in drawn:
         values = curve.panels.get(name)
         if not isinstance(values, Series) or not values.lost.size:
             continue
-
-        # 1. The crosses, 200 at most.
-        marks = values.lost[:: -(-values.lost.size // 200)]
-        foot = panel.get_xaxis_transform()
-        panel.plot(
-            marks,
-            np.full(marks.size, 0.03),
-            "x",
-            color=_ALERT["error"],
-            ms=5,
-            transform=foot,
-            clip_on=False,
-        )
-
-        # 2. Since when, in words.
-        begins, count = values.lost[0], values.lost.size
-        text = f"not finite from {begins:,.0f}, {count:,} steps"
-        if count == 1:
-            text = f"not finite at {begins:,.0f}"
+        _draw_crosses(panel, values.lost)
+        text = _lost_words(values.lost)
         if curve.name:
             text = f"{clipped(printable(curve.name), 20)}: {text}"
         words.append(text)
 
-    # 3. Two runs are named.
+    # 2. Two of them are named.
     listed = "; ".join(words[:2])
     if len(words) > 2:
         listed += f" and {len(words) - 2} more"
     return listed
+
+
+def _draw_crosses(panel: Axes, lost: NDArray[np.float64]) -> None:
+    """Draw crosses at the foot of a panel, 200 at most."""
+    marks = lost[:: -(-lost.size // 200)]
+    panel.plot(
+        marks,
+        np.full(marks.size, 0.03),
+        "x",
+        color=_ALERT["error"],
+        ms=5,
+        transform=panel.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def _lost_words(lost: NDArray[np.float64]) -> str:
+    """Return since which step values are not finite, and at how many steps."""
+    begins, count = lost[0], lost.size
+    if count == 1:
+        return f"not finite at {begins:,.0f}"
+    return f"not finite from {begins:,.0f}, {count:,} steps"
 
 
 def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) -> None:
@@ -558,7 +606,7 @@ def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) ->
     # 2. The names of eight sub-layers at most.
     every = max(1, -(-len(heat.names) // 8))
     ticks = list(range(0, len(heat.names), every))
-    names = told_apart([printable(name) for name in heat.names], 16)
+    names = shorten_names([printable(name) for name in heat.names], 16)
     panel.set_yticks(ticks, [names[k] for k in ticks], fontsize="x-small")
 
     # 3. The colour key.
@@ -569,7 +617,11 @@ def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) ->
 
 def _edges(steps: list[float], first: float, last: float) -> list[float]:
     """Return the edges of each probe's column, half-way to its neighbours."""
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
+    middles = []
+    for step, following in itertools.pairwise(steps):
+        middles.append((step + following) / 2)
+
+    # The first and the last column are as wide as the last one between two probes.
     half = (last - first) / 40
     if len(steps) > 1:
         half = (steps[-1] - steps[-2]) / 2
@@ -594,24 +646,54 @@ def _mark(
     span = (last - first) or 1.0
     labels: list[tuple[float, str]] = []
     for curve in drawn:
-        # 1. Resumes.
-        inside = [step for step in curve.run.resumes if first <= step <= last]
-        for resumed in inside:
-            panel.axvline(resumed, color=PALE, lw=0.9, ls=":")
-            if labelled:
-                _at_head(panel, labels, float(resumed), "resumed", PALE, last, span)
-
-        # 2. Alerts. Of several runs the colour says which one, of a single run how severe.
-        for row in alerts_of_run(curve.run):
-            step, level = float(row["step"]), str(row.get("level"))
-            if not first <= step <= last:
+        for event in _events(curve, several=several):
+            is_inside = first <= event.step <= last
+            if not is_inside:
                 continue
-            colour = _ALERT.get(level, PALE)
-            if several:
-                colour = curve.colour
-            panel.axvline(step, color=colour, lw=1.0, ls="--")
-            if labelled and level != "info":
-                _at_head(panel, labels, step, str(row["code"]), colour, last, span)
+            panel.axvline(event.step, color=event.colour, lw=event.width, ls=event.dashes)
+            if labelled and event.label:
+                _at_head(panel, labels, event.step, event.label, event.colour, last, span)
+
+
+@dataclass(frozen=True)
+class _Event:
+    """An upright line in a panel: an alert or a resume.
+
+    Attributes:
+        step: at which it stands.
+        label: written at its head; "" for none.
+        colour, width, dashes: how it is drawn.
+    """
+
+    step: float
+    label: str
+    colour: str
+    width: float
+    dashes: str
+
+
+def _events(curve: _Drawn, *, several: bool) -> list[_Event]:
+    """Return the resumes of a run, then its alerts.
+
+    Args:
+        curve: the run.
+        several: of several runs, the colour of an alert says which run it is of; of a single run,
+            how severe it is.
+    """
+    # 1. Resumes.
+    events = [_Event(float(step), "resumed", PALE, 0.9, ":") for step in curve.run.resumes]
+
+    # 2. Alerts. Observations have a line and no label.
+    for row in alerts_of_run(curve.run):
+        level = str(row.get("level"))
+        colour = _ALERT.get(level, PALE)
+        if several:
+            colour = curve.colour
+        label = str(row["code"])
+        if level == "info":
+            label = ""
+        events.append(_Event(float(row["step"]), label, colour, 1.0, "--"))
+    return events
 
 
 def _at_head(
@@ -655,13 +737,16 @@ def _step_axis(panel: Axes, first: float, last: float) -> None:
 
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if last <= first:
-        panel.set_xticks([first])
+        panel.set_xticks([first])  # a run of one step
         return
 
     # 1. Round steps, none of which is so near the last that their labels would meet.
     near = 0.08 * (last - first)
-    candidates = MaxNLocator(5, integer=True).tick_values(first, last)
-    ticks = [tick for tick in candidates if first <= tick and last - tick > near]
+    ticks = []
+    for tick in MaxNLocator(5, integer=True).tick_values(first, last):
+        is_clear = first <= tick and last - tick > near
+        if is_clear:
+            ticks.append(tick)
 
     # 2. Both ends.
     if not ticks or ticks[0] - first > near:
@@ -696,7 +781,7 @@ def _name_runs(figure: Figure, drawn: Sequence[_Drawn], room: int) -> None:
     """Write the name of each run in its colour, at the top right."""
     from matplotlib.lines import Line2D
 
-    short = told_apart([printable(curve.name) for curve in drawn], min(40, room // 2))
+    short = shorten_names([printable(curve.name) for curve in drawn], min(40, room // 2))
     handles = [Line2D([], [], color=curve.colour, lw=2.5) for curve in drawn]
     labels = []
     for name, curve in zip(short, drawn, strict=True):
@@ -719,20 +804,23 @@ def _title(run: RunLog) -> str:
     steps = f"{last:,} steps"
     if last == 1:
         steps = "1 step"
+    title = f"{model}, {steps}; {_alerts_in_words(run)}"
 
-    # 2. The alerts.
-    alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
-    state = "no alert"
-    if alerts:
-        listed = ", ".join(f"{row['code']} at {row['step']:,}" for row in alerts[:_ALERTS])
-        state = f"alerts: {listed}"
-    if len(alerts) > _ALERTS:
-        state += f" and {len(alerts) - _ALERTS} more"
-
-    # 3. What the report at the start found.
-    title = f"{model}, {steps}; {state}"
+    # 2. What the report at the start found.
     at_start = report_at_start(run)
     if at_start:
-        codes = ", ".join(dict.fromkeys(str(row["code"]) for row in at_start))
-        title += f"; report at step {at_start[0]['step']:,}: {codes}"
+        codes = dict.fromkeys(str(row["code"]) for row in at_start)
+        title += f"; report at step {at_start[0]['step']:,}: {', '.join(codes)}"
     return title
+
+
+def _alerts_in_words(run: RunLog) -> str:
+    """Return the first few alerts with their steps, and how many there are beyond."""
+    alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
+    if not alerts:
+        return "no alert"
+    named = [f"{row['code']} at {row['step']:,}" for row in alerts[:_ALERTS]]
+    text = f"alerts: {', '.join(named)}"
+    if len(alerts) > _ALERTS:
+        text += f" and {len(alerts) - _ALERTS} more"
+    return text

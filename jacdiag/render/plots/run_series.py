@@ -83,17 +83,23 @@ class Series:
 
 def series(points: Sequence[tuple[float, float]]) -> Series:
     """Build a series of (step, value); a value that is inf or nan is one that was lost."""
-    x = np.array([point[0] for point in points], dtype=float)
-    values = np.array([point[1] for point in points], dtype=float)
-    finite = np.isfinite(values)
-    return Series(x, np.where(finite, values, np.nan), x[~finite])
+    steps, values = [], []
+    for step, value in points:
+        steps.append(step)
+        values.append(value)
+    x, y = np.array(steps, dtype=float), np.array(values, dtype=float)
+    finite = np.isfinite(y)
+    return Series(x, np.where(finite, y, np.nan), x[~finite])
 
 
 def column(run: RunLog, key: str) -> Series:
     """Return a figure of the steps; steps at which it was not measured are left out."""
-    return series(
-        [(row["step"], number(row[key])) for row in run.steps if row.get(key) is not None]
-    )
+    points = []
+    for row in run.steps:
+        value = row.get(key)
+        if value is not None:
+            points.append((row["step"], number(value)))
+    return series(points)
 
 
 def gradient(run: RunLog) -> Series:
@@ -102,14 +108,24 @@ def gradient(run: RunLog) -> Series:
     The log has null for a norm that is nan, and says so by the norm after clipping.
     """
     points = []
+    was_passed = False
     for row in run.steps:
         before, after = row.get("grad_norm"), row.get("grad_norm_post")
+        # 1. The norm that the loop passed.
         if before is not None:
+            was_passed = True
             points.append((row["step"], number(before)))
-        elif after is not None and not math.isfinite(number(after)):
+            continue
+
+        # 2. A norm that was lost.
+        is_lost = after is not None and not math.isfinite(number(after))
+        if is_lost:
             points.append((row["step"], number(after)))
-    passed = any(row.get("grad_norm") is not None for row in run.steps)
-    return series(points if passed else [])
+
+    # 3. Without a norm before clipping, those after it belong to another curve.
+    if not was_passed:
+        return series([])
+    return series(points)
 
 
 def clip_share(run: RunLog) -> Series:
@@ -117,22 +133,23 @@ def clip_share(run: RunLog) -> Series:
 
     The mean is the share in percent.
     """
-    return series(
-        [
-            (row["step"], 100.0 * bool(row["clipped"]))
-            for row in run.steps
-            if row.get("clipped") is not None
-        ]
-    )
+    points = []
+    for row in run.steps:
+        was_clipped = row.get("clipped")
+        if was_clipped is not None:
+            points.append((row["step"], 100.0 * bool(was_clipped)))
+    return series(points)
 
 
 def update_ratio(run: RunLog) -> Series:
     """Return update norm over weight norm, of the sub-layer whose turn it was at each step."""
     points = []
     for row in run.steps:
-        update = row.get("update")
-        if update and update.get("ratio") is not None:
-            points.append((row["step"], number(update["ratio"])))
+        update = row.get("update") or {}
+        ratio = update.get("ratio")
+        # A step may have no turn, and an update no ratio to a weight of 0.
+        if ratio is not None:
+            points.append((row["step"], number(ratio)))
     return series(points)
 
 
@@ -151,24 +168,41 @@ class Band:
 
     def within(self, first: float, last: float) -> Band:
         """Return the part between two steps, both included."""
-        return Band(*(part.within(first, last) for part in (self.low, self.middle, self.high)))
+        return Band(
+            self.low.within(first, last),
+            self.middle.within(first, last),
+            self.high.within(first, last),
+        )
 
 
 def band(rows: Sequence[Mapping[str, Any]], figure: str) -> Band:
     """Return a figure of the statistics or of the probes."""
     low, middle, high = [], [], []
     for row in rows:
-        values = [
-            number(value)
-            for value in (row.get("figures") or {}).get(figure, {}).values()
-            if value is not None
-        ]
-        finite = [value for value in values if math.isfinite(value)]
+        # 1. The values of all sub-layers.
+        values = _values_of(row, figure)
         if not values:
             continue
+        finite = [value for value in values if math.isfinite(value)]
+
+        # 2. The smallest and the median of those that are finite.
+        smallest, median = math.nan, math.nan
+        if finite:
+            smallest, median = min(finite), float(np.median(finite))
+
+        # 3. The largest is lost with any of them.
+        largest = math.nan
+        if len(finite) == len(values):
+            largest = max(values)
+
         step = row["step"]
-        worst = max(values) if len(finite) == len(values) else math.nan
-        low.append((step, min(finite, default=math.nan)))
-        middle.append((step, float(np.median(finite)) if finite else math.nan))
-        high.append((step, worst))
+        low.append((step, smallest))
+        middle.append((step, median))
+        high.append((step, largest))
     return Band(series(low), series(middle), series(high))
+
+
+def _values_of(row: Mapping[str, Any], figure: str) -> list[float]:
+    """Return the values of a figure that a line of the log holds, over its sub-layers."""
+    by_name = (row.get("figures") or {}).get(figure, {})
+    return [number(value) for value in by_name.values() if value is not None]

@@ -353,7 +353,7 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
     per = max(1, -(-len(cells.names) // room))
     shown = cells.names[::per]
     tall = max(min(room // max(len(shown), 1), _TALLEST_ROW), 1)
-    names = told_apart(
+    names = shorten_names(
         [printable(name) for name in shown], max(width - min(len(cells.steps), width // 2) - 1, 6)
     )
 
@@ -400,7 +400,7 @@ def _map_key(cells: GainCells, width: int) -> list[str]:
     return key
 
 
-def told_apart(names: Sequence[str], width: int) -> list[str]:
+def shorten_names(names: Sequence[str], width: int) -> list[str]:
     """Cut names to a width by the mildest of some ways that leaves them different.
 
     First go the leading parts that all share or that are more than three, then the end of the last
@@ -410,9 +410,9 @@ def told_apart(names: Sequence[str], width: int) -> list[str]:
         names: dotted, of sub-layers.
         width: characters.
 
-    >>> told_apart(["layers.0.attention", "layers.0.feed_forward"], 9)
+    >>> shorten_names(["layers.0.attention", "layers.0.feed_forward"], 9)
     ['0.attent…', '0.feed_f…']
-    >>> told_apart(["layers.0.self_attn", "layers.0.self_mlp"], 8)
+    >>> shorten_names(["layers.0.self_attn", "layers.0.self_mlp"], 8)
     ['0.s…attn', '0.s…_mlp']
     """
     # 1. The last three parts of each.
