@@ -31,32 +31,45 @@ def render(report: Report) -> str:
     lines.append(f"✓ {gate.counted}{_baseline(gate)}")
 
     # 2. What the outcome does not say by itself.
-    lines += [f"  {line}" for line in [*gate.reservations, *gate.not_applicable]]
+    remarks = [*gate.reservations, *gate.not_applicable]
     if view.header.why_state:
-        lines.append(f"  state: {view.header.why_state}")
-    lines += [f"  note: {note}" for note in view.report_notes]
+        remarks.append(f"state: {view.header.why_state}")
+    remarks += [f"note: {note}" for note in view.report_notes]
     if gate.accept:
-        lines.append(f"  accept the new figures: {gate.accept}")
+        remarks.append(f"accept the new figures: {gate.accept}")
+    lines += [f"  {remark}" for remark in remarks]
 
     # 3. The outcome.
-    over = f" over {gate.seeds} seeds" if gate.seeds > 1 else ""
+    over = ""
+    if gate.seeds > 1:
+        over = f" over {gate.seeds} seeds"
     seconds = gate.seconds or 0.0
     lines.append(f"gate: {gate.outcome}{over} in {seconds:.3g} s  ({view.header.name})")
     return "\n".join(lines) + "\n"
 
 
 def _note_lines(note: Note) -> list[str]:
-    sign = "✗" if note.fails else _SIGNS[note.level]
+    """Return the lines of one rule: its sentences, and a remedy if the gate fails by it."""
+    # 1. The first line, with the place in the repository.
+    sign = _SIGNS[note.level]
+    if note.fails:
+        sign = "✗"
+    place = ""
+    if note.place:
+        place = f"   {note.place}"
     first, *others = note.text.splitlines()
-    place = f"   {note.place}" if note.place else ""
     lines = [f"{sign} {note.code} {note.name:<18} {first}{place}"]
-    lines += [f"{_INDENT}{line}" for line in others]
+
+    # 2. What stands below it.
     if note.fix and note.fails:
-        lines.append(f"{_INDENT}try: {note.fix}")
+        others.append(f"try: {note.fix}")
+    lines += [f"{_INDENT}{line}" for line in others]
     return lines
 
 
 def _baseline(gate: GateView) -> str:
-    if gate.baseline_day is None:
+    """Return the day of the baseline, "" without one."""
+    day = gate.baseline_day
+    if day is None:
         return ""
-    return f"   against the baseline of {gate.baseline_day or 'an unknown day'}"
+    return f"   against the baseline of {day or 'an unknown day'}"

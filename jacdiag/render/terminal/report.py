@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rich.cells import cell_len, chop_cells
@@ -51,10 +52,13 @@ def print_report(
         >>> from rich.console import Console
         >>> print_report(report, Console())                     # doctest: +SKIP
     """
+    # 1. Lay it out.
     view = build_view(report, all_rows=all_rows, sort=sort)
     width = None
     if console.is_terminal:
         width = console.width
+
+    # 2. Print it line by line. Without colours nothing is bold, either.
     for line in _lines(view, width):
         line.rstrip()
         printed = line
@@ -94,12 +98,7 @@ def _lines(view: ReportView, width: int | None) -> list[Text]:
     lines += _table(view.rows, columns, width)
 
     # 2. Why columns are missing.
-    shown = {column.key for column in columns}
-    dropped = [column.title for column in view.rows.columns if column.key not in shown]
-    notes = list(view.notes)
-    if dropped and view.rows.rows:
-        notes.insert(0, left_out(dropped))
-    for note in notes:
+    for note in _table_notes(view, columns):
         lines += _bullet(note, width)
 
     # 3. The verdict, the replay, what to do.
@@ -113,29 +112,54 @@ def _lines(view: ReportView, width: int | None) -> list[Text]:
     return lines
 
 
+def _table_notes(view: ReportView, columns: list[SublayerColumn]) -> list[str]:
+    """Return the notes below the table, first the one on columns that had no room.
+
+    Args:
+        view: of a report.
+        columns: those that are shown.
+    """
+    shown = {column.key for column in columns}
+    dropped = [column.title for column in view.rows.columns if column.key not in shown]
+    if not dropped or not view.rows.rows:
+        return view.notes
+    return [left_out(dropped), *view.notes]
+
+
 # -- header ----------------------------------------------------------------------------------------
 def _header(header: HeaderView, width: int | None) -> list[Text]:
     """Return the header: its first line plain, with the name in bold, the others dim."""
-    lines = []
-    style = ""
-    for number, facts in enumerate(header.lines):
-        indent = ""
-        for row in packed(facts, width):
-            line = Text(indent + row, style=style)
-            if number == 0 and header.name in row:
-                start = line.plain.index(header.name)
-                line.stylize("bold", start, start + len(header.name))
-            lines.append(line)
-            indent = _INDENT  # of a line that is continued
-        style = "dim"
+    first, *others = header.lines
+    lines = _packed_lines(first, width, "")
+    for line in lines:
+        _embolden(line, header.name)
+    for facts in others:
+        lines += _packed_lines(facts, width, "dim")
     return lines
 
 
+def _packed_lines(facts: list[str], width: int | None, style: str) -> list[Text]:
+    """Return facts on as few lines as they fit on, all but the first indented."""
+    lines = []
+    indent = ""
+    for row in packed(facts, width):
+        lines.append(Text(indent + row, style=style))
+        indent = _INDENT
+    return lines
+
+
+def _embolden(line: Text, name: str) -> None:
+    """Set the first occurrence of a name in bold, if the line has it."""
+    start = line.plain.find(name)
+    if start >= 0:
+        line.stylize("bold", start, start + len(name))
+
+
 def packed(parts: list[str], width: int | None) -> list[str]:
-    """Return lines with as many parts on each as fit; a part that fits on no line is wrapped.
+    """Return lines with as many facts on each as fit; a fact that fits on no line is wrapped.
 
     Args:
-        parts: of one line, to be joined by a dot.
+        parts: the facts of one line, to be joined by a dot.
         width: characters a line; None for no limit.
     """
     if width is None:
@@ -143,11 +167,14 @@ def packed(parts: list[str], width: int | None) -> list[str]:
     room = width - len(_INDENT)
     rows: list[str] = []
     for part in parts:
+        # 1. At the end of the last line, if there is room.
         if rows:
             joined = f"{rows[-1]}{_JOINT}{part}"
             if cell_len(joined) <= room:
                 rows[-1] = joined
                 continue
+
+        # 2. Else on a line of its own.
         rows += _wrapped(part, room)
     return rows
 
@@ -157,17 +184,26 @@ def _table(grid: Grid, columns: list[SublayerColumn], width: int | None) -> list
     """Return the title line, the visible rows, and a line for each fold."""
     if not grid.rows:
         return [Text(f"{_INDENT}no sub-layers")]
+
+    # 1. The rows. A fold may also stand below the last one.
     lines = [_title_line(columns)]
     for place in range(len(grid.rows) + 1):
         if place in grid.gaps:
             lines.append(_gap(grid.gaps[place], width))
         if place < len(grid.rows):
             lines.append(_row(columns, place))
+
+    # 2. Cut to the terminal, however long a name is.
     for line in lines:
         line.rstrip()
-        if width is not None:
-            line.truncate(width, overflow="ellipsis")
+        _truncate(line, width)
     return lines
+
+
+def _truncate(line: Text, width: int | None) -> None:
+    """Cut a line to a width, if there is one, with a sign that it was cut."""
+    if width is not None:
+        line.truncate(width, overflow="ellipsis")
 
 
 def _gap(gap: Gap, width: int | None) -> Text:
@@ -175,16 +211,19 @@ def _gap(gap: Gap, width: int | None) -> Text:
     line = ""
     for text in (f"{gap.text}   (--all shows them)", gap.text, gap.brief):
         line = f"{_INDENT}  ...  {text}"
-        if width is None or cell_len(line) <= width:
-            break
+        has_room = width is None or cell_len(line) <= width
+        if has_room:
+            break  # else the shortest one
     return Text(line, style="dim")
 
 
 def _title_line(columns: list[SublayerColumn]) -> Text:
+    """Return the titles, each over its column."""
     line = Text(_INDENT, style="dim")
     for column in columns:
-        is_left = column.left or column.key == "who"
-        line.append(_padded(column.title, column, is_left=is_left), style=_style_of(column))
+        title = _padded(column.title, column, is_left=column.left)
+        line.append(title, style=_style_of(column))
+        # Room over the marks.
         if column.marked:
             line.append("  ", style="")
         line.append(_GAP)
@@ -192,20 +231,26 @@ def _title_line(columns: list[SublayerColumn]) -> Text:
 
 
 def _row(columns: list[SublayerColumn], place: int) -> Text:
+    """Return one sub-layer: its cells, each with its mark in the colour of its level."""
     line = Text(_INDENT)
     for column in columns:
-        level_style = _STYLES[column.levels[place]]
+        # 1. The cell.
+        level = column.levels[place]
         text = _padded(column.cells[place], column, is_left=column.left)
-        line.append(text, style=level_style or _style_of(column))
+        line.append(text, style=_STYLES[level] or _style_of(column))
+
+        # 2. Its mark, or room for it.
         if column.marked:
-            sign = SIGNS[column.levels[place]] or " "
-            line.append(f" {sign}", style=level_style)
+            sign = SIGNS[level] or " "
+            line.append(f" {sign}", style=_STYLES[level])
         line.append(_GAP)
     return line
 
 
 def _style_of(column: SublayerColumn) -> str:
-    if column.key == "who":
+    """Return the style of a column: that of the factor to blame is bold."""
+    is_factor = column.key == "who"
+    if is_factor:
         return "bold"
     return ""
 
@@ -219,17 +264,19 @@ def _padded(text: str, column: SublayerColumn, *, is_left: bool) -> str:
 
 
 def _width(column: SublayerColumn) -> int:
-    return max(cell_len(text) for text in [column.title, *column.cells])
+    """Return the width of a column's widest text."""
+    return max(map(cell_len, [column.title, *column.cells]))
 
 
 def _total(columns: list[SublayerColumn]) -> int:
     """Return the width of a row: indent, cells, room for marks, and gaps between the columns."""
-    total = len(_INDENT) - len(_GAP)
+    total = len(_INDENT)
     for column in columns:
         total += _width(column) + len(_GAP)
         if column.marked:
             total += 2
-    return total
+    # Nothing follows the last column.
+    return total - len(_GAP)
 
 
 def _fitting(columns: list[SublayerColumn], width: int | None) -> list[SublayerColumn]:
@@ -243,35 +290,47 @@ def _fitting(columns: list[SublayerColumn], width: int | None) -> list[SublayerC
 
     # 1. Drop columns.
     fitting = list(columns)
-    figures = [column for column in columns if column.key not in ("depth", "name")]
-    figures.sort(key=lambda column: column.interest)
-    for column in figures[:-1]:
+    for column in _droppable(columns):
         if _total(fitting) > width:
             fitting.remove(column)
 
     # 2. Cut names.
     excess = _total(fitting) - width
-    if excess <= 0:
-        return fitting
-    return [_shortened(column, excess) if column.key == "name" else column for column in fitting]
+    if excess > 0:
+        names = next(column for column in fitting if column.key == "name")
+        fitting[fitting.index(names)] = _shortened(names, excess)
+    return fitting
+
+
+def _droppable(columns: list[SublayerColumn]) -> list[SublayerColumn]:
+    """Return the columns that may go, the least interesting first; one figure is not among them."""
+    figures = [column for column in columns if column.key not in ("depth", "name")]
+    figures.sort(key=lambda column: column.interest)
+    return figures[:-1]
 
 
 def _shortened(column: SublayerColumn, excess: int) -> SublayerColumn:
+    """Return the column of names, cut at their front.
+
+    Args:
+        column: of the names.
+        excess: characters that the row is too long.
+    """
     room = max(_LEAST_NAME, _width(column) - excess)
     cells = []
     for cell in column.cells:
-        if cell_len(cell) <= room:
-            cells.append(cell)
-        else:
-            cells.append(f"…{_tail(cell, room - 1)}")
-    return SublayerColumn(
-        column.key, column.title, column.interest, cells, column.levels, column.left
-    )
+        if cell_len(cell) > room:
+            cell = f"…{_tail(cell, room - 1)}"
+        cells.append(cell)
+    return dataclasses.replace(column, cells=cells)
 
 
 def _tail(text: str, room: int) -> str:
+    """Return as much of a text's end as there is room for."""
+    # A character may be two cells wide.
     while cell_len(text) > room:
         text = text[1:]
+
     return text
 
 
@@ -283,9 +342,11 @@ def _verdict(verdict: VerdictView, width: int | None) -> list[Text]:
     top = Text(_INDENT).append(f"{verdict.word.upper()}  ", style=f"bold {style}")
     lines = _hanging(top, verdict.headline, width, "bold")
 
-    # 2. Its lines: labels and states are aligned.
+    # 2. Room for the widest label and the widest state.
     label_width = max(len(line.label) for line in verdict.lines)
     status_width = max(cell_len(_status(line)) for line in verdict.lines)
+
+    # 3. Its lines, with the rule's code at their ends.
     for line in verdict.lines:
         head = Text(f"{_INDENT}{line.label:<{label_width}}  ")
         head.append(f"{_status(line):<{status_width}}  ", style=_STYLES[line.level])
@@ -297,19 +358,22 @@ def _verdict(verdict: VerdictView, width: int | None) -> list[Text]:
 
 
 def _status(line: Line) -> str:
+    """Return how a condition came out, with its mark."""
     return f"{line.status} {SIGNS[line.level]}".strip()
 
 
 def _replay(replay: ReplayView, width: int | None) -> list[Text]:
     """Return the replay of a flight: the sentence, the table of its batches, what stands out."""
-    lines = _hanging(Text(f"{_INDENT}Replay  ", style="bold"), replay.sentence, width)
+    # 1. The table, cut to the terminal.
     titles, *rows = table_lines(replay.table)
-    lines.append(Text(_INDENT * 2 + titles, style="dim"))
-    for row in rows:
-        lines.append(Text(_INDENT * 2 + row))
-    if width is not None:
-        for line in lines[1:]:
-            line.truncate(width, overflow="ellipsis")
+    table = [Text(_INDENT * 2 + titles, style="dim")]
+    table += [Text(_INDENT * 2 + row) for row in rows]
+    sentence = _hanging(Text(f"{_INDENT}Replay  ", style="bold"), replay.sentence, width)
+    lines = [*sentence, *table]
+    for line in lines[1:]:
+        _truncate(line, width)
+
+    # 2. What stands out in it.
     for fact in replay.facts:
         lines += _bullet(fact, width)
     return lines
@@ -329,10 +393,12 @@ def _closing(view: ReportView, width: int | None) -> list[Text]:
 
 
 def _labelled(label: str, text: str, width: int | None) -> list[Text]:
+    """Return a text after a bold label."""
     return _hanging(Text(f"{_INDENT}{label:<10}   ", style="bold"), text, width)
 
 
 def _bullet(text: str, width: int | None) -> list[Text]:
+    """Return a dim text after a dash."""
     return _hanging(Text(f"{_INDENT}– "), text, width, "dim")
 
 
@@ -343,22 +409,23 @@ def _hanging(head: Text, body: str, width: int | None, style: str = "") -> list[
         return [head + _prose(body, style)]
 
     # 1. With too little room next to the head, the body begins below it.
-    is_narrow = width - head.cell_len < _LEAST_PROSE
+    room = width - head.cell_len
+    is_narrow = room < _LEAST_PROSE
     if is_narrow and head.cell_len > len(_DEEPER):
-        lines = []
+        pieces = _wrapped(body, width - len(_DEEPER))
+        lines = [Text(_DEEPER) + _prose(piece, style) for piece in pieces]
         if head.plain.strip():
-            lines.append(head)
-        for piece in _wrapped(body, width - len(_DEEPER)):
-            lines.append(Text(_DEEPER) + _prose(piece, style))
+            lines.insert(0, head)
         return lines
 
     # 2. Else next to it.
-    first, *others = _wrapped(body, width - head.cell_len)
+    first, *others = _wrapped(body, room)
     indent = Text(" " * head.cell_len)
     return [head + _prose(first, style), *(indent + _prose(piece, style) for piece in others)]
 
 
 def _prose(text: str, style: str) -> Text:
+    """Return a sentence in which codes of rules and the command are dim."""
     line = Text(text.replace(TIED, " "), style=style)
     line.highlight_regex(r"JD\d{3}|again: .*", "dim")
     return line
@@ -369,21 +436,27 @@ def _wrapped(text: str, room: int) -> list[str]:
 
     A word that has no room on any line is broken inside.
     """
-    lines = [""]
+    # 1. Words, and pieces of those that are too long.
+    pieces: list[str] = []
     for word in text.split(" "):
-        for piece in _pieces(word, room):
-            joined = piece
-            if lines[-1]:
-                joined = f"{lines[-1]} {piece}"
-            if cell_len(joined) > room and lines[-1].strip():
-                lines.append(piece)
-            else:
-                lines[-1] = joined
+        pieces += _pieces(word, room)
+
+    # 2. As many on each line as fit.
+    lines = [""]
+    for piece in pieces:
+        joined = piece
+        if lines[-1]:
+            joined = f"{lines[-1]} {piece}"
+        if cell_len(joined) > room and lines[-1].strip():
+            lines.append(piece)
+        else:
+            lines[-1] = joined
     return [line.rstrip() for line in lines]
 
 
 def _pieces(word: str, room: int) -> list[str]:
     """Break a word that has no room on a line."""
-    if cell_len(word) > room > 1:
+    is_too_long = cell_len(word) > room
+    if is_too_long and room > 1:
         return chop_cells(word, room)
     return [word]
