@@ -21,7 +21,7 @@ from jacdiag.records.run_log import RunLog, number
 from jacdiag.records.run_state import RunState, RunStatus
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.content.verdict import TIED
-from jacdiag.render.terminal.gain_cells import CUTS, SHADES, GainCells, loudest
+from jacdiag.render.terminal.gain_cells import CUTS, SHADES, Cell, GainCells, loudest
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = SHADES
@@ -81,19 +81,22 @@ def _figures(run: RunLog, width: int, height: int) -> RenderableType:
     """Return the left panel: curves, and lines of figures below them."""
     if not run.steps:
         return Text("no step yet")
-    lines = _figure_lines(run, width)
 
-    # The curves take the room that is left, each a line of text and some lines of bars.
+    # 1. The curves that have room, each a line of text and some lines of bars.
+    lines = _figure_lines(run, width)
     curves = _curves(run, width)
     room = height - 1 - len(lines)
     while len(curves) > 2 and room < 3 * len(curves):
         curves.pop()
     tall = min(max(room // len(curves) - 1, 1), _TALLEST)
+
+    # 2. From the top: the step, the curves, the figures.
     shown = [f"step {run.steps[-1]['step']:,}"]
     for head, values in curves:
         shown += [head, *chart(values, width, tall)]
     shown += lines
-    return Text("\n".join(clipped(printable(line), width) for line in shown[:height]), no_wrap=True)
+    cut = [clipped(printable(line), width) for line in shown[:height]]
+    return Text("\n".join(cut), no_wrap=True)
 
 
 def _figure_lines(run: RunLog, width: int) -> list[str]:
@@ -101,9 +104,9 @@ def _figure_lines(run: RunLog, width: int) -> list[str]:
     # 1. Speed, over the last steps.
     lines: list[str] = []
     durations = [number(row.get("step_seconds")) for row in run.steps[-_RATE:]]
-    durations = [duration for duration in durations if math.isfinite(duration)]
-    if durations:
-        lines.append(f"steps/s  {three(len(durations) / max(sum(durations), 1e-9))}")
+    known = list(filter(math.isfinite, durations))
+    if known:
+        lines.append(f"steps/s  {three(len(known) / max(sum(known), 1e-9))}")
 
     # 2. Figures of the last step.
     last = run.steps[-1]
@@ -112,14 +115,23 @@ def _figure_lines(run: RunLog, width: int) -> list[str]:
             lines.append(f"{key:8} {number(last[key]):,.4g}")
 
     # 3. Counts over all steps.
-    was_clipped = [row["clipped"] for row in run.steps if row.get("clipped") is not None]
-    if was_clipped:
-        share = f"clipped  {sum(was_clipped) / len(was_clipped):.0%}"
-        lines.append(_fitting(width, f"{share} of steps", share))
-    skipped = sum(bool(row.get("skipped")) for row in run.steps)
+    lines += _clipped_steps(run, width)
+    skipped = [row for row in run.steps if row.get("skipped")]
     if skipped:
-        lines.append(f"skipped  {skipped}")
+        lines.append(f"skipped  {len(skipped)}")
     return lines + _cost(run, width)
+
+
+def _clipped_steps(run: RunLog, width: int) -> list[str]:
+    """Return the line on clipping; none if the log does not say which steps were clipped."""
+    was_clipped = []
+    for row in run.steps:
+        if row.get("clipped") is not None:
+            was_clipped.append(row["clipped"])
+    if not was_clipped:
+        return []
+    share = f"clipped  {sum(was_clipped) / len(was_clipped):.0%}"
+    return [_fitting(width, f"{share} of steps", share)]
 
 
 def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
@@ -137,15 +149,12 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
     ]
 
     # 2. Figures of the sub-layers, at fewer steps.
-    logits = _over_sublayers(run, "logit", largest=True)
-    shortcuts = _over_sublayers(run, "shortcut_std", largest=False)
-    updates = [number(row["update"].get("ratio")) for row in run.steps if row.get("update")]
     for label, short, values in (
-        ("largest logit", "logit", logits),
-        ("least shortcut", "shortcut", shortcuts),
-        ("update/weight", "upd", updates),
+        ("largest logit", "logit", _over_sublayers(run, "logit", largest=True)),
+        ("least shortcut", "shortcut", _over_sublayers(run, "shortcut_std", largest=False)),
+        ("update/weight", "upd", _update_ratios(run)),
     ):
-        finite = [value for value in values if math.isfinite(value)]
+        finite = list(filter(math.isfinite, values))
         if finite:
             last = three(finite[-1])
             head = _fitting(width, f"{label} {last}", f"{short} {last}")
@@ -158,28 +167,42 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
     return curves
 
 
+def _update_ratios(run: RunLog) -> list[float]:
+    """Return update norm over weight norm, of the steps at which it was measured."""
+    ratios = []
+    for row in run.steps:
+        update = row.get("update")
+        if update:
+            ratios.append(number(update.get("ratio")))
+    return ratios
+
+
 def _stretched(values: Sequence[float], width: int) -> list[float]:
     """Repeat values until there are as many as columns.
 
     Time then runs over the full width, as in the curves of the steps.
     """
     count = len(values)
-    if count == 0 or count >= width:
+    if not 0 < count < width:
         return list(values)
-    return [values[k * count // width] for k in range(width)]
+    places = [k * count // width for k in range(width)]
+    return [values[place] for place in places]
 
 
 def _over_sublayers(run: RunLog, figure: str, *, largest: bool) -> list[float]:
     """Return the largest or the smallest value over sub-layers, for each row of statistics."""
-    pick = min
-    if largest:
-        pick = max
     extremes = []
     for row in run.stats:
         by_name = (row.get("figures") or {}).get(figure, {})
         known = [number(value) for value in by_name.values() if value is not None]
-        if known:
-            extremes.append(pick(known))
+        if not known:
+            continue
+
+        # Large logits are the dangerous ones, and small shortcuts.
+        if largest:
+            extremes.append(max(known))
+        else:
+            extremes.append(min(known))
     return extremes
 
 
@@ -188,16 +211,14 @@ def _head(labels: Sequence[str], run: RunLog, key: str, width: int) -> str:
 
     A label is shortened, never a value.
     """
-    # 1. What was measured lately. All rows are read only if every recent value was lost.
-    measured = _measured_values(run.steps[-_LOOK_BACK:], key)
-    if measured and not any(math.isfinite(value) for _, value in measured):
-        measured = _measured_values(run.steps, key)
-
-    # 2. The last value, and since when it is not finite.
+    # 1. The last value.
+    measured = _recently_measured(run, key)
     last = "?"
     if measured:
         last = three(measured[-1][1])
     texts = [f"{label:8} {last}" for label in labels]
+
+    # 2. Since when it is not finite, in as many words as fit.
     since = _lost_since(measured)
     if since is not None:
         long = [f"{label} {last} since step {since:,}" for label in labels]
@@ -206,13 +227,24 @@ def _head(labels: Sequence[str], run: RunLog, key: str, width: int) -> str:
     return _fitting(width, *texts, f"{labels[-1]} {last}")
 
 
+def _recently_measured(run: RunLog, key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the last steps; of all steps if every recent value was lost."""
+    recent = _measured_values(run.steps[-_LOOK_BACK:], key)
+    has_finite = any(math.isfinite(value) for _, value in recent)
+    if recent and not has_finite:
+        return _measured_values(run.steps, key)
+    return recent
+
+
 def _measured_values(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """Return (step, value) of the rows in which a figure was measured."""
     measured = []
     for row in rows:
         value = _measured(row, key)
-        if value is not None:
-            measured.append((int(row["step"]), value))
+        if value is None:
+            continue
+        step = int(row["step"])
+        measured.append((step, value))
     return measured
 
 
@@ -221,14 +253,18 @@ def _measured(row: Mapping[str, Any], key: str) -> float | None:
 
     The log has null for a norm before clipping that is nan. The norm after clipping then shows it.
     """
+    # 1. What the log holds.
     if row.get(key) is not None:
         return number(row[key])
-    if key != "grad_norm":
-        return None
     after = row.get("grad_norm_post")
-    if after is None or math.isfinite(number(after)):
+    if key != "grad_norm" or after is None:
         return None
-    return number(after)
+
+    # 2. A norm that was lost.
+    value = number(after)
+    if math.isfinite(value):
+        return None
+    return value
 
 
 def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
@@ -237,10 +273,12 @@ def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
     It is None if the last one is finite.
     """
     since = None
+    # From the end, up to the last value that is finite.
     for step, value in reversed(measured):
         if math.isfinite(value):
             break
         since = step
+
     return since
 
 
@@ -249,7 +287,9 @@ def _fitting(width: int, *texts: str) -> str:
     for text in texts:
         if len(text) <= width:
             return text
-    return clipped(texts[-1], width)
+
+    shortest = texts[-1]
+    return clipped(shortest, width)
 
 
 def spark(values: Sequence[float], width: int) -> str:
@@ -273,29 +313,40 @@ def chart(values: Sequence[float], width: int, rows: int) -> list[str]:
     >>> chart([1.0, 2.0, 3.0], 3, 2)
     [' ▁█', '▁██']
     """
-    # 1. The mean of each bar.
     empty = [""] * rows
     if not values or width < 1:
         return empty
-    per_bar = max(1, -(-len(values) // width))
-    means = [_finite_mean(values[k : k + per_bar]) for k in range(0, len(values), per_bar)]
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
-        return empty
 
-    # 2. Its height in eighths of a line; 0 is a gap.
-    low, high = min(finite), max(finite)
-    span = (high - low) or 1.0
-    steps = 8 * rows - 1
-    heights = []
-    for mean in means:
-        if math.isfinite(mean):
-            heights.append(round((mean - low) / span * steps) + 1)
-        else:
-            heights.append(0)
+    # 1. The mean of each bar.
+    per_bar = max(1, -(-len(values) // width))
+    means = []
+    for begin in range(0, len(values), per_bar):
+        means.append(_finite_mean(values[begin : begin + per_bar]))
+
+    # 2. Its height, up to eight for each line.
+    heights = _bar_heights(means, 8 * rows)
+    if not any(heights):
+        return empty
 
     # 3. The lines, from the top.
     return [_bar_line(heights, row) for row in reversed(range(rows))]
+
+
+def _bar_heights(means: Sequence[float], most: int) -> list[int]:
+    """Return the heights of bars: 1 for the smallest, `most` for the largest, 0 for a gap."""
+    finite = list(filter(math.isfinite, means))
+    if not finite:
+        return [0] * len(means)
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+
+    heights = []
+    for mean in means:
+        height = 0
+        if math.isfinite(mean):
+            height = round((mean - low) / span * (most - 1)) + 1
+        heights.append(height)
+    return heights
 
 
 def _bar_line(heights: Sequence[int], row: int) -> str:
@@ -314,25 +365,26 @@ def _bar_line(heights: Sequence[int], row: int) -> str:
 
 def _finite_mean(values: Sequence[float]) -> float:
     """Return the mean of the finite values; nan if there are none."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    finite = list(filter(math.isfinite, values))
+    count = len(finite)
+    if not count:
         return math.nan
-    return sum(finite) / len(finite)
+    return sum(finite) / count
 
 
 def _cost(run: RunLog, width: int) -> list[str]:
     """Return how long the last probe took, and the share of the run's time spent on probes."""
     lines = []
     if run.probes:
-        lines.append(f"probe    {seconds(number(run.probes[-1].get('seconds')))}")
-    for row in reversed(run.prices):
-        if "probe_share" not in row:
-            continue
-        share = row["probe_share"]
-        if share is not None:
-            short = f"         {share:.1%} time"
-            lines.append(_fitting(width, f"         {share:.1%} of the time", short))
-        break
+        duration = number(run.probes[-1].get("seconds"))
+        lines.append(f"probe    {seconds(duration)}")
+
+    # The last line that says what the watch costs.
+    shares = (row["probe_share"] for row in reversed(run.prices) if "probe_share" in row)
+    share = next(shares, None)
+    if share is not None:
+        text = f"         {share:.1%}"
+        lines.append(_fitting(width, f"{text} of the time", f"{text} time"))
     return lines
 
 
@@ -370,15 +422,26 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
         heads = [name, *[""] * (tall - 1)]
         for head in heads:
             text.append(head.ljust(name_width) + " ")
-            for column in across:
-                cell = loudest([column.get(member) for member in members])
-                if cell is None:
-                    text.append(" ")
-                else:
-                    text.append(cell.glyph, style=cell.style)
+            _append_cells(text, across, members)
             text.append("\n")
     text.append("\n".join(foot))
     return text
+
+
+def _append_cells(text: Text, across: Sequence[Mapping[str, Cell]], members: Sequence[str]) -> None:
+    """Append one line of cells.
+
+    Args:
+        text: to append to.
+        across: the cells of each column, by sub-layer.
+        members: the sub-layers that the line stands for.
+    """
+    for column in across:
+        cell = loudest([column.get(member) for member in members])
+        if cell is None:
+            text.append(" ")  # no probe of this column has one
+        else:
+            text.append(cell.glyph, style=cell.style)
 
 
 def _map_key(cells: GainCells, width: int) -> list[str]:
@@ -403,8 +466,8 @@ def _map_key(cells: GainCells, width: int) -> list[str]:
 def shorten_names(names: Sequence[str], width: int) -> list[str]:
     """Cut names to a width by the mildest of some ways that leaves them different.
 
-    First go the leading parts that all share or that are more than three, then the end of the last
-    part, its middle, its front.
+    First go the leading segments that all share or that are more than three, then the end of the
+    last segment, its middle, its front.
 
     Args:
         names: dotted, of sub-layers.
@@ -415,31 +478,34 @@ def shorten_names(names: Sequence[str], width: int) -> list[str]:
     >>> shorten_names(["layers.0.self_attn", "layers.0.self_mlp"], 8)
     ['0.s…attn', '0.s…_mlp']
     """
-    # 1. The last three parts of each.
+    # 1. The last three segments of each.
     different = len(set(names))
     short = [_last_parts(name, 3) for name in names]
     longest = max(map(len, short), default=0)
     if longest <= width and len(set(short)) == different:
         return short
 
-    # 2. Without the leading parts that all share, cut at the end, in the middle or at the front.
-    parts = [name.split(".") for name in names]
-    shared = _count_shared(parts)
-    own = [".".join(part[shared:]) for part in parts]
-    cut: list[str] = []
+    # 2. Without the leading segments that all share.
+    split_names = [name.split(".") for name in names]
+    shared = _count_shared(split_names)
+    own = [".".join(segments[shared:]) for segments in split_names]
+
+    # 3. Cut at the end, in the middle or at the front.
+    shortened: list[str] = []
     for front in (width - 1, (width - 1) // 2, 0):
-        cut = [_cut(name, front, width) for name in own]
-        if len(set(cut)) == different:
+        shortened = [_cut(name, front, width) for name in own]
+        if len(set(shortened)) == different:
             break
-    return cut
+    return shortened
 
 
 def _count_shared(parts: Sequence[Sequence[str]]) -> int:
-    """Count the leading parts that all names share; each keeps its last part."""
+    """Count the leading segments that all names share; each keeps its last one."""
+    # Of each place in the names, the segments that stand there.
     most = min(map(len, parts), default=1) - 1
     for count in range(most):
-        beginnings = {tuple(part[: count + 1]) for part in parts}
-        if len(beginnings) > 1:
+        segments = {part[count] for part in parts}
+        if len(segments) > 1:
             return count
     return max(most - 1, 0)
 
@@ -456,7 +522,7 @@ def _cut(name: str, front: int, width: int) -> str:
 
 
 def _last_parts(name: str, most: int) -> str:
-    """Return the last parts of a name, which differ between sub-layers."""
+    """Return the last segments of a name, which differ between sub-layers."""
     return ".".join(name.split(".")[-most:])
 
 
@@ -471,15 +537,19 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
     """Return the right panels: alerts, the report at the start, and notes, if there are any."""
     layouts: list[Layout] = []
     room = height
+
+    # 1. The report at the start: a quarter of the height at most, then its heads alone.
     start = report_at_start(run)
     if start:
         lines = _report_lines(start, width)
         size = min(len(lines) + 2, max(height // 4, 4))
         if size < len(lines) + 2:
-            lines = [line for line in lines if line[1] != "dim"]  # the heads alone
+            lines = [line for line in lines if line[1] != "dim"]
         title = f"report at step {start[0]['step']:,}"
         layouts.append(_lines_panel(lines, title, width, size))
         room -= size
+
+    # 2. Notes: a third of it at most.
     notes = _notes(run, width)
     if notes:
         size = min(len(notes) + 2, max(height // 3, 5))
@@ -489,6 +559,7 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
         layouts.append(_lines_panel(notes, title, width, size))
         room -= size
 
+    # 3. Alerts stand above them, in the room that is left.
     alerts = Layout(Panel(_alerts(run, width, room - 2), title="alerts", title_align="left"))
     if not layouts:
         return alerts
@@ -498,6 +569,7 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
 
 
 def _lines_panel(lines: Sequence[tuple[str, str]], title: str, width: int, size: int) -> Layout:
+    """Return lines in a frame with a title."""
     panel = Panel(_joined(lines, width, size - 2), title=title, title_align="left")
     return Layout(panel, size=size)
 
@@ -520,36 +592,46 @@ def _report_lines(rows: Sequence[Mapping[str, Any]], width: int) -> list[tuple[s
     """Return what the first probe found in the model: it did not happen in the run."""
     lines: list[tuple[str, str]] = []
     for row in rows:
+        # 1. The head: how severe, which rule, and the first sub-layer.
         level = str(row.get("level"))
         where = printable(str((row.get("where") or [""])[0]))
         head = f"{_MARKS.get(level, '·')} {row.get('code')} {_ending(where, max(width - 8, 6))}"
         lines.append((head, _STYLES.get(level, "")))
-        lines += [(line, "dim") for line in _wrapped(printable(str(row.get("what", ""))), width)]
+
+        # 2. The sentence.
+        sentence = printable(str(row.get("what", "")))
+        lines += [(line, "dim") for line in _wrapped(sentence, width)]
     return lines
 
 
 def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
-    """Return parts that are switched off, rules that wait, and the newest notes."""
-    # 1. What is written, in which style.
+    """Return measurements that are switched off, rules that wait, and the newest notes."""
+    lines: list[tuple[str, str]] = []
+    for text, style in _note_texts(run):
+        lines += [(line, style) for line in _wrapped(printable(text), width)]
+    return lines
+
+
+def _note_texts(run: RunLog) -> list[tuple[str, str]]:
+    """Return what the notes say, each text with its style."""
+    # 1. What is switched off, and why.
     texts: list[tuple[str, str]] = []
     for row in run.faults:
         texts.append((f"× {printable(str(row.get('part')))} is off", "yellow"))
         texts.append((f"{row.get('error', '')}; {row.get('off', '')}", ""))
+
+    # 2. Rules that wait; a run that has ended keeps nothing waiting.
     if run.ended is None:
         for code, what in run.waits.items():
             texts.append((f"{code} waits for {what}", "dim"))
+
+    # 3. Notes, the newest first, with their steps.
     for row in reversed(run.notes):
         note = str(row.get("text", ""))
         if isinstance(row.get("step"), int):
             note = f"{row['step']:,}: {note}"
         texts.append((f"· {note}", "dim"))
-
-    # 2. Each text wrapped into lines of its style.
-    lines: list[tuple[str, str]] = []
-    for text, style in texts:
-        for line in _wrapped(printable(text), width):
-            lines.append((line, style))
-    return lines
+    return texts
 
 
 def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
@@ -587,43 +669,48 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
 
 
 def _ending(name: str, width: int) -> str:
-    """Return as many of a name's last parts as fit, three at most."""
-    return _fitting(
-        width, *(_last_parts(name, most) for most in (3, 2)), _cut(_last_parts(name, 2), 0, width)
-    )
+    """Return as many of a name's last segments as fit, three at most."""
+    three_segments, two_segments = _last_parts(name, 3), _last_parts(name, 2)
+    return _fitting(width, three_segments, two_segments, _cut(two_segments, 0, width))
 
 
 def _keys(
     run: RunLog, path: str, width: int, idle: float | None, state: RunState | None
 ) -> RenderableType:
     """Return the lowest line: the run's state, its path and how to leave."""
+    # 1. The state, and the key.
     text, goes_on = _state_text(run, idle, state)
     leave = "Ctrl-C leaves"
     if goes_on:
         leave = "Ctrl-C leaves; the run goes on"
     head, tail = f" {printable(text)}", f"  ·  {leave}"
+
+    # 2. The path between them, if there is room. What is known of the run matters most.
     room = width - len(head) - len(tail) - len("  ·  ")
+    line = _fitting(width, head + tail, head)
     if room >= _LEAST_PATH:
         line = f"{head}  ·  {_end_of(printable(path), room)}{tail}"
-    else:  # what is known of the run matters most
-        line = _fitting(width, head + tail, head)
     return Text(clipped(line, width), style="reverse")
 
 
 def _state_text(run: RunLog, idle: float | None, state: RunState | None) -> tuple[str, bool]:
     """Return what is known of the run, and whether it goes on."""
+    # 1. A sign of life next to the log, or the log's last line.
     if state is not None:
         return state.text, state.kind is RunStatus.RUNNING
     if run.ended is not None:
         return f"ended at step {run.ended['step']:,}", False
-    if idle is not None and idle >= _SILENT:
-        # a dead run, or a slow one: the log does not tell
+
+    # 2. A dead run, or a slow one: the log does not tell.
+    is_silent = idle is not None and idle >= _SILENT
+    if is_silent:
         return f"no line for {seconds(idle)}", False
     return "running", True
 
 
 def _end_of(path: str, width: int) -> str:
     """Cut the front off a path that is too long."""
-    if len(path) <= width:
+    excess = len(path) - width
+    if excess <= 0:
         return path
-    return f"…{path[1 - width :]}"
+    return f"…{path[excess + 1 :]}"
