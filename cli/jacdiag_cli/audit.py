@@ -65,8 +65,10 @@ def audit(invocation: CommandInvocation, source: str, **given: Any) -> int:
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over
       processes)
     """
-    # 1. Check the options before any work.
-    files = plan_report_files(source, given) if invocation.heard else {}
+    # 1. Check the options before any work. Of several ranks one writes.
+    files = {}
+    if invocation.heard:
+        files = plan_report_files(source, given)
     _check_replay(given)
     confidence = confidences(click.get_current_context())
     profile = read_profile(given)
@@ -100,10 +102,12 @@ def audit(invocation: CommandInvocation, source: str, **given: Any) -> int:
 
 def _check_replay(given: Mapping[str, Any]) -> None:
     """Raise UsageError if --replay and another option both give the probe."""
-    others = [f"--{name} {given[name]}" for name in ("tokens", "inputs") if given[name] is not None]
-    if given["replay"] is not None and others:
-        got = f"--replay {given['replay']} and {others[0]}"
-        raise UsageError("the probe is given twice", got=got, hint="give one of them")
+    if given["replay"] is None:
+        return
+    for name in ("tokens", "inputs"):
+        if given[name] is not None:
+            got = f"--replay {given['replay']} and --{name} {given[name]}"
+            raise UsageError("the probe is given twice", got=got, hint="give one of them")
 
 
 def _recorded_batch(folder: str | None) -> Any:
@@ -131,17 +135,20 @@ def _with_replayed_step(report: Report, folder: str) -> Report:
     """Return the report with the step of its batch, and whether that is the step of the folder."""
     from jacdiag.monitor.log.flight_recorder import read_about
 
+    # 1. A batch of another step. That of a step that had begun is what the folder is about.
     about = read_about(folder)
     step, batch_step = about.get("step"), about.get("batch_step")
-    notes = list(report.notes)
     is_known = step is not None and batch_step is not None
     is_running = batch_step == about.get("running_step")
+    notes = list(report.notes)
     if is_known and step != batch_step and not is_running:
         notes.append(
             f"the batch is of step {batch_step}, not of step {step} that {Path(folder).name} is "
             "about: keep_batches of jacdiag.watch did not reach back (log_every of it do, 10 by "
             "default, times the micro-batches of a step)"
         )
+
+    # 2. The step itself, for the header.
     settings = {**report.settings, "replayed": {"folder": folder, **about}}
     return dataclasses.replace(report, settings=settings, notes=notes)
 
@@ -162,6 +169,8 @@ def _show(report: Report, given: Mapping[str, Any], *, aside: bool) -> None:
     """
     output_format = given["output_format"]
     layout = {"all_rows": given["all_rows"], "sort": given["sort"]}
+
+    # 1. The table, for people.
     if output_format == "pretty":
         from jacdiag.render.terminal.report import print_report
 
@@ -170,12 +179,16 @@ def _show(report: Report, given: Mapping[str, Any], *, aside: bool) -> None:
             print_report(report, terminal, **layout)
         show(captured.get(), aside=aside)
         return
+
+    # 2. A format for pages or machines.
     if output_format == "markdown":
         from jacdiag.render.formats.markdown import render
 
         emit(render(report, **layout), "markdown")
     else:
         emit(machine_text(report, output_format), form_of(output_format))
+
+    # 3. The verdict, which such a format may hide from the person who ran the command.
     from jacdiag.render.content.sentences import headline
 
     say(f"{report.verdict}: {headline(report)}")
@@ -187,4 +200,7 @@ def _exit_code(report: Report, fail_on: str) -> int:
 
     if fail_on == "never":
         return 0
-    return int(any(at_least(finding.level, fail_on) for finding in report.findings))
+    for finding in report.findings:
+        if at_least(finding.level, fail_on):
+            return 1
+    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,11 @@ def audit_options(given: Mapping[str, Any], **others: Any) -> AuditOptions:
     """
     from jacdiag.pipeline.options import AuditOptions
 
-    values = {name: given[name] for name in _SAME_NAMES if name in given}
-    return AuditOptions(**{**values, "input_factory": given["inputs"], **others})
+    values = {"input_factory": given["inputs"]}
+    for name in _SAME_NAMES:
+        if name in given:
+            values[name] = given[name]
+    return AuditOptions(**{**values, **others})
 
 
 def read_profile(given: Mapping[str, Any]) -> ResolvedProfile:
@@ -86,10 +90,11 @@ def rule_options(profile: ResolvedProfile, contract: str | None) -> dict[str, An
         profile: as it was read.
         contract: the path of --contract.
     """
+    # Each use of --select and --ignore gives a group of codes.
     return {
         "profile": profile.levels,
-        "select": [code for group in profile.select for code in group],
-        "ignore": [code for group in profile.ignore for code in group],
+        "select": list(chain.from_iterable(profile.select)),
+        "ignore": list(chain.from_iterable(profile.ignore)),
         "thresholds": profile.thresholds or None,
         "declared": current().sites or (),
         "contract": _read_contract(contract),
@@ -104,13 +109,17 @@ def _read_contract(path: str | None) -> dict[str, Any] | None:
     """
     from jacdiag.rules import checked_contract
 
+    # 1. The configuration.
     if path is None:
         return checked_contract(current().contract) or None
+
+    # 2. A file of its own, with or without the table's name.
     try:
         data = tomllib.loads(toml_text(Path(path)))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
     table = data.get("contract", data)
-    if not isinstance(table, dict) or not table:
+    is_table = isinstance(table, dict)
+    if not is_table or not table:
         raise UsageError(f"'{path}' holds no contract", hint='for example: W_O = "0.02/sqrt(2*N)"')
     return checked_contract(table)

@@ -183,20 +183,29 @@ def _plan_files(runs: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]
     Raises:
         UsageError: one of them cannot be written, or has a suffix that says something else.
     """
-    from jacdiag.backtest.archive import ENDINGS, is_packed
-    from jacdiag.records.output_file import is_streamed
     from jacdiag.render.plots.report_plot import check_suffix
 
+    # 1. None of them may be a file that is read.
     named = {option: given[f"{kind}_file"] for option, kind in _OUTPUTS.items()}
     inputs: list[tuple[str, str | None]] = [("a run that is read", run) for run in runs]
     inputs.append(("what --risk reads", given["rejudge_risk"]))
     files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
+
+    # 2. The suffix chooses the format of a picture and of packed runs.
     if "--plot" in files:
         check_suffix(files["--plot"])
-    pack = files.get("--pack")
-    if pack is not None and not is_packed(Path(pack)) and not is_streamed(pack):
-        raise UsageError("--pack takes another name", got=pack, hint=" or ".join(ENDINGS))
+    if "--pack" in files:
+        _check_packed(files["--pack"])
     return files
+
+
+def _check_packed(path: str) -> None:
+    """Raise unless the file of --pack has a suffix of packed runs, or is a stream."""
+    from jacdiag.backtest.archive import ENDINGS, is_packed
+    from jacdiag.records.output_file import is_streamed
+
+    if not is_packed(Path(path)) and not is_streamed(path):
+        raise UsageError("--pack takes another name", got=path, hint=" or ".join(ENDINGS))
 
 
 def _rules_to_judge_by(given: Mapping[str, Any]) -> Thresholds | None:
@@ -214,11 +223,12 @@ def _rules_to_judge_by(given: Mapping[str, Any]) -> Thresholds | None:
 
 def _check_runs(runs: Sequence[str]) -> None:
     """Raise SourceError if a run does not exist."""
-    for path in runs:
-        if not Path(path).exists():
-            raise SourceError(
-                f"cannot read the run '{path}'", got="No such file or directory", hint=_RUN
-            )
+    for run in runs:
+        if Path(run).exists():
+            continue
+        raise SourceError(
+            f"cannot read the run '{run}'", got="No such file or directory", hint=_RUN
+        )
 
 
 def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestReport:
@@ -243,23 +253,34 @@ def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestRepor
 
 def _write_files(report: BacktestReport, recorded: Sequence[Run], files: Mapping[str, str]) -> None:
     """Write every output file, and say so for each."""
-    from jacdiag.backtest.archive import encoded
     from jacdiag.render import backtest as layout
 
-    # Refused before any file is written, if there is no curve.
-    risk = _risk(report, files["--write-risk"]) if "--write-risk" in files else ""
-    if "--json" in files:
-        write_data(files["--json"], (report.to_json() + "\n").encode())
-    if "--markdown" in files:
-        write_data(files["--markdown"], layout.markdown(report).encode())
-    if "--plot" in files:
-        layout.save(report, files["--plot"])
-        say_written(files["--plot"])
+    # 1. What each holds. Without a curve, --write-risk is refused before any file is written.
+    data: dict[str, bytes] = {}
     if "--write-risk" in files:
-        write_data(files["--write-risk"], risk.encode())
-    if "--pack" in files:
-        complete = [run for run in recorded if run.whole]
-        write_data(files["--pack"], encoded(complete, Path(files["--pack"])))
+        data["--write-risk"] = _risk(report, files["--write-risk"]).encode()
+    if "--json" in files:
+        data["--json"] = (report.to_json() + "\n").encode()
+    if "--markdown" in files:
+        data["--markdown"] = layout.markdown(report).encode()
+
+    # 2. Write them in the order of the options; the picture and the runs write themselves.
+    for option, path in files.items():
+        if option == "--plot":
+            layout.save(report, path)
+            say_written(path)
+        elif option == "--pack":
+            write_data(path, _packed(recorded, path))
+        else:
+            write_data(path, data[option])
+
+
+def _packed(recorded: Sequence[Run], path: str) -> bytes:
+    """Return all runs that came to their end as one file; its suffix says how it is compressed."""
+    from jacdiag.backtest.archive import encoded
+
+    complete = [run for run in recorded if run.whole]
+    return encoded(complete, Path(path))
 
 
 def _show(report: BacktestReport, given: Mapping[str, Any], *, aside: bool) -> None:
@@ -272,21 +293,31 @@ def _show(report: BacktestReport, given: Mapping[str, Any], *, aside: bool) -> N
     """
     from jacdiag.render import backtest as layout
 
+    # 1. Formats for machines and pages.
     if given["output_format"] == "json":
         emit(report.to_json() + "\n", "json")
         return
     if given["output_format"] == "markdown":
         emit(layout.markdown(report), "markdown")
         return
-    columns = []
-    cells = zip(*layout.rows(report, every=given["all_rows"]), strict=True)
-    for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
-        columns.append(TableColumn(title, column, _INTEREST[index], right=index > 3))
+
+    # 2. The table, with a sentence for each live rule and each factor below it.
+    columns = _columns(layout.rows(report, every=given["all_rows"]))
     lines = [*layout.summary(report), "", grid(columns, room(stderr=aside))]
     lines += [layout.detected(detector, given["lead"]) for detector in report.detectors]
     for held_out in report.held_out:
         lines += ["", *layout.held_out_lines(held_out)]
     show("\n".join(lines) + "\n", aside=aside)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[TableColumn]:
+    """Return the table of figures by its columns; from the fifth on they hold numbers."""
+    from jacdiag.render.backtest import HEAD
+
+    columns = []
+    for index, cells in enumerate(zip(*rows, strict=True)):
+        columns.append(TableColumn(HEAD[index], cells, _INTEREST[index], right=index > 3))
+    return columns
 
 
 def _risk(report: BacktestReport, path: str) -> str:
@@ -323,7 +354,8 @@ def _pairs(columns: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for text in columns:
         name, equals, column = text.partition("=")
-        if not equals or name not in ("step", "loss", "grad_norm", "lr"):
+        is_series = name in ("step", "loss", "grad_norm", "lr")
+        if not equals or not is_series:
             raise UsageError(
                 f"--column takes NAME=COLUMN, got '{text}'",
                 hint="NAME is step, loss, grad_norm or lr",

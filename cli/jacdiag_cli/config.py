@@ -21,8 +21,11 @@ BUILT_IN = ("default", "paper")
 PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
 TABLES = ("thresholds", "profiles", "sites", "contract")
 SWITCHES = ("allow-trust-pickle",)  # for what `gate` refuses in CI otherwise
-# a file in somebody's repository must not switch a safeguard off
+
+# A file in somebody's repository must not switch a safeguard off.
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)
+
+# Options whose values are paths, or may begin with one.
 _FILES = ("tokens", "json", "plot", "baseline", "contract", "risk")
 _FACTORIES = ("model", "inputs")
 
@@ -62,7 +65,10 @@ def load(start: Path, known: list[str]) -> ConfigFile:
     for folder in (start, *start.parents):
         for name in ("jacdiag.toml", "pyproject.toml"):
             path = folder / name
-            settings = _read(path) if path.is_file() else None
+            if not path.is_file():
+                continue
+            # A pyproject.toml without our table is none: the search goes on.
+            settings = _read(path)
             if settings is not None:
                 return _checked(path, settings, known)
     return ConfigFile()
@@ -70,14 +76,19 @@ def load(start: Path, known: list[str]) -> ConfigFile:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the settings in a file; None if a pyproject.toml has none."""
+    # 1. All that the file holds.
     try:
         data = tomllib.loads(toml_text(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"cannot read '{path}'", got=str(error)) from error
     if path.name == "jacdiag.toml":
         return data
+
+    # 2. The table of this program, in a file that belongs to all.
     tools = data.get("tool", {})
-    settings = tools.get("jacdiag") if isinstance(tools, dict) else None
+    if not isinstance(tools, dict):
+        return None
+    settings = tools.get("jacdiag")
     if settings is not None and not isinstance(settings, dict):
         raise UsageError(
             f"'tool.jacdiag' in {path} must be a table", got=repr(settings), hint="[tool.jacdiag]"
@@ -111,15 +122,18 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
     Raises:
         UsageError: a key that no option has, or a value of another kind.
     """
+    # 1. Options, by the names that the command line gives them.
     options: dict[str, Any] = {}
     for key, value in settings.items():
         name = key.replace("_", "-")
-        if name in TABLES or name in SWITCHES:
+        if name in (*TABLES, *SWITCHES):
             _check_kind(path, name, value)
         elif name in known:
             options[name] = _anchored(name, value, path.parent)
         else:
             raise _unknown_key(path, key, value, known)
+
+    # 2. Tables, and the switch.
     tables = {name: settings.get(name, {}) for name in TABLES}
     trust = bool(settings.get("allow-trust-pickle", False))
     return ConfigFile(path, options, allow_trust_pickle=trust, **tables)
@@ -127,10 +141,12 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
 
 def _check_kind(path: Path, name: str, value: Any) -> None:
     """Raise unless a table is a table, and a switch is true or false."""
-    if name in TABLES and not isinstance(value, dict):
-        raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
-    if name in SWITCHES and not isinstance(value, bool):
-        raise UsageError(f"'{name}' in {path} must be true or false", got=repr(value))
+    kind: type = dict
+    words = "a table"
+    if name in SWITCHES:
+        kind, words = bool, "true or false"
+    if not isinstance(value, kind):
+        raise UsageError(f"'{name}' in {path} must be {words}", got=repr(value))
 
 
 def _unknown_key(path: Path, key: str, value: Any, known: list[str]) -> UsageError:
@@ -155,9 +171,14 @@ def _anchored(name: str, value: Any, folder: Path) -> Any:
     """Return a value of an option; a path in a configuration file is relative to the file."""
     if not isinstance(value, str):
         return value
-    if name in _FILES or (name in _FACTORIES and ".py:" in value):
-        return str(folder / value)
-    return value
+
+    # A factory is a path only if it names a file: file.py:callable.
+    is_path = name in _FILES
+    if name in _FACTORIES:
+        is_path = ".py:" in value
+    if not is_path:
+        return value
+    return str(folder / value)
 
 
 class Configured(click.Command):
@@ -174,21 +195,13 @@ class Configured(click.Command):
         **extra: Any,
     ) -> click.Context:
         """Return the context of a call, with the configuration as its defaults."""
+        # 1. Help works with a configuration that is broken, too.
         if {"-h", "--help"} & set(args):
             return super().make_context(info_name, args, parent, **extra)
 
-        # 1. The parameters by the names of their options.
+        # 2. The configuration's values are defaults of this command.
         config = load(Path.cwd(), all_options())
-        by_name = {}
-        for param in self.params:
-            for option in param.opts:
-                by_name[option.removeprefix("--")] = param
-
-        # 2. The configuration's values, where this command has the option.
-        defaults = {}
-        for name, value in config.options.items():
-            if name in by_name:
-                defaults[by_name[name].name] = _as_typed(by_name[name], value)
+        defaults = self._defaults_from(config)
         try:
             context = super().make_context(info_name, args, parent, default_map=defaults, **extra)
         except click.BadParameter as error:
@@ -196,11 +209,28 @@ class Configured(click.Command):
         context.meta["jacdiag.config"] = config
         return context
 
+    def _defaults_from(self, config: ConfigFile) -> dict[str, Any]:
+        """Return the values of a configuration, by the parameters of this command."""
+        # 1. The parameters by the names of their options.
+        by_option = {}
+        for param in self.params:
+            for option in param.opts:
+                by_option[option.removeprefix("--")] = param
+
+        # 2. A value for another command is left out.
+        defaults = {}
+        for name, value in config.options.items():
+            option_param = by_option.get(name)
+            if option_param is not None and option_param.name:
+                defaults[option_param.name] = _as_typed(option_param, value)
+        return defaults
+
 
 def all_options() -> list[str]:
     """Return the names of all options that a configuration may set."""
     from jacdiag_cli import options
 
+    # 1. A command that has them all.
     groups = (
         options.SOURCE,
         options.PROBE,
@@ -212,10 +242,14 @@ def all_options() -> list[str]:
         options.GATE,
     )
     command = click.command()(options.add(*groups)(lambda: None))
+
+    # 2. The long names of its options.
     names = []
     for param in command.params:
         if isinstance(param, click.Option):
-            names += [option.removeprefix("--") for option in param.opts if option[:2] == "--"]
+            names += [option[2:] for option in param.opts if option.startswith("--")]
+
+    # 3. Without those that only the person who runs the command may set.
     return [name for name in names if name not in FROM_COMMAND_LINE_ONLY]
 
 
@@ -229,38 +263,48 @@ def _as_typed(param: click.Parameter, value: Any) -> Any:
         UsageError: a list or a table for an option that takes one value; click expects the right
             shape already.
     """
-    if not isinstance(param, click.Option) or not param.multiple:
+    takes_several = isinstance(param, click.Option) and param.multiple
+    if not takes_several:
         return _one_value(param, value)
-    items = value if isinstance(value, list) else [value]
+
+    # Each item is one use of the option.
+    items = [value]
+    if isinstance(value, list):
+        items = value
     return [_one_value(param, item) for item in items]
 
 
 def _one_value(param: click.Parameter, value: Any) -> Any:
     """Return one value as text, or as the table that a JSON option takes."""
-    kind = ""
-    if isinstance(value, list):
-        kind = "list"
-    elif isinstance(value, dict):
-        if isinstance(param.type, JsonObject):
-            return value
+    # 1. What click takes.
+    is_table = isinstance(value, dict)
+    if is_table and isinstance(param.type, JsonObject):
+        return value
+    if not isinstance(value, (list, dict)):
+        return str(value)
+
+    # 2. What it would take for something else.
+    kind = "list"
+    if is_table:
         kind = "table"
-    if kind:
-        raise UsageError(
-            f"'{param.opts[0].removeprefix('--')}' in the configuration takes one value",
-            got=f"a {kind}: {value!r}",
-        )
-    return str(value)
+    raise UsageError(
+        f"'{param.opts[0].removeprefix('--')}' in the configuration takes one value",
+        got=f"a {kind}: {value!r}",
+    )
 
 
 def _blamed(error: click.BadParameter, config: ConfigFile) -> click.BadParameter:
     """Return an error that names the configuration file, if the wrong value came from it."""
-    name = error.param.name if error.param else None
-    source = error.ctx.get_parameter_source(name) if error.ctx and name else None
+    # 1. Where the value came from. An error may lack its parameter or its context.
+    if error.param is None or error.ctx is None or not error.param.name:
+        return error
+    source = error.ctx.get_parameter_source(error.param.name)
     if source is not click.core.ParameterSource.DEFAULT_MAP:
         return error
-    return click.BadParameter(
-        f"{error.message} (from {config.path})", error.ctx, error.param, error.param_hint
-    )
+
+    # 2. The same error with the path.
+    message = f"{error.message} (from {config.path})"
+    return click.BadParameter(message, error.ctx, error.param, error.param_hint)
 
 
 def current() -> ConfigFile:
@@ -298,32 +342,20 @@ def resolve_profile(context: click.Context, config: ConfigFile) -> ResolvedProfi
         UsageError: no profile of that name, or one that holds something else.
     """
     # 1. A built-in profile is a name; the options stand as they are.
-    values, name = dict(context.params), str(context.params["profile"])
+    params, name = context.params, str(context.params["profile"])
     if name in BUILT_IN:
-        select, ignore, fail_on = (values[key] for key in ("select", "ignore", "fail_on"))
-        return ResolvedProfile(name, config.thresholds, select, ignore, fail_on)
+        return ResolvedProfile(
+            name, config.thresholds, params["select"], params["ignore"], params["fail_on"]
+        )
 
     # 2. A profile of the configuration.
     if name not in config.profiles:
-        known = ", ".join([*BUILT_IN, *config.profiles])
-        add = (
-            f"add [tool.jacdiag.profiles.{name}] to pyproject.toml, or [profiles.{name}] to "
-            "jacdiag.toml"
-        )
-        raise UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
+        raise _unknown_profile(name, config)
     table, where = config.profiles[name], f"profile '{name}' in {config.path}"
     _check_profile(table, where)
 
     # 3. Its options, unless the command line gives them.
-    for param in context.command.params:
-        key = param.opts[0].removeprefix("--")
-        source = context.get_parameter_source(param.name or "")
-        on_command_line = source is click.core.ParameterSource.COMMANDLINE
-        if key in table and param.name and not on_command_line:
-            try:
-                values[param.name] = param.type_cast_value(context, _as_typed(param, table[key]))
-            except click.BadParameter as error:
-                raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
+    values = {**params, **_options_of_profile(context, table, where)}
 
     # 4. Its thresholds and levels.
     thresholds = merged(config.thresholds, table.get("thresholds", {}))
@@ -333,28 +365,75 @@ def resolve_profile(context: click.Context, config: ConfigFile) -> ResolvedProfi
     )
 
 
+def _unknown_profile(name: str, config: ConfigFile) -> UsageError:
+    """Return the error of a profile that no configuration has, with how to add it."""
+    known = ", ".join([*BUILT_IN, *config.profiles])
+    add = (
+        f"add [tool.jacdiag.profiles.{name}] to pyproject.toml, or [profiles.{name}] to "
+        "jacdiag.toml"
+    )
+    return UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
+
+
+def _options_of_profile(
+    context: click.Context, table: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return the options that a profile sets and the command line does not.
+
+    Args:
+        context: of the command.
+        table: of the profile.
+        where: what the profile is called in messages.
+
+    Raises:
+        UsageError: a value that the option does not take.
+    """
+    values = {}
+    for param in context.command.params:
+        key = param.opts[0].removeprefix("--")
+        if key not in table or not param.name:
+            continue
+
+        # The command line wins.
+        source = context.get_parameter_source(param.name)
+        if source is click.core.ParameterSource.COMMANDLINE:
+            continue
+        try:
+            values[param.name] = param.type_cast_value(context, _as_typed(param, table[key]))
+        except click.BadParameter as error:
+            raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
+    return values
+
+
 def _check_profile(table: Any, where: str) -> None:
     """Raise unless a profile is a table of `PROFILE_KEYS`."""
+    # 1. Its keys.
     problem = ""
     if not isinstance(table, dict):
         problem = repr(table)
-    elif set(table) - set(PROFILE_KEYS):
-        problem = f"unknown key '{min(set(table) - set(PROFILE_KEYS))}'"
+    elif unknown := set(table) - set(PROFILE_KEYS):
+        problem = f"unknown key '{min(unknown)}'"
     if problem:
         hint = f"a table of {', '.join(PROFILE_KEYS)}"
         raise UsageError(f"{where} cannot be used", got=problem, hint=hint)
+
+    # 2. Its own tables.
     for key in ("levels", "thresholds"):
-        if not isinstance(table.get(key, {}), dict):
-            raise UsageError(f"'{key}' of {where} must be a table", got=repr(table[key]))
+        value = table.get(key, {})
+        if not isinstance(value, dict):
+            raise UsageError(f"'{key}' of {where} must be a table", got=repr(value))
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return two tables within tables as one; values of the second win."""
     both = dict(under)
     for key, value in over.items():
+        # 1. A table in both goes on as a table.
         inner = both.get(key)
         if isinstance(inner, Mapping) and isinstance(value, Mapping):
             both[key] = merged(inner, value)
-        else:
-            both[key] = value
+            continue
+
+        # 2. Anything else is replaced.
+        both[key] = value
     return both

@@ -73,17 +73,27 @@ def _report(source: str, given: dict[str, Any]) -> Report:
     """Return a report: read from its file, or of an audit."""
     from jacdiag.comparison import read_report
 
+    # 1. A report that was written.
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
         return read_report(path)
-    from jacdiag.pipeline.audit import run_audit
-    from jacdiag.sources.factory import is_factory
 
-    # --model and --key are for the side that is a file.
+    # 2. An audit. --model and --key are for the side that is a file.
+    from jacdiag.pipeline.audit import run_audit
+
     options = audit_options(given, products=not given["contract_only"])
-    if source.startswith("hf:") or is_factory(source) or path.is_dir():
+    if _builds_its_model(source):
         options = dataclasses.replace(options, model=None, key=None)
     return run_audit(source, options)
+
+
+def _builds_its_model(source: str) -> bool:
+    """Return whether a source has a model, not weights alone."""
+    from jacdiag.sources.factory import is_factory
+
+    if source.startswith("hf:") or is_factory(source):
+        return True
+    return Path(source).is_dir()  # a folder of Hugging Face
 
 
 def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
@@ -97,18 +107,23 @@ def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
     from jacdiag.render.content.sentences import legible
     from jacdiag.render.formats import diff as layout
 
+    # 1. All pairs, for machines.
     pairs: Any = comparison.pairs
     notes = comparison.notes
     if output_format == "json":
         emit(layout.as_json(pairs, notes), "json")
         return
-    shown = pairs if all_rows else [pair for pair in pairs if pair.parts]
+
+    # 2. Those that differ, for people.
+    shown = [pair for pair in pairs if pair.parts or all_rows]
     verdict = layout.verdict(pairs)
     if output_format == "markdown":
         emit(layout.markdown(shown, verdict, notes), "markdown")
         return
     if shown:
         emit(grid(_columns(shown), room()) + "\n")
+
+    # 3. The verdict, and what limits it.
     lines = [verdict, *(f"note: {legible(note)}" for note in notes)]
     emit("\n".join(lines) + "\n")
 
@@ -118,8 +133,11 @@ def _columns(pairs: Any) -> list[TableColumn]:
     from jacdiag.render.formats import diff as layout
 
     columns = []
-    cells = zip(*layout.rows(pairs), strict=True)
-    for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
-        interest = 100 if index <= _ALWAYS_SHOWN else 10 - index
-        columns.append(TableColumn(title, list(column), interest, right=index in _NUMBERS))
+    for index, cells in enumerate(zip(*layout.rows(pairs), strict=True)):
+        # The last column is the first to go on a narrow terminal.
+        interest = 100
+        if index > _ALWAYS_SHOWN:
+            interest = 10 - index
+        is_number = index in _NUMBERS
+        columns.append(TableColumn(layout.HEAD[index], list(cells), interest, right=is_number))
     return columns

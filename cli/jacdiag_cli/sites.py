@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,25 +69,28 @@ def sites(invocation: CommandInvocation, source: str, output_format: str, **give
       jacdiag sites build.py:model
     """
     with model_output(), bar("reading the model", invocation.heed):
-        loaded, found = _trace(source, given)
-        data = describe(loaded, found)
+        loaded, traced = _trace(source, given)
+        data = describe(loaded, traced)
     invocation.heed()
     if output_format == "json":
         emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "json")
     else:
         emit(_page(data, room()))
     if not data["sublayers"]:
-        way = (
-            "declare what is hidden, in [tool.jacdiag.sites]"
-            if data["hidden"]
-            else "see what was recorded"
-        )
+        way = "see what was recorded"
+        if data["hidden"]:
+            way = "declare what is hidden, in [tool.jacdiag.sites]"
         say(
             f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}"
         )
 
 
 def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
+    """Load a model, and record one forward of it.
+
+    Raises:
+        SourceError: there are weights and no model.
+    """
     import torch
 
     from jacdiag.sources import build_probe, load
@@ -176,50 +180,84 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any], width: int | None) -> str:
+    """Return all that the command prints for people.
+
+    Args:
+        data: as plain data.
+        width: of the terminal; None for no limit.
+    """
     from jacdiag.render.content.sentences import read_words
     from jacdiag.render.terminal.report import packed
 
+    # 1. The model, and what was read of its file.
     head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
-    parts = ["".join(f"{line}\n" for line in head if line)]
-    parts.append(
-        grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data)
-    )
-    parts.append(_elsewhere(data, width))
+    sections = [_as_lines(filter(None, head))]
+
+    # 2. Its sub-layers.
+    if data["sublayers"]:
+        sections.append(grid(_columns(data["sublayers"]), width, "json"))
+    else:
+        sections.append(_nothing(data))
+
+    # 3. Its other parameters.
+    sections.append(_elsewhere(data, width))
     if data["uncovered"]:
-        parts.append(_uncovered(data["uncovered"], width))
-    parts.append(_remarks(data))
-    return "\n".join(part for part in parts if part)
+        sections.append(_uncovered(data["uncovered"], width))
+
+    # 4. What limits all this.
+    sections.append(_remarks(data))
+    return "\n".join(filter(None, sections))
+
+
+def _as_lines(texts: Iterable[str]) -> str:
+    """Return texts, each on a line that ends."""
+    return "".join(f"{text}\n" for text in texts)
 
 
 def _head(data: dict[str, Any]) -> list[str]:
+    """Return the model in facts: its class, its size, what is covered of it."""
     from jacdiag.records.number_format import share
     from jacdiag.render.content.sentences import plural
 
+    # 1. Its size.
     model = data["model"]
-    parts = [
+    sublayers = plural(len(data["sublayers"]), "sub-layer")
+    covered = share(model["covered_parameters"], model["parameters"])
+    facts = [
         model["class"],
-        f"{plural(len(data['sublayers']), 'sub-layer')} in {plural(model['layers'], 'layer')}",
-        f"{model['parameters']:,} parameters, "
-        f"{share(model['covered_parameters'], model['parameters'])} covered",
+        f"{sublayers} in {plural(model['layers'], 'layer')}",
+        f"{model['parameters']:,} parameters, {covered} covered",
     ]
+
+    # 2. What is unusual about it.
     if data["left_out"]:
-        parts.append(f"{plural(len(data['left_out']), 'residual sum')} left out")
-    return parts + ([] if data["deterministic"] else ["two runs gave different outputs"])
+        facts.append(f"{plural(len(data['left_out']), 'residual sum')} left out")
+    if not data["deterministic"]:
+        facts.append("two runs gave different outputs")
+    return facts
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
+    """Return the table of sub-layers; on a narrow terminal the line of code goes first."""
+
+    def cells(write: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [write(row) for row in rows]
+
     return [
-        TableColumn("index", [str(row["index"]) for row in rows], 6, right=True),
-        TableColumn("sub-layer", [row["name"] for row in rows]),
-        TableColumn("kind", [row["kind"] for row in rows], 9),
-        TableColumn("norm", [row["placement"] for row in rows], 8),
-        TableColumn("parallel", [_both(row) for row in rows], 5),
-        TableColumn("shape", [_times(row["shape"]) for row in rows], 4),
-        TableColumn(
-            "parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True
-        ),
-        TableColumn("added at", [_near(row["line"]) for row in rows], 3),
+        TableColumn("index", cells(lambda row: str(row["index"])), 6, right=True),
+        TableColumn("sub-layer", cells(lambda row: row["name"])),
+        TableColumn("kind", cells(lambda row: row["kind"]), 9),
+        TableColumn("norm", cells(lambda row: row["placement"]), 8),
+        TableColumn("parallel", cells(_both), 5),
+        TableColumn("shape", cells(lambda row: _times(row["shape"])), 4),
+        TableColumn("parameters", cells(_parameter_count), 7, right=True),
+        TableColumn("added at", cells(lambda row: _near(row["line"])), 3),
     ]
+
+
+def _parameter_count(row: dict[str, Any]) -> str:
+    """Return how many numbers the parameters of a sub-layer hold."""
+    return f"{_count(row['parameters'].values()):,}"
 
 
 def _near(line: str) -> str:
@@ -227,62 +265,83 @@ def _near(line: str) -> str:
     path, _, number = line.rpartition(":")
     with contextlib.suppress(ValueError):
         return f"{Path(path).relative_to(Path.cwd())}:{number}"
-    return "/".join([*Path(path).parts[-2:-1], f"{Path(path).name}:{number}"]) if path else line
+    if not path:
+        return line  # no place is known
+    folder = Path(path).parts[-2:-1]
+    return "/".join([*folder, f"{Path(path).name}:{number}"])
 
 
 def _both(row: dict[str, Any]) -> str:
-    return ", ".join(word for word in ("parallel", "nested") if row[word]) or "-"
+    """Return whether a sub-layer is parallel to another, or nested in one."""
+    words = [word for word in ("parallel", "nested") if row[word]]
+    if not words:
+        return "-"
+    return ", ".join(words)
 
 
 def _nothing(data: dict[str, Any]) -> str:
-    calls = ", ".join(f"{name} {count}" for name, count in list(data["calls"].items())[:12])
+    """Return what was looked for where no sub-layer was found, and the calls that were recorded."""
+    most_frequent = list(data["calls"].items())[:12]
+    calls = ", ".join(f"{name} {count}" for name, count in most_frequent)
+    total = sum(data["calls"].values())
     return (
         "No residual sub-layer was found. Looked for y = a x + f(x) in the dataflow, f with a "
         "matrix product in it.\n"
-        f"{sum(data['calls'].values())} calls were recorded: {calls}\n"
+        f"{total} calls were recorded: {calls}\n"
     )
 
 
 def _elsewhere(data: dict[str, Any], width: int | None) -> str:
+    """Return a line for each group of parameters outside the sub-layers."""
     lines = []
     for key, title in _GROUPS.items():
-        if data[key]:
-            lines.append(
-                clipped(
-                    f"{title:<13}  {_count(data[key].values()):>13,}  {', '.join(data[key])}", width
-                )
-            )
-    return "".join(f"{line}\n" for line in lines)
+        group = data[key]
+        if not group:
+            continue
+        line = f"{title:<13}  {_count(group.values()):>13,}  {', '.join(group)}"
+        lines.append(clipped(line, width))
+    return _as_lines(lines)
 
 
 def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
-    names = list(uncovered)
+    """Return the parameters that no figure covers, each with the reason."""
+    shapes, reasons = [], []
+    for parameter in uncovered.values():
+        shapes.append(_times(parameter["shape"]))
+        reasons.append(parameter["reason"])
     columns = [
-        TableColumn("not covered", names),
-        TableColumn("shape", [_times(uncovered[name]["shape"]) for name in names], 1),
-        TableColumn("reason", [uncovered[name]["reason"] for name in names], 2),
+        TableColumn("not covered", list(uncovered)),
+        TableColumn("shape", shapes, 1),
+        TableColumn("reason", reasons, 2),
     ]
     return grid(columns, width, "json")
 
 
 def _remarks(data: dict[str, Any]) -> str:
     """Return what was hidden, with the way to declare it, and further notes; never cut off."""
-    unlike = [f"two runs differ: {data['culprit']}"] if data["culprit"] else []
-    left_out = [
-        f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"
-        for item in data["left_out"]
-    ]
-    hidden = [f"hidden: {line}" for line in data["hidden"]]
-    notes = [f"note: {line}" for line in data["notes"]]
-    lines = [*unlike, *left_out, *hidden, *notes]
-    return "".join(f"{line}\n" for line in lines)
+    # 1. What differs between two runs.
+    lines = []
+    if data["culprit"]:
+        lines.append(f"two runs differ: {data['culprit']}")
+
+    # 2. Sums that are residual and no sub-layer.
+    for item in data["left_out"]:
+        module = item["module"] or "the model itself"
+        lines.append(f"left out: {module} at {item['line']}: {item['reason']}")
+
+    # 3. What the dataflow does not show.
+    lines += [f"hidden: {line}" for line in data["hidden"]]
+    lines += [f"note: {line}" for line in data["notes"]]
+    return _as_lines(lines)
 
 
 def _times(shape: list[int]) -> str:
-    return " x ".join(str(size) for size in shape) or "()"
+    """Return a shape such as "768 x 3072"; that of a scalar is "()"."""
+    return " x ".join(map(str, shape)) or "()"
 
 
 def _count(shapes: Any) -> int:
+    """Return how many numbers tensors of some shapes hold together."""
     import math
 
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(map(math.prod, shapes))

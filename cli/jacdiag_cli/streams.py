@@ -45,6 +45,7 @@ class CommandInvocation:
 
         A bare `except` in some import may have swallowed it.
         """
+        # Each step of the work calls this.
         if self.interrupts:
             raise KeyboardInterrupt
 
@@ -53,9 +54,12 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
     """Print an error to stderr: what cannot be done, what was found, what to try."""
     lines = [f"error: {what}"]
     for label, text in (("got", got), ("try", hint)):
-        if text:
-            first, *others = text.splitlines()
-            lines += [f"  {label}: {first}", *(f"       {line}" for line in others)]
+        if not text:
+            continue
+        # Further lines stand under the first one.
+        first, *others = text.splitlines()
+        lines.append(f"  {label}: {first}")
+        lines += [f"       {line}" for line in others]
     say(printable("\n".join(lines)))
 
 
@@ -117,10 +121,13 @@ def stop_writing(stream: TextIO) -> None:
 
 def forgive_streams() -> None:
     """Let a terminal spell what it cannot show, and a closed stream take everything."""
-    errors = register()
+    # 1. Streams that are closed: `jacdiag ... >&-`.
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # `jacdiag ... >&-`
+        if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the life of the process
+
+    # 2. Letters in place of what an encoding cannot hold. Some streams have no encoding.
+    errors = register()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
@@ -150,7 +157,9 @@ def room(*, stderr: bool = False) -> int | None:
     Args:
         stderr: whether the text goes there instead.
     """
-    stream = sys.stderr if stderr else sys.stdout
+    stream = sys.stdout
+    if stderr:
+        stream = sys.stderr
     if not stream.isatty():
         return None
     import shutil
@@ -183,8 +192,10 @@ class TableColumn:
         """Return the title and the cells, all of one width."""
         width = self.width
         texts = (self.title, *self.cells)
+        # Numbers are aligned to the right.
         if self.right:
             return [text.rjust(width) for text in texts]
+
         return [text.ljust(width) for text in texts]
 
 
@@ -199,10 +210,15 @@ def grid(columns: Sequence[TableColumn], width: int | None = None, other: str = 
         width: of the terminal; None for no limit.
         other: the format that has all columns.
     """
+    # 1. The rows of the columns that fit.
     shown = _fitting(columns, width)
     padded = [column.padded() for column in shown]
-    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
-    text = "".join(f"{clipped(line, width)}\n" for line in lines)
+    text = ""
+    for row in zip(*padded, strict=True):
+        line = "  ".join(row).rstrip()
+        text += f"{clipped(line, width)}\n"
+
+    # 2. The columns that do not.
     dropped = [column.title for column in columns if column not in shown]
     if not dropped or not width:
         return text
@@ -212,12 +228,22 @@ def grid(columns: Sequence[TableColumn], width: int | None = None, other: str = 
 def _fitting(columns: Sequence[TableColumn], width: int | None) -> list[TableColumn]:
     """Return the columns that fit a width, without those of the least interest."""
     shown = list(columns)
-    while width is not None and sum(column.width + 2 for column in shown) - 2 > width:
-        droppable = [column for column in shown if column.interest < 100]
-        if not droppable:
+    if width is None:
+        return shown
+
+    # Columns of interest 100 stay, even if the row is then cut.
+    droppable = [column for column in columns if column.interest < 100]
+    droppable.sort(key=lambda column: column.interest)
+    for column in droppable:
+        if _row_width(shown) <= width:
             break
-        shown.remove(min(droppable, key=lambda column: column.interest))
+        shown.remove(column)
     return shown
+
+
+def _row_width(columns: Sequence[TableColumn]) -> int:
+    """Return the width of a row, with two spaces between its cells."""
+    return sum(column.width + 2 for column in columns) - 2
 
 
 def _name_dropped(dropped: list[str], width: int, other: str) -> str:
@@ -234,6 +260,8 @@ def _name_dropped(dropped: list[str], width: int, other: str) -> str:
 
 def clipped(line: str, width: int | None) -> str:
     """Return a line cut to the terminal, with a sign that it was."""
-    if width is None or len(line) <= width:
+    if width is None:
+        return line
+    if len(line) <= width:
         return line
     return f"{line[: max(1, width - 1)]}…"
