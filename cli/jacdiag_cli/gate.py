@@ -115,11 +115,15 @@ def gate(invocation: CommandInvocation, source: str, **given: Any) -> int:
 
 def _check(given: Mapping[str, Any]) -> None:
     """Raise if the options contradict each other, or need more rights than a run in CI has."""
+    # 1. Options that need or exclude others.
     if given["write_baseline"] and given["baseline"] is None:
         raise UsageError("--write-baseline needs a file", hint="--baseline FILE --write-baseline")
     if given["sort"] != "depth" or given["all_rows"]:
         raise UsageError("--all and --sort belong to `jacdiag audit`", got="with `jacdiag gate`")
-    if given["trust_pickle"] and _in_ci() and not current().allow_trust_pickle:
+
+    # 2. In CI the code of a pull request would run with the rights of the repository.
+    is_allowed = current().allow_trust_pickle
+    if given["trust_pickle"] and _in_ci() and not is_allowed:
         raise UsageError(
             "--trust-pickle is refused in CI",
             got=f"CI={os.environ['CI']}",
@@ -136,9 +140,12 @@ def _show(report: Report, output_format: str, *, aside: bool) -> None:
     """Print the result to stdout; with a machine's format, the gate's own screen to stderr."""
     from jacdiag.render.terminal.gate import render
 
+    # 1. The gate's own screen.
     if output_format == "pretty":
         show(render(report), aside=aside)
         return
+
+    # 2. Another format, and the screen where it does not disturb.
     if output_format == "markdown":
         from jacdiag.render.formats.pr_comment import render as render_comment
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 
 import click
@@ -73,7 +74,11 @@ class Codes(click.ParamType):
         """Return the codes in capitals, each the beginning of a rule's code."""
         from jacdiag.rules import RULES
 
-        codes = tuple(code.strip().upper() for code in str(value).split(",") if code.strip())
+        # 1. The codes; nothing stands for none.
+        texts = [text.strip().upper() for text in str(value).split(",")]
+        codes = tuple(filter(None, texts))
+
+        # 2. Whether a rule begins with each.
         known_codes = [rule.code for rule in RULES]
         for code in codes:
             is_known = any(known_code.startswith(code) for known_code in known_codes)
@@ -87,10 +92,14 @@ def number(name: str) -> click.ParamType:
     """Return the click type of an option that is a number, with its range."""
     limits = RANGES[name]
     is_endless = math.isinf(limits.most)
+
+    # 1. Counts.
     if limits.whole and is_endless:
         return click.IntRange(int(limits.least))
     if limits.whole:
         return click.IntRange(int(limits.least), int(limits.most))
+
+    # 2. Other numbers.
     if is_endless:
         return Number(min=limits.least, min_open=limits.open)
     return Number(min=limits.least, min_open=limits.open, max=limits.most, max_open=limits.open)
@@ -442,9 +451,11 @@ def _both_confidences(confidence: float, confidence_all: float) -> UsageError:
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:
     """Return a decorator that gives a command groups of options, in reading order."""
+    options = list(chain.from_iterable(groups))
 
     def decorate(function: F) -> F:
-        for option in reversed([option for group in groups for option in group]):
+        # Of decorators the last one is applied first.
+        for option in reversed(options):
             function = option(function)
         return function
 

@@ -32,22 +32,37 @@ def plan_outputs(
     Raises:
         UsageError: a path cannot be written, is read by the command, or is named twice.
     """
+    # 1. Those that were requested.
     outputs = {option: path for option, path in named.items() if path is not None}
     if not outputs:
         return outputs
     from jacdiag.records.output_file import check_writable
 
-    read = [(words, path) for words, path in inputs if path]
+    # 2. Each by itself.
+    sources = list(inputs)
     for option, path in outputs.items():
-        for words, other in read:
-            if _is_same_file(path, other):
-                raise UsageError(
-                    f"{option} would write over {words}", got=path, hint="name another file"
-                )
+        _check_not_read(option, path, sources)
         check_writable(path)
+
+    # 3. All together.
     _check_apart(outputs)
     _check_stdout(outputs, output_format)
     return outputs
+
+
+def _check_not_read(option: str, path: str, inputs: Iterable[tuple[str, str | None]]) -> None:
+    """Raise if an output would write over a file that the command reads.
+
+    Args:
+        option: of the output.
+        path: of the output.
+        inputs: what the command reads: words for it, and its path.
+    """
+    for words, source in inputs:
+        if source and _is_same_file(path, source):
+            raise UsageError(
+                f"{option} would write over {words}", got=path, hint="name another file"
+            )
 
 
 def any_on_stdout(outputs: Mapping[str, str]) -> bool:
@@ -56,7 +71,7 @@ def any_on_stdout(outputs: Mapping[str, str]) -> bool:
         return False
     from jacdiag.records.output_file import leads_to_stdout
 
-    return any(leads_to_stdout(path) for path in outputs.values())
+    return any(map(leads_to_stdout, outputs.values()))
 
 
 def write_data(path: str, data: bytes) -> None:
@@ -79,23 +94,31 @@ def say_written(path: str) -> None:
 
 
 def _check_apart(outputs: Mapping[str, str]) -> None:
+    """Raise if two outputs name the same file."""
     from jacdiag.records.output_file import OutputKind, find_output
 
     for option, other in combinations(outputs, 2):
+        path = outputs[option]
+        if not _is_same_file(path, outputs[other]):
+            continue
         # A device takes any number of outputs: /dev/null most of all.
-        if (
-            _is_same_file(outputs[option], outputs[other])
-            and find_output(outputs[option]).kind is not OutputKind.DEVICE
-        ):
-            raise UsageError(f"{option} and {other} name the same file", got=outputs[option])
+        if find_output(path).kind is not OutputKind.DEVICE:
+            raise UsageError(f"{option} and {other} name the same file", got=path)
 
 
 def _check_stdout(outputs: Mapping[str, str], output_format: str) -> None:
+    """Raise if two outputs, or one and the printed format, go to stdout."""
     from jacdiag.records.output_file import leads_to_stdout
 
-    takers = [option for option, path in outputs.items() if leads_to_stdout(path)]
+    # 1. What goes there. The table for people gives way to an output.
+    takers = []
+    for option, path in outputs.items():
+        if leads_to_stdout(path):
+            takers.append(option)
     if output_format != "pretty":
         takers.append(f"--format {output_format}")
+
+    # 2. One may.
     if len(takers) > 1:
         raise UsageError(
             f"{takers[0]} and {takers[1]} both write to stdout", hint="name a file for one of them"
@@ -103,9 +126,10 @@ def _check_stdout(outputs: Mapping[str, str], output_format: str) -> None:
 
 
 def _is_same_file(path: str, other: str) -> bool:
+    """Return whether two paths lead to one file, by links of either kind."""
+    if "-" in (path, other):
+        return False  # stdout has its own check
     with contextlib.suppress(OSError, ValueError):
-        if path == "-" or other == "-":
-            return False
         if os.path.realpath(path) == os.path.realpath(other):
             return True
         return Path(path).is_file() and Path(path).samefile(other)

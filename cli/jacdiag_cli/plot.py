@@ -113,7 +113,9 @@ def _log_in(source: str) -> Path:
     from jacdiag.records.run_log import RUN_FILE
 
     path = Path(source)
-    return path / RUN_FILE if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return path / RUN_FILE
 
 
 def _draw_runs(paths: list[Path], target: str, options: RunPlot) -> None:
@@ -132,10 +134,13 @@ def _run_name(path: Path, paths: list[Path]) -> str:
     """Return as many of the last folders of a run as distinguish it from the other runs."""
     folders = _folders(path)
     others = [_folders(other) for other in paths if other != path]
-    count = 1
-    while count < len(folders) and any(other[-count:] == folders[-count:] for other in others):
-        count += 1
-    return "/".join(folders[-count:])
+
+    # From the last folder up, until no other run ends in the same ones.
+    for count in range(1, len(folders)):
+        ending = folders[-count:]
+        if ending not in [other[-count:] for other in others]:
+            return "/".join(ending)
+    return "/".join(folders)
 
 
 def _folders(path: Path) -> tuple[str, ...]:

@@ -24,15 +24,17 @@ class Bar:
         The estimate begins to count here, also after an earlier `stop`.
         """
         self.heed()
-        if self.display is not None and self.task is not None:
-            self.display.start()
-            self.display.reset(self.task, total=total, description=text)
+        if self.display is None or self.task is None:
+            return
+        self.display.start()
+        self.display.reset(self.task, total=total, description=text)
 
     def advance(self, units: float, text: str) -> None:
         """Some of the work is done; `text` says on what."""
         self.heed()
-        if self.display is not None and self.task is not None:
-            self.display.update(self.task, advance=units, description=text)
+        if self.display is None or self.task is None:
+            return
+        self.display.update(self.task, advance=units, description=text)
 
     def stop(self) -> None:
         """End the work: the bar goes away, for the table says what there is to say."""

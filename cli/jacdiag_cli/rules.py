@@ -49,17 +49,18 @@ def rules(output_format: str) -> None:
 
 def applies_to(rule: RuleInfo) -> str:
     """Return the states and placements of a rule: "pre, sandwich; init", or "any model"."""
+    # A rule that names none, or all of them, is not limited.
     limits = []
-    is_for_some_placements = not set(rule.placements) >= _PLACEMENTS
-    if is_for_some_placements and rule.placements:
+    if rule.placements and not _PLACEMENTS.issubset(rule.placements):
         limits.append(f"{', '.join(rule.placements)} norm")
-    is_for_some_states = not set(rule.states) >= _STATES
-    if is_for_some_states and rule.states:
+    if rule.states and not _STATES.issubset(rule.states):
         limits.append(", ".join(rule.states))
+
     return "; ".join(limits) or "any model"
 
 
 def _plain(rule: RuleInfo) -> dict[str, object]:
+    """Return a rule as JSON holds it."""
     return {
         "code": rule.code,
         "name": rule.name,

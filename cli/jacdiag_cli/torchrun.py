@@ -28,11 +28,11 @@ def enrolled() -> Team | None:
     Raises:
         RankError: they cannot be reached, or do not come.
     """
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if os.environ.get("WORLD_SIZE", "1") == "1" or not all(os.environ.get(name) for name in needed):
+    if not _is_rank_of_several():
         return None
     from jacdiag.distributed import join
 
+    # Only the main thread may handle signals.
     if threading.current_thread() is not threading.main_thread():
         return join()
 
@@ -44,6 +44,13 @@ def enrolled() -> Team | None:
     return join(_alarm)
 
 
+def _is_rank_of_several() -> bool:
+    """Return whether a launcher started this process as one of several, and said how to join."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    return all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
 def calm() -> None:
     """From here on this rank ends by itself; torchrun's SIGTERM must not cut its last words."""
     if threading.current_thread() is threading.main_thread():
@@ -51,19 +58,25 @@ def calm() -> None:
 
 
 def _alarm(failure: Failure, noticed: threading.Event) -> None:
-    """Gets the main thread out of its work; out of one operation that does not end, by leaving."""
+    """Get the main thread out of its work; out of one operation that does not end, by leaving."""
+    # 1. By a signal that ends a sleep, too.
     if not noticed.wait(_NOTICE):
-        # a real one: it ends a sleep too
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-    if not noticed.wait(_GRACE):
-        with suppress(Exception):
-            complain(failure.what, got=failure.got, hint=failure.hint)
-        os._exit(130 if failure.kind == "interrupted" else 2)
+    if noticed.wait(_GRACE):
+        return
+
+    # 2. By ending the process.
+    with suppress(Exception):
+        complain(failure.what, got=failure.got, hint=failure.hint)
+    code = 2
+    if failure.kind == "interrupted":
+        code = 130
+    os._exit(code)
 
 
 @contextmanager
 def quiet(unless: bool) -> Iterator[None]:
-    """Swallows what this process prints, its model's own code and warnings included."""
+    """Swallow what this process prints, its model's own code and warnings included."""
     if unless:
         yield
         return
