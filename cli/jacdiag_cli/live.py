@@ -92,10 +92,10 @@ def live(
                 # a long log must not take a core from the training
                 time.sleep(max(refresh, _LEAST_PAUSE * spent))
                 invocation.heed()
-                begun = time.monotonic()
+                started = time.monotonic()
                 state = follower.follow()
                 view.update(frame(), refresh=True)
-                spent = time.monotonic() - begun
+                spent = time.monotonic() - started
     # how the screen says that one leaves: the code of Ctrl-C, and no error
     except KeyboardInterrupt:
         return interrupted()

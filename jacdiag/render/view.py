@@ -35,7 +35,7 @@ class HeaderView:
         model: "GPT, 12 layers, d 768, 124M parameters (99.8% covered)".
         state: "init, pre-norm".
         why_state: why the model counts as initialized or trained; "" if the user said so.
-        lines: these and the probe, as lines of parts that are joined by a dot.
+        lines: these and the probe, as lines of pieces that are joined by a dot.
     """
 
     name: str

@@ -87,7 +87,7 @@ def _legible_character(character: str) -> str:
 
 # -- header ----------------------------------------------------------------------------------------
 def header(report: Report) -> list[list[str]]:
-    """Return the lines above the table, each as parts that are joined by a dot.
+    """Return the lines above the table, each as pieces that are joined by a dot.
 
     Args:
         report: of either tier and state.
@@ -105,13 +105,13 @@ def header(report: Report) -> list[list[str]]:
 
 
 def read_words(source: Mapping[str, Any]) -> list[str]:
-    """Return what was read of a file and what else it holds, as parts of a line.
+    """Return what was read of a file and what else it holds, as pieces of a line.
 
     Args:
         source: of a report.
 
     Returns:
-        Two parts; none if the file holds nothing else.
+        Two pieces; none if the file holds nothing else.
 
     >>> read_words({"key": "model", "others": ["ema (moving average, 40 tensors)"]})
     ['read: model', 'also in the file: ema (moving average, 40 tensors)']
@@ -216,7 +216,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def _probe(report: Report) -> list[str]:
-    """Return probe, device, intervals and training plan, as parts of a line."""
+    """Return probe, device, intervals and training plan, as pieces of a line."""
     # 1. Weights alone were not run.
     plan = _plan(report)
     sublayers = plural(len(report.sublayers), "sub-layer")

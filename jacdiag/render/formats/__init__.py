@@ -14,7 +14,7 @@ MODULES = {
     "sarif": "jacdiag.render.formats.sarif",
     "junit": "jacdiag.render.formats.junit",
 }
-"""The module of each format, imported when the format is asked for."""
+"""The module of each format, imported when the format is requested."""
 
 
 def format_report(report: Report, name: str) -> str:
