@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records import SCHEMA_VERSION, FiguresRecord
@@ -23,19 +24,10 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
         SourceError: there is no such file, or it is no baseline.
         UsageError: it is of another version.
     """
-    # 1. Read the file, unless it is far too large for one.
     path = Path(path_text(path))
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise SourceError(f"'{path}' is no baseline", got=f"{path.stat().st_size:,} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = "the same command with --write-baseline writes it"
-        raise SourceError(f"no such baseline: '{path}'", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"cannot read the baseline '{path}'", got=str(error)) from error
+    data = _read_json(path)
 
-    # 2. Check what it is before it is read as a record.
+    # 1. Check what it is before it is read as a record.
     if not _has_tables(data):
         hint = "--write-baseline writes one; a report is compared by `jacdiag diff`"
         raise SourceError(f"'{path}' is no baseline", hint=hint)
@@ -45,17 +37,34 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
             got=repr(data.get("schema_version")),
             hint="write it again with --write-baseline",
         )
+
+    # 2. Read the record. A file that was edited by hand may still hold anything.
     try:
         return FiguresRecord.from_dict(data)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise SourceError(f"'{path}' is no baseline", got=str(error)) from error
 
 
-def _has_tables(data: object) -> bool:
+def _read_json(path: Path) -> Any:
+    """Return the JSON of a file, unless the file is far too large for a baseline."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise SourceError(f"'{path}' is no baseline", got=f"{path.stat().st_size:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "the same command with --write-baseline writes it"
+        raise SourceError(f"no such baseline: '{path}'", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"cannot read the baseline '{path}'", got=str(error)) from error
+
+
+def _has_tables(data: Any) -> bool:
     """Return whether JSON holds the two tables that every baseline has."""
     if not isinstance(data, dict):
         return False
-    return isinstance(data.get("sublayers"), dict) and isinstance(data.get("weights"), dict)
+
+    sublayers, weights = data.get("sublayers"), data.get("weights")
+    return isinstance(sublayers, dict) and isinstance(weights, dict)
 
 
 def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None:
@@ -75,6 +84,11 @@ def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None
 
 def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> None:
     """Raise if a baseline is of another model.
+
+    Args:
+        path: of the file of the baseline.
+        now: the figures of the model that is checked.
+        before: those of the baseline.
 
     Raises:
         UsageError: no name of a sub-layer or weight is in both.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from jacdiag.comparison.match import (
     FIGURES,
     Ends,
-    Placed,
+    Key,
+    StreamSublayer,
     are_apart,
     compare,
     numbered_rows,
@@ -27,6 +29,7 @@ from jacdiag.records import (
     NewerSchemaError,
     ProbeRecord,
     Report,
+    SublayerRecord,
 )
 
 _LARGEST = 256 * 2**20  # bytes
@@ -70,10 +73,15 @@ def read_report(path: Path) -> Report:
 def check_has_norms(report: Report, name: str) -> None:
     """Raise unless a report holds branch norms, which are what is compared.
 
+    Args:
+        report: to compare with.
+        name: what it is called.
+
     Raises:
         UsageError: it was made from weights alone, or its norms were left out.
     """
-    if any(row.branch_norm is not None for row in report.sublayers):
+    has_norm = any(row.branch_norm is not None for row in report.sublayers)
+    if has_norm:
         return
     hint = (
         "audit it with a model that runs (--model FACTORY); `jacdiag diff --contract-only` "
@@ -101,6 +109,8 @@ def check_same_probe(now: ProbeRecord, dtype: str, earlier: Report, name: str) -
     """
     probe = earlier.probe
     assert probe is not None
+
+    # 1. Probes of another size, source or precision.
     facts = _facts(now, dtype)
     before = _facts(probe, str(earlier.settings.get("dtype", dtype)))
     differing = parting(facts, before)
@@ -111,12 +121,23 @@ def check_same_probe(now: ProbeRecord, dtype: str, earlier: Report, name: str) -
             "itself"
         )
         raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
-    if now.digest and probe.digest and now.digest != probe.digest:
+
+    # 2. Probes whose facts are the same, and whose values differ.
+    if _has_other_values(now, probe):
         got = "another input of the same size"
         if not now.is_random:
             got += f", from {now.tokens}"
         hint = "pass the earlier checkpoint itself: both are then measured with one probe"
         raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
+
+
+def _has_other_values(now: ProbeRecord, earlier: ProbeRecord) -> bool:
+    """Return whether the digests of two probes differ."""
+    # An older report has no digest. Then the facts must do.
+    if not now.digest or not earlier.digest:
+        return False
+
+    return now.digest != earlier.digest
 
 
 def _facts(probe: ProbeRecord, dtype: str) -> dict[str, object]:
@@ -128,8 +149,8 @@ def _facts(probe: ProbeRecord, dtype: str) -> dict[str, object]:
 
 
 def check_same_architecture(
-    now: Iterable[Placed],
-    earlier: Iterable[Placed],
+    now: Iterable[StreamSublayer],
+    earlier: Iterable[StreamSublayer],
     widths: tuple[int | None, int | None],
     name: str,
 ) -> None:
@@ -148,11 +169,12 @@ def check_same_architecture(
         UsageError: the two are of different architectures.
     """
     ours, theirs = numbered_rows(now), numbered_rows(earlier)
-    placements = {key: row.placement for key, row in ours.items()}
-    same_sublayers = placements == {key: row.placement for key, row in theirs.items()}
+    same_sublayers = _placements(ours) == _placements(theirs)
+    # An unknown width does not contradict the other one.
     same_width = None in widths or widths[0] == widths[1]
     if same_sublayers and same_width:
         return
+
     got = f"{_outline(theirs.values(), widths[1])}; now {_outline(ours.values(), widths[0])}"
     hint = (
         "--against takes an earlier checkpoint of the same model; `jacdiag diff A B` compares "
@@ -161,19 +183,33 @@ def check_same_architecture(
     raise UsageError(f"'{name}' is of another architecture", got=got, hint=hint)
 
 
-def _outline(rows: Iterable[Placed], width: int | None) -> str:
+def _placements(rows: Mapping[Key, StreamSublayer]) -> dict[Key, str]:
+    """Return where the norm of each sub-layer stands."""
+    return {key: row.placement for key, row in rows.items()}
+
+
+def _outline(rows: Collection[StreamSublayer], width: int | None) -> str:
     """Return an architecture in words: "12 sub-layers (6 attention, 6 mlp) in pre-norm"."""
-    kinds = []
-    placements = set()
-    for row in rows:
-        kinds.append(row.kind)
-        placement = f"{row.placement}-norm"
-        if row.placement == "none":
-            placement = "no norm"
-        placements.add(placement)
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-    in_width = f", width {width}" if width is not None else ""
-    return f"{len(kinds)} sub-layers ({counts}) in {' and '.join(sorted(placements))}{in_width}"
+    # 1. How many sub-layers there are of each kind, and where their norms stand.
+    kinds = Counter(row.kind for row in rows)
+    placements = {_placement_in_words(row) for row in rows}
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+    # 2. The same as one sentence.
+    norms = " and ".join(sorted(placements))
+    outline = f"{kinds.total()} sub-layers ({counts}) in {norms}"
+    if width is None:
+        return outline
+
+    return f"{outline}, width {width}"
+
+
+def _placement_in_words(row: StreamSublayer) -> str:
+    """Return where the norm of a sub-layer stands: "pre-norm"."""
+    words = f"{row.placement}-norm"
+    if row.placement == "none":
+        words = "no norm"
+    return words
 
 
 def compare_with_earlier(
@@ -192,17 +228,9 @@ def compare_with_earlier(
         What differs beyond both intervals, and the earlier figures under the names of now, as JD110
         reads them.
     """
-    # 1. Pair the sub-layers, and see which have a norm in both reports.
-    ours, theirs = numbered_rows(now.sublayers), numbered_rows(earlier.sublayers)
-    pairs = [(row, theirs[key]) for key, row in ours.items() if key in theirs]
-    measured = []
-    missing = []
-    for row, other in pairs:
-        norms = (row.branch_norm, other.branch_norm)
-        if None not in norms:
-            measured.append((row, other))
-        elif norms != (None, None):
-            missing.append(row.name)
+    # 1. Pair the sub-layers.
+    pairs = _sublayer_pairs(now, earlier)
+    measured = _measured_in_both(pairs)
 
     # 2. List what differs.
     training = "trained" in (now.state, earlier.state)
@@ -212,39 +240,84 @@ def compare_with_earlier(
         created=earlier.created,
         training=training,
         compared=len(measured),
-        missing=missing,
-        changes=_changes(earlier, now),
+        missing=_measured_in_one(pairs),
+        changes=[*_sublayer_changes(earlier, now), *_end_to_end_change(earlier, now)],
         branch_norms={row.name: list(_ends(other.branch_norm)) for row, other in measured},
     )
 
-    # 3. Give the earlier figures the names of now. Two steps of one training have no seeds between
-    # them.
+    # 3. Give the earlier figures the names of now.
     names = {other.name: row.name for row, other in pairs}
     renamed = _renamed(earlier, names, _weight_names(now, earlier))
-    return record, figures_of([renamed], 0.0 if training else margin)
+    if training:
+        margin = 0.0  # two steps of one training have no seeds between them
+    return record, figures_of([renamed], margin)
 
 
-def _changes(earlier: Report, now: Report) -> list[ChangeRecord]:
-    """Return the changes of the figures of sub-layers, then that of the end-to-end norm."""
-    # 1. Sub-layers.
+_RowPair = tuple[SublayerRecord, SublayerRecord]  # of now, and of the earlier report
+
+
+def _sublayer_pairs(now: Report, earlier: Report) -> list[_RowPair]:
+    """Return the sub-layers that both reports have."""
+    ours, theirs = numbered_rows(now.sublayers), numbered_rows(earlier.sublayers)
+    return [(row, theirs[key]) for key, row in ours.items() if key in theirs]
+
+
+def _measured_in_both(pairs: Iterable[_RowPair]) -> list[_RowPair]:
+    """Return the pairs with a branch norm on each side."""
+    measured = []
+    for row, other in pairs:
+        norms = (row.branch_norm, other.branch_norm)
+        if None not in norms:
+            measured.append((row, other))
+    return measured
+
+
+def _measured_in_one(pairs: Iterable[_RowPair]) -> list[str]:
+    """Return the names, in the report of now, of sub-layers whose norm one report lacks."""
+    names = []
+    for row, other in pairs:
+        has_norm = row.branch_norm is not None
+        had_norm = other.branch_norm is not None
+        if has_norm != had_norm:
+            names.append(row.name)
+    return names
+
+
+def _sublayer_changes(earlier: Report, now: Report) -> list[ChangeRecord]:
+    """Return the changes of the figures of sub-layers."""
     changes = []
     for pair in compare(earlier, now).parted:
-        # Weights are not listed, only figures of sub-layers.
-        if pair.figure not in FIGURES or pair.old is None or pair.new is None:
+        is_weight = pair.figure not in FIGURES
+        if is_weight:
+            continue
+        # A sub-layer that one report lacks is of another architecture, and no change.
+        if pair.old is None or pair.new is None:
             continue
         old, new = list(pair.old), list(pair.new)
         changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
-
-    # 2. The model from end to end.
-    if now.network is None or earlier.network is None:
-        return changes
-    before, after = earlier.network.end_to_end, now.network.end_to_end
-    if before is None or after is None:
-        return changes
-    if are_apart(_ends(before), _ends(after)):
-        old, new = list(_ends(before)), list(_ends(after))
-        changes.append(ChangeRecord("", None, "end_to_end", old, new))
     return changes
+
+
+def _end_to_end_change(earlier: Report, now: Report) -> list[ChangeRecord]:
+    """Return the change of the norm of the model from end to end; [] if there is none."""
+    # 1. One that was not measured has not changed.
+    before, after = _end_to_end(earlier), _end_to_end(now)
+    if before is None or after is None:
+        return []
+
+    # 2. The two intervals.
+    old, new = _ends(before), _ends(after)
+    if not are_apart(old, new):
+        return []
+    return [ChangeRecord("", None, "end_to_end", list(old), list(new))]
+
+
+def _end_to_end(report: Report) -> Interval | None:
+    """Return the norm of a model from end to end; None if it was not measured."""
+    network = report.network
+    if network is None:
+        return None
+    return network.end_to_end
 
 
 def _ends(interval: Interval | None) -> Ends:
@@ -255,18 +328,27 @@ def _ends(interval: Interval | None) -> Ends:
 
 def _weight_names(now: Report, earlier: Report) -> Mapping[str, str]:
     """Return the names of the earlier weights -> names of their counterparts now."""
-    ours, theirs = numbered_weights(now), numbered_weights(earlier)
-    return {weight.parameter: ours[key].parameter for key, weight in theirs.items() if key in ours}
+    ours = numbered_weights(now)
+    theirs = numbered_weights(earlier)
+    names = {}
+    for key, weight in theirs.items():
+        # One without a counterpart is not renamed.
+        if key in ours:
+            names[weight.parameter] = ours[key].parameter
+    return names
 
 
 def _renamed(report: Report, rows: Mapping[str, str], weights: Mapping[str, str]) -> Report:
     """Return a report with other names of sub-layers and weights."""
+    # 1. Sub-layers. One without a counterpart keeps its name.
     sublayers = [replace(row, name=rows.get(row.name, row.name)) for row in report.sublayers]
-    contract = report.contract
-    if contract is not None:
-        renamed = [
-            replace(weight, parameter=weights.get(weight.parameter, weight.parameter))
-            for weight in contract.weights
-        ]
-        contract = replace(contract, weights=renamed)
-    return replace(report, sublayers=sublayers, contract=contract)
+    renamed = replace(report, sublayers=sublayers)
+    if report.contract is None:
+        return renamed
+
+    # 2. Weights.
+    parameters = [
+        replace(weight, parameter=weights.get(weight.parameter, weight.parameter))
+        for weight in report.contract.weights
+    ]
+    return replace(renamed, contract=replace(report.contract, weights=parameters))

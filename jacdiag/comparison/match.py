@@ -8,9 +8,9 @@ other a fused W_QKV, the three are put together, and so are W_gate and W_1 for W
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from jacdiag.comparison.probe_facts import drawn_with, parting, spoken
 from jacdiag.errors import UsageError
@@ -18,6 +18,7 @@ from jacdiag.records import Interval, Report, SublayerRecord, WeightRecord
 
 FIGURES = ("shortcut_std", "norm_gain", "core_norm", "branch_norm")
 FUSED = {"W_QKV": ("W_Q", "W_K", "W_V"), "W_KV": ("W_K", "W_V"), "W_gate_up": ("W_gate", "W_1")}
+_NOT_COMPARED = ("", "bias", "norm_gain", "scale")  # vectors are judged by the contract alone
 _ROUNDING = 1e-3  # two runs of one model, in other kernels, may differ by so much
 _ORDER = (
     "W_Q",
@@ -48,7 +49,8 @@ class Pair:
         figure: branch_norm, std or another figure of it.
         a, b: its name in each model, "" if it is missing.
         old, new: lower, middle and upper end in each; None if it is missing or was not measured.
-        parts: whether the intervals have no value in common, or it is missing in one.
+        parts: whether the figure differs: the intervals have no value in common, or it is missing
+            in one of the models.
     """
 
     depth: int | None
@@ -65,9 +67,13 @@ class Pair:
         """The new estimate over the old one; None if there is none."""
         if self.old is None or self.new is None:
             return None
-        old_estimate, new_estimate = self.old[1], self.new[1]
-        if not old_estimate:
+
+        _, old_estimate, _ = self.old
+        _, new_estimate, _ = self.new
+        # A weight that was zero has no ratio to what it is now.
+        if old_estimate == 0:
             return None
+
         return new_estimate / old_estimate
 
 
@@ -86,12 +92,12 @@ class Comparison:
     @property
     def first(self) -> Pair | None:
         """The first pair that differs; None if none does."""
-        return next((p for p in self.pairs if p.parts), None)
+        return next(iter(self.parted), None)
 
     @property
     def parted(self) -> tuple[Pair, ...]:
         """The pairs that differ."""
-        return tuple(p for p in self.pairs if p.parts)
+        return tuple(pair for pair in self.pairs if pair.parts)
 
 
 def compare(a: Report, b: Report) -> Comparison:
@@ -133,54 +139,70 @@ def _place(pair: Pair) -> tuple[float, int, int]:
     The embedding is before layer 0, the head after the last. In a layer the weights are before the
     figures that they cause.
     """
-    # 1. Layers, between what stands before and after them.
-    if pair.depth is not None:
-        depth = float(pair.depth)
-    elif pair.part in ("embedding", "positions"):
-        depth = -1.0
-    else:
-        depth = math.inf
-
-    # 2. Weights in the order of use, and then figures.
-    figure = 0
+    figure = 0  # a weight
     if pair.figure in FIGURES:
         figure = 1 + FIGURES.index(pair.figure)
+
+    # Weights stand in the order of use.
     weight = len(_ORDER)
     if pair.part in _ORDER:
         weight = _ORDER.index(pair.part)
-    return depth, figure, weight
+    return _depth_in_forward(pair), figure, weight
+
+
+def _depth_in_forward(pair: Pair) -> float:
+    """Return the layer of a pair, -1 before the first layer and infinity after the last."""
+    if pair.depth is not None:
+        return float(pair.depth)
+
+    # Outside all layers.
+    if pair.part in ("embedding", "positions"):
+        return -1.0
+    return math.inf
 
 
 # -- sub-layers ------------------------------------------------------------------------------------
 def _sublayer_pairs(a: Report, b: Report) -> Iterable[Pair]:
     """Yield the pairs of the figures of sub-layers, and those that one report lacks."""
-    rows_of_a, rows_of_b = numbered_rows(a.sublayers), numbered_rows(b.sublayers)
+    rows_of_a = numbered_rows(a.sublayers)
+    rows_of_b = numbered_rows(b.sublayers)
     # A report of weights alone has none.
     if not rows_of_a or not rows_of_b:
         return
 
-    # A sub-layer that one report lacks is a pair by itself.
+    # In the order of A, and then what B has alone.
     for key in dict.fromkeys((*rows_of_a, *rows_of_b)):
-        first, second = rows_of_a.get(key), rows_of_b.get(key)
-        if first is not None and second is not None:
-            yield from _figure_pairs(first, second)
-        elif first is not None:
-            yield Pair(first.depth, first.kind, "sub-layer", first.name, "", None, None, True)
-        elif second is not None:
-            yield Pair(second.depth, second.kind, "sub-layer", "", second.name, None, None, True)
+        yield from _pairs_of_sublayer(rows_of_a.get(key), rows_of_b.get(key))
+
+
+def _pairs_of_sublayer(
+    first: SublayerRecord | None, second: SublayerRecord | None
+) -> Iterable[Pair]:
+    """Return the pairs of the figures of one sub-layer; a single pair if one report lacks it."""
+    # 1. Only one of the reports has it.
+    if second is None:
+        assert first is not None
+        return [Pair(first.depth, first.kind, "sub-layer", first.name, "", None, None, True)]
+    if first is None:
+        return [Pair(second.depth, second.kind, "sub-layer", "", second.name, None, None, True)]
+
+    # 2. Both have it.
+    return _figure_pairs(first, second)
 
 
 def _figure_pairs(first: SublayerRecord, second: SublayerRecord) -> Iterable[Pair]:
     """Yield the pairs of the figures of one sub-layer that either report has."""
+    names = (first.name, second.name)
     for figure in FIGURES:
-        old, new = ends_of(first, figure), ends_of(second, figure)
-        if old is None and new is None:
+        old = ends_of(first, figure)
+        new = ends_of(second, figure)
+        # Neither report has it: the sub-layer has no norm, or it was not measured.
+        if (old, new) == (None, None):
             continue
-        names = (first.name, second.name)
         yield Pair(first.depth, first.kind, figure, *names, old, new, are_apart(old, new))
 
 
-class Placed(Protocol):
+class StreamSublayer(Protocol):
     """What a sub-layer is matched by, measured or not."""
 
     @property
@@ -204,7 +226,7 @@ class Placed(Protocol):
         """Whether it is part of another sub-layer."""
 
 
-Row = TypeVar("Row", bound=Placed)
+Row = TypeVar("Row", bound=StreamSublayer)
 
 
 def numbered_rows(rows: Iterable[Row]) -> dict[Key, Row]:
@@ -225,28 +247,40 @@ def ends_of(row: SublayerRecord, figure: str) -> Ends | None:
     value = getattr(row, figure)
     if value is None:
         return None
+    # 1. A figure over tokens, without an interval.
     if not isinstance(value, Interval):
-        return value.min, value.median, value.max  # over tokens
-    if value.per_token is not None and figure == "norm_gain":
-        return value.per_token.median, value.per_token.p99, value.per_token.max
+        return value.min, value.median, value.max
+
+    # 2. The gain of a norm is exact for each token, and varies from one to the next.
+    tokens = value.per_token
+    if figure == "norm_gain" and tokens is not None:
+        return tokens.median, tokens.p99, tokens.max
+
+    # 3. Any other figure, measured for the probe in one piece.
     return value.lower, value.estimate, value.upper
 
 
 def are_apart(old: Ends | None, new: Ends | None) -> bool:
     """Return whether two intervals have no value in common, but for rounding.
 
-    One that was not measured says nothing. NaN is apart from everything.
-
     Args:
         old: lower end, middle and upper end.
         new: those of the other interval.
     """
+    # One that was not measured says nothing.
     if old is None or new is None:
         return False
-    has_nan = any(math.isnan(end) for end in (*old, *new))
-    if has_nan:
+
+    # NaN is apart from everything.
+    if _has_nan(old) or _has_nan(new):
         return True
+
     return _is_above(old, new) or _is_above(new, old)
+
+
+def _has_nan(ends: Ends) -> bool:
+    """Return whether an end or the middle of an interval is not a number."""
+    return any(math.isnan(end) for end in ends)
 
 
 def _is_above(upper: Ends, lower: Ends) -> bool:
@@ -257,24 +291,30 @@ def _is_above(upper: Ends, lower: Ends) -> bool:
 # -- weights ---------------------------------------------------------------------------------------
 def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
     """Yield the pairs of the std of weights, and those that one report lacks."""
+    # 1. Fuse what the other model has fused.
     weights_of_a, weights_of_b = numbered_weights(a), numbered_weights(b)
     fused_a = _fuse_like(weights_of_a, weights_of_b)
     fused_b = _fuse_like(weights_of_b, weights_of_a)
-    # A report without a contract has no weights.
+    # 2. Pair them. A report without a contract has no weights.
     if not fused_a or not fused_b:
         return
-
     for key in dict.fromkeys((*fused_a, *fused_b)):
-        first, second = fused_a.get(key), fused_b.get(key)
-        old, new = _std(first), _std(second)
-        if first is not None and second is not None:
-            names = (first.parameter, second.parameter)
-            differs = are_apart(old, new)
-            yield Pair(first.layer, first.role, "std", *names, old, new, differs)
-        elif first is not None:
-            yield Pair(first.layer, first.role, "std", first.parameter, "", old, new, True)
-        elif second is not None:
-            yield Pair(second.layer, second.role, "std", "", second.parameter, old, new, True)
+        yield _pair_of_weight(fused_a.get(key), fused_b.get(key))
+
+
+def _pair_of_weight(first: WeightRecord | None, second: WeightRecord | None) -> Pair:
+    """Return the pair of the stds of one weight."""
+    # 1. One report lacks the weight.
+    old, new = _std(first), _std(second)
+    if second is None:
+        assert first is not None
+        return Pair(first.layer, first.role, "std", first.parameter, "", old, new, True)
+    if first is None:
+        return Pair(second.layer, second.role, "std", "", second.parameter, old, new, True)
+
+    # 2. Both have it.
+    names = (first.parameter, second.parameter)
+    return Pair(first.layer, first.role, "std", *names, old, new, are_apart(old, new))
 
 
 def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
@@ -284,8 +324,7 @@ def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
     seen: dict[Key, int] = {}
     numbered: dict[Key, WeightRecord] = {}
     for weight in report.contract.weights:
-        # Vectors are judged by the contract, and not compared.
-        if not weight.role or weight.role in ("bias", "norm_gain", "scale"):
+        if weight.role in _NOT_COMPARED:
             continue
         key: Key = (weight.layer, weight.role)
         seen[key] = seen.get(key, 0) + 1
@@ -299,49 +338,61 @@ Weights = dict[Key, WeightRecord]
 def _fuse_like(weights: Weights, model: Mapping[Key, WeightRecord]) -> Weights:
     """Return weights with those put together that another model has fused."""
     fused = dict(weights)
-    for layer, role, number in model:
-        # 1. The parts that the other model's weight is made of, if it is fused here alone.
-        keys: list[Key] = [(layer, part, number) for part in FUSED.get(str(role), ())]
-        is_fused_here = (layer, role, number) in fused
-        if not keys or is_fused_here:
+    for key in model:
+        # 1. The parts that the other model's weight is made of; none if it is not fused.
+        parts = _parts_of(key)
+        is_fused_in_both = key in fused
+        if not parts or is_fused_in_both:
             continue
 
         # 2. One weight in place of all of them.
-        if all(key in fused for key in keys):
-            parts = [fused.pop(key) for key in keys]
-            fused[layer, role, number] = _put_together(parts, str(role))
+        if fused.keys() >= set(parts):
+            _, role, _ = key
+            fused[key] = _put_together([fused.pop(part) for part in parts], str(role))
     return fused
 
 
-def _put_together(weights: list[WeightRecord], role: str) -> WeightRecord:
+def _parts_of(key: Key) -> list[Key]:
+    """Return the keys of the weights that a fused weight holds; [] if it is not fused."""
+    layer, role, number = key
+    return [(layer, part, number) for part in FUSED.get(str(role), ())]
+
+
+def _put_together(weights: Sequence[WeightRecord], role: str) -> WeightRecord:
     """Return several weights as one: their mean square, and the interval that theirs make."""
-    sizes = [math.prod(weight.shape) for weight in weights]
-
-    # Draws of mean zero: variances add up by the share of numbers that each weight holds.
-    def pooled(figure: str) -> float | None:
-        squares = []
-        for size, weight in zip(sizes, weights, strict=True):
-            value = getattr(weight, figure)
-            if value is None:
-                return None
-            squares.append(size * value * value)
-        return math.sqrt(sum(squares) / sum(sizes))
-
     return replace(
         weights[0],
         parameter=" + ".join(weight.parameter for weight in weights),
         role=role,
-        std=pooled("std"),
-        lower=pooled("lower"),
-        upper=pooled("upper"),
+        std=_pooled(weights, "std"),
+        lower=_pooled(weights, "lower"),
+        upper=_pooled(weights, "upper"),
     )
+
+
+def _pooled(weights: Sequence[WeightRecord], figure: str) -> float | None:
+    """Return the root mean square of a figure of weights; None if one lacks it.
+
+    The draws have mean zero, so their variances add up by the share of numbers that each holds.
+    """
+    sizes = [math.prod(weight.shape) for weight in weights]
+    squares = []
+    for size, weight in zip(sizes, weights, strict=True):
+        value = getattr(weight, figure)
+        # A constant has no interval, and no std that adds up.
+        if value is None:
+            return None
+        squares.append(size * value * value)
+
+    return math.sqrt(sum(squares) / sum(sizes))
 
 
 def _std(weight: WeightRecord | None) -> Ends | None:
     """Return the std of a weight with its interval; None if it was not measured."""
-    if weight is None or weight.std is None:
+    if weight is None:
         return None
-    if weight.lower is None or weight.upper is None:
+    ends = (weight.lower, weight.std, weight.upper)
+    # A constant has no interval.
+    if None in ends:
         return None
-
-    return (weight.lower, weight.std, weight.upper)
+    return cast(Ends, ends)

@@ -21,12 +21,14 @@ def measured_with(report: Report) -> dict[str, Any]:
     Args:
         report: of a model.
     """
+    # 1. A report of weights alone has no probe, or has measured nothing with it.
     if report.probe is None:
         return {}
     has_norm = any(row.branch_norm is not None for row in report.sublayers)
     if not has_norm:
         return {}
 
+    # 2. An older report does not say its precision.
     dtype = str(report.settings.get("dtype", ""))
     return facts_of(report.probe, dtype)
 
@@ -34,20 +36,25 @@ def measured_with(report: Report) -> dict[str, Any]:
 def drawn_with(report: Report) -> dict[str, Any]:
     """Return the facts of a report's probe, with the seed that its tokens were drawn with."""
     facts = measured_with(report)
-    if report.probe is not None and facts.get("tokens") == "random":
-        facts["seed"] = report.probe.seed
-    return facts
+    # Without facts there is no token either.
+    if facts.get("tokens") != "random":
+        return facts
+    assert report.probe is not None
+    return {**facts, "seed": report.probe.seed}
 
 
 def parting(now: Facts, before: Facts) -> list[str]:
     """Return the facts that differ, of those that both have."""
-    return [key for key in now if key in before and now[key] != before[key]]
+    shared = [key for key in now if key in before]
+    return [key for key in shared if now[key] != before[key]]
 
 
 def spoken(facts: Facts) -> str:
     """Return the facts of a probe in words: "2 x 64 random tokens, float32"."""
     batch, seq, tokens = facts.get("batch"), facts.get("seq"), str(facts.get("tokens"))
-    size = f"{batch} x {seq}" if seq else f"batch {batch}"
+    size = f"batch {batch}"  # of inputs that are no sequences
+    if seq:
+        size = f"{batch} x {seq}"
     sources = {
         "random": f"{size} random tokens",
         "random pixels": f"{size} of random pixels",
@@ -68,20 +75,26 @@ def probe_options(facts: Facts, keys: Sequence[str]) -> str:
         facts: of the probe.
         keys: the facts to give options for.
     """
-    tokens = str(facts.get("tokens")).partition(" through ")[0]  # the file, without its tokenizer
+    options = []
+    for key in keys:
+        # What a probe does not have needs no option.
+        if facts[key] is None:
+            continue
+        option = f"--{key} {facts[key]}"
+        if key == "tokens":
+            option = _tokens_option(str(facts[key]))
+        options.append(option)
+    return " ".join(options)
+
+
+def _tokens_option(tokens: str) -> str:
+    """Return the option for a source of tokens, or what to do in its place."""
+    path = tokens.partition(" through ")[0]  # the file, without its tokenizer
     without = "without --tokens and --inputs"
-    ways = {
+    sources = {
         "random": without,
         "random pixels": without,
         "text": without,
         "inputs": "with its --inputs",
     }
-    options = []
-    for key in keys:
-        if facts[key] is None:
-            continue
-        option = f"--{key} {facts[key]}"
-        if key == "tokens":
-            option = ways.get(tokens, f"--tokens {tokens}")
-        options.append(option)
-    return " ".join(options)
+    return sources.get(path, f"--tokens {path}")

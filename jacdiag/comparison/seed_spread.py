@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 
 from scipy.special import stdtrit
 
 from jacdiag.comparison.probe_facts import measured_with
 from jacdiag.records.init_contract import FiguresRecord
-from jacdiag.records.report import Report, SublayerRecord
+from jacdiag.records.report import Interval, Report, SublayerRecord
 
 _ALPHA = 1e-6  # chance, per figure, that another seed of the same init lies outside
 _Ends = tuple[float, float, float]
@@ -42,10 +43,7 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
 
         # 2. The interval of each sub-layer.
         for name, seeds in rows.items():
-            low = min(ends[0] for ends in seeds)
-            high = max(ends[2] for ends in seeds)
-            middle = statistics.median(ends[1] for ends in seeds)
-            sublayers.setdefault(name, {})[figure] = [low, middle, max(high, middle * (1 + reach))]
+            sublayers.setdefault(name, {})[figure] = _over_seeds(seeds, reach)
     return FiguresRecord(
         model=first.model.name,
         parameters=first.model.parameters,
@@ -62,39 +60,69 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
     )
 
 
+def _over_seeds(seeds: Sequence[_Ends], reach: float) -> list[float]:
+    """Return lower end, middle and upper end of a figure over seeds.
+
+    Args:
+        seeds: lower end, estimate and upper end of each seed.
+        reach: how far above the middle one more seed may lie, relative.
+    """
+    lowers, estimates, uppers = zip(*seeds, strict=True)
+    middle = statistics.median(estimates)
+    return [min(lowers), middle, max(*uppers, middle * (1 + reach))]
+
+
 def _by_figure_and_kind(
     reports: Sequence[Report],
 ) -> dict[tuple[str, str], dict[str, list[_Ends]]]:
     """Return (figure, kind) -> sub-layer -> the figure of each seed."""
     values: dict[tuple[str, str], dict[str, list[_Ends]]] = {}
-    for report in reports:
-        for row in report.sublayers:
-            for figure, ends in _figures(row).items():
-                values.setdefault((figure, row.kind), {}).setdefault(row.name, []).append(ends)
+    rows = chain.from_iterable(report.sublayers for report in reports)
+    for row in rows:
+        for figure, ends in _figures(row).items():
+            rows_of_kind = values.setdefault((figure, row.kind), {})
+            seeds = rows_of_kind.setdefault(row.name, [])
+            seeds.append(ends)
     return values
 
 
 def _figures(row: SublayerRecord) -> dict[str, _Ends]:
     """Return lower end, estimate and upper end of each figure that was measured."""
-    figures = {}
-    # 1. Norms, with their interval. The logarithm is taken later, so none may be zero.
-    for name in ("branch_norm", "core_norm"):
-        interval = getattr(row, name)
-        if interval is None:
-            continue
-        if interval.lower > 0 and math.isfinite(interval.upper):
-            figures[name] = (interval.lower, interval.estimate, interval.upper)
+    figures = {
+        "branch_norm": _ends_of_norm(row.branch_norm),
+        "core_norm": _ends_of_norm(row.core_norm),
+        "norm_gain": _ends_of_gain(row.norm_gain),
+    }
+    return {name: ends for name, ends in figures.items() if ends is not None}
 
-    # 2. The gain of the norm, which is exact.
-    gain = row.norm_gain
+
+def _ends_of_norm(interval: Interval | None) -> _Ends | None:
+    """Return lower end, estimate and upper end of a norm; None if it has no logarithm."""
+    if interval is None:
+        return None
+
+    # The logarithm is taken later, so none of the ends may be zero.
+    is_positive = interval.lower > 0
+    if not is_positive or not math.isfinite(interval.upper):
+        return None
+
+    return (interval.lower, interval.estimate, interval.upper)
+
+
+def _ends_of_gain(gain: Interval | None) -> _Ends | None:
+    """Return the gain of a norm, which is exact, as an interval; None if it has no logarithm."""
     if gain is None:
-        return figures
+        return None
+
+    # 1. Nearly the largest over the tokens, if it varies from one to the next.
     value = gain.estimate
     if gain.per_token is not None:
         value = gain.per_token.p99
-    if value > 0 and math.isfinite(value):
-        figures["norm_gain"] = (value, value, value)
-    return figures
+
+    # 2. The logarithm is taken later.
+    if not 0 < value < math.inf:
+        return None
+    return (value, value, value)
 
 
 def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
@@ -105,8 +133,9 @@ def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
     # 1. The variance of each sub-layer over its seeds.
     variances = []
     for seeds in rows:
-        logs = [math.log(estimate) for _, estimate, _ in seeds]
-        if len(logs) > 1:
+        # One seed shows no spread.
+        if len(seeds) > 1:
+            logs = [math.log(estimate) for _, estimate, _ in seeds]
             variances.append(statistics.variance(logs))
     if not variances:
         return None
@@ -120,7 +149,9 @@ def _reach(spread: float, rows: int, count: int) -> float:
 
     That is Student's t on a log scale.
     """
-    quantile = -float(stdtrit(max(rows * (count - 1), 1), _ALPHA))
+    degrees_of_freedom = max(rows * (count - 1), 1)
+    quantile = -float(stdtrit(degrees_of_freedom, _ALPHA))
+    # The middle of the seeds is known with an error, too: hence 1 + 1 / count.
     return math.expm1(min(quantile * spread * math.sqrt(1 + 1 / count), 50.0))
 
 
@@ -130,13 +161,16 @@ def _weights(report: Report) -> dict[str, dict[str, object]]:
         return {}
     draws: dict[str, dict[str, object]] = {}
     for weight in report.contract.weights:
-        is_constant = weight.family in ("zero", "constant")
+        value = None
+        # What was drawn has a mean by chance alone.
+        if weight.family in ("zero", "constant"):
+            value = weight.mean
         draws[weight.parameter] = {
             "role": weight.role,
             "family": weight.family,
             "std": weight.std,
             "lower": weight.lower,
             "upper": weight.upper,
-            "value": weight.mean if is_constant else None,
+            "value": value,
         }
     return draws
