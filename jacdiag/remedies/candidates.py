@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from jacdiag.records import ContractRecord, Report, WeightRecord
+from jacdiag.records import ContractRecord, Report, SublayerRecord, WeightRecord
 from jacdiag.remedies.changes import (
-    Change,
-    Draw,
     Fill,
+    ModelChange,
     NormOutput,
+    Redraw,
     Reparametrise,
     Scale,
     ScaleOutput,
@@ -50,7 +53,7 @@ class Remedy:
 
     name: str
     title: str
-    changes: tuple[Change, ...]
+    changes: tuple[ModelChange, ...]
     price: str
     size: float
     keeps_function: bool = False
@@ -82,18 +85,24 @@ def remedies_for(
         thresholds: how far a branch is scaled down.
         has_begun: the run has begun: modules and reparametrizations, no new draws.
     """
+    # 1. Without a contract no weight has a role.
     contract = report.contract
     if contract is None:
         return []
     if has_begun:
         return list(_modules(report, contract, thresholds))
+
+    # 2. What the rules that fired ask for.
     codes = aims(report)
     if not codes:
         return []
     remedies = _drawn_or_scaled(report, contract, model, codes)
+
+    # 3. The init of the baseline, alone and with each of the others.
     restored = _baseline(report, contract)
     if restored is not None:
-        remedies = [*remedies, restored, *(restored + remedy for remedy in remedies)]
+        together = [restored + remedy for remedy in remedies]
+        remedies = [*remedies, restored, *together]
     return sorted(remedies, key=lambda remedy: remedy.size)
 
 
@@ -105,10 +114,13 @@ def _drawn_or_scaled(
     of_paper = _paper_recipes(report, contract, model, codes)
     if of_contract is None:
         return of_paper
-    together = [of_contract + recipe for recipe in of_paper]
+
     # A rule of the contract fired: a recipe that leaves the contract broken cannot be enough.
-    if any(code.startswith("JD2") for code in codes):
+    together = [of_contract + recipe for recipe in of_paper]
+    is_contract_broken = any(code.startswith("JD2") for code in codes)
+    if is_contract_broken:
         return [of_contract, *together]
+
     return [of_contract, *of_paper, *together]
 
 
@@ -116,38 +128,37 @@ def _contract_recipes(
     report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
 ) -> Remedy | None:
     """Return what the rules of the contract ask for, as one remedy."""
-    joined: Remedy | None = None
-    for recipe in (
+    recipes = [
         _contract(contract, codes),
         _tied(contract, model, codes),
         _spared(report, codes),
-    ):
-        if recipe is None:
-            continue
-        if joined is None:
-            joined = recipe
-        else:
-            joined = joined + recipe
-    return joined
+    ]
+    requested = [recipe for recipe in recipes if recipe is not None]
+    if not requested:
+        return None
+    return functools.reduce(operator.add, requested)
 
 
 def _paper_recipes(
     report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
 ) -> list[Remedy]:
     """Return a larger shortcut, smaller matrices, and both."""
-    # 1. Each of the two alone.
+    # 1. A larger shortcut.
     shortcuts: list[Remedy] = []
-    matrices: list[Remedy] = []
     if not _LARGER.isdisjoint(codes):
         shortcuts = list(_embedding(report, contract, model))
+
+    # 2. Smaller matrices.
+    matrices: list[Remedy] = []
     if not _SMALLER.isdisjoint(codes):
         matrices = list(_matrices(report, contract, codes))
-
-    # 2. Both together.
     recipes = [*shortcuts, *matrices]
-    if shortcuts:
-        for smaller in matrices:
-            recipes += _pairs(report, contract, model, smaller)
+    if not shortcuts:
+        return recipes
+
+    # 3. Both together. The shortcut may depend on what the matrices draw.
+    for smaller in matrices:
+        recipes += _pairs(report, contract, model, smaller)
     return recipes
 
 
@@ -161,31 +172,41 @@ def _pairs(
     """
     # 1. The stds that the matrices, and tables among them, are drawn with.
     stds: dict[str, float] = {}
-    for change in matrices.changes:
-        if isinstance(change, Draw):
-            stds |= dict.fromkeys(change.weights.names, change.std)
+    for draw in _draws_among(matrices.changes):
+        stds |= dict.fromkeys(draw.weights.names, draw.std)
 
     # 2. Leave out what the shortcut draws, too.
     for shortcut in _embedding(report, contract, model, stds):
-        tables = _drawn_names(shortcut.changes)
-        changes = []
-        for change in matrices.changes:
-            is_drawn_twice = isinstance(change, Draw) and tables >= set(change.weights.names)
-            if not is_drawn_twice:
-                changes.append(change)
-        title = matrices.title
-        if len(changes) < len(matrices.changes):
-            title = title.replace("all matrices", "all other matrices")
-        yield shortcut + replace(matrices, title=title, changes=tuple(changes))
+        yield shortcut + _without_draws_of(matrices, _drawn_names(shortcut.changes))
 
 
-def _drawn_names(changes: Iterable[Change]) -> set[str]:
+def _draws_among(changes: Iterable[ModelChange]) -> list[Redraw]:
+    """Return the changes that draw weights again."""
+    return [change for change in changes if isinstance(change, Redraw)]
+
+
+def _drawn_names(changes: Iterable[ModelChange]) -> set[str]:
     """Return the weights that changes draw again."""
     names: set[str] = set()
-    for change in changes:
-        if isinstance(change, Draw):
-            names |= set(change.weights.names)
+    for draw in _draws_among(changes):
+        names.update(draw.weights.names)
     return names
+
+
+def _without_draws_of(matrices: Remedy, names: set[str]) -> Remedy:
+    """Return smaller matrices without the draws of weights that the same remedy draws already."""
+    # 1. The other changes.
+    changes = []
+    for change in matrices.changes:
+        is_drawn_already = isinstance(change, Redraw) and names >= set(change.weights.names)
+        if not is_drawn_already:
+            changes.append(change)
+    if len(changes) == len(matrices.changes):
+        return matrices
+
+    # 2. A title that claims no more than these.
+    title = matrices.title.replace("all matrices", "all other matrices")
+    return replace(matrices, title=title, changes=tuple(changes))
 
 
 # -- the two conditions of the paper ---------------------------------------------------------------
@@ -193,7 +214,7 @@ def _embedding(
     report: Report,
     contract: ContractRecord,
     model: nn.Module,
-    drawn: Mapping[str, float] | None = None,
+    drawn: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[Remedy]:
     """Yield recipes for a large shortcut.
 
@@ -207,19 +228,19 @@ def _embedding(
         drawn: the std of weights that the same remedy draws again.
     """
     width = report.model.width
+    if not width:
+        return
     tables = _embedding_tables(contract, width)
-    if not width or not tables:
+    if not tables:
         return
 
     # 1. The output of the embedding: only if a module stands for each table.
     owners = [_owner(model, table.parameter) for table in tables]
     if all(owners):
-        own_stds = {table.parameter: table.std or 0.0 for table in tables}
-        stds = own_stds | dict(drawn or {})
-        largest_std = max(stds[name] for name in own_stds)
-        yield from _embedding_outputs(tuple(dict.fromkeys(owners)), width, largest_std)
+        unique_owners = tuple(dict.fromkeys(owners))
+        yield from _embedding_outputs(unique_owners, width, _largest_std_after(tables, drawn))
 
-    # 2. The table itself.
+    # 2. The table itself, which would change the head if it is the head, too.
     if not contract.tied:
         yield Remedy(
             "std-1-embed",
@@ -230,28 +251,38 @@ def _embedding(
         )
 
 
-def _embedding_tables(contract: ContractRecord, width: int | None) -> list[WeightRecord]:
+def _largest_std_after(tables: Iterable[WeightRecord], drawn: Mapping[str, float]) -> float:
+    """Return the largest std of tables, some of which are drawn again with another one."""
+    return max(drawn.get(table.parameter, table.std or 0.0) for table in tables)
+
+
+def _embedding_tables(contract: ContractRecord, width: int) -> list[WeightRecord]:
     """Return the embeddings whose rows are as wide as the stream."""
     tables = []
     for weight in contract.weights:
-        is_table = weight.role == "embedding" and len(weight.shape) == 2
-        if is_table and weight.shape[1] == width:
+        # A narrower table is projected, and its output is not the stream.
+        is_as_wide = len(weight.shape) == 2 and weight.shape[1] == width
+        if weight.role == "embedding" and is_as_wide:
             tables.append(weight)
+
     return tables
 
 
 def _embedding_outputs(owners: tuple[str, ...], width: int, std: float) -> Iterator[Remedy]:
     """Yield changes to the output of embeddings of one width, whose largest std is given."""
+    # 1. The factor of the paper.
     root = math.sqrt(width)
     title = f"multiply the embedding by √d = {plain(root)}"
     scaled = ScaleOutput(owners, root, f"sqrt(d), d = {width}")
     yield Remedy("scaled-embed", title, (scaled,), _FREE, 2.0)
 
+    # 2. A larger one, if that leaves the std below 1.
     if 0 < std * root < 1:
         factor = float(f"{1 / std:.4g}")
         title = f"multiply the embedding by {plain(factor)}, to std 1"
         yield Remedy("unit-embed", title, (ScaleOutput(owners, factor, "to std 1"),), _FREE, 2.5)
 
+    # 3. A norm.
     price = f"{2 * width * len(owners):,} parameters and a LayerNorm per token"
     norms = tuple(NormOutput(owner, width) for owner in owners)
     yield Remedy("embed-ln", "a LayerNorm on the embedding", norms, price, 3.0)
@@ -262,6 +293,8 @@ def _owner(model: nn.Module, parameter: str) -> str:
     owner = parameter.rpartition(".")[0]
     if not owner:
         return ""
+
+    # A module with further parameters does more than look rows up.
     own_parameters = list(model.get_submodule(owner).parameters(recurse=False))
     if len(own_parameters) != 1:
         return ""
@@ -270,13 +303,13 @@ def _owner(model: nn.Module, parameter: str) -> str:
 
 def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) -> Iterator[Remedy]:
     """Yield recipes for small sub-layers: scaling with depth if it is missing, the small init."""
-    inner = [weight for weight in contract.weights if weight.role in INNER and weight.std]
-    outer = [weight for weight in contract.weights if weight.role in RESIDUAL and weight.std]
+    inner = _drawn_weights(contract, INNER)
+    outer = _drawn_weights(contract, RESIDUAL)
     if not outer:
         return
-    layers = max(report.model.layers, 1)
 
     # 1. W_O and W_2 as wide as the other matrices: they lack the scaling with depth.
+    layers = max(report.model.layers, 1)
     lacks_scaling = _largest_std(outer) > 0.7 * _largest_std(inner)
     if layers > 1 and lacks_scaling:
         yield _depth_scaling(contract, outer, layers)
@@ -284,6 +317,12 @@ def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) ->
     # 2. The small init of all matrices.
     if report.model.width:
         yield _small_init(contract, inner, outer, layers, report.model.width, codes)
+
+
+def _drawn_weights(contract: ContractRecord, roles: Container[str]) -> list[WeightRecord]:
+    """Return the weights of some roles, without those that are constant."""
+    of_roles = [weight for weight in contract.weights if weight.role in roles]
+    return [weight for weight in of_roles if weight.std]
 
 
 def _largest_std(weights: Iterable[WeightRecord]) -> float:
@@ -335,53 +374,78 @@ def _small_init(
 
 def _outside(
     contract: ContractRecord, std: float, formula: str, codes: Sequence[str]
-) -> Iterator[Draw]:
+) -> Iterator[Redraw]:
     """Yield draws of embedding, positions and head: the small init draws these too.
 
     An embedding that already makes the shortcut large enough is not made smaller: 1 is the scheme's
     other std for it.
     """
-    for weight in contract.weights:
-        is_outside = weight.role in ("embedding", "positions", "head")
-        is_drawn_plainly = weight.family in _PLAIN and len(weight.shape) == 2
-        if not is_outside or not is_drawn_plainly:
-            continue
-
+    shortcut_is_large = "JD102" not in codes
+    for weight in filter(_is_drawn_table, contract.weights):
         # 1. A table that does not make the shortcut large, or is as small already.
-        own_std = weight.std or 0.0
-        shortcut_is_large = weight.role == "embedding" and "JD102" not in codes
-        if not shortcut_is_large or own_std <= _SAME * std:
+        makes_it_large = shortcut_is_large and _is_large_embedding(weight, std)
+        if not makes_it_large:
             yield from _draws(contract, [weight], std, formula)
             continue
 
-        # 2. An embedding that makes it large, unless it is the head, too.
-        has_std_1 = 1 / _SAME < own_std < _SAME
-        if weight.parameter not in contract.tied and not has_std_1:
+        # 2. An embedding that makes it large.
+        if _may_become_std_1(contract, weight):
             yield from _draws(contract, [weight], 1.0, "1")
+
+
+def _is_drawn_table(weight: WeightRecord) -> bool:
+    """Return whether a weight is an embedding, positions or the head, drawn by element."""
+    is_table = weight.role in ("embedding", "positions", "head")
+    has_rows = len(weight.shape) == 2
+    was_drawn = weight.family in _PLAIN
+    return is_table and has_rows and was_drawn
+
+
+def _is_large_embedding(weight: WeightRecord, std: float) -> bool:
+    """Return whether a weight is an embedding whose std is above that of the small init."""
+    if weight.role != "embedding":
+        return False
+
+    own_std = weight.std or 0.0
+    return own_std > _SAME * std
+
+
+def _may_become_std_1(contract: ContractRecord, embedding: WeightRecord) -> bool:
+    """Return whether an embedding is neither the head nor drawn with std 1 already."""
+    # The head would become as large.
+    if embedding.parameter in contract.tied:
+        return False
+
+    own_std = embedding.std or 0.0
+    has_std_1 = 1 / _SAME < own_std < _SAME
+    return not has_std_1
 
 
 def _draws(
     contract: ContractRecord, weights: Iterable[WeightRecord], std: float, formula: str
-) -> Iterator[Draw]:
+) -> Iterator[Redraw]:
     """Yield new draws of weights, by family and name pattern."""
+    # 1. What is uniform stays so, and anything else becomes normal.
     uniform: list[WeightRecord] = []
     normal: list[WeightRecord] = []
     for weight in weights:
-        if weight.family == "uniform":
-            uniform.append(weight)
-        else:
-            normal.append(weight)
+        family = uniform if weight.family == "uniform" else normal
+        family.append(weight)
+
+    # 2. One draw for each name pattern.
     for group in _groups(contract, normal):
-        yield Draw(group, std, formula, uniform=False)
+        yield Redraw(group, std, formula, uniform=False)
     for group in _groups(contract, uniform):
-        yield Draw(group, std, formula, uniform=True)
+        yield Redraw(group, std, formula, uniform=True)
 
 
 def _groups(contract: ContractRecord, weights: Iterable[WeightRecord]) -> Iterator[Weights]:
     """Yield weights by name pattern."""
     by_pattern: dict[str, list[WeightRecord]] = {}
     for weight in weights:
-        by_pattern.setdefault(weight.pattern, []).append(weight)
+        group = by_pattern.setdefault(weight.pattern, [])
+        group.append(weight)
+
     for pattern, group in by_pattern.items():
         yield _as_weights(contract, pattern, group)
 
@@ -398,30 +462,17 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     """Set every weight that differs from its contract to what the contract says."""
     if _CONTRACT_CODES.isdisjoint(codes):
         return None
-
-    # 1. Groups of the same name pattern and target.
-    groups: dict[tuple[str, float], list[Deviation]] = {}
-    for deviation in deviations_of(contract):
-        if deviation.section:
-            continue  # to draw the entire matrix again would change its other rows
-        key = (deviation.weight.pattern, deviation.value)
-        groups.setdefault(key, []).append(deviation)
+    groups = _grouped_deviations(contract)
     if not groups:
         return None
 
-    # 2. A change for each.
-    changes: list[Change] = []
+    # 1. A change for each group.
+    changes: list[ModelChange] = []
     for (pattern, value), group in groups.items():
-        first = group[0].weight
         weights = _as_weights(contract, pattern, [deviation.weight for deviation in group])
-        is_vector = first.role in VECTORS or len(first.shape) < 2
-        if is_vector:
-            changes.append(Fill(weights, value))
-        else:
-            is_uniform = first.family == "uniform"
-            changes.append(Draw(weights, value, group[0].formula, is_uniform))
+        changes.append(_as_the_contract_says(group[0], weights, value))
 
-    # 3. A title with the formula, if it is the same for all.
+    # 2. A title with the formula, if it is the same for all.
     how = "as the contract says"
     formulas = {group[0].formula for group in groups.values()}
     if len(formulas) == 1:
@@ -430,40 +481,61 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     return Remedy("contract", title, tuple(changes), _NEW_INIT, 1.0)
 
 
+def _grouped_deviations(
+    contract: ContractRecord,
+) -> dict[tuple[str, float], list[Deviation]]:
+    """Return (name pattern, target) -> the deviations that one change can undo."""
+    groups: dict[tuple[str, float], list[Deviation]] = {}
+    for deviation in deviations_of(contract):
+        # To draw the entire matrix again would change the other rows of a section.
+        if deviation.section:
+            continue
+        key = (deviation.weight.pattern, deviation.value)
+        groups.setdefault(key, []).append(deviation)
+    return groups
+
+
+def _as_the_contract_says(deviation: Deviation, weights: Weights, value: float) -> ModelChange:
+    """Return the change that gives weights the value, or the std, of their contract."""
+    weight = deviation.weight
+    is_vector = weight.role in VECTORS or len(weight.shape) < 2
+    if is_vector:
+        return Fill(weights, value)
+
+    is_uniform = weight.family == "uniform"
+    return Redraw(weights, value, deviation.formula, is_uniform)
+
+
 def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
     """Set every weight that differs from the recorded baseline as it was there."""
-    baseline = report.baseline
-    names = set(_parameters_named_by(report, "JD110"))
-    if baseline is None or not names:
-        return None
-
     # 1. Groups of the same name pattern and target.
+    names = set(_parameters_named_by(report, "JD110"))
+    if report.baseline is None:
+        return None
+    differing = [weight for weight in contract.weights if weight.parameter in names]
     groups: dict[tuple[str, _Target], list[WeightRecord]] = {}
-    for weight in contract.weights:
-        if weight.parameter in names:
-            target = _Target.of(baseline.weights[weight.parameter])
-            groups.setdefault((weight.pattern, target), []).append(weight)
+    for weight in differing:
+        target = _Target.of(report.baseline.weights[weight.parameter])
+        groups.setdefault((weight.pattern, target), []).append(weight)
     if not groups:
         return None
 
     # 2. A change for each.
-    changes: list[Change] = []
+    changes = []
     for (pattern, target), group in groups.items():
         weights = _as_weights(contract, pattern, group)
-        if target.is_constant:
-            changes.append(Fill(weights, target.value))
-        else:
-            changes.append(Draw(weights, target.value, "as in the baseline", target.is_uniform))
+        changes.append(target.change_of(weights))
     title = f"initialise {_shown(pattern for pattern, _ in groups)} as in the baseline"
     return Remedy("baseline", title, tuple(changes), _NEW_INIT, 1.0)
 
 
 def _parameters_named_by(report: Report, code: str) -> list[str]:
     """Return the parameters that the findings of a rule name."""
+    findings = [finding for finding in report.findings if finding.code == code]
     names: list[str] = []
-    for finding in report.findings:
-        if finding.code == code:
-            names += finding.evidence.get("parameters", ())
+    for finding in findings:
+        names.extend(finding.evidence.get("parameters", ()))
+
     return names
 
 
@@ -483,16 +555,27 @@ class _Target:
         value = recorded["std"]
         if is_constant:
             value = recorded["value"] or 0.0
-        return cls(float(f"{value:.6g}"), is_constant, is_uniform=family == "uniform")
+
+        # Six digits: weights that differ by less are of one group.
+        rounded = float(f"{value:.6g}")
+        return cls(rounded, is_constant, is_uniform=family == "uniform")
+
+    def change_of(self, weights: Weights) -> ModelChange:
+        """Return the change that gives weights this init."""
+        if self.is_constant:
+            return Fill(weights, self.value)
+
+        return Redraw(weights, self.value, "as in the baseline", self.is_uniform)
 
 
 def _shown(patterns: Iterable[str]) -> str:
     """Return the first few name patterns, and how many there are beyond."""
     names = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern in patterns))
     text = ", ".join(names[:_NAMED])
-    if len(names) <= _NAMED:
-        return text
-    return f"{text} and {len(names) - _NAMED} more"
+    beyond = len(names) - _NAMED
+    if beyond > 0:
+        text += f" and {beyond} more"
+    return text
 
 
 def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> Remedy | None:
@@ -501,8 +584,7 @@ def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> R
         return None
 
     # 1. The tables, if a module stands for each.
-    tables = [weight for weight in contract.weights if weight.parameter in contract.tied]
-    tables = [weight for weight in tables if weight.std]
+    tables = _tied_tables(contract)
     owners = [_owner(model, table.parameter) for table in tables]
     if not tables or not all(owners):
         return None
@@ -527,6 +609,12 @@ def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> R
     return Remedy("forward-scale", title, changes, _FREE, 1.0)
 
 
+def _tied_tables(contract: ContractRecord) -> list[WeightRecord]:
+    """Return the tables that are the head, too, without those that are constant."""
+    tables = [weight for weight in contract.weights if weight.parameter in contract.tied]
+    return [table for table in tables if table.std]
+
+
 def _spared(report: Report, codes: Sequence[str]) -> Remedy | None:
     """Make parameter groups without decay for what should not shrink."""
     if "JD207" not in codes:
@@ -544,11 +632,7 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
     These are W = gain V, and y = x + a f(x) with a learned or fixed a.
     """
     # 1. W_O and W_2, with the modules that hold them.
-    outer = []
-    for weight in contract.weights:
-        is_output = weight.role in RESIDUAL and len(weight.shape) == 2
-        if is_output and weight.std:
-            outer.append(weight)
+    outer = _output_matrices(contract)
     owners = tuple(weight.parameter.rpartition(".")[0] for weight in outer)
     if not outer or not all(owners):
         return
@@ -585,19 +669,34 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
         )
 
 
+def _output_matrices(contract: ContractRecord) -> list[WeightRecord]:
+    """Return W_O and W_2 of all sub-layers, without those that are constant."""
+    return [weight for weight in _drawn_weights(contract, RESIDUAL) if len(weight.shape) == 2]
+
+
 def _needed_branch_scale(report: Report, thresholds: Thresholds) -> float | None:
     """Return the factor that brings every branch below the first cut of its placement.
 
     It is None if all branches are below.
     """
-    factor = 1.0
-    for row in report.sublayers:
-        limit = thresholds.limits("branch_norm", row.placement or "").info
-        if row.branch_norm is None or limit is None:
-            continue
-        upper = row.branch_norm.upper
-        if upper > 0:
-            factor = min(factor, limit / upper)
+    factors = [_needed_scale_of(row, thresholds) for row in report.sublayers]
+    factor = min(factors, default=1.0)
     if factor >= 1:
         return None
+
+    # A little smaller, so that rounding does not leave a branch at its cut.
     return float(f"{0.99 * factor:.3g}")
+
+
+def _needed_scale_of(row: SublayerRecord, thresholds: Thresholds) -> float:
+    """Return the factor that brings one branch to the first cut; 1 or more if it is below."""
+    limit = thresholds.limits("branch_norm", row.placement or "").info
+    if row.branch_norm is None or limit is None:
+        return 1.0
+
+    # A branch of zero needs none, and NaN says nothing.
+    upper = row.branch_norm.upper
+    has_value = upper > 0
+    if not has_value:
+        return 1.0
+    return limit / upper

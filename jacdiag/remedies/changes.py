@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 ROOT3 = math.sqrt(3.0)
 
 
-class Change(Protocol):
+class ModelChange(Protocol):
     """One step of a remedy."""
 
     def apply(self, model: nn.Module) -> None:
@@ -57,8 +57,11 @@ class Weights:
             role: what they are for.
         """
         matched = {name for name in everything if fnmatchcase(name, pattern)}
-        if matched != set(names):
+        is_exact = matched == set(names)
+        # A pattern that selects others too would change them.
+        if not is_exact:
             pattern = ""
+
         return cls(tuple(names), pattern, role)
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
@@ -67,8 +70,11 @@ class Weights:
 
     def loop(self, body: str) -> list[str]:
         """Return lines of PyTorch that run a line for each of these parameters, as `weight`."""
+        # 1. A single parameter needs no loop.
         if len(self.names) == 1:
             return [f"weight = model.get_parameter({self.names[0]!r})", body]
+
+        # 2. Several, by name pattern if there is one.
         test = f"name in {sorted(self.names)!r}"
         if self.pattern:
             test = f"fnmatchcase(name, {self.pattern!r})"
@@ -102,7 +108,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Redraw:
     """Draw weights again with a given std.
 
     A uniform weight stays uniform; any other becomes normal.
@@ -119,16 +125,18 @@ class Draw:
         """Change a model in place."""
         with torch.no_grad():
             for weight in self.weights.tensors(model):
-                padding = None
-                if weight.dim() > 1:
-                    padding = (weight == 0).flatten(1).all(1)
-                if self.uniform:
-                    weight.uniform_(-self.std * ROOT3, self.std * ROOT3)
-                else:
-                    weight.normal_(0.0, self.std)
-                # A matrix that is zero everywhere was initialised so, and has no padding.
-                if padding is not None and not bool(padding.all()):
+                padding = _padding_rows(weight)
+                self._draw(weight)
+                if padding is not None:
                     weight[padding] = 0.0
+
+    def _draw(self, weight: Tensor) -> None:
+        """Draw one weight in place."""
+        if self.uniform:
+            edge = self.std * ROOT3
+            weight.uniform_(-edge, edge)
+        else:
+            weight.normal_(0.0, self.std)
 
     def lines(self) -> list[str]:
         """Return the same as lines of PyTorch."""
@@ -137,6 +145,18 @@ class Draw:
             edge = self.std * ROOT3
             call = f"weight.uniform_(-{edge!r}, {edge!r})"
         return self.weights.loop(f"{call}  # std {self.formula}")
+
+
+def _padding_rows(weight: Tensor) -> Tensor | None:
+    """Return which rows of a table are exactly zero; None if it has no padding."""
+    if weight.dim() < 2:
+        return None
+
+    is_zero = (weight == 0).flatten(1).all(1)
+    # A matrix that is zero everywhere was initialised so, and has no padding.
+    if bool(is_zero.all()):
+        return None
+    return is_zero
 
 
 @dataclass(frozen=True)
@@ -174,9 +194,12 @@ class ScaleOutput:
         """Change a model in place."""
         for name in self.modules:
             module = model.get_submodule(name)
+            # 1. A fixed factor needs no parameter.
             if not self.learned:
                 module.register_forward_hook(_Times(self.factor))
                 continue
+
+            # 2. A learned one, of the type and on the device of the module.
             like = next(module.parameters(), torch.empty(()))
             scale = nn.Parameter(torch.full((), self.factor).to(like))
             module.register_parameter("scale", scale)
@@ -185,9 +208,12 @@ class ScaleOutput:
     def lines(self) -> list[str]:
         """Return the same as lines of PyTorch."""
         head = [f"for name in {list(self.modules)!r}:", "    module = model.get_submodule(name)"]
+        # 1. A fixed factor.
         if not self.learned:
             hook = f"lambda module, args, output: output * {self.factor!r}"
             return [*head, f"    module.register_forward_hook({hook})  # {self.formula}"]
+
+        # 2. A learned one.
         scale = f"nn.Parameter(torch.full((), {self.factor!r}).to(next(module.parameters())))"
         return [
             *head,
@@ -260,7 +286,7 @@ class Reparametrise:
             weight = module.get_parameter(attribute)
             # A power of two: dividing by it changes no bit of the mantissa.
             gain = 2.0 ** round(math.log2(float(weight.detach().std()) / self.base))
-            parametrize.register_parametrization(module, attribute, Gain(gain, weight))
+            parametrize.register_parametrization(module, attribute, LearnedGain(gain, weight))
 
     def lines(self) -> list[str]:
         """Return the same as lines of PyTorch."""
@@ -275,7 +301,7 @@ class Reparametrise:
         ]
 
 
-class Gain(nn.Module):
+class LearnedGain(nn.Module):
     """The parametrisation W = gain * V."""
 
     def __init__(self, gain: float, like: Tensor) -> None:
@@ -291,6 +317,7 @@ class Gain(nn.Module):
         return weight / self.gain
 
 
+# The same as `LearnedGain`, for a patch, which runs without this library.
 GAIN_CODE = """\
 class Gain(nn.Module):
     def __init__(self, gain, like):

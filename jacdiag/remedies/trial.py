@@ -24,13 +24,30 @@ _MOST = 16  # trials of one report
 _FURTHER = 2  # seeds that a remedy must hold for, after the report's own
 _APART = 1_000_003  # new draws must not be those that the model itself made with the same seed
 _ABOUT_WEIGHTS = ("JD202", "JD203", "JD204")  # compare a weight with others
+
+
+def _has_gain_product(report: Report) -> bool:
+    """Return whether the product of the gains of all sub-layers is known."""
+    network = report.network
+    return network is not None and network.gain_product_log is not None
+
+
+def _has_chance(report: Report) -> bool:
+    """Return whether the chance of a loss spike is known."""
+    risk = report.risk
+    return risk is not None and risk.chance is not None
+
+
+def _has_baseline(report: Report) -> bool:
+    """Return whether the report holds what is compared with a baseline, and the baseline."""
+    return report.figures is not None and report.baseline is not None
+
+
 # Rules that find nothing where their figure is missing, and whether a report has it.
 _SEEN: dict[str, Callable[[Report], bool]] = {
-    "JD104": lambda report: (
-        report.network is not None and report.network.gain_product_log is not None
-    ),
-    "JD105": lambda report: report.risk is not None and report.risk.chance is not None,
-    "JD110": lambda report: report.figures is not None and report.baseline is not None,
+    "JD104": _has_gain_product,
+    "JD105": _has_chance,
+    "JD110": _has_baseline,
 }
 
 
@@ -91,7 +108,7 @@ def try_remedies(
                 record = _trial(report, model, remedy, bench)
         except RankError:
             raise
-        # a model's own copying and building may raise anything; the audit itself is done
+        # A model's own copying and building may raise anything. The audit itself is done.
         except Exception as error:
             notes.append(f"{remedy.name} could not be tried: {one_line(error)}")
             continue
@@ -116,11 +133,7 @@ def most_trials(remedies: int) -> int:
 
 def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> RemedyRecord:
     """Audit a changed copy, and changed models of further seeds while it is enough."""
-    spared: list[str] = []
-    for change in remedy.changes:
-        if isinstance(change, Spare):
-            spared += change.names
-
+    spared = _spared_names(remedy)
     # 1. The report's own seed.
     after, output = bench.again(_changed(model, remedy, bench.seed), spared, bench.seed)
     seeds = [bench.seed]
@@ -156,6 +169,15 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
     )
 
 
+def _spared_names(remedy: Remedy) -> list[str]:
+    """Return the parameters that a remedy spares weight decay."""
+    names: list[str] = []
+    for change in remedy.changes:
+        if isinstance(change, Spare):
+            names.extend(change.names)
+    return names
+
+
 def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
     """Return a changed copy of a model."""
     changed = copy.deepcopy(model)
@@ -178,24 +200,34 @@ def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
     aimed = aims(before)
     if not aimed:
         return False
+
+    # 1. What cannot be judged counts as not enough.
     if _is_unknown(after, aimed):
         return False
-    if _still_broken(after, aimed, remedy) or _newly_broken(before, after, aimed, remedy):
+    if _is_undecided(before, after, aimed):
         return False
-    return not _is_undecided(before, after, aimed)
+
+    # 2. No rule may warn of what the remedy was tried against, or of something new.
+    findings = _held_against(after, aimed, remedy)
+    if _still_broken(findings, aimed):
+        return False
+    return not _newly_broken(before, findings, aimed)
 
 
-def _still_broken(after: Report, aimed: Sequence[str], remedy: Remedy) -> bool:
+def _still_broken(findings: Iterable[Finding], aimed: Sequence[str]) -> bool:
     """Return whether a rule that the remedy was tried against warns of the changed model."""
-    return any(finding.code in aimed for finding in _held_against(after, aimed, remedy))
+    return any(finding.code in aimed for finding in findings)
 
 
-def _newly_broken(before: Report, after: Report, aimed: Sequence[str], remedy: Remedy) -> bool:
+def _newly_broken(before: Report, findings: Iterable[Finding], aimed: Sequence[str]) -> bool:
     """Return whether a rule warns that did not warn, at this level, of the model as it is."""
     known = {(finding.code, finding.level) for finding in before.findings}
-    for finding in _held_against(after, aimed, remedy):
-        is_known = (finding.code, finding.level) in known
-        if finding.code not in aimed and not is_known:
+    for finding in findings:
+        # These count as still broken.
+        if finding.code in aimed:
+            continue
+
+        if (finding.code, finding.level) not in known:
             return True
     return False
 
@@ -205,12 +237,23 @@ def _held_against(after: Report, aimed: Sequence[str], remedy: Remedy) -> list[F
     changed = _changed_names(remedy)
     held = []
     for finding in after.findings:
-        is_about_weights = finding.code in _ABOUT_WEIGHTS and finding.code not in aimed
-        parameters = set(finding.evidence.get("parameters", ()))
-        is_on_purpose = is_about_weights and parameters <= changed
-        if finding.level != "info" and not is_on_purpose:
+        if finding.level == "info":
+            continue
+        if not _is_on_purpose(finding, aimed, changed):
             held.append(finding)
+
     return held
+
+
+def _is_on_purpose(finding: Finding, aimed: Sequence[str], changed: set[str]) -> bool:
+    """Return whether a finding says only that changed weights differ from others."""
+    if finding.code not in _ABOUT_WEIGHTS:
+        return False
+    # The remedy was to end this very finding.
+    if finding.code in aimed:
+        return False
+
+    return changed.issuperset(finding.evidence.get("parameters", ()))
 
 
 def _changed_names(remedy: Remedy) -> set[str]:
@@ -224,21 +267,22 @@ def _changed_names(remedy: Remedy) -> set[str]:
 
 def _is_unknown(after: Report, aimed: Sequence[str]) -> bool:
     """Return whether a figure that the remedy was tried against is not known of the changed one."""
-    is_known = [_SEEN[code](after) for code in aimed if code in _SEEN]
-    return not all(is_known)
+    checks = [_SEEN[code] for code in aimed if code in _SEEN]
+    are_known = [is_known(after) for is_known in checks]
+    return not all(are_known)
 
 
 def _is_undecided(before: Report, after: Report, aimed: Sequence[str]) -> bool:
     """Return whether a rule is undecided that the remedy was tried against, or that was decided."""
-    undecided_before = {rule.code for rule in before.rules if rule.status == "unknown"}
-    for rule in after.rules:
-        if rule.status != "unknown":
-            continue
-        is_aimed_at = rule.code in aimed
-        was_decided = rule.code not in undecided_before
-        if is_aimed_at or was_decided:
-            return True
-    return False
+    undecided = _undecided_codes(after)
+    aimed_at = undecided.intersection(aimed)
+    newly_undecided = undecided - _undecided_codes(before)
+    return bool(aimed_at or newly_undecided)
+
+
+def _undecided_codes(report: Report) -> set[str]:
+    """Return the rules that a report leaves undecided."""
+    return {rule.code for rule in report.rules if rule.status == "unknown"}
 
 
 def _difference(before: Any, after: Any) -> float | None:
@@ -251,23 +295,34 @@ def _difference(before: Any, after: Any) -> float | None:
     Returns:
         None if the two cannot be compared.
     """
-    tensors: list[Tensor] = []
-    other_tensors: list[Tensor] = []
-    collect_deep(before, tensors)
-    collect_deep(after, other_tensors)
-
     # 1. The floating tensors of both, in order.
-    pairs = []
-    for tensor, other in zip(tensors, other_tensors, strict=False):
-        if not tensor.is_floating_point():
-            continue
-        if tensor.shape != other.shape or tensor.is_meta:
-            return None
-        pairs.append((tensor.detach(), other.detach()))
+    pairs = _floating_pairs(before, after)
     if not pairs:
+        return None
+    are_comparable = [_can_be_compared(tensor, other) for tensor, other in pairs]
+    if not all(are_comparable):
         return None
 
     # 2. Their largest difference.
     largest = max(float(tensor.abs().max()) for tensor, _ in pairs)
     difference = max(float((tensor - other).abs().max()) for tensor, other in pairs)
     return difference / (largest or 1.0)
+
+
+def _floating_pairs(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the floating-point tensors of an output with their counterparts in another one."""
+    tensors: list[Tensor] = []
+    other_tensors: list[Tensor] = []
+    collect_deep(before, tensors)
+    collect_deep(after, other_tensors)
+
+    pairs = []
+    for tensor, other in zip(tensors, other_tensors, strict=False):
+        if tensor.is_floating_point():
+            pairs.append((tensor.detach(), other.detach()))
+    return pairs
+
+
+def _can_be_compared(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have one shape, and values."""
+    return tensor.shape == other.shape and not tensor.is_meta

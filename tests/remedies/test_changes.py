@@ -11,10 +11,10 @@ from torch import nn
 
 from jacdiag.remedies.candidates import Remedy
 from jacdiag.remedies.changes import (
-    Change,
-    Draw,
     Fill,
+    ModelChange,
     NormOutput,
+    Redraw,
     Reparametrise,
     Scale,
     ScaleOutput,
@@ -40,7 +40,7 @@ def small() -> gpt.GPT:
         ).eval()
 
 
-def by_patch(model: nn.Module, *changes: Change) -> Any:
+def by_patch(model: nn.Module, *changes: ModelChange) -> Any:
     """Runs the text of the patch, as a user would."""
     namespace: dict[str, Any] = {}
     exec(pytorch(Remedy("name", "Title", changes, "", 1.0)), namespace)
@@ -48,11 +48,11 @@ def by_patch(model: nn.Module, *changes: Change) -> Any:
         return namespace["remedy"](model)
 
 
-CHANGES: dict[str, Change] = {
+CHANGES: dict[str, ModelChange] = {
     "scale, by pattern": Scale(W_2, 0.25, "1/4"),
     "scale, by name": Scale(ONE, 3.0, "3"),
-    "draw, normal": Draw(W_2, 0.125, "1/8"),
-    "draw, uniform": Draw(Weights(ALL[1:]), 0.125, "1/8", uniform=True),
+    "draw, normal": Redraw(W_2, 0.125, "1/8"),
+    "draw, uniform": Redraw(Weights(ALL[1:]), 0.125, "1/8", uniform=True),
     "fill": Fill(Weights(("transformer.ln_f.weight",)), 0.5),
     "fixed scale": ScaleOutput(("transformer.wte",), 4.0, "sqrt(d)"),
     "learned scale": ScaleOutput(
@@ -81,7 +81,7 @@ def test_draws_have_the_std_and_the_family_asked_for() -> None:
     for uniform in (False, True):
         model = small()
         with seeded(1):
-            Draw(W_2, 0.125, "1/8", uniform).apply(model)
+            Redraw(W_2, 0.125, "1/8", uniform).apply(model)
         weight = torch.cat([model.get_parameter(n).detach().flatten() for n in ALL])
         assert float(weight.std()) == pytest.approx(0.125, rel=0.05)
         edge = 0.125 * 3**0.5
@@ -91,7 +91,7 @@ def test_draws_have_the_std_and_the_family_asked_for() -> None:
 def test_a_padding_row_stays_zero() -> None:
     table = nn.Sequential(nn.Embedding(8, 4, padding_idx=2))
     with seeded(1):
-        Draw(Weights(("0.weight",)), 1.0, "1").apply(table)
+        Redraw(Weights(("0.weight",)), 1.0, "1").apply(table)
     weight = table[0].weight
     assert not weight[2].any() and bool(weight[[0, 1, 3, 4, 5, 6, 7]].ne(0).all())
 
@@ -100,7 +100,7 @@ def test_a_matrix_of_zeros_is_drawn() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     nn.init.zeros_(model[0].weight)
     with seeded(1):
-        Draw(Weights(("0.weight",)), 1.0, "1").apply(model)
+        Redraw(Weights(("0.weight",)), 1.0, "1").apply(model)
     assert float(model[0].weight.detach().std()) > 0.5  # type: ignore[union-attr]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import jacdiag
 from jacdiag.records import Finding
 from jacdiag.remedies import remedies_for
-from jacdiag.remedies.changes import Draw
+from jacdiag.remedies.changes import Redraw
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources.factory import seeded
 
@@ -82,7 +82,7 @@ def test_a_shortcut_that_is_large_enough_is_not_made_smaller(
     small = {r.name: r for r in remedies_for(judged, model, load_thresholds(None, None))}[
         "small-init"
     ]
-    tables = {c.weights.names[0]: c.std for c in small.changes if isinstance(c, Draw)}
+    tables = {c.weights.names[0]: c.std for c in small.changes if isinstance(c, Redraw)}
     assert (
         tables.get("wte.weight") == (None if drawn is None else pytest.approx(drawn))
         and "head.weight" in tables
