@@ -38,16 +38,20 @@ def attention_calls(sites: Sites) -> dict[int, int]:
 
     A call inside two branches belongs to the inner one.
     """
+    # 1. The sub-layer of each call. The largest come first, and the inner ones overwrite them.
     owners: dict[int, int] = {}
     by_size = sorted(range(len(sites.raw)), key=lambda k: -len(sites.raw[k].cone))
     for index in by_size:
         owners |= dict.fromkeys(sites.raw[index].cone, index)
+
+    # 2. The calls that are attention.
     named = [node.index for node in sites.graph.nodes if node.name in CALLS]
-    return {
-        place: owners[node]
-        for place, node in enumerate(named)
-        if node in owners and is_attention(sites.graph, node)
-    }
+    calls = {}
+    for place, node in enumerate(named):
+        if node in owners and is_attention(sites.graph, node):
+            calls[place] = owners[node]
+
+    return calls
 
 
 def is_attention(graph: Graph, node: int) -> bool:
@@ -55,8 +59,10 @@ def is_attention(graph: Graph, node: int) -> bool:
 
     It is fused, or a softmax between two products of live values.
     """
-    if graph.nodes[node].name in FUSED:
+    is_fused = graph.nodes[node].name in FUSED
+    if is_fused:
         return True
+
     return _meets(graph, node, _makers) and _meets(graph, node, _readers)
 
 
@@ -75,20 +81,29 @@ def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]
         reached -= seen
         seen |= reached
 
-        # 2. A product of two live values is what we look for; one with a weight ends its way.
+        # 2. A product of two live values is what we look for.
         if any(_mixes(graph, candidate) for candidate in reached):
             return True
+
+        # 3. A product with a weight ends its way.
         frontier = [n for n in reached if graph.nodes[n].name not in PRODUCTS]
+
     return False
 
 
 def _makers(graph: Graph, node: int) -> list[int]:
+    """Return the calls that make the floating inputs of a call."""
     makers = [value.node for value in graph.float_inputs(node)]
-    return [n for n in makers if n >= 0]
+    # Inputs and weights of the model have negative numbers.
+    return [maker for maker in makers if maker >= 0]
 
 
 def _readers(graph: Graph, node: int) -> list[int]:
-    return [n for value in graph.nodes[node].outputs for n in graph.values[value].consumers]
+    """Return the calls that read the results of a call."""
+    readers: list[int] = []
+    for value in graph.nodes[node].outputs:
+        readers += graph.values[value].consumers
+    return readers
 
 
 def _mixes(graph: Graph, node: int) -> bool:
@@ -96,8 +111,10 @@ def _mixes(graph: Graph, node: int) -> bool:
     record = graph.nodes[node]
     if record.name not in PRODUCTS:
         return False
+
     operands = [graph.values[value] for value in record.operands]
-    return sum(value.live and value.is_float for value in operands) >= 2
+    live_floats = [value for value in operands if value.live and value.is_float]
+    return len(live_floats) >= 2
 
 
 # -- reading them ---------------------------------------------
@@ -110,10 +127,15 @@ def attention_records(sites: Sites) -> dict[str, AttentionRecord]:
     calls = attention_calls(sites)
     if not calls:
         return {}
+
+    # 1. One more run.
     watch = AttentionWatch(calls)
     with torch.no_grad(), watch:
         sites.replayer.tapped([], lambda _spot, tensor: tensor)
-    records = watch.records(sum(node.name in CALLS for node in sites.graph.nodes))
+
+    # 2. It must have made the calls of the record.
+    expected = sum(node.name in CALLS for node in sites.graph.nodes)
+    records = watch.records(expected)
     return {sites[index].name: record for index, record in records.items()}
 
 
@@ -160,25 +182,48 @@ class Tally:
 
     def record(self) -> AttentionRecord:
         """Return the figures of all rows."""
-        max_logit = self.max_logit if self.max_logit > -math.inf else None
+        max_logit = None
+        if self.max_logit > -math.inf:
+            max_logit = self.max_logit
         rows = sum(int(count.sum()) for count in self.rows.values())
         if not rows:
             return AttentionRecord(max_logit)
 
-        # 1. Over all heads.
+        # 1. Over all heads. Rows with a single key have no entropy to compare with.
         total = sum(float(part.sum()) for part in self.entropy.values())
-        share = total / self.most if self.most else None
+        share = None
+        if self.most:
+            share = total / self.most
 
-        # 2. Head by head, if all calls had the same heads.
-        lowest = None
-        tops = None
-        if len(self.rows) == 1:
-            [(heads, counts)] = self.rows.items()
-            if heads > 1:
-                lowest = float((self.entropy[heads] / counts.clamp_min(1)).min())
-            if heads in self.tops:
-                tops = self.tops[heads].tolist()
+        # 2. Head by head.
+        lowest, tops = self._lowest_entropy(), self._top_logits()
         return AttentionRecord(max_logit, total / rows, share, lowest, rows, tops)
+
+    def _only_heads(self) -> int | None:
+        """Return the number of heads if it is the same in all calls."""
+        if len(self.rows) != 1:
+            return None
+
+        [heads] = self.rows
+        return heads
+
+    def _lowest_entropy(self) -> float | None:
+        """Return the mean entropy of the head with the least; None with a single head."""
+        heads = self._only_heads()
+        if heads is None or heads <= 1:
+            return None
+
+        means = self.entropy[heads] / self.rows[heads].clamp_min(1)
+        return float(means.min())
+
+    def _top_logits(self) -> list[float] | None:
+        """Return the largest logit of each head; None if the heads are not apart."""
+        heads = self._only_heads()
+        if heads is None or heads not in self.tops:
+            return None
+
+        logits: list[float] = self.tops[heads].tolist()
+        return logits
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -206,6 +251,7 @@ class AttentionWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _read(self, index: int, name: str, args: Any, kwargs: Any) -> None:
+        """Add the scores of one call to those of its sub-layer."""
         tally = self.tallies.setdefault(index, Tally())
         with torch.no_grad():
             try:
@@ -222,9 +268,10 @@ class AttentionWatch(TorchFunctionMode):
         """
         if self.count != expected:
             return {}
-        return {
-            index: tally.record() for index, tally in self.tallies.items() if index not in self.why
-        }
+
+        # A sub-layer with a call that could not be read has no figures at all.
+        readable = [index for index in self.tallies if index not in self.why]
+        return {index: self.tallies[index].record() for index in readable}
 
 
 class NotReadable(Exception):
@@ -232,40 +279,61 @@ class NotReadable(Exception):
 
 
 def _read_softmax(tally: Tally, args: Any, kwargs: Any) -> None:
-    scores = args[0] if args else kwargs["input"]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    """Read the scores that enter a softmax, some queries at a time."""
+    # 1. The arguments. A softmax over other dimensions than the last is none over keys.
+    call = dict(zip(("input", "dim"), args, strict=False)) | kwargs
+    scores, dim = call["input"], call.get("dim")
     if dim not in (-1, scores.dim() - 1):
         raise NotReadable(f"a softmax over dimension {dim} of {scores.dim()}")
     if not is_float(scores):
         raise NotReadable("scores that are no floats")
-    keys = max(scores.shape[-1], 1)
+
+    # 2. A single query.
     if scores.dim() < 2:
         tally.add(scores[None])
         return
+
+    # 3. Several, in parts that fit into memory.
+    keys = max(scores.shape[-1], 1)
     per_query = max(scores.numel() // (keys * scores.shape[-2]) * keys, 1)
     for part in scores.split(max(_AT_ONCE // per_query, 1), dim=-2):
         tally.add(part)
 
 
 def _read_sdpa(tally: Tally, args: Any, kwargs: Any) -> None:
+    """Read a fused attention: queries and keys, and the masks."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     call = dict(zip(names, args, strict=False)) | kwargs
     query, key = call["query"], call["key"]
+    # Several heads of queries share one of keys.
     if call.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    add_products(
-        tally, query, key, call.get("attn_mask"), bool(call.get("is_causal")), call.get("scale")
-    )
+
+    mask, is_causal = call.get("attn_mask"), bool(call.get("is_causal"))
+    add_products(tally, query, key, mask, is_causal, call.get("scale"))
 
 
 def add_products(
     tally: Tally, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> None:
-    """Add the scores of queries (..., L, E) with keys (..., S, E), some queries at a time."""
+    """Add the scores of queries (..., L, E) with keys (..., S, E), some queries at a time.
+
+    Args:
+        tally: to add to.
+        query: (..., L, E).
+        key: (..., S, E).
+        mask: to add to the scores, or True where they count; None without a mask.
+        causal: a query sees no key after it.
+        scale: of the products; None for 1 / sqrt(E).
+    """
+    # 1. How many queries fit into memory at once.
     length, keys = query.shape[-2], key.shape[-2]
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     per_query = max(math.prod(query.shape[:-2]) * keys, 1)
     step = max(_AT_ONCE // per_query, 1)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+
+    # 2. Their scores, as they enter the softmax.
     columns = torch.arange(keys, device=query.device)
     for start in range(0, length, step):
         rows = torch.arange(start, min(start + step, length), device=query.device)
@@ -273,41 +341,47 @@ def add_products(
         if causal:
             scores = scores.masked_fill(columns > rows[:, None], -math.inf)
         if mask is not None:
-            part = mask[..., rows, :] if mask.dim() >= 2 and mask.shape[-2] == length else mask
-            scores = (
-                scores.masked_fill(~part, -math.inf) if part.dtype is torch.bool else scores + part
-            )
+            scores = _masked(scores, _mask_of_rows(mask, rows, length))
         tally.add(scores)
+
+
+def _mask_of_rows(mask: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Return the rows of a mask that belong to some of the queries."""
+    has_rows = mask.dim() >= 2 and mask.shape[-2] == length
+    # One row then serves all queries.
+    if not has_rows:
+        return mask
+
+    return mask[..., rows, :]
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return scores with a mask: True where they count, or numbers to add."""
+    if mask.dtype is torch.bool:
+        return scores.masked_fill(~mask, -math.inf)
+
+    return scores + mask
 
 
 def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
     """Read torch's own multi-head attention: project queries and keys, then as above."""
+    # 1. The arguments. Keys of its own are none of the stream's.
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     call.apply_defaults()
     options = call.arguments
-    if options["bias_k"] is not None or options["static_k"] is not None or options["add_zero_attn"]:
+    has_own_keys = options["bias_k"] is not None or options["static_k"] is not None
+    if has_own_keys or options["add_zero_attn"]:
         raise NotReadable("multi-head attention with keys of its own")
-    query, key, width = options["query"], options["key"], options["embed_dim_to_check"]
+    query, key, heads = options["query"], options["key"], options["num_heads"]
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
 
-    # 1. Project: three weights, or one that holds them all.
-    if options["use_separate_proj_weight"]:
-        weights = options["q_proj_weight"], options["k_proj_weight"]
-    else:
-        weights = options["in_proj_weight"][:width], options["in_proj_weight"][width : 2 * width]
-    biases = (None, None)
-    if options["in_proj_bias"] is not None:
-        biases = options["in_proj_bias"][:width], options["in_proj_bias"][width : 2 * width]
-    heads = options["num_heads"]
+    # 2. Project, and split into heads.
+    weights, biases = _projections(options)
+    query = _in_heads(F.linear(query, weights[0], biases[0]), heads)
+    key = _in_heads(F.linear(key, weights[1], biases[1]), heads)
 
-    def split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        length, batch, _ = x.shape
-        return F.linear(x, weight, bias).view(length, batch, heads, -1).permute(1, 2, 0, 3)
-
-    query, key = split(query, weights[0], biases[0]), split(key, weights[1], biases[1])
-
-    # 2. Put the masks together.
+    # 3. Put the masks together.
     mask = _added_mask(options["attn_mask"], query.dtype)
     if mask is not None and mask.dim() == 3:
         mask = mask.view(-1, heads, *mask.shape[-2:])
@@ -318,11 +392,42 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
     add_products(tally, query, key, mask, False, None)
 
 
+def _projections(
+    options: Mapping[str, Any],
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Return the weights of queries and keys, and their biases.
+
+    They are weights of their own, or the first two thirds of one that holds all three.
+
+    Args:
+        options: the arguments of `multi_head_attention_forward` by name.
+    """
+    width = options["embed_dim_to_check"]
+    if options["use_separate_proj_weight"]:
+        weights = options["q_proj_weight"], options["k_proj_weight"]
+    else:
+        packed = options["in_proj_weight"]
+        weights = packed[:width], packed[width : 2 * width]
+
+    packed_bias = options["in_proj_bias"]
+    if packed_bias is None:
+        return weights, (None, None)
+    return weights, (packed_bias[:width], packed_bias[width : 2 * width])
+
+
+def _in_heads(projected: Tensor, heads: int) -> Tensor:
+    """Return (length, batch, features) as (batch, heads, length, features of a head)."""
+    length, batch, _ = projected.shape
+    return projected.view(length, batch, heads, -1).permute(1, 2, 0, 3)
+
+
 def _added_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return a mask as numbers to add to the logits; True means masked here."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
+
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    # The softmax gives a key of minus infinity no weight.
     return zeros.masked_fill(mask, -math.inf)
 
 

@@ -32,6 +32,7 @@ def find_nonfinite_values(
         >>> [(found.name, found.counts, found.sequences) for found in values.arguments]
         [('x', {'NaN': 1}, [1])]
     """
+    # 1. The tensors of this batch.
     tensors = _tensors_of(arguments)
     rows = _batch_size(tensors)
     nonfinite: list[NonFiniteArgument] = []
@@ -39,7 +40,7 @@ def find_nonfinite_values(
     for name, tensor in tensors.items():
         try:
             argument = _look_at(name, tensor, rows, len(tensors))
-        # a layout or a type without these operations
+        # A layout or a type without these operations.
         except (RuntimeError, NotImplementedError, TypeError):
             unread += 1
             continue
@@ -47,11 +48,14 @@ def find_nonfinite_values(
             nonfinite.append(argument)
     if not nonfinite:
         return BatchValues(unread=unread, rows=rows)
+
+    # 2. What the same arguments held in earlier batches.
     usual: dict[str, set[str]] = {argument.name: set() for argument in nonfinite}
     count = 0
     for batch in islice(earlier, _MOST_EARLIER):
         count += 1
         _note_usual(usual, _tensors_of(batch))
+
     compared = [
         replace(argument, usual=_in_both(argument, usual[argument.name])) for argument in nonfinite
     ]
@@ -62,14 +66,27 @@ def _tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that can hold NaN, by name; a DTensor by the part that is here."""
     tensors: dict[str, Tensor] = {}
     for name, value in arguments.items():
-        for path, leaf in tree_flatten_with_path(value)[0]:
-            if not isinstance(leaf, Tensor):
-                continue
-            to_local = getattr(leaf, "to_local", None)
-            local: Tensor = leaf if to_local is None else to_local()
-            if local.is_floating_point() or local.is_complex():
-                tensors[f"{name}{keystr(path)}"] = local.detach()
-    return tensors
+        leaves, _ = tree_flatten_with_path(value)
+        for path, leaf in leaves:
+            if isinstance(leaf, Tensor):
+                tensors[f"{name}{keystr(path)}"] = _local_part(leaf).detach()
+
+    return {name: tensor for name, tensor in tensors.items() if _can_hold_nan(tensor)}
+
+
+def _local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that is here; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor
+
+    local: Tensor = to_local()
+    return local
+
+
+def _can_hold_nan(tensor: Tensor) -> bool:
+    """Return whether the numbers of a tensor can be NaN or infinite."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _batch_size(tensors: Mapping[str, Tensor]) -> int:
@@ -79,6 +96,15 @@ def _batch_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _look_at(name: str, tensor: Tensor, rows: int, count: int) -> NonFiniteArgument | None:
+    """Return what a tensor holds that is not finite; None if it is finite everywhere.
+
+    Args:
+        name: of the argument.
+        tensor: its value.
+        rows: size of the batch; 0 if it is not known.
+        count: of the tensors of the batch.
+    """
+    # 1. How many numbers of each kind there are.
     counts = {}
     is_nonfinite = torch.zeros_like(tensor, dtype=torch.bool)
     for kind, flags in _flags_of(tensor):
@@ -88,26 +114,46 @@ def _look_at(name: str, tensor: Tensor, rows: int, count: int) -> NonFiniteArgum
             is_nonfinite |= flags
     if not counts:
         return None
-    # A square matrix among other tensors is as likely a mask over positions.
-    is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and count > 1
+
+    # 2. In which sequences they are.
     sequences: list[int] = []
-    if tensor.dim() and tensor.shape[0] == rows and not is_square:
+    if _has_sequences(tensor, rows, count):
         sequences = is_nonfinite.reshape(rows, -1).any(dim=1).nonzero().flatten().tolist()
     return NonFiniteArgument(name, counts, tensor.numel(), sequences)
 
 
+def _has_sequences(tensor: Tensor, rows: int, count: int) -> bool:
+    """Return whether the first dimension of a tensor is that of the batch."""
+    if tensor.dim() == 0 or tensor.shape[0] != rows:
+        return False
+
+    # A square matrix among other tensors is as likely a mask over positions.
+    is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+    has_others = count > 1
+    return not (is_square and has_others)
+
+
 def _flags_of(tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Return where the numbers of a tensor are of each kind that is not finite."""
+    # A complex infinity has no sign.
     if tensor.is_complex():
         return [("NaN", torch.isnan(tensor)), ("+inf", torch.isinf(tensor))]
+
     return [(kind, test(tensor)) for kind, test in _KINDS.items()]
 
 
 def _note_usual(usual: dict[str, set[str]], tensors: Mapping[str, Tensor]) -> None:
     """Add the kinds of values that an earlier batch has in the arguments that are requested."""
     for name, kinds in usual.items():
-        if name in tensors:
-            kinds.update(kind for kind, flags in _flags_of(tensors[name]) if bool(flags.any()))
+        # An optional argument is not in every batch.
+        if name not in tensors:
+            continue
+
+        for kind, flags in _flags_of(tensors[name]):
+            if bool(flags.any()):
+                kinds.add(kind)
 
 
 def _in_both(argument: NonFiniteArgument, kinds: set[str]) -> list[str]:
+    """Return the kinds of an argument that earlier batches had, too."""
     return [kind for kind in argument.counts if kind in kinds]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,71 +49,125 @@ def tables_of(sites: Sites) -> list[TableRecord]:
     """
     records = []
     for name, buffer in sites.skeleton.buffers.items():
-        if buffer.is_meta or not buffer.numel() or buffer.numel() > _LARGEST:
+        if not _can_be_read(buffer):
             continue
+
         meaning = meaning_of(sites.graph, name, buffer)
-        if buffer.is_floating_point() or buffer.is_complex() or meaning == "mask":
+        # A mask may be of bool.
+        if _holds_numbers(buffer) or meaning == "mask":
             records.append(table_of(name, buffer, meaning))
     return records
+
+
+def _can_be_read(buffer: Tensor) -> bool:
+    """Return whether a buffer has values, and not too many."""
+    if buffer.is_meta:
+        return False
+    return 0 < buffer.numel() <= _LARGEST
+
+
+def _holds_numbers(buffer: Tensor) -> bool:
+    """Return whether a buffer holds floating or complex numbers."""
+    return buffer.is_floating_point() or buffer.is_complex()
 
 
 def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
     """Return what a buffer is, "" if it is not known.
 
     What the model does with it comes first, then its name.
+
+    Args:
+        graph: of one recorded forward.
+        name: of the buffer.
+        buffer: its value.
     """
     if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
         return "frequencies"
 
     # The buffer's own name counts, not that of its module: a module of positions may hold other
     # buffers.
-    meaning = _meaning_by_name(name.rpartition(".")[2])
+    _, _, own_name = name.rpartition(".")
+    meaning = _meaning_by_name(own_name)
+    can_mean_it = _holds_numbers(buffer)
     if meaning == "mask":
-        is_square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
-        return "mask" if is_square else ""
-    if buffer.is_floating_point() or buffer.is_complex():
-        return meaning
-    return ""
+        can_mean_it = _is_square(buffer)
+    if not can_mean_it:
+        return ""
+    return meaning
+
+
+def _is_square(buffer: Tensor) -> bool:
+    """Return whether the last two sides of a buffer are equal, and more than one."""
+    return buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
 def _meaning_by_name(own_name: str) -> str:
+    """Return what the name of a buffer says that it is; "" if it says nothing."""
     for meaning, pattern in _NAMES:
-        if pattern.search(own_name):
+        if pattern.search(own_name) is not None:
             return meaning
+
+    # A name of its author's own.
     return ""
 
 
 def enters_sine_and_cosine(graph: Graph, name: str) -> bool:
-    """Return whether products of a buffer with positions alone enter both a sine and a cosine."""
+    """Return whether products of a buffer with positions alone enter both a sine and a cosine.
+
+    Args:
+        graph: of one recorded forward.
+        name: of the buffer.
+    """
+    periodic: set[str] = set()
+    for call in _calls_reached_from(graph, name):
+        if call in _PERIODIC:
+            periodic.add(call)
+
+    # A call of `polar` computes both.
+    return "polar" in periodic or {"cos", "sin"} <= periodic
+
+
+def _calls_reached_from(graph: Graph, name: str) -> Iterator[str]:
+    """Yield the calls that a buffer leads to, breadth first, up to sines and cosines."""
     waiting = [value.index for value in graph.values if value.node == STATE and value.name == name]
     seen: set[int] = set()
-    periodic: set[str] = set()
     while waiting and len(seen) < _MOST_CALLS:
         value = waiting.pop(0)
         for number in graph.values[value].consumers:
             node = graph.nodes[number]
             call = node.name.strip("_")
-            if call in _PERIODIC:
-                periodic.add(call)
-            elif number not in seen:
+            yield call
+
+            # What a sine is used for does not matter.
+            if call not in _PERIODIC and number not in seen:
                 seen.add(number)
                 waiting += node.outputs
-    return "polar" in periodic or {"cos", "sin"} <= periodic
 
 
 def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:
     """Return the record of one buffer.
+
+    Args:
+        name: of the buffer.
+        buffer: its value.
+        meaning: what it is; "" if it is not known.
 
     Example:
         >>> table = table_of("inv_freq", 10000.0 ** -torch.arange(0, 1, 0.125), "frequencies")
         >>> table.first, round(table.ratio, 3), table.rounded
         (1.0, 0.316, '')
     """
-    values = torch.view_as_real(buffer.resolve_conj()) if buffer.is_complex() else buffer
+    # 1. All numbers, and those that are finite.
+    values = buffer
+    if buffer.is_complex():
+        values = torch.view_as_real(buffer.resolve_conj())
     values = values.detach().flatten()
     numbers = values.double()
     finite = numbers[torch.isfinite(numbers)]
-    close = (finite.abs() < TINY) & (finite != 0)
+    least = most = None
+    if finite.numel():
+        least, most = float(finite.min()), float(finite.max())
+    is_tiny = (finite.abs() < TINY) & (finite != 0)
     record = TableRecord(
         name,
         list(buffer.shape),
@@ -119,15 +175,20 @@ def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:
         meaning,
         not_finite=numbers.numel() - finite.numel(),
         zeros=int((numbers == 0).sum()),
-        tiny=int(close.sum()),
-        least=float(finite.min()) if finite.numel() else None,
-        most=float(finite.max()) if finite.numel() else None,
+        tiny=int(is_tiny.sum()),
+        least=least,
+        most=most,
     )
-    if buffer.dim() != 1 or record.not_finite or buffer.is_complex():
+
+    # 2. A geometric series, as frequencies and slopes are.
+    may_be_series = buffer.dim() == 1 and not buffer.is_complex()
+    if record.not_finite or not may_be_series:
         return record
     first, ratio = _series_of(numbers)
-    rounded = narrower_type(values) if meaning == "frequencies" else ""
-    return TableRecord(**{**vars(record), "first": first, "ratio": ratio, "rounded": rounded})
+    rounded = ""
+    if meaning == "frequencies":
+        rounded = narrower_type(values)
+    return replace(record, first=first, ratio=ratio, rounded=rounded)
 
 
 def _series_of(numbers: Tensor) -> tuple[float | None, float | None]:
@@ -137,10 +198,14 @@ def _series_of(numbers: Tensor) -> tuple[float | None, float | None]:
     """
     if numbers.numel() < 3 or not bool((numbers > 0).all()):
         return None, None
+
+    # The steps of the logarithm must be even.
     steps = numbers[1:].log() - numbers[:-1].log()
-    ratio = float(steps.mean().exp())
-    if float((steps - steps.mean()).abs().max()) > 1e-4:
+    unevenness = float((steps - steps.mean()).abs().max())
+    if unevenness > 1e-4:
         return None, None
+
+    ratio = float(steps.mean().exp())
     return float(numbers[0]), ratio
 
 
@@ -162,14 +227,23 @@ def narrower_type(values: Tensor) -> str:
         >>> narrower_type(torch.arange(64.0))
         ''
     """
-    if values.dtype not in (torch.float32, torch.float64) or values.numel() < 3:
+    is_wide = values.dtype in (torch.float32, torch.float64)
+    if not is_wide or values.numel() < 3:
         return ""
+
+    # 1. At least two long fractions.
     mantissas, _ = torch.frexp(values.double())
     is_long = (mantissas * 16) != (mantissas * 16).round()
+    if int(is_long.sum()) < 2:
+        return ""
+
+    # 2. Steps that differ.
     steps = values.double().diff()
     is_even = bool(torch.isclose(steps, steps[0], rtol=1e-3, atol=0).all())
-    if int(is_long.sum()) < 2 or is_even:
+    if is_even:
         return ""
+
+    # 3. The type whose numbers they all are.
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return str(dtype).removeprefix("torch.")

@@ -50,21 +50,34 @@ def count_intervals(groups: Iterable[list[Sublayer]], *, early: bool, state: str
             reads.
         state: "init" or "trained"; Eq. 20 is evaluated at init only.
     """
+    evaluates_eq_20 = state == "init" and not early
     count = 0
+    if not early:
+        count += 1  # the norm from end to end
     for sites in groups:
-        for site in sites:
-            count += 1  # the branch
-            count += _has_core(site)
-            count += site.value.shape == site.shortcut.shape  # the residual map
-            # Eq. 20 rests on the norm of the heads.
-            count += site.heads is not None and state == "init" and not early
-        count += len(sites) > 1  # the joint residual map of parallel branches
-    whole = 0 if early else 1
-    return count + whole
+        count += sum(_count_own_intervals(site, evaluates_eq_20) for site in sites)
+        if len(sites) > 1:
+            count += 1  # the joint residual map of parallel branches
+    return count
+
+
+def _count_own_intervals(site: Sublayer, evaluates_eq_20: bool) -> int:
+    """Return how many norms of one sub-layer are measured with an interval, at most."""
+    count = 1  # the branch
+    if _has_core(site):
+        count += 1
+    if site.value.shape == site.shortcut.shape:
+        count += 1  # the residual map
+    # Eq. 20 rests on the norm of the heads.
+    if evaluates_eq_20 and site.heads is not None:
+        count += 1
+    return count
 
 
 def _has_core(site: Sublayer) -> bool:
     """Return whether the core is another map than the branch."""
-    return site.has_input_norm or (
-        site.placement == "reordered" and site.before_output_norm is not None
-    )
+    if site.has_input_norm:
+        return True
+
+    # The branch ends in a norm of its own.
+    return site.placement == "reordered" and site.before_output_norm is not None

@@ -73,11 +73,15 @@ def sections_of(
         >>> [(section.role, section.fan_out) for section in sections]
         [('W_Q', 32), ('W_K', 32), ('W_V', 32)]
     """
-    if tensor.is_meta or not tensor.is_floating_point():
+    # 1. Which dimension holds the outputs.
+    has_values = tensor.is_floating_point() and not tensor.is_meta
+    if not has_values or fan_out is None:
         return []
     dim = _output_dim(tensor, fan_out)
-    if dim is None or fan_out is None:
+    if dim is None:
         return []
+
+    # 2. Which outputs belong to which role.
     matrix = tensor.detach()
     layout = _find_layout(matrix, dim, role, fan_out, heads_width, head, splits)
     if layout is None:
@@ -110,15 +114,18 @@ def _find_layout(
     may_be_interleaved = role == "W_QKV" and matrix.dim() == 2
     if not may_be_interleaved:
         return layout
-    rows = matrix if dim == 0 else matrix.T
-    return _likeliest(rows, layout, head)
+    if dim == 1:
+        matrix = matrix.T
+    return _likeliest(matrix, layout, head)
 
 
-def _output_dim(tensor: Tensor, fan_out: int | None) -> int | None:
+def _output_dim(tensor: Tensor, fan_out: int) -> int | None:
     """Return the dimension of the outputs: the last but one as in nn.Linear, else the last."""
     if tensor.dim() not in (2, 3):
         return None
-    for dim in (tensor.dim() - 2, tensor.dim() - 1):
+
+    last = tensor.dim() - 1
+    for dim in (last - 1, last):
         if tensor.shape[dim] == fan_out:
             return dim
     return None
@@ -130,8 +137,11 @@ def _cut_layout(role: str, splits: Sequence[int]) -> Layout | None:
     A block that computes attention and FFN from one matrix cuts more than the three. Queries, keys
     and values stand at one end, and what is left belongs to the FFN.
     """
-    if role != "W_QKV" or len(splits) < 3 or min(splits) < 1:
+    has_three = len(splits) >= 3 and min(splits) >= 1
+    if role != "W_QKV" or not has_three:
         return None
+
+    # Attention stands at one end.
     attention = FUSED[role]
     ffn = ["W_1"] * (len(splits) - 3)
     if _are_heads(splits[:3]):
@@ -144,29 +154,40 @@ def _cut_layout(role: str, splits: Sequence[int]) -> Layout | None:
 def _are_heads(sizes: Sequence[int]) -> bool:
     """Return whether sizes may be those of queries, keys and values."""
     queries, keys, values = sizes
+    # Every head of keys serves the same number of heads of queries.
     return keys == values and queries % keys == 0
 
 
 def _plain_layout(role: str, fan_out: int, heads_width: int | None) -> Layout | None:
     """Return the layout in which each role is one block, or None if the sizes do not allow it."""
     roles = FUSED[role]
+    # 1. Two roles have half of the outputs each.
     if role != "W_QKV":
-        half, odd = divmod(fan_out, 2)
-        return None if odd else Layout(roles, (half, half))
+        half, remainder = divmod(fan_out, 2)
+        if remainder:
+            return None
+        return Layout(roles, (half, half))
+
+    # 2. Of three, keys and values share what the queries leave.
     queries = heads_width or fan_out // 3
-    keys, odd = divmod(fan_out - queries, 2)
-    # Every head of keys serves the same number of heads of queries.
-    if keys < 1 or odd or queries % keys:
+    keys, remainder = divmod(fan_out - queries, 2)
+    if keys < 1 or remainder:
         return None
-    return Layout(roles, (queries, keys, keys))
+    sizes = (queries, keys, keys)
+    if not _are_heads(sizes):
+        return None
+    return Layout(roles, sizes)
 
 
 def _interleaved(plain: Layout, head: float | None) -> Iterator[Layout]:
     """Yield the layouts in which every group of heads holds its own queries, keys and values."""
-    queries, keys, _ = plain.sizes
+    # 1. Widths that a head may have.
     widths = {2**power for power in range(2, 10)}
     if head:
         widths.add(int(head))
+
+    # 2. Those that divide the keys into several groups.
+    queries, keys, _ = plain.sizes
     for width in sorted(widths):
         groups, remainder = divmod(keys, width)
         if groups > 1 and remainder == 0:
@@ -178,8 +199,11 @@ def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
 
     It is the plain one unless another is clearly better.
     """
+    # 1. The mean square of each output.
     squares = torch.cat([piece.double().square().mean(dim=1) for piece in rows.split(1024)])
     squares = squares.cpu()
+
+    # 2. The likeliest layout. The plain one has an advantage.
     best = plain
     best_likelihood = _likelihood(squares, rows.shape[1], plain) + _CLEARLY
     for layout in _interleaved(plain, head):
@@ -237,15 +261,21 @@ def is_sinusoid(table: Tensor) -> bool:
         >>> is_sinusoid(torch.cat([angle.sin(), angle.cos()], dim=1))
         True
     """
-    if table.is_meta or not table.is_floating_point() or table.dim() < 2:
+    has_values = table.is_floating_point() and not table.is_meta
+    if not has_values or table.dim() < 2:
         return False
+
+    # 1. The squares of each row that is no padding.
     rows = table.detach().reshape(-1, table.shape[-1])
     sums = rows.double().square().sum(dim=1)
     sums_without_padding = sums[sums > 0]
     if len(sums_without_padding) < 2:
         return False
+
+    # 2. They must be half of the width.
     half = rows.shape[1] / 2
-    return bool(((sums_without_padding - half).abs() < 1e-2 * half).all())
+    is_half = (sums_without_padding - half).abs() < 1e-2 * half
+    return bool(is_half.all())
 
 
 def widths_of_heads(uses: Sequence[tuple[str, str, int | None]]) -> dict[str, int]:
@@ -258,8 +288,15 @@ def widths_of_heads(uses: Sequence[tuple[str, str, int | None]]) -> dict[str, in
         >>> widths_of_heads([("W_QKV", "h.0.attn", 64), ("W_O", "h.0.attn", 64)])
         {'h.0.attn': 64}
     """
+    # 1. What each W_O reads.
     widths_of: dict[str, set[int]] = {}
     for role, sublayer, fan_in in uses:
         if role == "W_O" and fan_in:
             widths_of.setdefault(sublayer, set()).add(fan_in)
-    return {sublayer: widths.pop() for sublayer, widths in widths_of.items() if len(widths) == 1}
+
+    # 2. Several of different widths say nothing.
+    only_width = {}
+    for sublayer, widths in widths_of.items():
+        if len(widths) == 1:
+            only_width[sublayer] = widths.pop()
+    return only_width

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import collect_deep
 
 _CHUNK = 2**20  # elements whose squares are summed in float64 together
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,50 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids;
     for a model that gives logits of the last position only, cross entropy against random tokens;
     else a random linear functional.
+
+    Args:
+        output: of the model.
+        token_ids: (B, T) ids of the probe; None if it has none.
+        seed: of random tokens, and of the random functional.
+
+    Raises:
+        MeasureError: the output holds no floating tensor.
     """
     logits = loss_input(output)
     if logits is None:
         raise MeasureError("the model's output holds no floating tensor: it has no loss")
     generator = torch.Generator().manual_seed(seed)
-    if token_ids is not None and logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]:
-        if logits.shape[1] == token_ids.shape[1] > 1 and int(token_ids.max()) < logits.shape[2]:
+
+    # 1. Logits of each position.
+    if token_ids is not None and _are_logits_of(logits, token_ids):
+        if _has_next_tokens(logits, token_ids):
             targets = token_ids[:, 1:].reshape(-1).to(logits.device).long()
-            return torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), targets
-            ), "next-token cross entropy"
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+            return loss, "next-token cross entropy"
+
+        # 2. Logits of the last position. What follows it is not in the probe.
         if logits.shape[1] == 1:
-            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(
-                logits.device
-            )
-            return torch.nn.functional.cross_entropy(
-                logits[:, 0], targets
-            ), "cross entropy of the last position"
+            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator)
+            loss = torch.nn.functional.cross_entropy(logits[:, 0], targets.to(logits.device))
+            return loss, "cross entropy of the last position"
+
+    # 3. No logits.
     weight = torch.randn(logits.shape, generator=generator).to(logits)
     return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
+
+
+def _are_logits_of(logits: Tensor, token_ids: Tensor) -> bool:
+    """Return whether a tensor is (B, positions, V) for (B, T) token ids."""
+    return logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]
+
+
+def _has_next_tokens(logits: Tensor, token_ids: Tensor) -> bool:
+    """Return whether logits stand for each of several positions, and the ids are in their range."""
+    is_for_each_position = logits.shape[1] == token_ids.shape[1] > 1
+    if not is_for_each_position:
+        return False
+
+    return int(token_ids.max()) < logits.shape[2]
 
 
 def loss_input(output: Any) -> Tensor | None:
@@ -80,9 +106,14 @@ def loss_input(output: Any) -> Tensor | None:
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
+
+    # The first floating tensor, unless it is a scalar: a loss of the model's own.
     tensors: list[Tensor] = []
     collect_deep(output, tensors)
-    return next((t for t in tensors if t.is_floating_point() and t.dim() >= 1), None)
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dim() >= 1:
+            return tensor
+    return None
 
 
 def end_of(sites: Sites) -> int:
@@ -91,13 +122,17 @@ def end_of(sites: Sites) -> int:
     It is the last sum, or the norm after it for post-norm. A final norm is the head's.
     """
     last = sites.streams.groups[sites.streams.main[-1]]
-    return last.after if any(sites[k].post_norm is not None for k in last.sites) else last.output
+    is_post_norm = any(sites[index].post_norm is not None for index in last.sites)
+    if is_post_norm:
+        return last.after
+    return last.output
 
 
 def stream_values(sites: Sites) -> list[int]:
     """Return the value indices of the main stream: the shortcuts, then its end."""
-    groups = [sites.streams.groups[k] for k in sites.streams.main]
-    return list(dict.fromkeys([*(group.shortcut for group in groups), end_of(sites)]))
+    shortcuts = [sites.streams.groups[index].shortcut for index in sites.streams.main]
+    # Parallel branches share a shortcut.
+    return list(dict.fromkeys([*shortcuts, end_of(sites)]))
 
 
 def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
@@ -117,6 +152,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     """
     if not sites.streams.main:
         return None
+
     # 1. What is measured; attention is read in the same forward.
     values = stream_values(sites)
     watch = AttentionWatch(attention_calls(sites))
@@ -143,23 +179,31 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     why |= {f"attention {index}": text for index, text in watch.why.items()}
 
     # 4. In the order of the stream.
-    reached = [value for value in values if value in measured.activations]
-    parameters = None
-    if names:
-        parameters = {name: measured.parameters.get(name, 0.0) for name in names}
+    activations = measured.activations
     return GradientProfile(
         norms=[measured.norms.get(value, 0.0) for value in values],
-        activations=[measured.activations[value] for value in reached],
+        activations=[activations[value] for value in values if value in activations],
         kind=measured.kind,
         loss=measured.loss,
-        parameters=parameters,
+        parameters=_norms_by_name(names, measured.parameters),
         attention={str(index): record for index, record in sorted(attention.items())},
         why=why,
     )
 
 
+def _norms_by_name(
+    names: Collection[str], measured: Mapping[str, float]
+) -> dict[str, float] | None:
+    """Return the norm of the gradient of each parameter, 0 where none arrived; None of none."""
+    if not names:
+        return None
+
+    return {name: measured.get(name, 0.0) for name in names}
+
+
 def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
     """Return the parameters whose gradient can be measured, and the reason if there are none."""
+    # 1. Weights that are not in memory, or only for the time of a call.
     if skeleton.stored is not None:
         return [], "the weights are read from the file call by call"
     if skeleton.light:
@@ -168,7 +212,10 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
             "model"
         )
         return [], reason
-    return [name for name, t in skeleton.params.items() if t.is_floating_point()], ""
+
+    # 2. Integers have no gradient.
+    floating = [name for name, t in skeleton.params.items() if t.is_floating_point()]
+    return floating, ""
 
 
 # -- one run ---------------------------------------------
@@ -213,6 +260,7 @@ def run_backward(
     replayer = sites.replayer
     spots = {value: replayer.spot_of(value, 0) for value in values}
     order = {id(spot): value for value, spot in spots.items()}
+
     # 1. What is done with each point of the stream as the forward meets it.
     leaves: list[Tensor] = []
     squares: dict[int, Tensor] = {}
@@ -231,11 +279,13 @@ def run_backward(
 
     # 2. Points that are inputs of the model are replaced before it runs.
     replaced = {}
+    results = []
     for value, spot in spots.items():
         if spot.where is Where.ARGUMENT:
             value_before = replayer.calls[0].tensors[value].detach().clone()
             replaced[value] = enter(value, value_before)
-    results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
+        else:
+            results.append(spot)
 
     def enter_at(spot: Spot, tensor: Tensor) -> Tensor:
         return enter(order[id(spot)], tensor)
@@ -254,11 +304,15 @@ def run_backward(
         inputs = [*leaves, *weights]
         if backward and loss.requires_grad and inputs:
             torch.autograd.backward(loss, inputs=inputs)
-    result.norms = {value: math.sqrt(float(square)) for value, square in squares.items()}
-    result.parameters = {
-        name: math.sqrt(float(square)) for name, square in squares_of_parameters.items()
-    }
+    # 4. Norms from sums of squares.
+    result.norms = _roots(squares)
+    result.parameters = _roots(squares_of_parameters)
     return result
+
+
+def _roots(squares: Mapping[_Key, Tensor]) -> dict[_Key, float]:
+    """Return the square root of each sum of squares."""
+    return {key: math.sqrt(float(square)) for key, square in squares.items()}
 
 
 @contextmanager
@@ -276,21 +330,21 @@ def gradients_of(
     weights = [skeleton.params[name] for name in names]
     handles = []
 
-    def take(name: str) -> Callable[[Tensor], None]:
-        def taken(weight: Tensor) -> None:
-            # Dropped at once: the backward never holds more than one of them.
-            if weight.grad is not None:
-                squares[name] = sum_of_squares(weight.grad)
-                weight.grad = None
-
-        return taken
+    def take(name: str, weight: Tensor) -> None:
+        if weight.grad is None:
+            return
+        squares[name] = sum_of_squares(weight.grad)
+        # Dropped at once: the backward never holds more than one of them.
+        weight.grad = None
 
     try:
+        # 1. Give each a gradient, which its hook takes.
         for name, weight in zip(names, weights, strict=True):
             weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(take(name)))
+            handles.append(weight.register_post_accumulate_grad_hook(partial(take, name)))
         yield weights, squares
     finally:
+        # 2. Leave no trace of it.
         for handle in handles:
             handle.remove()
         for weight in weights:
@@ -301,8 +355,10 @@ def gradients_of(
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Return the sum of squares in float64, taken in chunks."""
     flat = tensor.detach().reshape(-1)
+    # What a sparse tensor does not hold is zero.
     if flat.is_sparse:
         flat = flat.coalesce().values()
+
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for part in flat.split(_CHUNK):
         total += part.double().square().sum()

@@ -107,55 +107,89 @@ def examine_draw(tensor: Tensor) -> DrawTest | None:
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the sides of the matrix in a tensor.
-
-    A stack of matrices has three wide sides, a kernel has not.
-    """
+    """Return the sides of the matrix in a tensor."""
     if len(shape) < 2:
         return 0, 0
-    if len(shape) == 3 and min(shape[1:]) >= LEAST_SIDE:
+
+    if _is_stack(shape):
         return shape[1], shape[2]
+
+    # A kernel has one row for each output.
     return shape[0], math.prod(shape[1:])
+
+
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is a stack of matrices, which has three wide sides."""
+    if len(shape) != 3:
+        return False
+
+    return min(shape[1:]) >= LEAST_SIDE
 
 
 def _part_of(tensor: Tensor) -> Tensor:
     """Return at most MOST_SIDE rows and columns of the matrix, in float64 on the CPU."""
-    if tensor.dim() == 3 and min(tensor.shape[1:]) >= LEAST_SIDE:
+    # 1. The first matrix of a stack, or the matrix that a kernel is.
+    if _is_stack(tuple(tensor.shape)):
         matrix = tensor[0]
     else:
         matrix = tensor.flatten(1)
+
+    # 2. Rows and columns at random, the same in each run.
     generator = torch.Generator().manual_seed(0)
     for side in (0, 1):
         size = matrix.shape[side]
         if size > MOST_SIDE:
             chosen = torch.randperm(size, generator=generator)[:MOST_SIDE].sort().values
             matrix = matrix.index_select(side, chosen.to(matrix.device))
+
     return matrix.to("cpu", torch.float64)
 
 
 def _balanced(matrix: Tensor) -> Tensor | None:
     """Take means and scales of rows and columns off; None if that leaves too little."""
+    # 1. Leave padding out.
     if not bool(matrix.isfinite().all()):
         return None
     matrix = matrix[(matrix != 0).any(dim=1)]
     matrix = matrix[:, (matrix != 0).any(dim=0)]
     if min(matrix.shape) < LEAST_SIDE:
         return None
-
-    # 1. Without a value for each row and one for each column, is anything left?
-    centred = matrix - matrix.mean(dim=1, keepdim=True)
-    centred = centred - centred.mean(dim=0, keepdim=True)
-    # rounding, of equal rows or equal columns
-    if not bool(centred.abs().max() > 1e-5 * matrix.abs().max()):
+    if _is_sum_of_two_vectors(matrix):
         return None
 
     # 2. Scale first: the mean of a column would carry large rows into small ones.
     for centre in (False, True):
         for _ in range(_ROUNDS):
-            for side in (1, 0):
-                mean = matrix.mean(dim=side, keepdim=True)
-                scale = (matrix - mean).square().mean(dim=side, keepdim=True).sqrt()
-                if bool((scale < 1e-6 * scale.max()).any()):
-                    return None
-                matrix = (matrix - mean) / scale if centre else matrix / scale
+            scaled = _scaled(matrix, centre)
+            if scaled is None:
+                return None
+            matrix = scaled
+    return matrix
+
+
+def _is_sum_of_two_vectors(matrix: Tensor) -> bool:
+    """Return whether a value for each row and one for each column make up a matrix."""
+    centred = matrix - matrix.mean(dim=1, keepdim=True)
+    centred = centred - centred.mean(dim=0, keepdim=True)
+    # What is left of equal rows or equal columns is rounding.
+    is_anything_left = bool(centred.abs().max() > 1e-5 * matrix.abs().max())
+    return not is_anything_left
+
+
+def _scaled(matrix: Tensor, centre: bool) -> Tensor | None:
+    """Return a matrix with rows, and then columns, of std 1; None if one hardly varies.
+
+    Args:
+        matrix: to be scaled.
+        centre: take the means off, too.
+    """
+    for side in (1, 0):
+        mean = matrix.mean(dim=side, keepdim=True)
+        scale = (matrix - mean).square().mean(dim=side, keepdim=True).sqrt()
+        if bool((scale < 1e-6 * scale.max()).any()):
+            return None
+
+        if centre:
+            matrix = matrix - mean
+        matrix = matrix / scale
     return matrix

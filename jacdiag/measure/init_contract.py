@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacdiag.measure.attention import FUSED as FUSED_ATTENTION
 from jacdiag.measure.attention import SOFTMAX, is_attention
 from jacdiag.measure.fused_sections import is_sinusoid, sections_of, widths_of_heads
-from jacdiag.measure.init_distribution import Draw, Draws, copies_of, pieces_of
+from jacdiag.measure.init_distribution import Draws, FittedDraw, copies_of, pieces_of
 from jacdiag.measure.padding_rows import padding_rows
 from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
@@ -25,7 +25,7 @@ from jacdiag.trace.discovery.weight_roles import (
     tied_to_head,
     uses_of,
 )
-from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.graph import Graph, Node, Value
 from jacdiag.trace.graph.ops import PRODUCTS
 from jacdiag.trace.site_list import Sites
 
@@ -69,7 +69,9 @@ def contract_of(
         decayed: names of the parameters that an optimizer lets decay.
     """
     outlines, aliases = sites.skeleton.outlines, sites.skeleton.aliases
-    decay = None if decayed is None else {aliases.get(name, name) for name in decayed}
+    decay = None
+    if decayed is not None:
+        decay = {aliases.get(name, name) for name in decayed}
     sizes = sizes_of(model, layers, width, vocabulary)
     head_width = head_width_of(sites)
     if head_width is not None:
@@ -100,10 +102,8 @@ def contract_of(
         if name in padding:
             row = padding[name]
             record = replace(record, padding_row=row.index, padding_size=row.largest)
-        if use.role == "norm_gain" and is_sorted(draws.params[name]):
-            record = replace(record, family="other")
-        if use.role == "norm_gain" and math.prod(shape) == 1:
-            record = replace(record, norm_length=length_divided_by(sites.graph, name))
+        if use.role == "norm_gain":
+            record = _with_gain(record, draws.params[name], sites.graph)
         weights.append(record)
 
     # 3. The sections of fused matrices.
@@ -118,11 +118,23 @@ def contract_of(
     )
 
 
+def _with_gain(record: WeightRecord, gain: Tensor, graph: Graph) -> WeightRecord:
+    """Return the record of the gain of a norm with what is read from its values and its use."""
+    # A vector that rises from end to end was computed, and not drawn.
+    if is_sorted(gain):
+        record = replace(record, family="other")
+
+    # A single gain says nothing about how many numbers are normed.
+    if math.prod(record.shape) == 1:
+        record = replace(record, norm_length=length_divided_by(graph, record.parameter))
+    return record
+
+
 def record_of(
     name: str,
     shape: Sequence[int],
     use: ParameterUse,
-    draw: Draw | None,
+    draw: FittedDraw | None,
     decayed: set[str] | None = None,
     kind: str = "",
 ) -> WeightRecord:
@@ -136,19 +148,28 @@ def record_of(
         decayed: Names of the parameters that an optimizer lets decay; None without an optimizer.
         kind: Of the sub-layer that reads it.
     """
+    # 1. What the model does with it.
+    name_pattern = name
+    if use.layer is not None:
+        name_pattern = pattern(name)
+    is_decayed = None
+    if decayed is not None:
+        is_decayed = name in decayed
     record = WeightRecord(
         name,
         list(shape),
         use.role,
-        pattern(name) if use.layer is not None else name,
+        name_pattern,
         use.layer,
         use.sublayer,
         use.fan_in,
         use.fan_out,
-        decayed=None if decayed is None else name in decayed,
+        decayed=is_decayed,
         kind=kind,
         offset=use.offset,
     )
+
+    # 2. How it was drawn.
     if draw is None:
         return record
     return replace(
@@ -177,10 +198,16 @@ def whole_map(use: ParameterUse, shape: Sequence[int]) -> ParameterUse:
         >>> whole_map(ParameterUse("W_Q", fan_in=64, fan_out=64), (192, 64))
         ParameterUse(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192, offset=0.0)
     """
-    if len(shape) != 2 or use.role not in _PACKED or use.fan_out is None:
+    may_be_packed = len(shape) == 2 and use.role in _PACKED
+    if not may_be_packed or use.fan_out is None:
         return use
     rows, columns = shape
-    if use.fan_in != columns or not use.fan_out < rows or rows % use.fan_out:
+    if use.fan_in != columns:
+        return use
+
+    # The call reads some of the rows, and others read as many each.
+    reads_all = use.fan_out >= rows
+    if reads_all or rows % use.fan_out:
         return use
     return replace(use, role="W_QKV", fan_out=rows)
 
@@ -200,8 +227,14 @@ def is_sorted(vector: Tensor) -> bool:
     flat = vector.detach().reshape(-1)
     if flat.numel() < 16:
         return False
+    # A constant vector was not computed.
+    is_level = bool(flat[0] == flat[-1])
+    if is_level:
+        return False
+
     steps = flat.diff()
-    return bool((steps >= 0).all() or (steps <= 0).all()) and bool(flat[0] != flat[-1])
+    rises, falls = bool((steps >= 0).all()), bool((steps <= 0).all())
+    return rises or falls
 
 
 def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse]:
@@ -210,11 +243,15 @@ def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
     scheme of the model covers it.
     """
-    adapted = tuple(name.partition(_BASE)[0] + "." for name in uses if _BASE in name)
+    # 1. The modules whose weight is adapted.
+    base_names = [name for name in uses if _BASE in name]
+    adapted = tuple(name.partition(_BASE)[0] + "." for name in base_names)
+
+    # 2. What else stands in them, and what is named as an adapter.
     result = dict(uses)
     for name, use in uses.items():
-        adapts = _BASE not in name and name.startswith(adapted)
-        if adapts or _ADAPTER.search(name):
+        stands_next_to_base = _BASE not in name and name.startswith(adapted)
+        if stands_next_to_base or _ADAPTER.search(name):
             result[name] = replace(use, role="adapter")
     return result
 
@@ -223,6 +260,10 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
     """Return the sizes into which the model cuts the result of each fused matrix.
 
     Only a cut by the next call counts.
+
+    Args:
+        sites: of one recorded forward.
+        weights: every parameter; only fused matrices are read.
     """
     fused = {weight.parameter for weight in weights if weight.role in FUSED}
     graph = sites.graph
@@ -231,7 +272,11 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
         if not sites.finder.is_product(node.index):
             continue
         names = fused.intersection(parameters_of(graph, (node.index,), sites.skeleton))
-        sizes = _sizes_after_cut(graph, node.outputs[0]) if names else None
+        if not names:
+            continue
+
+        # The first product that reads a matrix says how its result is cut.
+        sizes = _sizes_after_cut(graph, node.outputs[0])
         if sizes is not None:
             for name in names:
                 cuts.setdefault(name, sizes)
@@ -240,10 +285,14 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
 
 def _sizes_after_cut(graph: Graph, value: int) -> list[int] | None:
     """Return the last sizes of the pieces into which the first call of its kind cuts a value."""
-    for consumer in graph.values[value].consumers:
-        node = graph.nodes[consumer]
+    consumers = [graph.nodes[consumer] for consumer in graph.values[value].consumers]
+    for node in consumers:
+        if node.name not in _CUTS:
+            continue
+
+        # A scalar has no last size.
         shapes = [graph.values[output].shape for output in node.outputs]
-        if node.name in _CUTS and all(shapes):
+        if all(shapes):
             return [shape[-1] for shape in shapes]
     return None
 
@@ -262,66 +311,101 @@ def with_sections(
         head: Width of one head, if known.
         cuts: Name of a fused matrix -> the sizes into which the model cuts its result.
     """
+    if cuts is None:
+        cuts = {}
     widths = widths_of_heads([(w.role, w.sublayer, w.fan_in) for w in weights])
     result = []
     for weight in weights:
-        if weight.role in FUSED and weight.std:
+        # 1. A constant has neither sections nor waves.
+        if not weight.std:
+            result.append(weight)
+            continue
+
+        # 2. Fused matrices.
+        if weight.role in FUSED:
             sections = sections_of(
                 tensors[weight.parameter],
                 weight.role,
                 weight.fan_out,
                 heads_width=widths.get(weight.sublayer),
                 head=head,
-                splits=(cuts or {}).get(weight.parameter, ()),
+                splits=cuts.get(weight.parameter, ()),
             )
             weight = replace(weight, sections=sections)
-        elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):
+
+        # 3. Tables of positions.
+        if weight.role == "positions" and is_sinusoid(tensors[weight.parameter]):
             weight = replace(weight, family="sinusoid")
         result.append(weight)
+
     return result
 
 
-def _unexplained(uses: Mapping[str, ParameterUse], draws: Mapping[str, Draw | None]) -> list[str]:
+def _unexplained(uses: Mapping[str, ParameterUse], draws: Mapping[str, FittedDraw | None]) -> list[str]:
     """Return gains, scales and biases that are not constant, where most of their role are."""
     names: list[str] = []
     for role in ("norm_gain", "scale", "bias"):
-        families = {}
-        for name, use in uses.items():
-            draw = draws[name]
-            if use.role == role and draw is not None:
-                families[name] = draw.family
-        drawn = [name for name, family in families.items() if family not in ("zero", "constant")]
-        if len(drawn) < len(families) / 2:
+        known = [name for name, use in uses.items() if use.role == role]
+        known = [name for name in known if draws[name] is not None]
+        drawn = [name for name in known if not _is_constant(draws[name])]
+        # Where most are drawn, the model means it so.
+        if len(drawn) < len(known) / 2:
             names += drawn
     return names
 
 
+def _is_constant(draw: FittedDraw | None) -> bool:
+    """Return whether all numbers of a weight are one."""
+    return draw is not None and draw.family in ("zero", "constant")
+
+
 def family_of(model: nn.Module) -> str:
     """Return the model type of a Hugging Face config, else the name of the class."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind if isinstance(kind, str) and kind else type(model).__name__
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    is_named = isinstance(kind, str) and kind != ""
+    if is_named:
+        return str(kind)
+    return type(model).__name__
 
 
 def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) -> dict[str, float]:
-    """Return the variables of formulas that a model has, in the order of display."""
+    """Return the variables of formulas that a model has, in the order of display.
+
+    Args:
+        model: only its config is read.
+        layers: N.
+        width: d.
+        vocabulary: V; None if the model has none.
+    """
     # 1. What was counted.
     sizes: dict[str, float] = {"N": layers, "d": width}
     if vocabulary:
         sizes["V"] = vocabulary
 
-    # 2. What the config says, under the first of its names.
+    # 2. What the config says.
     config = getattr(model, "config", None)
     for variable, names in _FROM_CONFIG.items():
-        for name in names:
-            setting = _setting(config, name)
-            if _is_number(setting):
-                sizes[variable] = setting
-                break
+        number = _first_number(config, names)
+        if number is not None:
+            sizes[variable] = number
 
     # 3. The width of a head, if only the number of heads is known.
-    if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
-        sizes["d_head"] = width / sizes["H"]
+    heads = sizes.get("H", 0)
+    if "d_head" not in sizes and heads > 0:
+        sizes["d_head"] = width / heads
     return sizes
+
+
+def _first_number(config: Any, names: Iterable[str]) -> float | None:
+    """Return the number that a config has under the first of several names; None if it has none."""
+    for name in names:
+        setting = _setting(config, name)
+        if _is_number(setting):
+            number: float = setting
+            return number
+
+    return None
 
 
 def head_width_of(sites: Sites) -> int | None:
@@ -332,21 +416,37 @@ def head_width_of(sites: Sites) -> int | None:
     graph = sites.graph
     widths: set[int] = set()
     for node in graph.nodes:
-        is_candidate = node.name in FUSED_ATTENTION | SOFTMAX
-        # torch's own multi-head attention reads the stream, and not heads.
-        if not is_candidate or node.name == "multi_head_attention_forward":
+        if not _reads_heads(graph, node):
             continue
-        if not is_attention(graph, node.index):
-            continue
+
         # 1. Find the call that reads the queries.
         product = node
         if node.name in SOFTMAX:
             product = graph.nodes[_product_before(graph, node.index)]
+
         # 2. The last dimension of its first operand is summed over.
-        live = [graph.values[value] for value in product.operands if graph.values[value].live]
-        if live and live[0].shape:
-            widths.add(live[0].shape[-1])
-    return widths.pop() if len(widths) == 1 else None
+        queries = _live_operands(graph, product)[:1]
+        widths.update(value.shape[-1] for value in queries if value.shape)
+
+    if len(widths) != 1:
+        return None
+    return widths.pop()
+
+
+def _reads_heads(graph: Graph, node: Node) -> bool:
+    """Return whether a call is attention of queries and keys that are split into heads."""
+    # torch's own multi-head attention reads the stream, and not heads.
+    if node.name == "multi_head_attention_forward":
+        return False
+
+    is_candidate = node.name in FUSED_ATTENTION or node.name in SOFTMAX
+    return is_candidate and is_attention(graph, node.index)
+
+
+def _live_operands(graph: Graph, node: Node) -> list[Value]:
+    """Return the operands of a call that depend on the input of the model."""
+    operands = [graph.values[value] for value in node.operands]
+    return [value for value in operands if value.live]
 
 
 def _product_before(graph: Graph, node: int) -> int:
@@ -356,8 +456,11 @@ def _product_before(graph: Graph, node: int) -> int:
     """
     for candidate in range(node, -1, -1):
         record = graph.nodes[candidate]
-        live = [value for value in record.operands if graph.values[value].live]
-        if record.name in PRODUCTS and len(live) >= 2:
+        if record.name not in PRODUCTS:
+            continue
+
+        # A product with a weight has one live operand.
+        if len(_live_operands(graph, record)) >= 2:
             return candidate
     return node
 
@@ -374,7 +477,12 @@ def _setting(config: Any, name: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a setting is a finite number."""
+    # True is an int, too.
+    if isinstance(value, bool):
+        return False
+
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
@@ -384,23 +492,35 @@ def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
         model: whose parameters the optimizer holds.
         optimizer: a torch optimizer, or its list of parameter groups.
     """
+    # 1. The groups with decay.
     groups = getattr(optimizer, "param_groups", optimizer)
     decayed: set[int] = set()
     for group in groups:
         if group.get("weight_decay", 0):
             decayed.update(id(parameter) for parameter in group["params"])
+
+    # 2. Every name of what they hold: a tied parameter has several.
     named = model.named_parameters(remove_duplicate=False)
     return [name for name, parameter in named if id(parameter) in decayed]
 
 
 def _logits_std(output: Any, vocabulary: int | None) -> float | None:
     """Return the std of the logits in a model's output; None if there are none."""
+    # 1. The logits, which come first in a tuple.
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.is_meta or not vocabulary:
+    if not isinstance(logits, Tensor) or logits.is_meta:
         return None
-    if logits.shape[-1:] != (vocabulary,) or logits.numel() <= 1:
+
+    # 2. They must be over the vocabulary, and several.
+    if not vocabulary or logits.shape[-1:] != (vocabulary,):
         return None
+    if logits.numel() <= 1:
+        return None
+
+    # 3. Their std, if they are finite.
     std = float(logits.detach().double().std(correction=0))
-    return std if math.isfinite(std) else None
+    if not math.isfinite(std):
+        return None
+    return std

@@ -55,12 +55,17 @@ class WeightEvidence:
     @property
     def words(self) -> str:
         """Return the evidence in words."""
-        if self.tested < 2:
-            count = "no matrix is" if not self.tested else "only one matrix is"
-            return f"{count} wide enough to be judged"
+        # 1. Too few to judge.
+        if self.tested == 0:
+            return "no matrix is wide enough to be judged"
+        if self.tested == 1:
+            return "only one matrix is wide enough to be judged"
+
+        # 2. Those that decided.
         if self.trained:
             return f"{len(self.failed)} of {self.tested} matrices are no draw of an init"
-        return f"{self.tested - len(self.failed)} of {self.tested} matrices can be draws of an init"
+        passed = self.tested - len(self.failed)
+        return f"{passed} of {self.tested} matrices can be draws of an init"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +115,7 @@ def decide_state(
     # 2. Nothing is known: the weights decide.
     evidence = judge()
     if history is None and not settled:
-        state: State = "trained" if evidence.trained else "init"
-        return StateDecision(state=state, reason=evidence.words, basis="weights")
+        return _decided_by_weights(evidence)
 
     # 3. It should be fresh. Do the weights agree?
     reason = "a gate judges a fresh model"
@@ -123,14 +127,22 @@ def decide_state(
         return StateDecision(state="init", reason=reason, basis=basis)
 
     # 4. They do not. It is fresh all the same if building it again draws other weights.
-    against = f"{evidence.words}: if it holds trained weights, pass --state trained"
     is_fresh = settled
     if not is_fresh and draws_again is not None:
         is_fresh = draws_again(evidence)
-    if is_fresh:
-        note = f"{reason}, but {against}"
-        return StateDecision(state="init", reason=reason, basis=basis, note=note)
-    return StateDecision(state="trained", reason=f"{reason}, but {evidence.words}", basis="weights")
+    if not is_fresh:
+        reason = f"{reason}, but {evidence.words}"
+        return StateDecision(state="trained", reason=reason, basis="weights")
+    note = f"{reason}, but {evidence.words}: if it holds trained weights, pass --state trained"
+    return StateDecision(state="init", reason=reason, basis=basis, note=note)
+
+
+def _decided_by_weights(evidence: WeightEvidence) -> StateDecision:
+    """Return the state of a model of which only the weights are known."""
+    state: State = "init"
+    if evidence.trained:
+        state = "trained"
+    return StateDecision(state=state, reason=evidence.words, basis="weights")
 
 
 def judge_weights(
@@ -153,14 +165,20 @@ def judge_weights(
         >>> judge_weights({name: w + torch.outer(w[0], w[1]) for name, w in fresh.items()}).trained
         True
     """
-    shapes = parameters if outlines is None else outlines
-    names = [name for name, t in shapes.items() if t.is_floating_point() and can_be_tested(t.shape)]
+    # 1. Which matrices are looked at. Shapes alone need no file.
+    if outlines is None:
+        outlines = parameters
+    floating = {name: t.shape for name, t in outlines.items() if t.is_floating_point()}
+    names = [name for name, shape in floating.items() if can_be_tested(shape)]
+
+    # 2. Test each. A copy of a matrix is no second witness.
     results: dict[float, tuple[str, float]] = {}
     for name in spread_evenly(names, MOST_MATRICES):
         result = examine_draw(parameters[name])
-        if result is not None:  # a copy of a matrix is no second witness
+        if result is not None:
             results.setdefault(result.largest, (name, result.probability))
 
+    # 3. How many fail at the level that so many tests need.
     needed = max(2, math.ceil(len(results) / SHARE))
     level = level_of_one(len(results), needed)
     failed = [name for name, probability in results.values() if probability <= level]
@@ -180,6 +198,7 @@ def level_of_one(tested: int, needed: int) -> float:
     """
     if tested < needed:
         return 0.0
+
     return min(float(betaincinv(needed, tested - needed + 1, FALSE_ALARMS)), _MOST_LEVEL)
 
 
@@ -189,14 +208,20 @@ def spread_evenly(names: list[str], most: int) -> list[str]:
     >>> spread_evenly(list("abcdef"), 3)
     ['a', 'c', 'e']
     """
-    if len(names) <= most:
+    count = len(names)
+    if count <= most:
         return names
-    return [names[index * len(names) // most] for index in range(most)]
+
+    return [names[index * count // most] for index in range(most)]
 
 
 def same_weights(first: Mapping[str, Tensor], other: nn.Module, names: Iterable[str]) -> bool:
     """Return whether another module holds the same values under these names."""
     held = dict(other.named_parameters())
-    return all(
-        name in held and torch.equal(held[name].detach().cpu(), first[name].cpu()) for name in names
-    )
+    for name in names:
+        if name not in held:
+            return False
+
+        if not torch.equal(held[name].detach().cpu(), first[name].cpu()):
+            return False
+    return True

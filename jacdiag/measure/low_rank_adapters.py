@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,46 +23,84 @@ def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
 
     Known names are lora_A and lora_B, and lora_down and lora_up.
 
+    Args:
+        params: the parameters of a model by name.
+
     Example:
         >>> factors = {"q.lora_A.weight": torch.zeros(2, 8), "q.lora_B.weight": torch.zeros(8, 2)}
         >>> [pair.second for pair in adapters_of(factors)]
         ['q.lora_B.weight']
     """
-    # 1. Parameters by what their names begin with, up to "lora_".
+    additions = _by_beginning(params)
+    records = []
+    for pair in _pairs(params):
+        # 1. What the two factors hold.
+        first, second = params[pair.first], params[pair.second]
+        decomposed = _has_right_angles(first) or _has_right_angles(second)
+
+        # 2. A third one between them, which may be zero in their place.
+        rank = min(first.shape, default=0)
+        between = _factor_between(pair, additions[pair.before], params, rank)
+        records.append(
+            AdapterRecord(
+                pair.first, pair.second, _is_zero(first), _is_zero(second), decomposed, between
+            )
+        )
+    return records
+
+
+@dataclass(frozen=True)
+class _FactorPair:
+    """The names of two factors.
+
+    Attributes:
+        first, second: of the factor that is applied first, and of the other one.
+        before, after: what stands in both before and after A and B.
+    """
+
+    first: str
+    second: str
+    before: str
+    after: str
+
+
+def _by_beginning(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the parameters of additions by what their names begin with, up to "lora_"."""
     additions: dict[str, list[str]] = {}
-    for name in params:
+    for name in names:
         start = _START.search(name)
         if start is not None:
-            additions.setdefault(name[: start.end()], []).append(name)
+            beginning = name[: start.end()]
+            additions.setdefault(beginning, []).append(name)
+    return additions
 
-    # 2. Pairs of factors, and a third one between them.
-    pairs = []
-    for name in params:
+
+def _pairs(names: Collection[str]) -> Iterator[_FactorPair]:
+    """Yield the pairs of factors, by their names."""
+    for name in names:
         match = _FIRST.search(name)
         if match is None:
             continue
+
         before, after = name[: match.start(3)], name[match.end(3) :]
         other = f"{before}{_OTHER[match[3]]}{after}"
-        if other not in params:
+        if other in names:
+            yield _FactorPair(name, other, before, after)
+
+
+def _factor_between(
+    pair: _FactorPair, names: Iterable[str], params: Mapping[str, Tensor], rank: int
+) -> str:
+    """Return a factor of zeros between two others; "" if there is none."""
+    for name in names:
+        is_relative = name not in (pair.first, pair.second) and name.endswith(pair.after)
+        if not is_relative:
             continue
-        first, second = params[name], params[other]
-        rank = min(first.shape, default=0)
-        decomposed = _has_right_angles(first) or _has_right_angles(second)
-        zero_between = ""
-        for third in additions[before]:
-            word = third[len(before) : len(third) - len(after)]
-            is_relative = third not in (name, other) and third.endswith(after)
-            if (
-                is_relative
-                and _can_stand_between(word, params[third], rank)
-                and _is_zero(params[third])
-            ):
-                zero_between = third
-                break
-        pairs.append(
-            AdapterRecord(name, other, _is_zero(first), _is_zero(second), decomposed, zero_between)
-        )
-    return pairs
+
+        word = name[len(pair.before) : len(name) - len(pair.after)]
+        if _can_stand_between(word, params[name], rank) and _is_zero(params[name]):
+            return name
+    return ""
 
 
 def _can_stand_between(word: str, tensor: Tensor, rank: int) -> bool:
@@ -77,18 +116,28 @@ def _can_stand_between(word: str, tensor: Tensor, rank: int) -> bool:
 
 
 def _is_zero(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are zero."""
     return not bool(tensor.detach().any())
 
 
 def _has_right_angles(factor: Tensor) -> bool:
     """Return whether the vectors along the shorter side stand at right angles."""
     matrix = factor.detach()
-    if matrix.dim() != 2 or not matrix.is_floating_point() or min(matrix.shape) < 2:
+    if matrix.dim() != 2 or not matrix.is_floating_point():
         return False
-    rows = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    if min(matrix.shape) < 2:
+        return False
+
+    # 1. The vectors, none of which may be zero.
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    rows = matrix.double()
     lengths = rows.norm(dim=1)
-    if not bool((lengths > 0).all()) or not bool(torch.isfinite(lengths).all()):
+    have_lengths = bool((lengths > 0).all()) and bool(torch.isfinite(lengths).all())
+    if not have_lengths:
         return False
+
+    # 2. The cosines of their angles.
     cosines = (rows @ rows.T) / (lengths[:, None] * lengths)
     apart = cosines - torch.eye(len(rows), dtype=cosines.dtype, device=cosines.device)
     return bool(apart.abs().max() < _RIGHT_ANGLE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from jacdiag.measure.init_distribution import Draw
+from jacdiag.measure.init_distribution import FittedDraw
 
 _DRAWN = ("normal", "truncated", "uniform")
 # numbers whose order finds the candidates: two draws share it with a chance of 1 to 16! = 2e13
@@ -23,7 +23,9 @@ _BLOCK = 16
 _TOLERANCE = 0.02
 
 
-def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
+def streams_of(
+    found: Mapping[str, FittedDraw | None], params: Mapping[str, Tensor]
+) -> dict[str, str]:
     """Return which weights repeat another's numbers, up to a factor: name -> first of them.
 
     Weights of unlike shape are compared over the numbers of the smaller one: a generator that
@@ -46,20 +48,28 @@ def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -
     streams: dict[str, str] = {}
     for name, draw in found.items():
         tensor = params[name]
-        if draw is None or draw.family not in _DRAWN:
-            continue
-        if tensor.dim() < 2 or tensor.numel() < _LEAST:
+        if not _can_be_compared(tensor, draw):
             continue
 
-        # Only weights whose first numbers stand in the same order are compared in full.
+        # 1. Only weights whose first numbers stand in the same order are compared in full.
         order = tuple(tensor.detach().reshape(-1)[:_FIRST].argsort().tolist())
         alike = firsts.setdefault(order, [])
-        first = next((other for other in alike if _repeats(tensor, params[other])), None)
-        if first is None:
+        repeated = [other for other in alike if _repeats(tensor, params[other])]
+
+        # 2. A tied weight is the same, and repeats nothing.
+        if not repeated:
             alike.append(name)
-        elif tensor.data_ptr() != params[first].data_ptr():
-            streams[name] = first
+        elif tensor.data_ptr() != params[repeated[0]].data_ptr():
+            streams[name] = repeated[0]
     return streams
+
+
+def _can_be_compared(tensor: Tensor, draw: FittedDraw | None) -> bool:
+    """Return whether a weight was drawn number by number, and has enough of them."""
+    if draw is None or draw.family not in _DRAWN:
+        return False
+
+    return tensor.dim() >= 2 and tensor.numel() >= _LEAST
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
@@ -67,14 +77,18 @@ def _repeats(tensor: Tensor, other: Tensor) -> bool:
 
     They may differ by a positive factor.
     """
+    # 1. How many numbers they share. The end of the smaller one was drawn again.
     count = min(tensor.numel(), other.numel())
     if tensor.numel() != other.numel():
         count -= _BLOCK
     if count < _LEAST - _BLOCK:
         return False
+
+    # 2. The factor that fits best, and what is left.
     own = tensor.detach().reshape(-1)[:count].double()
     theirs = other.detach().reshape(-1)[:count].double().to(own.device)
     factor = float(own @ theirs) / max(float(theirs @ theirs), 1e-300)
     if factor <= 0:
         return False
+
     return float((own - factor * theirs).abs().max()) <= _TOLERANCE * float(own.std())
