@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from jacdiag.records.report import Kind
@@ -47,10 +48,12 @@ class RoleRule:
 
     def matches(self, inner: str, siblings: Iterable[str]) -> bool:
         """Return whether the rule holds for a name among its siblings."""
-        if not re.fullmatch(self.words, inner):
+        if re.fullmatch(self.words, inner) is None:
             return False
+        # The name alone is enough.
         if not self.sibling:
             return True
+
         return any(re.fullmatch(self.sibling, name) for name in siblings)
 
 
@@ -70,6 +73,13 @@ _MLP_MODULE = re.compile(
 # Mamba, Jamba, Qwen3-Next, RecurrentGemma, LFM2.
 _MIXER_MODULE = re.compile(
     r"(?i)mixer|mamba\d*|ssm|linear_attn|temporal_block|time_mix\w*|short_conv|conv|self_mamba"
+)
+# The first that matches decides: `linear_attn` is a mixer, and `crossattention` no self-attention.
+_MODULES: tuple[tuple[SublayerKind, re.Pattern[str]], ...] = (
+    ("cross-attention", _CROSS_MODULE),
+    ("mixer", _MIXER_MODULE),
+    ("mlp", _MLP_MODULE),
+    ("attention", _ATTENTION_MODULE),
 )
 # Weights that only a recurrent or convolutional mixer has, whatever its module is called
 # (RWKV's is `attention`).
@@ -373,17 +383,15 @@ def find_places(sizes: Mapping[str, Shape]) -> list[Place]:
     has_numbered_layers = any(place.block for place in places)
     if has_numbered_layers:
         return places
+
     # A single layer on its own has no numbers in its names.
     return _places_of(sizes, anywhere=True)
 
 
 def _places_of(names: Iterable[str], anywhere: bool) -> list[Place]:
-    places = []
-    for name in names:
-        place = _place_of(name, anywhere)
-        if place is not None:
-            places.append(place)
-    return places
+    """Return the places of parameters; `anywhere` reads names without a number too."""
+    places = [_place_of(name, anywhere) for name in names]
+    return [place for place in places if place is not None]
 
 
 def _place_of(name: str, anywhere: bool) -> Place | None:
@@ -395,22 +403,37 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
 
     # 2. A module on the path may be the sub-layer.
     module = _module_of(tokens)
-    if module is not None:
-        position, kind_of_module = module
-        if _is_part_of_embedding(tokens[:position]):
-            return None
-        return _place_in_module(name, tokens, position, kind_of_module)
+    if module is None:
+        return _place_by_bare_name(name, tokens, anywhere)
 
-    # 3. Else the parameter's own name may say which sub-layer it belongs to.
-    end = _end_of_block(tokens)
-    if not end and not anywhere:
+    position, kind_of_module = module
+    if _is_part_of_embedding(tokens[:position]):
         return None
+
+    return _place_in_module(name, tokens, position, kind_of_module)
+
+
+def _place_by_bare_name(name: str, tokens: Sequence[str], anywhere: bool) -> Place | None:
+    """Return the place of a parameter whose own name says which sub-layer it belongs to.
+
+    Args:
+        name: of the parameter.
+        tokens: its path, without wrappers.
+        anywhere: read names without a number too.
+    """
+    end = _end_of_block(tokens)
+    is_in_block = end > 0
+    if not is_in_block and not anywhere:
+        return None
+
+    # 1. The kind that it says.
     block, inner = ".".join(tokens[:end]), ".".join(tokens[end:])
     kind = _kind_of_bare_name(inner)
     if kind is None:
         return None
+
+    # 2. ResNet: `layers.0.layer.1.convolution` is the second of one branch.
     if kind == "conv" and re.search(r"\.layer\.\d+$", block):
-        # ResNet: `layers.0.layer.1.convolution` is the second of one branch.
         block = block.rpartition(".layer.")[0]
     return Place(name, block, block, kind, inner)
 
@@ -418,18 +441,22 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
 def _meaningful_tokens(name: str) -> list[str]:
     """Return the tokens of a name without wrappers and without ".weight" or ".bias"."""
     tokens = [token for token in name.split(".") if token not in _WRAPPERS]
-    if tokens[-1] in ("weight", "bias", "gamma", "beta"):
-        tokens.pop()
-    else:
-        tokens[-1] = re.sub(r"_(weight|bias)$", "", tokens[-1])
+    own_name = tokens.pop()
+    if own_name in ("weight", "bias", "gamma", "beta"):
+        return tokens
+
+    # A parameter that its module names itself, such as `in_proj_weight`.
+    tokens.append(re.sub(r"_(weight|bias)$", "", own_name))
     return tokens
 
 
 def _kind_of_bare_name(inner: str) -> SublayerKind | None:
     """Return the kind of sub-layer that a parameter's own name says; None if it says none."""
     for kind, words in _BARE_NAMES:
-        if words.fullmatch(inner):
+        if words.fullmatch(inner) is not None:
             return kind
+
+    # Most likely a vector.
     return None
 
 
@@ -438,22 +465,20 @@ def _is_part_of_embedding(path: Sequence[str]) -> bool:
 
     Examples are `pos_embed.mlp` and `time_embedder.mlp`.
     """
-    if any(_NUMBERED.fullmatch(token) for token in path):
+    is_in_layer = _first_numbered(path) is not None
+    if is_in_layer:
         return False
+
     return any(_EMBEDDING_MODULE.search(token) for token in path)
 
 
 def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     """Return the position and the kind of the module that is the sub-layer."""
     # 1. Modules on the path whose name is that of a sub-layer.
-    modules: list[tuple[int, SublayerKind]] = []
-    for position, token in enumerate(tokens[:-1]):
-        kind = _kind_of_module(token)
-        if kind is not None:
-            modules.append((position, kind))
+    modules = _modules_on_path(tokens)
+    first_number = _first_numbered(tokens)
 
     # 2. Those inside the numbered module, which is the layer.
-    first_number = _first_numbered(tokens)
     inside = modules
     if first_number is not None:
         inside = [module for module in modules if module[0] > first_number]
@@ -467,14 +492,28 @@ def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     has_nested_mlp = "attention" in outer_kind and (next_position, "mlp") in inside
     if has_nested_mlp and not _EXPERT.fullmatch(tokens[next_position]):
         return next_position, "mlp"
+
     return inside[0]
+
+
+def _modules_on_path(tokens: Sequence[str]) -> list[tuple[int, SublayerKind]]:
+    """Return position and kind of the modules whose name is that of a sub-layer, outer first."""
+    modules: list[tuple[int, SublayerKind]] = []
+    for position, token in enumerate(tokens[:-1]):
+        kind = _kind_of_module(token)
+        if kind is not None:
+            modules.append((position, kind))
+
+    return modules
 
 
 def _first_numbered(tokens: Sequence[str]) -> int | None:
     """Return the position of the first numbered module of a path."""
     for position, token in enumerate(tokens):
-        if _NUMBERED.fullmatch(token):
+        if _NUMBERED.fullmatch(token) is not None:
             return position
+
+    # A layer on its own, or a parameter outside all layers.
     return None
 
 
@@ -483,21 +522,19 @@ def _listed_module(
 ) -> tuple[int, SublayerKind] | None:
     """Return the module that is a list of sub-layers, as in XLM's `attentions.0.q_lin`."""
     for position, kind in modules:
-        if position + 1 == first_number:
+        is_list = position + 1 == first_number
+        if is_list:
             return position, kind
+
     return None
 
 
 def _kind_of_module(token: str) -> SublayerKind | None:
     """Return the kind of sub-layer that a module's own name says; None if it says none."""
-    if _CROSS_MODULE.fullmatch(token):
-        return "cross-attention"
-    if _MIXER_MODULE.fullmatch(token):
-        return "mixer"
-    if _MLP_MODULE.fullmatch(token):
-        return "mlp"
-    if _ATTENTION_MODULE.fullmatch(token):
-        return "attention"
+    for kind, words in _MODULES:
+        if words.fullmatch(token) is not None:
+            return kind
+
     return None
 
 
@@ -514,17 +551,21 @@ def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: Subl
     end_of_block = _end_of_block(tokens[: position + 1])
     end_of_module = position + 1
     after = tokens[end_of_module:]
-    is_list = not end_of_block and len(after) > 1 and after[0].isdigit()
+
+    # 2. `attentions.0.q_lin`: the number of the sub-layer is that of its layer.
+    begins_with_number = len(after) > 1 and after[0].isdigit()
+    is_list = end_of_block == 0 and begins_with_number
     if is_list:
-        # `attentions.0.q_lin`: the number of the sub-layer is that of its layer.
         end_of_module += 1
-        end_of_block, after = end_of_module, after[1:]
+        end_of_block = end_of_module
+        after = after[1:]
+
+    # 3. Experts without a module around them and their router.
     if _EXPERT.fullmatch(tokens[position]):
-        # Experts without a module around them and their router.
         end_of_module = position
         after = tokens[position:]
 
-    # 2. The place, without what numbers and names an expert.
+    # 4. The place, without what numbers and names an expert.
     is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
     return Place(
         parameter=name,
@@ -544,10 +585,17 @@ def _without_experts(tokens: Sequence[str]) -> list[str]:
         if _EXPERT.fullmatch(token):
             in_expert = True
             continue
-        names_the_expert = token.isdigit() or _MLP_MODULE.fullmatch(token) is not None
-        if not (in_expert and names_the_expert):
+
+        # Outside experts, these are names of their own.
+        if not in_expert or not _names_an_expert(token):
             remaining.append(token)
+
     return remaining
+
+
+def _names_an_expert(token: str) -> bool:
+    """Return whether a token inside experts says which one it is, or that it is an MLP."""
+    return token.isdigit() or _MLP_MODULE.fullmatch(token) is not None
 
 
 def _end_of_block(tokens: Sequence[str]) -> int:
@@ -555,34 +603,48 @@ def _end_of_block(tokens: Sequence[str]) -> int:
 
     A number that ends a path is that of a weight in a list, such as `to_out.0`.
     """
-    end = 0
-    for position, token in enumerate(tokens):
-        is_last = all(later.isdigit() for later in tokens[position + 1 :])
-        if _NUMBERED.fullmatch(token) and not is_last:
-            end = position + 1
-    return end
+    # 1. The path without numbers at its end. The last token is never that of a layer.
+    last = max(len(tokens) - 1, 0)
+    while last > 0 and tokens[last].isdigit():
+        last -= 1
+
+    # 2. The innermost numbered module on it.
+    for position in reversed(range(last)):
+        if _NUMBERED.fullmatch(tokens[position]):
+            return position + 1
+
+    return 0
 
 
 # -- Step 2: roles inside a sub-layer --------------------------------------------------------------
+_GroupKey = tuple[str, str, str]  # block, kind and module
+
+
 def _group_by_sublayer(places: Sequence[Place]) -> list[list[Place]]:
     """Return the places of each sub-layer: those of its module, and loose names of its block."""
     # 1. By block, kind and module.
-    groups: dict[tuple[str, str, str], list[Place]] = {}
+    groups: dict[_GroupKey, list[Place]] = {}
+    keys_of_kind: dict[tuple[str, str], list[_GroupKey]] = {}
     for place in places:
-        groups.setdefault((place.block, place.kind, place.module), []).append(place)
+        key: _GroupKey = (place.block, place.kind, place.module)
+        if key not in groups:
+            groups[key] = []
+            keys_of_kind.setdefault(key[:2], []).append(key)
+        groups[key].append(place)
 
     # 2. Join what belongs to the only other group of its block and kind.
-    merged: dict[tuple[str, str, str], list[Place]] = {}
+    merged: dict[_GroupKey, list[Place]] = {}
     for key, members in groups.items():
-        others = [other for other in groups if other[:2] == key[:2] and other != key]
         target = key
+        others = [other for other in keys_of_kind[key[:2]] if other != key]
         if len(others) == 1 and _belongs_to_another(key, members):
             target = others[0]
         merged.setdefault(target, []).extend(members)
+
     return list(merged.values())
 
 
-def _belongs_to_another(key: tuple[str, str, str], members: Sequence[Place]) -> bool:
+def _belongs_to_another(key: _GroupKey, members: Sequence[Place]) -> bool:
     """Return whether a group is part of another one of its block and kind.
 
     SqueezeBERT's `post_attention.conv1d` ends the attention. Granite's `shared_mlp` is added to
@@ -592,30 +654,33 @@ def _belongs_to_another(key: tuple[str, str, str], members: Sequence[Place]) -> 
     has_no_module = module == block
     if has_no_module:
         return True
+
+    # Experts next to a shared MLP.
     has_experts = any(place.expert for place in members)
-    own_name = module.rpartition(".")[2]
+    _, _, own_name = module.rpartition(".")
     return has_experts and _EXPERT.fullmatch(own_name) is not None
 
 
 def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> NamedSublayer | None:
     """Return a sub-layer with the roles of its matrices; None where no name in it is known."""
-    kind = _kind_of_group(group)
     matrices = [place for place in group if is_matrix(place.parameter, sizes[place.parameter])]
     if not matrices:
         return None
 
     # 1. Roles by name, or by order of use.
+    kind = _kind_of_group(group)
     roles = _roles_by_name(kind, group, matrices)
-    is_mlp = kind in ("mlp", "moe")
-    if is_mlp and not any(roles.values()):
+    has_roles = any(roles.values())
+    if not has_roles and kind in ("mlp", "moe"):
         roles |= _roles_in_sequence(matrices, sizes)
-    if kind != "conv" and not any(roles.values()):
+        has_roles = any(roles.values())
+
+    # 2. Without any role it is no sub-layer. Kernels of convolutions need none.
+    if not has_roles and kind != "conv":
         return None
 
-    # 2. The sub-layer's name and the numbers in its path.
-    block: list[str] = []
-    if group[0].block:
-        block = group[0].block.split(".")
+    # 3. The sub-layer's name and the numbers in its path.
+    block = list(filter(None, group[0].block.split(".")))
     stack, numbers = _stack_and_numbers(block)
     name = _shared_path([place.parameter for place in matrices])
     return NamedSublayer(name, stack, numbers, kind, roles=roles)
@@ -625,25 +690,38 @@ def _roles_by_name(
     kind: SublayerKind, group: Sequence[Place], matrices: Sequence[Place]
 ) -> dict[str, str]:
     """Return the role of each matrix of a sub-layer, by its name and those of its siblings."""
-    # Siblings that lie in an expert are marked, for rules that look at them.
-    siblings: set[str] = set()
+    # 1. Siblings that lie in an expert are marked, for rules that look at them.
+    siblings = set()
     for place in group:
         siblings.add(place.inner)
         if place.expert:
             siblings.add(f"expert {place.inner}")
-    return {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
+
+    # 2. The role of each.
+    roles = {}
+    for place in matrices:
+        roles[place.parameter] = _role_of(kind, place.inner, siblings)
+
+    return roles
 
 
 def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
     """Return the kind of a sub-layer by the names of all its parameters."""
-    kind = group[0].kind
     has_mixer_sign = any(re.fullmatch(_MIXER_SIGN, place.inner) for place in group)
     if has_mixer_sign:
         return "mixer"
-    has_experts = any(place.expert or "router" in place.inner for place in group)
-    if kind == "mlp" and has_experts:
+
+    # An MLP with experts, or with what chooses one.
+    kind = group[0].kind
+    if kind == "mlp" and any(_shows_experts(place) for place in group):
         return "moe"
+
     return kind
+
+
+def _shows_experts(place: Place) -> bool:
+    """Return whether a parameter lies in an expert or in a router."""
+    return place.expert or "router" in place.inner
 
 
 def _role_of(kind: SublayerKind, inner: str, siblings: Iterable[str]) -> str:
@@ -651,6 +729,8 @@ def _role_of(kind: SublayerKind, inner: str, siblings: Iterable[str]) -> str:
     for rule in _RULES[kind]:
         if rule.matches(inner, siblings):
             return rule.role
+
+    # A name of its author's own.
     return ""
 
 
@@ -658,34 +738,40 @@ def _roles_in_sequence(matrices: Sequence[Place], sizes: Mapping[str, Shape]) ->
     """Return the roles of two matrices in an `nn.Sequential`, which numbers by order of use."""
     if len(matrices) != 2:
         return {}
-    are_numbered = all(re.search(r"\d", place.inner) for place in matrices)
+
+    # 1. Numbers give the order.
+    are_numbered = all(_numbers_in(place.inner) for place in matrices)
     if not are_numbered:
         return {}
 
-    # The second must read what the first makes.
+    # 2. The second must read what the first makes.
     first, second = sorted(matrices, key=lambda place: _numbers_in(place.inner))
     first_shape, second_shape = sizes[first.parameter], sizes[second.parameter]
     are_maps = len(first_shape) == 2 and len(second_shape) == 2
     share_a_size = not set(first_shape).isdisjoint(second_shape)
     if not are_maps or not share_a_size:
         return {}
+
     return {first.parameter: "W_1", second.parameter: "W_2"}
 
 
 def _numbers_in(text: str) -> tuple[int, ...]:
+    """Return the numbers in a name, in order."""
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
     """Return the path of a block's list of layers, and the numbers in the block's path."""
+    # 1. The numbered modules.
     positions = [position for position, token in enumerate(block) if _NUMBERED.fullmatch(token)]
     if not positions:
         return "", ()
 
+    # 2. The list that holds the outermost. Lists of attentions and of MLPs share a stack.
     end = positions[0]
     is_list_of_sublayers = end > 0 and _kind_of_module(block[end - 1]) is not None
     if is_list_of_sublayers:
-        end -= 1  # lists of attentions and of MLPs share a stack
+        end -= 1
     numbers = tuple(_numbers_in(block[position])[-1] for position in positions)
     return ".".join(block[:end]), numbers
 
@@ -695,25 +781,32 @@ def _shared_path(names: Sequence[str]) -> str:
     paths = [_module_path(name) for name in names]
     shared: list[str] = []
     for tokens in zip(*paths, strict=False):
-        if len(set(tokens)) > 1:
+        is_shared = len(set(tokens)) == 1
+        if not is_shared:
             break
+
         shared.append(tokens[0])
+
     return ".".join(shared)
 
 
 def _module_path(name: str) -> list[str]:
     """Return the path of the module around the one that holds a parameter."""
     tokens = name.split(".")
-    if tokens[-1] == "weight":
-        return tokens[:-2]
-    return tokens[:-1]
+    # A parameter of another name belongs to the module itself.
+    if tokens[-1] != "weight":
+        return tokens[:-1]
+
+    return tokens[:-2]
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a tensor is the weight of a linear map: no vector, bias or mask."""
-    if len(shape) < 2 or name.endswith("bias"):
+    is_vector = len(shape) < 2
+    if is_vector or name.endswith("bias"):
         return False
-    return not _BUFFER.search(name)
+
+    return _BUFFER.search(name) is None
 
 
 # -- Step 3: layers --------------------------------------------------------------------------------
@@ -743,11 +836,13 @@ def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
             _RANK_IN_LAYER[sublayer.kind],
         )
 
+    # Two of one name are told apart by their kinds.
     ordered = sorted(sublayers, key=position)
     counts = Counter(sublayer.name for sublayer in ordered)
     for sublayer in ordered:
         if counts[sublayer.name] > 1:
             sublayer.name = f"{sublayer.name}:{sublayer.report_kind}"
+
     return ordered
 
 
@@ -762,30 +857,35 @@ def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
         return
 
     # 1. The level at which most modules hold several sub-layers; the outermost of equal ones.
-    most_full = -1
-    keys: list[tuple[object, ...]] = []
+    keys_by_level = []
     for level in range(3):
-        keys_of_level = [_key_of_layer(sublayer, level) for sublayer in sublayers]
-        sublayers_of_key = Counter(keys_of_level)
-        full = sum(count >= 2 for count in sublayers_of_key.values())
-        if full > most_full:
-            most_full, keys = full, keys_of_level
+        keys_by_level.append([_key_of_layer(sublayer, level) for sublayer in sublayers])
+    keys = max(keys_by_level, key=_count_repeated)
 
     # 2. No module holds several: the kinds repeat.
-    if most_full == 0:
+    if _count_repeated(keys) == 0:
         keys = _keys_by_period(keys, [sublayer.report_kind for sublayer in sublayers])
 
     # 3. Number the keys in the order of the stream.
-    in_order = list(dict.fromkeys(keys))
+    in_order = dict.fromkeys(keys)
     numbers = {key: layer for layer, key in enumerate(in_order)}
     for sublayer, key in zip(sublayers, keys, strict=True):
         sublayer.layer = numbers[key]
 
 
+def _count_repeated(keys: Iterable[tuple[object, ...]]) -> int:
+    """Return how many different keys occur twice or more."""
+    counts = Counter(keys)
+    return sum(count >= 2 for count in counts.values())
+
+
 def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
     """Return what the sub-layers of one layer share, if layers are numbered at a level."""
+    # 1. A layer on its own.
     if not sublayer.numbers:
-        return (sublayer.name.rpartition(".")[0],)  # a layer on its own
+        return (sublayer.name.rpartition(".")[0],)
+
+    # 2. A module in a list, which may be one of attentions or of MLPs alone.
     depth_of_stack = len(sublayer.stack.split("."))
     after_stack = sublayer.name.split(".")[depth_of_stack]
     own_list = ""
@@ -797,18 +897,35 @@ def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
 def _keys_by_period(
     keys: list[tuple[object, ...]], kinds: Sequence[str]
 ) -> list[tuple[object, ...]]:
-    """Return keys of layers from the shortest pattern that the kinds repeat."""
+    """Return keys of layers from the shortest pattern that the kinds repeat.
+
+    Args:
+        keys: of the sub-layers, if no pattern repeats.
+        kinds: of the same sub-layers.
+    """
+    # 1. All in one layer, or each in a layer of its own.
     count = len(kinds)
     different = len(set(kinds))
     if different == count:
         return [("layer", 0)] * count
     if different == 1:
         return keys
+
+    # 2. The shortest pattern that is repeated at least twice.
     for period in range(2, count // 2 + 1):
-        repeats = all(kinds[index] == kinds[index % period] for index in range(count))
-        if count % period == 0 and repeats:
+        if _repeats_after(kinds, period):
             return [("layer", index // period) for index in range(count)]
+
     return keys
+
+
+def _repeats_after(kinds: Sequence[str], period: int) -> bool:
+    """Return whether kinds are a pattern of some length, repeated as a whole."""
+    repetitions, remainder = divmod(len(kinds), period)
+    if remainder:
+        return False
+
+    return list(kinds) == list(kinds[:period]) * repetitions
 
 
 # -- Step 4: the width, and what it shows ----------------------------------------------------------
@@ -823,9 +940,10 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
         sublayers: with their roles and layers.
         sizes: shape of every tensor, by name.
     """
+    # MobileBERT: most matrices of a layer are narrower than the stream.
     has_bottleneck = any("bottleneck" in name.split(".") for name in sizes)
     if has_bottleneck:
-        return None  # MobileBERT: most matrices of a layer are narrower than the stream
+        return None
 
     # 1. Matrices of the first layer vote for their two sizes.
     first_layer = [sublayer for sublayer in sublayers if sublayer.layer == 0]
@@ -837,6 +955,7 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     leaders = _most_frequent(_votes_of_others(first_layer, sizes, leaders))
     if len(leaders) == 1:
         return leaders[0]
+
     return None
 
 
@@ -846,11 +965,19 @@ def _votes_of_matrices(
     """Return how many matrices that may touch the stream have each size as one of their two."""
     votes: Counter[int] = Counter()
     for sublayer in sublayers:
-        for name, role in sublayer.roles.items():
-            is_inner = _INNER.search(name) is not None
-            if role and not is_inner and not _is_split_by_heads(sublayer, sizes[name]):
-                votes.update(set(_sides(sizes[name])))
+        for name in _outer_matrices(sublayer):
+            shape = sizes[name]
+            # Its sizes are those of a head.
+            if not _is_split_by_heads(sublayer, shape):
+                votes.update(set(_sides(shape)))
+
     return votes
+
+
+def _outer_matrices(sublayer: NamedSublayer) -> list[str]:
+    """Return the matrices with a role that may touch the stream."""
+    names = [name for name, role in sublayer.roles.items() if role]
+    return [name for name in names if _INNER.search(name) is None]
 
 
 def _votes_of_others(
@@ -867,20 +994,21 @@ def _votes_of_others(
     """
     # 1. The modules of the layer.
     paths = set[str]()
-    for sublayer in sublayers:
-        for name in sublayer.roles:
-            paths.update(_numbered_paths(name))
+    for name in chain.from_iterable(sublayer.roles for sublayer in sublayers):
+        paths.update(_numbered_paths(name))
 
     # 2. Tensors in these modules, or outside all layers.
     votes: Counter[int] = Counter()
     for name, shape in sizes.items():
         own_paths = _numbered_paths(name)
-        is_elsewhere = bool(own_paths) and paths.isdisjoint(own_paths)
-        if is_elsewhere or not shape or _INNER.search(name):
+        is_in_other_layer = bool(own_paths) and paths.isdisjoint(own_paths)
+        if is_in_other_layer or _INNER.search(name):
             continue
-        if shape[-1] in candidates:
-            votes[shape[-1]] += 1
-    return votes
+
+        # 3. Their last size. A scalar has none.
+        votes.update(shape[-1:])
+
+    return Counter({size: votes[size] for size in votes if size in candidates})
 
 
 def _most_frequent(votes: Counter[int]) -> list[int]:
@@ -900,33 +1028,47 @@ def _sides(shape: Shape) -> tuple[int, int]:
     For a stack of experts these are the sizes of one of them.
     """
     # 1. A matrix, or a stack of them.
-    is_short_kernel = len(shape) == 3 and shape[-1] <= 4 < shape[0]
-    is_kernel = len(shape) >= 4 or is_short_kernel
-    if not is_kernel:
+    if not _is_kernel(shape):
         return shape[-2], shape[-1]
 
     # 2. The kernel of a convolution. A depthwise one makes as many channels as it reads.
     is_depthwise = shape[1] == 1
     if is_depthwise:
         return shape[0], shape[0]
+
     return shape[0], shape[1]
+
+
+def _is_kernel(shape: Shape) -> bool:
+    """Return whether a tensor is the kernel of a convolution."""
+    if len(shape) >= 4:
+        return True
+
+    # One over a sequence is short, and a stack of matrices is not.
+    return len(shape) == 3 and shape[-1] <= 4 < shape[0]
 
 
 def _mark_fused_gates(
     sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
 ) -> None:
     """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads (Megatron)."""
-    names_of: dict[str, list[str]] = {}
-    for name, role in sublayer.roles.items():
-        names_of.setdefault(role, []).append(name)
-    if width is None or "W_gate" in names_of or "W_2" not in names_of:
+    # 1. A gate of its own leaves nothing to fuse.
+    outputs = _names_of(sublayer, "W_2")
+    if width is None or not outputs:
+        return
+    if _names_of(sublayer, "W_gate"):
         return
 
-    output = names_of["W_2"][0]
-    hidden = _other_side(sizes[output], width)
-    for name in names_of.get("W_1", []):
+    # 2. How many features W_2 reads.
+    hidden = _other_side(sizes[outputs[0]], width)
+    for name in _names_of(sublayer, "W_1"):
         if _other_side(sizes[name], width) == 2 * hidden:
             sublayer.roles[name] = "W_gate_up"
+
+
+def _names_of(sublayer: NamedSublayer, role: str) -> list[str]:
+    """Return the matrices of a sub-layer that have a role."""
+    return [name for name in sublayer.roles if sublayer.roles[name] == role]
 
 
 def _other_side(shape: Shape, width: int) -> int:
@@ -934,6 +1076,7 @@ def _other_side(shape: Shape, width: int) -> int:
     rows, columns = _sides(shape)
     if rows == width:
         return columns
+
     return rows
 
 
@@ -955,6 +1098,7 @@ def _describe_weights(
             weights[name] = _describe_inside(name, shape, sublayer_of[name], width)
         else:
             weights[name] = _describe_outside(name, shape, layer_of_path, width)
+
     return weights
 
 
@@ -963,9 +1107,10 @@ def _describe_inside(
 ) -> NamedWeight:
     """Return the description of a matrix of a sub-layer."""
     role = sublayer.roles[name]
-    fan_in, fan_out = None, None
-    if not _is_split_by_heads(sublayer, shape):
-        fan_in, fan_out = fans_of(role, shape, width)
+    fan_in, fan_out = fans_of(role, shape, width)
+    # The sizes of a head are neither.
+    if _is_split_by_heads(sublayer, shape):
+        fan_in, fan_out = None, None
     return NamedWeight(
         role,
         layer=sublayer.layer,
@@ -991,13 +1136,21 @@ def _describe_outside(
 
 def _layers_by_path(sublayers: Sequence[NamedSublayer]) -> dict[str, tuple[int, str]]:
     """Return the layer and the stack of every numbered module path that lies in one layer only."""
+    # 1. All layers that each path leads to.
     layers_of_path: dict[str, set[tuple[int, str]]] = {}
     for sublayer in sublayers:
         layer = (sublayer.layer, sublayer.stack)
-        for name in sublayer.roles:
-            for path in _numbered_paths(name):
-                layers_of_path.setdefault(path, set()).add(layer)
-    return {path: layers.pop() for path, layers in layers_of_path.items() if len(layers) == 1}
+        paths = chain.from_iterable(map(_numbered_paths, sublayer.roles))
+        for path in paths:
+            layers_of_path.setdefault(path, set()).add(layer)
+
+    # 2. The path of a stack leads to several.
+    only_layer = {}
+    for path, layers in layers_of_path.items():
+        if len(layers) == 1:
+            only_layer[path] = layers.pop()
+
+    return only_layer
 
 
 def _layer_around(
@@ -1007,34 +1160,48 @@ def _layer_around(
     for path in reversed(_numbered_paths(name)):
         if path in layer_of_path:
             return layer_of_path[path]
+
+    # Outside all layers.
     return None, ""
 
 
 def _numbered_paths(name: str) -> list[str]:
     """Return the paths of the numbered modules that a parameter lies in, outer first."""
     tokens = name.split(".")
-    positions = [
-        position for position, token in enumerate(tokens[:-1]) if _NUMBERED.fullmatch(token)
-    ]
-    return [".".join(tokens[: position + 1]) for position in positions]
+    paths = []
+    for position, token in enumerate(tokens[:-1]):
+        if _NUMBERED.fullmatch(token):
+            path = tokens[: position + 1]
+            paths.append(".".join(path))
+
+    return paths
 
 
 def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
-    """Return the role of a vector, or of a matrix outside all sub-layers."""
+    """Return the role of a vector, or of a matrix outside all sub-layers.
+
+    Args:
+        name: of the parameter.
+        shape: as stored.
+        in_layer: whether it lies in a module of a layer.
+    """
     if len(shape) < 2:
         return _role_of_vector(name)
     if not is_matrix(name, shape):
         return ""
 
-    # Embeddings, heads and projections lie outside all numbered modules.
+    # 1. Embeddings, heads and projections lie outside all numbered modules.
     path = name.removesuffix(".weight")
     is_numbered = in_layer or _end_of_block(path.split(".")) > 0
     rules = list(_ANYWHERE_RULES)
     if not is_numbered:
         rules += _OUTSIDE_RULES
+
+    # 2. The first rule that holds.
     for role, words in rules:
         if re.search(words, path):
             return role
+
     return ""
 
 
@@ -1042,11 +1209,15 @@ def _role_of_vector(name: str) -> str:
     """Return the role of a vector: bias, scale, norm_gain, or "" if its name says none."""
     if name.endswith(("bias", "beta")):
         return "bias"
+
+    # A norm may call its gain a scale.
     is_of_norm = _GAIN.search(name) is not None
-    if _SCALE.search(name) and not is_of_norm:
-        return "scale"
     if is_of_norm and name.endswith(("weight", "gamma", "scale", ".g")):
         return "norm_gain"
+
+    if not is_of_norm and _SCALE.search(name):
+        return "scale"
+
     return ""
 
 
@@ -1062,20 +1233,22 @@ def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int
         >>> fans_of("W_2", (16, 64), 16), fans_of("W_2", (64, 16), 16)
         ((64, 16), (64, 16))
     """
+    # 1. What is no linear map, or a table.
     if not role or len(shape) < 2:
         return None, None
     if role in ("embedding", "positions"):
         return shape[-2], shape[-1]
 
-    # 1. Without one side that is the width, the order is that of `nn.Linear`.
+    # 2. Without one side that is the width, the order is that of `nn.Linear`.
     rows, columns = _sides(shape)
     one_side_is_width = (rows == width) != (columns == width)
     if width is None or not one_side_is_width:
         return columns, rows
 
-    # 2. The width is where a matrix reads or writes the stream.
+    # 3. The width is where a matrix reads or writes the stream.
     other = _other_side(shape, width)
     writes_stream = role in ("W_O", "W_2")
     if writes_stream:
         return other, width
+
     return width, other
