@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward, stream_values
-from jacdiag.records.report import SublayerRecord
+from jacdiag.records.report import Interval, SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, DeadBranch, DeadPath
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_off_parts
+from jacdiag.trace.discovery.residual import Site
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import collect, collect_deep, is_float
@@ -61,6 +63,7 @@ def find_dead_paths(
     values = stream_values(sites)
     if sink is None or not leads(sites, values[-1], sink):
         return None
+
     dead = _sublayers_without_gradient(sites, profile)
     paths = []
 
@@ -93,10 +96,12 @@ def find_dead_paths(
 
 def _sublayers_without_gradient(sites: Sites, profile: GradientProfile) -> set[int]:
     """Return the indices of the sub-layers whose parameters get no gradient."""
+    gradients = profile.parameters
     dead = set()
     for index, site in enumerate(sites):
-        if _without_gradient(site.parameters, profile.parameters):
+        if _without_gradient(site.parameters, gradients):
             dead.add(index)
+
     return dead
 
 
@@ -114,11 +119,16 @@ def _by_cutting_calls(
         sink: value that the loss is computed from.
     """
     by_calls: dict[tuple[str, ...], list[int]] = {}
-    for index in sorted(indices):
+    outer = [index for index in sorted(indices) if not sites[index].nested]
+    for index in outer:
         output = sites.raw[index].output
-        if not sites[index].nested and leads(sites, output, sink):
-            calls = tuple(cutting_calls(sites, output, sink))
-            by_calls.setdefault(calls, []).append(index)
+        if not leads(sites, output, sink):
+            continue
+
+        # Each costs a run of the model.
+        calls = tuple(cutting_calls(sites, output, sink))
+        by_calls.setdefault(calls, []).append(index)
+
     return by_calls
 
 
@@ -132,16 +142,9 @@ def _uncovered_cut_off(
     if profile.parameters is None:
         return []
 
-    # 1. Group the products by the calls that cut them off. Each costs a run; a model has few
-    #    products outside its sub-layers.
+    # 1. Group the products by the calls that cut them off.
     readers = _silent_products(sites, profile.parameters)
-    by_calls: dict[tuple[str, ...], list[str]] = {}
-    for index in list(readers)[:_MOST_UNCOVERED]:
-        result = _first_live_output(sites, index)
-        if result is not None and leads(sites, result, sink):
-            calls = tuple(cutting_calls(sites, result, sink))
-            by_calls.setdefault(calls, []).extend(readers[index])
-    by_calls.pop((), None)
+    by_calls = _readers_by_cutting_calls(sites, readers, sink)
     if not by_calls:
         return []
 
@@ -155,26 +158,60 @@ def _uncovered_cut_off(
         if not is_frozen:
             names = _with_their_parts(members, parts, frozen)
         paths.append(DeadPath(names, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
+
     return paths
+
+
+def _readers_by_cutting_calls(
+    sites: Sites, readers: Mapping[int, list[str]], sink: int
+) -> dict[tuple[str, ...], list[str]]:
+    """Return parameters of products by the calls that cut their result off from the loss.
+
+    Args:
+        sites: of one recorded forward.
+        readers: product -> the parameters that it reads. Those that do not lead to the loss, and
+            those with a way that has a gradient, are left out.
+        sink: value that the loss is computed from.
+    """
+    by_calls: dict[tuple[str, ...], list[str]] = {}
+    # Each costs a run. A model has few products outside its sub-layers.
+    for index in list(readers)[:_MOST_UNCOVERED]:
+        result = _first_live_output(sites, index)
+        if result is None or not leads(sites, result, sink):
+            continue
+
+        calls = tuple(cutting_calls(sites, result, sink))
+        if calls:
+            by_calls.setdefault(calls, []).extend(readers[index])
+
+    return by_calls
 
 
 def _silent_products(sites: Sites, gradients: Mapping[str, float]) -> dict[int, list[str]]:
     """Return the products that read uncovered parameters without a gradient, with their names."""
-    names = [name for name in sites.coverage.uncovered if gradients.get(name) == 0]
+    silent = {name for name in sites.coverage.uncovered if gradients.get(name) == 0}
     readers: dict[int, list[str]] = {}
     for node in sites.graph.nodes:
+        if not sites.finder.is_product(node.index):
+            continue
+
+        # Any other product has a gradient, or lies in a sub-layer.
         read = parameters_of(sites.graph, (node.index,), sites.skeleton)
-        silent = [name for name in read if name in names]
-        if silent and sites.finder.is_product(node.index):
-            readers[node.index] = silent
+        names = [name for name in read if name in silent]
+        if names:
+            readers[node.index] = names
+
     return readers
 
 
 def _first_live_output(sites: Sites, node: int) -> int | None:
     """Return the first result of a call that depends on the input of the model."""
-    for value in sites.graph.nodes[node].outputs:
-        if sites.graph.values[value].live:
+    graph = sites.graph
+    for value in graph.nodes[node].outputs:
+        if graph.values[value].live:
             return value
+
+    # All were computed from weights alone.
     return None
 
 
@@ -185,11 +222,15 @@ def _with_their_parts(
 
     These include gains and biases.
     """
-    names = list(members)
+    # 1. All of these parts.
+    names = dict.fromkeys(members)
     for part in parts:
-        if not set(members).isdisjoint(part):
-            names += part
-    return [name for name in dict.fromkeys(names) if name not in frozen]
+        holds_some = not set(members).isdisjoint(part)
+        if holds_some:
+            names |= dict.fromkeys(part)
+
+    # 2. What is frozen has no gradient for another reason.
+    return [name for name in names if name not in frozen]
 
 
 def _embeddings_cut_off(
@@ -198,19 +239,25 @@ def _embeddings_cut_off(
     """Return the embeddings without a gradient that calls without a derivative cut off."""
     if profile.parameters is None:
         return []
+
     paths = []
-    for name in sites.coverage.embedding:
-        is_table = sites.skeleton.outlines[name].dim() >= 2
-        is_silent = profile.parameters.get(name) == 0
-        if not is_table or not is_silent:
+    outlines = sites.skeleton.outlines
+    tables = [name for name in sites.coverage.embedding if outlines[name].dim() >= 2]
+    for name in tables:
+        # 1. One that gets nothing, and leads to the loss.
+        if profile.parameters.get(name) != 0:
             continue
+
         result = _first_value_made_from(sites, name)
         if result is None or not leads(sites, result, sink):
             continue
+
+        # 2. The calls that cut it off.
         calls = cutting_calls(sites, result, sink)
         if calls:
             path = DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen)
             paths.append(path)
+
     return paths
 
 
@@ -218,10 +265,14 @@ def _first_value_made_from(sites: Sites, parameter: str) -> int | None:
     """Return the first live value that a call makes from a parameter."""
     graph = sites.graph
     for node in graph.nodes:
-        if parameter in parameters_of(graph, (node.index,), sites.skeleton):
-            result = _first_live_output(sites, node.index)
-            if result is not None:
-                return result
+        if parameter not in parameters_of(graph, (node.index,), sites.skeleton):
+            continue
+
+        # A call may read it before the input does.
+        result = _first_live_output(sites, node.index)
+        if result is not None:
+            return result
+
     return None
 
 
@@ -229,32 +280,34 @@ def _cut_off(
     sites: Sites, members: Sequence[int], calls: list[str], frozen: Collection[str]
 ) -> DeadPath:
     """Return the dead path of sub-layers that the same calls cut off."""
-    names = [sites[index].name for index in members]
+    names = []
     parameters: set[str] = set()
     for index in members:
+        names.append(sites[index].name)
         parameters.update(sites[index].parameters)
+
     is_frozen = parameters <= set(frozen)
     return DeadPath(names, stream=True, cause="cut", calls=calls, frozen=is_frozen)
 
 
 def _break_in(norms: Sequence[float]) -> int | None:
     """Return the last of the leading points that have no gradient; None if the first has one."""
-    last = None
-    for place, value in enumerate(norms):
-        if value != 0:  # NaN is not zero
-            break
-        last = place
-    return last
+    # NaN is not zero.
+    leading = list(takewhile(lambda norm: norm == 0, norms))
+    if not leading:
+        return None
+
+    return len(leading) - 1
 
 
 def _without_gradient(names: Sequence[str], gradients: Mapping[str, float] | None) -> bool:
     """Return whether none of the parameters gets a gradient, as far as it was measured."""
     if gradients is None:
         return False
-    known = [gradients[name] for name in names if name in gradients]
-    if not known:
-        return False
-    return all(value == 0 for value in known)
+
+    # Without one that was measured, nothing is known.
+    measured = {gradients[name] for name in names if name in gradients}
+    return measured == {0.0}
 
 
 def _sublayers_before(
@@ -264,15 +317,23 @@ def _sublayers_before(
 
     Those that read the last point itself are among them only if their parameters get nothing: the
     break lies after the point, and what reads it may be past the break.
+
+    Args:
+        sites: of one recorded forward.
+        values: the points of the stream.
+        place: of the point among them.
+        dead: indices of the sub-layers whose parameters get nothing.
     """
     before: set[int] = set()
     at_the_point: set[int] = set()
-    for index in sites.streams.main:
-        group = sites.streams.groups[index]
+    groups = [sites.streams.groups[index] for index in sites.streams.main]
+    for group in groups:
         if group.shortcut in values[:place]:
             before.update(group.sites)
+        # Parallel branches read one point.
         if group.shortcut == values[place]:
             at_the_point.update(group.sites)
+
     return before | at_the_point.intersection(dead)
 
 
@@ -334,9 +395,7 @@ def _undescribed_stream_path(
 ) -> DeadPath:
     """Return the dead path of the main stream below a break, without a cause."""
     names = [sites[index].name for index in sorted(below)]
-    inside: set[str] = set()
-    for index in below:
-        inside.update(sites[index].parameters)
+    inside = set(chain.from_iterable(sites[index].parameters for index in below))
 
     # 1. Whether the gradient reaches the parameters by another way.
     elsewhere = False
@@ -351,14 +410,24 @@ def _undescribed_stream_path(
 
 def _joint_norm(names: Sequence[str], gradients: Mapping[str, float] | None) -> float | None:
     """Return the norm of the gradient of several parameters; None unless each was measured."""
-    if gradients is None or any(name not in gradients for name in names):
+    if gradients is None:
         return None
-    return sum(gradients[name] ** 2 for name in names) ** 0.5
+
+    # A norm of some of them would be too small.
+    was_measured = gradients.keys() >= set(names)
+    if not was_measured:
+        return None
+
+    squares = [gradients[name] ** 2 for name in names]
+    return sum(squares) ** 0.5
 
 
 def _is_head(sites: Sites, name: str) -> bool:
     """Return whether a parameter is a matrix of the head."""
-    return name in sites.coverage.head and sites.skeleton.outlines[name].dim() >= 2
+    if name not in sites.coverage.head:
+        return False
+
+    return sites.skeleton.outlines[name].dim() >= 2
 
 
 def _branch_path(
@@ -378,11 +447,8 @@ def _branch_path(
     def alive() -> bool:
         return any(run_backward(sites, token_ids, [], watched).parameters.values())
 
-    term = raw.result
-    if term is None:
-        term = raw.term.operand
     try:
-        calls = [] if term is None else cutting_calls(sites, raw.shortcut, term)
+        calls = _calls_cutting_branch(sites, raw)
         if calls:
             return replace(path, cause="cut", calls=calls)
         causes, together = reviving(skeleton, suspects_of(sites, index), alive)
@@ -391,17 +457,33 @@ def _branch_path(
     if not causes:
         return path
 
-    # 2. Describe the parameters that are the cause.
+    # 2. Describe the parameters that are the cause. A buffer has no gradient.
     learned = all(name in skeleton.params for name in causes)
+    own_gradient = None
+    if learned:
+        own_gradient = 0.0
     return replace(
         path,
         cause="zero",
         parameters=causes,
         values=constants(skeleton, causes),
         together=together,
-        own_gradient=0.0 if learned else None,
+        own_gradient=own_gradient,
         learned=learned,
     )
+
+
+def _calls_cutting_branch(sites: Sites, raw: Site) -> list[str]:
+    """Return the calls that take the gradient on every way through a branch."""
+    end = raw.result
+    if end is None:
+        end = raw.term.operand
+
+    # A term without a value of its own cannot be looked at.
+    if end is None:
+        return []
+
+    return cutting_calls(sites, raw.shortcut, end)
 
 
 # -- from one value to another ---------------------------------------------
@@ -413,40 +495,58 @@ def loss_value(sites: Sites) -> int | None:
     target = loss_input(sites.output)
     tensors: list[Tensor] = []
     collect_deep(sites.output, tensors)
+    # The graph lists its outputs in the same order.
     for tensor, value in zip(tensors, sites.graph.outputs, strict=False):
         if tensor is target:
             return value
+
     return None
 
 
 def leads(sites: Sites, source: int, sink: int) -> bool:
     """Return whether a value reaches another, also through calls that have no derivative."""
-    return source == sink or bool(calls_between(sites, source, sink))
+    if source == sink:
+        return True
+
+    return len(calls_between(sites, source, sink)) > 0
 
 
 def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
     """Return the calls that lead from one value to another, in ascending order.
 
     Calls without a derivative are among them.
+
+    Args:
+        sites: of one recorded forward.
+        source: value to start from.
+        sink: value to arrive at.
     """
-    # 1. All that leads to the sink.
     graph = sites.graph
-    first_call = graph.values[source].node
-    upstream: set[int] = set()
-    stack = [sink]
-    while stack:
-        node = graph.values[stack.pop()].node
-        if node > first_call and node >= 0 and node not in upstream:
-            upstream.add(node)
-            stack += [value for value in graph.nodes[node].inputs if graph.values[value].live]
-    # 2. Of that, what the source reaches.
+    upstream = _calls_upstream(graph, sink, after=graph.values[source].node)
+    # Of what leads to the sink, what the source reaches.
     reached = {source}
     between = []
     for node in sorted(upstream):
         if reached.intersection(graph.nodes[node].inputs):
             between.append(node)
             reached.update(graph.nodes[node].outputs)
+
     return between
+
+
+def _calls_upstream(graph: Graph, sink: int, after: int) -> set[int]:
+    """Return the calls that lead to a value, of those that come after a given one."""
+    upstream: set[int] = set()
+    stack = [sink]
+    while stack:
+        node = graph.values[stack.pop()].node
+        # Inputs and weights of the model have negative numbers.
+        is_later = node > max(after, -1)
+        if is_later and node not in upstream:
+            upstream.add(node)
+            stack += _live_inputs(graph, node)
+
+    return upstream
 
 
 class Cuts(TorchFunctionMode):
@@ -462,9 +562,16 @@ class Cuts(TorchFunctionMode):
 
     def calls_before(self, tensor: Tensor) -> frozenset[str]:
         """Return the calls that took the gradient from what leads to a tensor."""
-        reference, calls = self.lost.get(id(tensor), (None, frozenset()))
-        is_same_tensor = reference is not None and reference() is tensor
-        return calls if is_same_tensor else frozenset()
+        entry = self.lost.get(id(tensor))
+        if entry is None:
+            return frozenset()
+
+        # Another tensor may have been at this address before.
+        reference, calls = entry
+        if reference() is not tensor:
+            return frozenset()
+
+        return calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # 1. Run the call.
@@ -482,22 +589,30 @@ class Cuts(TorchFunctionMode):
         had_gradient = any(tensor.requires_grad for tensor in inputs)
 
         # 3. A float that lost its gradient in this call lost it by this call.
-        for tensor in outputs:
-            is_new = not any(tensor is other for other in inputs)
-            if not is_float(tensor) or not is_new:
-                continue
+        new = [tensor for tensor in outputs if not _holds(inputs, tensor)]
+        for tensor in filter(is_float, new):
             calls = inherited
             if had_gradient and not tensor.requires_grad:
                 calls = calls | {_name_cut(func)}
             if calls:
                 self.lost[id(tensor)] = (weakref.ref(tensor), calls)
+
         return result
 
 
+def _holds(tensors: Iterable[Tensor], tensor: Tensor) -> bool:
+    """Return whether a tensor itself is among others."""
+    return any(tensor is other for other in tensors)
+
+
 def _name_cut(func: Any) -> str:
+    """Return what took the gradient, and where: "detach in model.py:12"."""
     name = getattr(func, "__name__", str(func))
+    # The getter of an attribute, such as `tensor.data`.
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+
+    # Under no_grad any call takes the gradient.
     if not torch.is_grad_enabled():
         name = "no_grad"
     return f"{name} in {_line_of_the_model()}"
@@ -511,6 +626,7 @@ def _line_of_the_model() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PLUMBING):
         frame = frame.f_back
+
     return f"{_readable_path(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
@@ -520,7 +636,10 @@ def _readable_path(file: str) -> str:
     Any other path is returned in full.
     """
     _, installed, inside = file.rpartition("site-packages/")
-    return inside if installed else file.removeprefix(f"{Path.cwd()}/")
+    if installed:
+        return inside
+
+    return file.removeprefix(f"{Path.cwd()}/")
 
 
 def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
@@ -534,11 +653,15 @@ def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
     Returns:
         The calls in alphabetical order; [] if a way with a gradient is left.
     """
+    # 1. The loss's input.
     cuts = Cuts()
     if sink == loss_value(sites):
         result = _output_of_run(sites, source, cuts)
-        return [] if result.requires_grad else sorted(cuts.calls_before(result))
+        if result.requires_grad:
+            return []
+        return sorted(cuts.calls_before(result))
 
+    # 2. A point of the run.
     has_gradient: list[bool] = []
     calls: list[frozenset[str]] = []
 
@@ -550,11 +673,13 @@ def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
     run_backward(sites, None, [source, sink], watch=cuts, visit=visit, backward=False)
     if any(has_gradient) or not calls:
         return []
+
     return sorted(calls[-1])
 
 
 def _output_of_run(sites: Sites, source: int, cuts: Cuts) -> Tensor:
     """Return the loss's input of a run in which `source` alone has a gradient."""
+    # 1. Where the source gets its gradient: an input of the model is replaced before it runs.
     spot = sites.replayer.spot_of(source, 0)
 
     def visit(_spot: Any, tensor: Tensor) -> Tensor:
@@ -565,6 +690,8 @@ def _output_of_run(sites: Sites, source: int, cuts: Cuts) -> Tensor:
     if spot.key is None:
         replaced[source] = visit(spot, sites.replayer.calls[0].tensors[source].detach().clone())
         spots = []
+
+    # 2. The run.
     with torch.enable_grad(), sites.replayer.whole_graph(), cuts:
         output = sites.replayer.tapped(spots, visit, replaced=replaced)
     result = loss_input(output)
@@ -588,7 +715,9 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
 
     # 1. A weight that was drawn is no suspect: it has two different elements of a usual size.
     suspects = [name for name in dict.fromkeys(names) if _can_block(tensor_of(skeleton, name))]
-    if not suspects or not _alive_with(skeleton, suspects, alive):
+    if not suspects:
+        return [], False
+    if not _alive_with(skeleton, suspects, alive):
         return [], False
 
     # 2. One alone may be enough. Zeros are tried first; the order is kept otherwise.
@@ -598,8 +727,10 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
         return alone, False
 
     # 3. Else take away what is not needed. If there are too many to try, no cause is named.
-    if len(suspects) > 2 * _MOST:
+    are_too_many = len(suspects) > 2 * _MOST
+    if are_too_many:
         return [], False
+
     needed = _without_unneeded(skeleton, suspects, alive)
     return needed, len(needed) > 1
 
@@ -611,9 +742,14 @@ def _without_unneeded(skeleton: Skeleton, suspects: Sequence[str], alive: Alive)
     """
     needed = list(suspects)
     for name in reversed(suspects):
+        # The last one that is left is needed.
         fewer = [other for other in needed if other != name]
-        if fewer and _alive_with(skeleton, fewer, alive):
+        if not fewer:
+            break
+
+        if _alive_with(skeleton, fewer, alive):
             needed = fewer
+
     return needed
 
 
@@ -621,13 +757,19 @@ def _can_block(tensor: Tensor) -> bool:
     """Return whether a tensor may stop a signal: it holds one number, or numbers near zero."""
     if _is_constant(tensor):
         return True
-    return tensor.is_floating_point() and bool(tensor.detach().abs().max() < NEGLIGIBLE)
+    if not tensor.is_floating_point():
+        return False
+
+    largest = tensor.detach().abs().max()
+    return bool(largest < NEGLIGIBLE)
 
 
 def _is_constant(tensor: Tensor) -> bool:
     """Return whether all elements of a floating tensor are one number."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    has_numbers = tensor.is_floating_point() and tensor.numel() > 0
+    if not has_numbers:
         return False
+
     flat = tensor.detach().reshape(-1)
     return bool((flat == flat[0]).all())
 
@@ -645,9 +787,11 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
     Those of buffers are positive: a variance below zero would make a branch NaN, which is not zero
     either.
     """
+    # 1. What they hold now.
     assert isinstance(skeleton.params, dict)
     params = {name: skeleton.params[name] for name in names if name in skeleton.params}
     buffers = {name: skeleton.buffers[name] for name in names if name not in params}
+    # 2. Other values for the time of the block.
     generator = torch.Generator().manual_seed(0)
     try:
         for name in names:
@@ -667,21 +811,34 @@ def tensor_of(skeleton: Skeleton, name: str) -> Tensor:
     """Return a parameter or a buffer of the skeleton."""
     if name in skeleton.params:
         return skeleton.params[name]
+
     return skeleton.buffers[name]
 
 
 def suspects_of(sites: Sites, index: int) -> list[str]:
     """Return the parameters of a branch and the buffers that its calls read."""
-    graph, skeleton = sites.graph, sites.skeleton
     buffers: dict[str, None] = {}
     for call in sites.raw[index].calls:
-        for value in graph.nodes[call].inputs:
-            record = graph.values[value]
-            if record.node != STATE or record.name not in skeleton.buffers:
-                continue
-            if skeleton.buffers[record.name].is_floating_point():
-                buffers[record.name] = None
+        read = sites.graph.nodes[call].inputs
+        buffers |= dict.fromkeys(_floating_buffers(sites, read))
+
     return [*sites[index].parameters, *buffers]
+
+
+def _floating_buffers(sites: Sites, values: Iterable[int]) -> list[str]:
+    """Return the names of the values that are buffers. Those of integers are left out."""
+    buffers = sites.skeleton.buffers
+    names = []
+    for value in values:
+        record = sites.graph.values[value]
+        if record.node != STATE or record.name not in buffers:
+            continue
+
+        # Positions and masks block no signal.
+        if buffers[record.name].is_floating_point():
+            names.append(record.name)
+
+    return names
 
 
 # -- branches that are zero ---------------------------------------------
@@ -697,25 +854,40 @@ def find_dead_branches(
         profile: gradients of the same model, as far as they were measured.
     """
     norms = {record.index: record.branch_norm for record in records}
-    gradients = profile.parameters if profile is not None else None
+    gradients = None
+    if profile is not None:
+        gradients = profile.parameters
+
     branches = {}
     for position, site in enumerate(sites):
+        # One inside another branch, or without parameters, is computed so.
         if site.nested or not site.parameters:
             continue
+
         interval = norms.get(site.index)
-        is_zero_map = interval is not None and interval.upper == 0
-        if is_zero_map and bool(site.shortcut.any()):
+        if _is_zero_map(site, interval):
             branches[site.index] = _with_gradient(_dead_branch(sites, position), gradients)
+
     return branches
+
+
+def _is_zero_map(site: Sublayer, norm: Interval | None) -> bool:
+    """Return whether the Jacobian of a branch is zero although its input is not."""
+    if norm is None or norm.upper != 0:
+        return False
+
+    return bool(site.shortcut.any())
 
 
 def _with_gradient(branch: DeadBranch, gradients: Mapping[str, float] | None) -> DeadBranch:
     """Return a dead branch with the norm of the gradient of its causes, where it was measured."""
     if not branch.parameters:
         return branch
+
     norm = _joint_norm(branch.parameters, gradients)
     if norm is None:
         return branch
+
     return replace(branch, own_gradient=norm)
 
 
@@ -739,7 +911,9 @@ def _dead_branch(sites: Sites, position: int) -> DeadBranch:
         return DeadBranch(is_zero)
 
     # 2. Whether the cause is the same in every layer.
-    pool = _parameters_elsewhere(sites, site) if inside else set(skeleton.params)
+    pool = set(skeleton.params)
+    if inside:
+        pool = _parameters_elsewhere(sites, site)
     learned = all(name in skeleton.params for name in causes)
     alike = False
     if causes and learned:
@@ -759,18 +933,18 @@ def _branch_depends(site: Sublayer) -> bool:
         value = site.branch(x)
         if not value.requires_grad:
             return False
-        total = value.square().sum() + value.sum()
-        (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
-    return gradient is not None and bool((gradient != 0).any())
+
+        return _has_derivative(value, x)
 
 
 def _parameters_elsewhere(sites: Sites, site: Sublayer) -> set[str]:
     """Return the parameters of all other sub-layers that are not this one's too."""
+    others = [other for other in sites if other is not site]
     names: set[str] = set()
-    for other in sites:
-        if other is not site:
-            names.update(other.parameters)
-    return names - set(site.parameters)
+    for other in others:
+        names.update(other.parameters)
+
+    return names.difference(site.parameters)
 
 
 def _gates_outside(sites: Sites, position: int) -> list[str]:
@@ -778,29 +952,39 @@ def _gates_outside(sites: Sites, position: int) -> list[str]:
 
     At most `_GATES` are returned.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
     for call in sorted(_calls_feeding(sites, position), reverse=True):
-        for name in parameters_of(sites.graph, (call,), sites.skeleton):
-            if name not in names and _can_block(sites.skeleton.params[name]):
-                names.append(name)
+        names |= dict.fromkeys(_gates_of_call(sites, call))
+        # The nearest call comes first.
         if len(names) >= _GATES:
             break
-    return names[:_GATES]
+
+    return list(names)[:_GATES]
+
+
+def _gates_of_call(sites: Sites, call: int) -> list[str]:
+    """Return the parameters of a call that may stop a signal."""
+    names = parameters_of(sites.graph, (call,), sites.skeleton)
+    return [name for name in names if _can_block(sites.skeleton.params[name])]
 
 
 def _calls_feeding(sites: Sites, position: int) -> set[int]:
     """Return the calls outside a branch whose results it reads, apart from its shortcut."""
+    # 1. What the branch reads.
     graph, raw = sites.graph, sites.raw[position]
     own_calls = set(raw.calls)
-    stack = []
-    for call in own_calls:
-        stack += [value for value in _live_inputs(graph, call) if value != raw.shortcut]
+    inputs = chain.from_iterable(_live_inputs(graph, call) for call in own_calls)
+    stack = [value for value in inputs if value != raw.shortcut]
+
+    # 2. Everything before that.
     feeding: set[int] = set()
     while stack:
         call = graph.values[stack.pop()].node
-        if call >= 0 and call not in feeding and call not in own_calls:
+        is_outside = call >= 0 and call not in own_calls
+        if is_outside and call not in feeding:
             feeding.add(call)
             stack += _live_inputs(graph, call)
+
     return feeding
 
 
@@ -818,6 +1002,7 @@ def _depends(sites: Sites, position: int) -> bool:
     source, end = replayer.spot_of(raw.shortcut, 0), replayer.end_of(raw, 0)
     if source.where is Where.ARGUMENT:
         return False
+
     leaves: list[Tensor] = []
     depends = False
 
@@ -830,17 +1015,26 @@ def _depends(sites: Sites, position: int) -> bool:
 
         # 2. The end of the branch is differentiated by it.
         if leaves and tensor.requires_grad:
-            total = tensor.square().sum() + tensor.sum()
-            (gradient,) = torch.autograd.grad(
-                total, leaves[-1], retain_graph=True, allow_unused=True
-            )
-            if gradient is not None and bool((gradient != 0).any()):
-                depends = True
+            depends = depends or _has_derivative(tensor, leaves[-1])
         return tensor
 
     with torch.enable_grad(), replayer.whole_graph():
         replayer.tapped([source, end], visit)
+
     return depends
+
+
+def _has_derivative(value: Tensor, leaf: Tensor) -> bool:
+    """Return whether the derivative of a value by a leaf is anything but zero.
+
+    The sum alone would not do: the sum over a softmax does not depend on its input.
+    """
+    total = value.square().sum() + value.sum()
+    (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return False
+
+    return bool((gradient != 0).any())
 
 
 def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
@@ -855,6 +1049,7 @@ def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
             values.append(float(tensor.flatten()[0]))
         else:
             values.append(float(tensor.abs().max()))
+
     return values
 
 
@@ -873,10 +1068,13 @@ def _one_number_apart(first: str, second: str) -> bool:
     first_parts, second_parts = first.split("."), second.split(".")
     if len(first_parts) != len(second_parts):
         return False
+
+    # The parts that differ.
     pairs = zip(first_parts, second_parts, strict=True)
-    different = [(a, b) for a, b in pairs if a != b]
+    different = [pair for pair in pairs if pair[0] != pair[1]]
     if len(different) != 1:
         return False
+
     return all(part.isdigit() for part in different[0])
 
 

@@ -16,6 +16,7 @@ from jacdiag.records.report import SublayerRecord
 from jacdiag.records.structure import ZeroShortcut
 from jacdiag.trace import Sites
 from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.residual import Site
 
 
 def with_structure(
@@ -38,6 +39,7 @@ def with_structure(
     # Weights that are read from a file are those of a checkpoint, not of an init.
     if sites.skeleton.stored is not None:
         return contract
+
     return replace(
         contract,
         adapters=adapters_of(sites.skeleton.params),
@@ -59,14 +61,24 @@ def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[Z
     for site, raw in zip(sites, sites.raw, strict=True):
         if site.nested or site.index not in zero_gains:
             continue
-        if not bool(site.shortcut.any()):
-            continue
-        node, place = raw.carrier
-        terms = sites.graph.nodes[node].terms or ()
-        calls: Iterable[int] = ()
-        if terms:
-            calls = sites.finder.cone(raw.shortcut, terms[place].values)
-        names = parameters_of(sites.graph, calls, sites.skeleton)
-        zero = [name for name in names if not bool(sites.skeleton.params[name].any())]
-        shortcuts.append(ZeroShortcut(site.name, zero))
+
+        has_signal = bool(site.shortcut.any())
+        if has_signal:
+            zero = _zero_parameters_on_shortcut(sites, raw)
+            shortcuts.append(ZeroShortcut(site.name, zero))
+
     return shortcuts
+
+
+def _zero_parameters_on_shortcut(sites: Sites, raw: Site) -> list[str]:
+    """Return the parameters of zeros between a shortcut and the sum that it enters."""
+    # 1. The calls from the shortcut to the term of the sum.
+    node, place = raw.carrier
+    terms = sites.graph.nodes[node].terms
+    calls: Iterable[int] = ()
+    if terms:
+        calls = sites.finder.cone(raw.shortcut, terms[place].values)
+
+    # 2. What they read.
+    names = parameters_of(sites.graph, calls, sites.skeleton)
+    return [name for name in names if not bool(sites.skeleton.params[name].any())]
