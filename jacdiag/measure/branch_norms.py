@@ -88,8 +88,12 @@ class Solver:
     """
 
     def __init__(self, one: Linearised, effort: Effort, token_ids: Tensor | None = None) -> None:
-        self.one, self.effort, self.token_ids = one, effort, token_ids
-        self.decided = effort.decided(one.site) if effort.decided is not None else {}
+        self.one = one
+        self.effort = effort
+        self.token_ids = token_ids
+        self.decided: Mapping[str, Decide] = {}  # by field
+        if effort.decided is not None:
+            self.decided = effort.decided(one.site)
         self.products = 0
 
     def norms(self) -> Norms:
@@ -114,29 +118,39 @@ class Solver:
             inner.release()
 
         # 3. Name them.
-        return Norms(
-            core=intervals["branch_norm"] if core_is_branch else intervals.get("core_norm"),
+        norms = Norms(
+            core=intervals.get("core_norm"),
             branch=intervals["branch_norm"],
             residual=intervals.get("residual_norm"),
-            why={"residual_norm": why} if operator is None else {},
             products=self.products,
         )
+        if core_is_branch:
+            norms.core = norms.branch
+        if operator is None:
+            norms.why["residual_norm"] = why
+        return norms
 
     def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
         """Solve each norm, or let it inherit from the one before where that decides the rules."""
+        # 1. The core.
         solved = {}
         if "core_norm" in maps:
             solved["core_norm"] = self.solve(maps["core_norm"], "core_norm")
+
+        # 2. The branch, which may inherit from the core.
         branch = self._branch_of(solved.get("core_norm"))
         if branch is None:
             branch = self.solve(maps["branch_norm"], "branch_norm")
         solved["branch_norm"] = branch
-        if "residual_norm" in maps:
-            operator = maps["residual_norm"]
-            residual = self._residual_of(branch, operator)
-            if residual is None:
-                residual = self.solve(operator, "residual_norm")
-            solved["residual_norm"] = residual
+        if "residual_norm" not in maps:
+            return solved
+
+        # 3. The residual map, which may inherit from the branch.
+        operator = maps["residual_norm"]
+        residual = self._residual_of(branch, operator)
+        if residual is None:
+            residual = self.solve(operator, "residual_norm")
+        solved["residual_norm"] = residual
         return solved
 
     def solve(self, operator: Operator, name: str) -> Solution:
@@ -171,8 +185,12 @@ class Solver:
     def _branch_of(self, core: Solution | None) -> Solution | None:
         """Return the branch's norm by that of its core, if that decides the rules."""
         norm = self.one.site.input_norm
-        if core is None or norm is None or not norm.closed_form:
+        if core is None or norm is None:
             return None
+        # Only then is its largest gain known.
+        if not norm.closed_form:
+            return None
+
         # The largest gain of each independent index.
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
         largest = gains.amax(1).double().cpu().numpy()
@@ -181,10 +199,13 @@ class Solver:
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
         """Return the residual norm by that of the branch, if that decides the rules."""
         gain = self.one.site.shortcut_gain
-        if self.one.site.after is not None or gain is None:
+        has_post_norm = self.one.site.after is not None
+        if has_post_norm or gain is None:
             return None
-        most = abs(gain) if isinstance(gain, float) else float(gain.abs().max())
-        return self._taken(operator, branch, most + branch.upper, "residual_norm")
+
+        # The shortcut adds at most its largest factor.
+        largest = abs(gain) if isinstance(gain, float) else float(gain.abs().max())
+        return self._taken(operator, branch, largest + branch.upper, "residual_norm")
 
     def _taken(
         self, operator: Operator, source: Solution, upper: Any, name: str
@@ -192,16 +213,21 @@ class Solver:
         """Return the inherited ends, if the rules are decided by them."""
         if not np.isfinite(upper).all():
             return None
+
+        # 1. The lower end costs one product.
         tol, confidence = self.effort.tol, self.effort.confidence
         solution = inherited(operator, source.right, upper, confidence=confidence, tol=tol)
         self.products += solution.products
-        decide = self.decided.get(name)
-        done = False
-        if decide is not None:
-            done = decide(float(solution.lower.max()), float(solution.upper.max()))
-        if done or solution.converged:
+        if solution.converged:
             return solution
-        return None
+
+        # 2. Ends that are far apart are used if they decide the rules.
+        decide = self.decided.get(name)
+        if decide is None:
+            return None
+
+        is_decided = decide(float(solution.lower.max()), float(solution.upper.max()))
+        return solution if is_decided else None
 
 
 def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
@@ -212,6 +238,7 @@ def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
     site = one.site
     if site.heads is None:
         return None
+
     operator = JacobianOperator(site.heads, site.normalized, ())
     try:
         # Sequences are independent if the heads still have them as their first dimension.

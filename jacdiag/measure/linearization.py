@@ -75,22 +75,28 @@ def linearise(site: Sublayer) -> Linearised:
         inner.set_batch_dims(dims)
         owned.append(inner)
         return Linearised(site, branch, inner, owned, dims, {}, pulls)
+
     return Linearised(site, branch, main, owned, dims, {}, pulls)
 
 
 def _is_factored(site: Sublayer) -> bool:
     """Return whether the branch begins with a norm whose output is laid out as the shortcut."""
     norm = site.input_norm
-    if norm is None or not norm.aligned:
+    if norm is None:
         return False
-    return norm.value.shape == site.shortcut.shape
+
+    has_same_shape = norm.value.shape == site.shortcut.shape
+    return norm.aligned and has_same_shape
 
 
 def _norm_jacobian(site: Sublayer) -> Local:
+    """Return the Jacobian of the norm at the beginning of a branch."""
     norm = site.input_norm
     assert norm is not None
+    # Without a gain and a bias that are known, it is differentiated like any other map.
     if norm.closed_form:
         return NormJacobian(norm.value, norm.gain, centred=norm.centred, batch_dims=())
+
     return JacobianOperator(site.norm, site.shortcut, ())
 
 
@@ -103,13 +109,17 @@ def residual_map(
     """
     if site.value.shape != site.shortcut.shape:
         return None, [], "branch and shortcut have different shapes"
+
     operator, owned = _with_shortcut(site, branch, dims)
     if site.after is None or site.total is None:
         return operator, owned, ""
+
+    # The norm after the sum.
     post_norm = JacobianOperator(site.after, site.total, ())
     owned = [*owned, post_norm]
     if post_norm.value.shape != site.total.shape:
         return None, owned, "the norm after the sum changes the shape"
+
     post_norm.set_batch_dims(dims)
     return Composed(post_norm, operator), owned, ""
 
@@ -117,9 +127,12 @@ def residual_map(
 def _with_shortcut(
     site: Sublayer, branch: Operator, dims: tuple[int, ...]
 ) -> tuple[Operator, list[Local]]:
+    """Return a branch with its shortcut, and the operators made for it."""
     gain = site.shortcut_gain
     if isinstance(gain, float):
         return Shifted(branch, gain), []
+
+    # The shortcut enters the sum through a map of its own.
     assert site.carry is not None
     carry = JacobianOperator(site.carry, site.shortcut, ())
     carry.set_batch_dims(dims)

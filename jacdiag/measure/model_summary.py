@@ -18,13 +18,14 @@ def model_record(model: nn.Module, sites: Sites) -> ModelRecord:
         >>> record.layers, record.width, record.parameters == record.covered_parameters
         (1, 8, True)
     """
-    params, covered = sites.skeleton.outlines, sites.coverage.covered()
+    sizes = {name: outline.numel() for name, outline in sites.skeleton.outlines.items()}
+    covered = sites.coverage.covered()
     return ModelRecord(
         name=type(model).__name__,
-        parameters=sum(p.numel() for p in params.values()),
+        parameters=sum(sizes.values()),
         layers=sites.layers,
         width=int(sites[0].shortcut.shape[sites[0].feature_dim]),
-        covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
+        covered_parameters=sum(size for name, size in sizes.items() if name in covered),
         uncovered=list(sites.coverage.uncovered),
         uncovered_reasons=sites.coverage.uncovered,
         left_out=[str(item) for item in sites.left_out],

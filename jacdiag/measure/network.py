@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def end_to_end(
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
 
     # 2. The dimensions over which it is made of independent problems.
-    members = [sites[index] for group in groups for index in group.sites]
-    dims = _trivially_independent(members)
+    members = chain.from_iterable(group.sites for group in groups)
+    dims = _trivially_independent([sites[index] for index in members])
     if dims is None or not _keeps(dims, operator.value.shape):
         dims = independent_dims(
             operator.pull_shaped,
@@ -93,11 +94,15 @@ def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | Non
     mix: that is always safe, and examining the chain costs two products with all of it.
     """
     shape = members[0].shortcut.shape
-    ones = tuple(dim for dim in range(len(shape)) if shape[dim] == 1)
+    ones = tuple(dim for dim, size in enumerate(shape) if size == 1)
     for site in members[:_SAMPLED]:
-        has_same_shape = site.shortcut.shape == shape
-        if has_same_shape and set(site.independent(keep=False)) <= set(ones):
+        if site.shortcut.shape != shape:
+            continue
+
+        # What it leaves independent has size 1 alone.
+        if set(ones).issuperset(site.independent(keep=False)):
             return ones
+
     return None
 
 
@@ -106,7 +111,8 @@ def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
 
     Some models flatten in between.
     """
-    return all(dim < len(shape) and shape[dim] == 1 for dim in dims)
+    sizes = dict(enumerate(shape))
+    return all(sizes.get(dim) == 1 for dim in dims)
 
 
 def network_record(
@@ -139,7 +145,7 @@ def network_record(
     factors = _residual_norms(sites, records)
     log = None
     if factors:
-        log = sum(math.log(factor) if factor > 0 else -math.inf for factor in factors)
+        log = sum(_log(factor) for factor in factors)
     if factors is None:
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
     elif log is not None and whole is None:
@@ -155,12 +161,10 @@ def network_record(
     if profile is None:
         return record
 
-    # 2. The gradient norms that the factors predict, from the stream's end down.
+    # 2. The gradient norms that the factors predict.
     predicted = None
     if factors is not None:
-        predicted = [profile.norms[-1]]
-        for factor in reversed(factors):
-            predicted.insert(0, predicted[0] * factor)
+        predicted = _predicted_norms(profile.norms[-1], factors)
 
     # 3. Growth over depth.
     of_activations = None
@@ -176,6 +180,31 @@ def network_record(
     )
 
 
+def _log(factor: float) -> float:
+    """Return the logarithm of a norm, minus infinity for 0."""
+    if factor > 0:
+        return math.log(factor)
+
+    return -math.inf
+
+
+def _predicted_norms(last: float, factors: Sequence[float]) -> list[float]:
+    """Return the gradient norms that residual norms predict, from the stream's end down.
+
+    Args:
+        last: gradient norm at the stream's end.
+        factors: residual norm at each shortcut, in the order of the forward.
+
+    Returns:
+        One for each shortcut, and that of the end.
+    """
+    norms = [last]
+    for factor in reversed(factors):
+        norms.insert(0, norms[0] * factor)
+
+    return norms
+
+
 def _residual_norms(sites: Sites, records: Sequence[SublayerRecord]) -> list[float] | None:
     """Return the residual norm at each shortcut of the main stream.
 
@@ -184,9 +213,12 @@ def _residual_norms(sites: Sites, records: Sequence[SublayerRecord]) -> list[flo
     factors = []
     for index in sites.streams.main:
         factor = _residual_of(records, sites.streams.groups[index].sites)
+        # One that is missing makes the product unknown.
         if factor is None:
             return None
+
         factors.append(factor)
+
     return factors
 
 
@@ -213,9 +245,13 @@ def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
 
     A detached branch is a part without a gradient.
     """
-    cuts = cut_additions(sites.graph, sites.finder)
-    of_shortcuts = [cut for cut in cuts if cut.operand == "shortcut"]
-    return [CutShortcut(cut.module or cut.line, f"detach in {cut.line}") for cut in of_shortcuts]
+    shortcuts = []
+    for cut in cut_additions(sites.graph, sites.finder):
+        if cut.operand == "shortcut":
+            place = cut.module or cut.line
+            shortcuts.append(CutShortcut(place, f"detach in {cut.line}"))
+
+    return shortcuts
 
 
 def _backward_record(
@@ -227,6 +263,7 @@ def _backward_record(
     """Return the record of the gradients, without shortcuts that are cut off."""
     if profile is None:
         return BackwardRecord(notes=notes)
+
     if dead is None and "dead" not in notes:
         why = "the record does not show that the loss depends on the residual stream"
         notes = {**notes, "dead": why}
@@ -237,6 +274,7 @@ def _backward_record(
     if gradients is None:
         why = profile.why.get("parameters", "no gradient of a parameter was measured")
         return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
+
     broken += [name for name, value in gradients.items() if not math.isfinite(value)]
 
     # 2. The embedding.
@@ -244,6 +282,7 @@ def _backward_record(
     if not tables:
         why = "no embedding lies before the first sub-layer"
         return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
+
     table = _main_table(sites, tables)
 
     # 3. The other matrices.
@@ -275,9 +314,14 @@ def _median_of_other_matrices(
     """
     norms = []
     for name, norm in gradients.items():
-        is_other_matrix = name not in tables and sites.skeleton.outlines[name].dim() >= 2
-        if is_other_matrix and 0 < norm < math.inf:
+        is_matrix = sites.skeleton.outlines[name].dim() >= 2
+        if not is_matrix or name in tables:
+            continue
+
+        # An expert without tokens has no gradient.
+        if 0 < norm < math.inf:
             norms.append(norm)
+
     if not norms:
         return None
     return statistics.median(norms)
@@ -307,9 +351,14 @@ def _tables_read_by_ids(sites: Sites) -> set[str]:
     graph = sites.graph
     lookups = []
     for node in graph.nodes:
+        if node.name != "embedding":
+            continue
+
+        # The indices of positions do not depend on the input.
         reads_input = any(graph.values[value].live for value in node.inputs)
-        if node.name == "embedding" and reads_input:
+        if reads_input:
             lookups.append(node.index)
+
     return set(parameters_of(graph, lookups, sites.skeleton))
 
 
@@ -327,10 +376,20 @@ def with_flow(
         branches: from `find_dead_branches`.
         notes: why the profile is missing: the note of "gradient_norms" counts.
     """
-    if profile is not None:
-        return [_with_flow(record, profile, branches.get(record.index)) for record in records]
-    why = notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
-    return [_without_flow(record, branches.get(record.index), why) for record in records]
+    # 1. What was not measured has one reason.
+    reasons = [notes.get("gradient_norms"), notes.get("end_to_end")]
+    why = next(filter(None, reasons), "the model was not run backward")
+
+    # 2. Every record, with its branch if that is dead.
+    completed = []
+    for record in records:
+        branch = branches.get(record.index)
+        if profile is None:
+            completed.append(_without_flow(record, branch, why))
+        else:
+            completed.append(_with_flow(record, profile, branch))
+
+    return completed
 
 
 def _without_flow(record: SublayerRecord, branch: DeadBranch | None, why: str) -> SublayerRecord:
@@ -354,17 +413,25 @@ def _with_flow(
         notes["attention"] = profile.why.get(f"attention {record.index}", unseen)
 
     # 2. The gradient of the parameters.
-    gradients = profile.parameters or {}
-    squares = [gradients[name] ** 2 for name in record.parameters if name in gradients]
-    gradient = None
-    if squares:
-        gradient = math.sqrt(sum(squares))
-    else:
+    gradient = _joint_norm(record.parameters, profile.parameters or {})
+    if gradient is None:
         unmeasured = "its parameters have no gradient"
         notes["gradient_norm"] = profile.why.get("parameters", unmeasured)
     return replace(
         record, attention=attention, gradient_norm=gradient, dead_branch=branch, notes=notes
     )
+
+
+def _joint_norm(names: Iterable[str], gradients: Mapping[str, float]) -> float | None:
+    """Return the joint norm of the gradients that were measured; None if none was."""
+    squares = []
+    for name in names:
+        if name in gradients:
+            squares.append(gradients[name] ** 2)
+
+    if not squares:
+        return None
+    return math.sqrt(sum(squares))
 
 
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
@@ -378,17 +445,24 @@ def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> f
     interval = record.residual_norm
     if len(members) > 1:
         interval = record.joint_residual_norm
+
+    # A product of wide intervals would say nothing.
     if interval is None or not interval.converged:
         return None
+
     return interval.estimate
 
 
 def _exponent(first: float, last: float, layers: int) -> float | None:
     """Return the growth from one norm to another for each layer; None if there is none."""
-    are_positive = first > 0 and last > 0 and layers > 0
-    are_finite = math.isfinite(first) and math.isfinite(last)
-    if not are_positive or not are_finite:
+    if layers <= 0:
         return None
+
+    # Neither 0 nor infinity nor NaN has a logarithm.
+    have_logarithms = 0 < first < math.inf and 0 < last < math.inf
+    if not have_logarithms:
+        return None
+
     return math.log(last / first) / layers
 
 
@@ -409,11 +483,10 @@ def verify_replay(
     Returns:
         Name of each sub-layer -> relative error.
     """
-    chosen = []
-    for index, site in enumerate(sites):
-        is_chosen = only is None or index in only
-        if is_chosen and not site.nested:
-            chosen.append(index)
+    # A nested sub-layer is part of another one.
+    chosen = [index for index, site in enumerate(sites) if not site.nested]
+    if only is not None:
+        chosen = [index for index in chosen if index in only]
     if not chosen:
         return {}
 
@@ -428,11 +501,12 @@ def verify_replay(
     errors = {}
     for index in chosen:
         site = sites[index]
+        error = math.inf  # the run of the model did not meet it
         pulled = pulls.pulled.get(index)
-        if pulled is None:
-            errors[site.name] = math.inf
-        else:
-            errors[site.name] = _relative(pulled, _own_pull(site, _cotangent(site, seed)))
+        if pulled is not None:
+            error = _relative(pulled, _own_pull(site, _cotangent(site, seed)))
+        errors[site.name] = error
+
     return errors
 
 
@@ -445,10 +519,12 @@ class _ModelPulls:
     """
 
     def __init__(self, sites: Sites, chosen: Sequence[int], seed: int) -> None:
-        self.sites, self.seed = sites, seed
+        self.sites = sites
+        self.seed = seed
         self.pulled: dict[int, Tensor] = {}
         self.cut_off: set[int] = set()
         self._leaves: dict[int, Tensor] = {}  # by value index of the shortcut
+
         # 1. The points to stop at: shortcuts by value index, ends of branches by sub-layer.
         replayer = sites.replayer
         shortcuts = [sites.raw[index].shortcut for index in chosen]
@@ -456,28 +532,33 @@ class _ModelPulls:
         self._ends = {index: replayer.end_of(sites.raw[index], 0) for index in chosen}
         self._value_of = {id(spot): value for value, spot in self._starts.items()}
         self._sublayer_of = {id(spot): index for index, spot in self._ends.items()}
+
         # 2. Shortcuts that are inputs of the model are replaced before it runs.
         self._replaced: dict[int, Tensor] = {}
         for value, spot in self._starts.items():
             if spot.where is Where.ARGUMENT:
                 leaf = replayer.calls[0].tensors[value].detach().clone().requires_grad_()
-                self._leaves[value] = self._replaced[value] = leaf
+                self._leaves[value] = leaf
+                self._replaced[value] = leaf
 
     def run(self, grad: bool = False) -> None:
         """Run the model once; `grad` is that of `Replayer.tapped`."""
-        spots = [
-            spot
-            for spot in (*self._starts.values(), *self._ends.values())
-            if spot.where is not Where.ARGUMENT
-        ]
+        spots = []
+        for spot in (*self._starts.values(), *self._ends.values()):
+            # Inputs of the model are replaced, and not met.
+            if spot.where is not Where.ARGUMENT:
+                spots.append(spot)
+
         self.sites.replayer.tapped(spots, self._visit, replaced=self._replaced, grad=grad)
 
     def _visit(self, spot: Spot, tensor: Tensor) -> Tensor:
+        """Pull back from the end of a branch, and put a leaf in the place of a shortcut."""
         index = self._sublayer_of.get(id(spot))
         if index is not None:
             # At once: code that adds in place spoils the graph a moment later.
             self._pull_back(index, tensor)
             return tensor
+
         # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of
         # its own).
         value = self._value_of[id(spot)]
@@ -486,10 +567,14 @@ class _ModelPulls:
         return leaf.clone()
 
     def _pull_back(self, index: int, term: Tensor) -> None:
+        """Pull the cotangent of one branch back to its shortcut."""
+        # 1. A second run is for the branches alone that the first one cut off.
         leaf = self._leaves.get(self.sites.raw[index].shortcut)
         is_done = index in self.pulled and index not in self.cut_off
         if leaf is None or is_done:
             return
+
+        # 2. The pull, and whether the branch ran under no_grad.
         cotangent = _cotangent(self.sites[index], self.seed).reshape(term.shape)
         self.pulled[index] = _pull(term, leaf, cotangent)
         if term.requires_grad:
@@ -508,9 +593,12 @@ def _pull(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     """Return J^T w of the map from a leaf to a value; zeros if the value does not depend on it."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
+
     (gradient,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=True, allow_unused=True)
+    # Something else has a gradient.
     if gradient is None:
         return torch.zeros_like(leaf)
+
     return gradient
 
 
@@ -524,6 +612,8 @@ def _own_pull(site: Any, cotangent: Tensor) -> Tensor:
 def _relative(a: Tensor, b: Tensor) -> float:
     """Return the norm of a difference, over the larger of the two norms."""
     scale = max(_norm(a), _norm(b))
-    if not scale > 0:
+    has_scale = scale > 0
+    if not has_scale:
         return 0.0
+
     return _norm(a - b) / scale

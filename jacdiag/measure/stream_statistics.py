@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,21 @@ def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:
 
     The end is left out where the recorded forward did not keep it, or where it has another layout.
     """
-    points = []
-    last = None
-    for index in sites.streams.main:
-        last = sites[sites.streams.groups[index].sites[0]]
-        points.append((last.name, last.shortcut, last.feature_dim))
-    if last is None or last.total is None or last.total.shape != last.shortcut.shape:
+    # 1. The shortcuts. Parallel branches share one.
+    groups = [sites.streams.groups[index] for index in sites.streams.main]
+    firsts = [sites[group.sites[0]] for group in groups]
+    points = [(site.name, site.shortcut, site.feature_dim) for site in firsts]
+    if not firsts:
+        return []
+
+    # 2. The end.
+    last = firsts[-1]
+    end = last.total
+    if end is None or end.shape != last.shortcut.shape:
         return points
-    end = last.total if last.after is None else last.after(last.total)
+
+    if last.after is not None:
+        end = last.after(end)
     return [*points, ("end", end, last.feature_dim)]
 
 
@@ -51,43 +60,71 @@ def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
     points = stream_points(sites)
     if not points:
         return _without_figures([], "no sub-layer lies on the residual stream")
+
     names = [name for name, _, _ in points]
-    for name, x, _ in points:
-        if not bool(torch.isfinite(x).all()):
-            return _without_figures(names, f"NaN or Inf in the stream at {name}")
+    broken = _first_not_finite(points)
+    if broken is not None:
+        return _without_figures(names, f"NaN or Inf in the stream at {broken}")
 
     # 2. The figures of each point.
-    cosines = [token_cosine(x, dim) for _, x, dim in points]
-    known = [cosine for cosine in cosines if cosine is not None]
+    cosines = _token_cosines(points)
     notes = {}
-    if len(known) < len(cosines):
+    if cosines is None:
         notes["token_cosine"] = "fewer than two tokens with a vector that is not zero"
     return ForwardRecord(
         points=names,
         variance=[variance(x, dim) for _, x, dim in points],
         peaks=[peak(x, dim, token_ids) for _, x, dim in points],
-        token_cosine=known if len(known) == len(cosines) else None,
+        token_cosine=cosines,
         notes=notes,
     )
 
 
+def _first_not_finite(points: Iterable[tuple[str, Tensor, int]]) -> str | None:
+    """Return the name of the first point that holds NaN or Inf."""
+    for name, x, _ in points:
+        is_finite = bool(torch.isfinite(x).all())
+        if not is_finite:
+            return name
+
+    return None
+
+
+def _token_cosines(points: Iterable[tuple[str, Tensor, int]]) -> list[float] | None:
+    """Return the token cosine of each point; None unless all have one."""
+    cosines = []
+    for _, x, dim in points:
+        cosine = token_cosine(x, dim)
+        if cosine is None:
+            return None
+
+        cosines.append(cosine)
+
+    return cosines
+
+
 def _without_figures(names: list[str], reason: str) -> ForwardRecord:
+    """Return a record that says why nothing was measured."""
     return ForwardRecord(names, notes=dict.fromkeys(("variance", "peaks", "token_cosine"), reason))
 
 
 def variance(x: Tensor, feature_dim: int) -> float:
     """Return the population variance over features, averaged over tokens."""
     rows = _tokens(x, feature_dim)
-    total = sum(float(part.double().var(-1, correction=0).sum()) for part in rows.split(_ROWS))
+    # Pieces of it, so that no copy of the stream in float64 is made.
+    pieces = rows.split(_ROWS)
+    total = sum(float(piece.double().var(-1, correction=0).sum()) for piece in pieces)
     return total / max(len(rows), 1)
 
 
 def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
     """Return the largest absolute activation and where it is, with the median of all."""
+    # 1. Where it is.
     rows = _tokens(x, feature_dim).abs()
-    flat = int(rows.argmax())
-    token, feature = divmod(flat, rows.shape[-1])
+    token, feature = divmod(int(rows.argmax()), rows.shape[-1])
     place = locate(token, x.shape, feature_dim, token_ids)
+
+    # 2. How large it is.
     median = float(rows.flatten().median())
     return Peak(
         float(rows[token, feature]), median, feature, place.sequence, place.position, place.token
@@ -113,6 +150,7 @@ def token_cosine(x: Tensor, feature_dim: int) -> float | None:
         count += int(present.sum())
     if count < 2:
         return None
+
     return (float(total @ total) - count) / (count * (count - 1))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor
@@ -40,49 +41,67 @@ def measure_group(
         figures: weight matrix name -> its std and spectral norm.
     """
     built: list[Linearised] = []
+
+    def measure(site: Sublayer) -> SublayerRecord:
+        if not site.finite:
+            return _blank(site, token_ids, "not finite: NaN or Inf in the shortcut or the branch")
+
+        linearised = linearise(site)
+        built.append(linearised)
+        return _measure(linearised, effort, token_ids, state, figures)
+
     try:
+        # 1. Each sub-layer. One that cannot be measured has a record with the reason.
         records = []
         for site in sites:
             try:
-                if not site.finite:
-                    records.append(
-                        _blank(
-                            site, token_ids, "not finite: NaN or Inf in the shortcut or the branch"
-                        )
-                    )
-                    continue
-                linearised = linearise(site)
-                built.append(linearised)
-                records.append(_measure(linearised, effort, token_ids, state, figures))
-            except SourceError:  # the weights could not be read: nothing that follows could be
-                raise
-            except (JacdiagError, RuntimeError, NotImplementedError) as error:
-                records.append(_blank(site, token_ids, _why(site, error)))
-            except Exception as error:  # in the model's own code: a backward that raises
-                if not is_foreign(error):
+                record = measure(site)
+            except Exception as error:
+                if not _is_expected(error):
                     raise
-                records.append(_blank(site, token_ids, _why(site, error)))
-        if len(sites) > 1 and len(built) == len(sites):
+                record = _blank(site, token_ids, _why(site, error))
+            records.append(record)
+
+        # 2. Parallel branches together.
+        all_built = len(built) == len(sites)
+        if len(sites) > 1 and all_built:
             joint = _joint_residual(built, effort)
-            records = [replace(r, joint_residual_norm=joint) for r in records]
+            records = [replace(record, joint_residual_norm=joint) for record in records]
         return records
     finally:
         for linearised in built:
             linearised.release()
 
 
+def _is_expected(error: Exception) -> bool:
+    """Return whether an error says that one sub-layer cannot be measured."""
+    # The weights could not be read: nothing that follows could be.
+    if isinstance(error, SourceError):
+        return False
+    if isinstance(error, JacdiagError | RuntimeError | NotImplementedError):
+        return True
+
+    # The model's own code may raise anything, such as in a backward.
+    return is_foreign(error)
+
+
 def _measure(
     linearised: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any
 ) -> SublayerRecord:
+    """Return the record of one sub-layer with its norms and bounds."""
+    # 1. The norms.
     site = linearised.site
-    norms = (effort.solver or Solver)(linearised, effort, token_ids).norms()
+    solver = effort.solver or Solver
+    norms = solver(linearised, effort, token_ids).norms()
     assert norms.branch is not None
     record = _plain(site, token_ids, linearised.dims)
-    notes = {**record.notes, **linearised.notes, **norms.why}
+
+    # 2. The bounds of the paper. No rule reads Eq. 20, which costs a norm of its own.
     weights = _weights(site, figures)
-    # no rule reads Eq. 20
-    is_heads_norm_wanted = state == "init" and site.placement == "pre" and not effort.early
-    heads = heads_norm(linearised, effort) if is_heads_norm_wanted else None
+    heads = None
+    is_described = state == "init" and site.placement == "pre"
+    if is_described and not effort.early:
+        heads = heads_norm(linearised, effort)
     bounds = closed_form_bounds(
         kind=site.kind,
         placement=site.placement,
@@ -93,14 +112,16 @@ def _measure(
         norm_gain=record.norm_gain,
         heads_norm=heads,
     )
-    notes |= bounds.notes
     tight = None
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
-    built = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned) + (
-        heads is not None
-    )
-    spent = norms.products + (heads.products if heads is not None else 0)
+
+    # 3. What it cost: products, and a forward and a backward for each operator.
+    built = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
+    spent = norms.products + linearised.pulls
+    if heads is not None:
+        built += 1
+        spent += heads.products
     return replace(
         record,
         branch_norm=norms.branch,
@@ -110,26 +131,33 @@ def _measure(
         bound_norms=bounds.bound_norms,
         tightness=tight,
         weights=weights,
-        notes=notes,
-        cost=float(spent + linearised.pulls + 2 * built),
+        notes={**record.notes, **linearised.notes, **norms.why, **bounds.notes},
+        cost=float(spent + 2 * built),
     )
 
 
 def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | None:
     """Return |a I + J_1 + J_2 + ...| over the dimensions that are independent for all."""
-    dims = tuple(sorted(set.intersection(*(set(linearised.dims) for linearised in built))))
-    first = built[0]
-    if any(linearised.site.value.shape != first.site.shortcut.shape for linearised in built):
+    site = built[0].site
+    shapes = {linearised.site.value.shape for linearised in built}
+    if shapes != {site.shortcut.shape}:
         return None
-    for linearised in built:
-        for operator in linearised.owned:
-            operator.set_batch_dims(dims)
-    residual, owned, _ = residual_map(
-        first.site, Summed([linearised.branch for linearised in built]), dims
-    )
+
+    # 1. The dimensions.
+    independent = [set(linearised.dims) for linearised in built]
+    dims = tuple(sorted(set.intersection(*independent)))
+    operators = chain.from_iterable(linearised.owned for linearised in built)
+    for operator in operators:
+        operator.set_batch_dims(dims)
+
+    # 2. The map.
+    branches = Summed([linearised.branch for linearised in built])
+    residual, owned, _ = residual_map(site, branches, dims)
     if residual is None:
         return None
-    joint = Linearised(first.site, residual, None, owned, dims)
+
+    # 3. Its norm.
+    joint = Linearised(site, residual, None, owned, dims)
     solver = Solver(joint, effort)
     interval = solver.interval(solver.solve(residual, "joint_residual_norm"))
     joint.release()
@@ -156,16 +184,9 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         notes["out_norm_gain"] = "no norm at the branch's end or after the sum"
 
     # 2. The factor on the shortcut.
-    carried = site.shortcut_gain
-    shortcut_gain = carried if isinstance(carried, float) else None
-    if isinstance(carried, Tensor):
-        shortcut_gain = float(carried.mean())
-        notes["shortcut_gain"] = (
-            f"a learned diagonal gain: {float(carried.min()):.4g} to {float(carried.max()):.4g}; "
-            "its mean is given"
-        )
-    elif carried is None:
-        notes["shortcut_gain"] = "the shortcut enters the sum through a map that is no diagonal"
+    shortcut_gain, note = _shortcut_gain(site)
+    if note:
+        notes["shortcut_gain"] = note
 
     # 3. The spread of the branch, if its tokens are those of the shortcut.
     branch_std = None
@@ -191,13 +212,33 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
     )
 
 
+def _shortcut_gain(site: Sublayer) -> tuple[float | None, str]:
+    """Return the factor on the shortcut, and a note where it is not one number."""
+    gain = site.shortcut_gain
+    if gain is None:
+        return None, "the shortcut enters the sum through a map that is no diagonal"
+    if isinstance(gain, float):
+        return gain, ""
+
+    # One number for each feature.
+    note = (
+        f"a learned diagonal gain: {float(gain.min()):.4g} to {float(gain.max()):.4g}; "
+        "its mean is given"
+    )
+    return float(gain.mean()), note
+
+
 def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
+    """Return which independent problems a sub-layer is made of, in words."""
     if site.splits_tokens(dims):
         return "one per token"
+
+    # Whole sequences, or less.
     if not dims:
         return "one for the whole batch: its elements are coupled"
     if len(dims) == 1:
         return "one per sequence"
+
     return "one per independent index"
 
 
@@ -209,6 +250,7 @@ def _why(site: Sublayer, error: Exception) -> str:
     message = one_line(error)
     if not site.functions:
         return message
+
     names = ", ".join(site.functions)
     return (
         f"{message} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it "
@@ -234,6 +276,7 @@ def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord
             parameters=site.parameters,
             notes=notes,
         )
+
     return replace(_plain(site, token_ids, ()), notes=notes)
 
 
@@ -247,6 +290,8 @@ def _weights(
     statistics = {}
     for role, name in site.roles.items():
         stats = figures(name)
+        # A weight that is no matrix has none.
         if stats is not None:
             statistics[role] = stats
+
     return statistics

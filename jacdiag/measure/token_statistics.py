@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,25 +15,43 @@ def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | N
     """Return sequence, position and token id of an index over tokens.
 
     Tokens are all dimensions but features.
-    """
-    lead = [n for d, n in enumerate(shape) if d != feature_dim % len(shape)]
-    index = []
-    for n in reversed(lead):
-        index.append(flat % n)
-        flat //= n
-    index.reverse()
 
-    # A single index is a position; more begin with the sequence.
+    Args:
+        flat: the index.
+        shape: of the tensor, with features.
+        feature_dim: the dimension that holds the features.
+        token_ids: (B, T), to name the token.
+    """
+    # 1. One index for each dimension.
+    lead = list(shape)
+    del lead[feature_dim]
+    index = _unravelled(flat, lead)
+
+    # 2. A single index is a position; more begin with the sequence.
     if not index:
         return TokenAt(None, None, None)
     if len(index) == 1:
         return TokenAt(None, index[0], None)
+
     sequence, position = index[0], index[1]
-    has_ids = token_ids is not None and tuple(token_ids.shape) == tuple(lead)
-    if not has_ids or len(index) != 2:
-        return TokenAt(sequence, position, None)
-    assert token_ids is not None
-    return TokenAt(sequence, position, int(token_ids[sequence, position]))
+
+    # 3. The token, if there is an id for each.
+    token = None
+    is_of_sequences = len(lead) == 2
+    if token_ids is not None and is_of_sequences and list(token_ids.shape) == lead:
+        token = int(token_ids[sequence, position])
+    return TokenAt(sequence, position, token)
+
+
+def _unravelled(flat: int, shape: Sequence[int]) -> list[int]:
+    """Return the indices of an element whose index in the flat tensor is given."""
+    index = []
+    for size in reversed(shape):
+        flat, remainder = divmod(flat, size)
+        index.append(remainder)
+
+    index.reverse()
+    return index
 
 
 def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None) -> Spread:

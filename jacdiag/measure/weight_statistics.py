@@ -67,6 +67,7 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
     """
     if recipe not in gpt.RECIPES:
         raise UsageError("unknown recipe", got=recipe, hint=f"one of {', '.join(gpt.RECIPES)}")
+
     config = gpt.config_of({"n_layer": n_layer, "n_embd": n_embd, "n_head": 1})
     std_by_recipe, change = gpt.RECIPES[recipe].std, gpt.RECIPES[recipe].change(config)
 
@@ -110,17 +111,16 @@ def weight_stats(
         >>> round(stats.std, 3), round(stats.norm, 2)
         (0.866, 2.0)
     """
-    if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
+    has_values = tensor.is_floating_point() and not tensor.is_meta
+    if tensor.dim() < 2 or not has_values:
         return None
-    if std is None and tensor.numel():
-        std = std_of(tensor)
 
-    # 1. A std only, where no norm is wanted or none can be computed.
+    # 1. The std.
     matrix = tensor.detach()
+    if std is None and matrix.numel():
+        std = std_of(matrix)
     if not norm or not _has_norm(matrix):
-        if std is not None and not math.isfinite(std):
-            std = None
-        return WeightStats(name, list(tensor.shape), std)
+        return WeightStats(name, list(tensor.shape), _if_finite(std))
 
     # 2. The norm, in float32 at least.
     if matrix.dtype not in (torch.float32, torch.float64):
@@ -132,6 +132,18 @@ def weight_stats(
     return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))
 
 
+def _if_finite(std: float | None) -> float | None:
+    """Return a std; None if it is not finite."""
+    if std is None or not math.isfinite(std):
+        return None
+
+    return std
+
+
 def _has_norm(tensor: Tensor) -> bool:
     """Return whether a tensor is a finite matrix, or a stack of them."""
-    return tensor.dim() <= 3 and tensor.numel() > 0 and is_finite(tensor)
+    # A kernel is no matrix of its own.
+    if tensor.dim() > 3:
+        return False
+
+    return tensor.numel() > 0 and is_finite(tensor)
