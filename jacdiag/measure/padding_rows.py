@@ -34,15 +34,29 @@ def padding_rows(model: nn.Module, aliases: Mapping[str, str]) -> dict[str, Padd
     """
     rows = {}
     for module_name, module in model.named_modules():
-        if (
-            not isinstance(module, nn.Embedding)
-            or module.padding_idx is None
-            or module.weight.is_meta
-        ):
+        if not isinstance(module, nn.Embedding):
             continue
-        name = f"{module_name}.weight" if module_name else "weight"
-        index = module.padding_idx
-        if index < module.weight.shape[0]:
-            largest = float(module.weight.detach()[index].abs().max())
-            rows[aliases.get(name, name)] = PaddingRow(index, largest)
+
+        row = _padding_row_of(module)
+        if row is None:
+            continue
+
+        # The model itself has no name.
+        name = f"{module_name}.weight".removeprefix(".")
+        rows[aliases.get(name, name)] = row
+
     return rows
+
+
+def _padding_row_of(module: nn.Embedding) -> PaddingRow | None:
+    """Return the padding row of an embedding; None if it has none, or no values."""
+    index = module.padding_idx
+    if index is None or module.weight.is_meta:
+        return None
+
+    # A table that was cut to fewer rows may have lost it.
+    if index >= module.weight.shape[0]:
+        return None
+
+    largest = float(module.weight.detach()[index].abs().max())
+    return PaddingRow(index, largest)

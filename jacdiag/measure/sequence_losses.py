@@ -103,21 +103,29 @@ class LossReader:
     def read(self, output: Any, arguments: Arguments) -> tuple[Tensor, TokenLosses | None]:
         """Return the loss as a scalar, and the losses of the tokens if they are known.
 
+        Args:
+            output: of the model.
+            arguments: of the call that made it.
+
         Raises:
             MeasureError: the output holds no loss.
         """
-        tokens, loss = None, None
+        # 1. The losses of the tokens.
+        tokens = None
         if self.targets is not None:
             tokens = token_losses(output, arguments, self.targets)
+
+        # 2. The model's own loss, or their mean: NaN if all are masked.
         if self.own:
             loss = own_loss(output)
-        if self.own and loss is None:
-            raise MeasureError("the model returned a loss for another batch, and none for this one")
-        if loss is None:
-            if tokens is None:
-                raise MeasureError("the logits do not fit the targets of this batch")
-            loss = tokens.losses.mean()  # nan if all are masked
-        return loss.float(), tokens
+            if loss is None:
+                what = "the model returned a loss for another batch, and none for this one"
+                raise MeasureError(what)
+            return loss.float(), tokens
+        if tokens is None:
+            raise MeasureError("the logits do not fit the targets of this batch")
+
+        return tokens.losses.mean().float(), tokens
 
 
 def find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
@@ -142,18 +150,22 @@ def find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
     for row in range(rows):
         part = sequence_of(arguments, row, rows)
         reader = _find_loss(model, part)
-        # The mean over a sequence of padding is not finite, and tells nothing.
-        if reader.targets is not None or not reader.own:
+        has_targets = reader.targets is not None or not reader.own
+        if has_targets:
             return reader
+
+        # The mean over a sequence of padding is not finite, and tells nothing.
         with torch.no_grad():
             loss, _ = reader.read(model(*part[0], **part[1]), part)
         if bool(torch.isfinite(loss)):
             return reader
+
     assert reader is not None
     return reader
 
 
 def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
+    """Decide how the loss of a model is read from its output for one sequence."""
     with torch.no_grad():
         output = model(*arguments[0], **arguments[1])
     loss = own_loss(output)
@@ -164,24 +176,12 @@ def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
         return _reader_of_own_loss(output, arguments, candidates, float(loss))
 
     # 2. Logits alone: the targets that were passed, else the next token.
-    for targets in candidates:
-        tensor = argument(arguments, targets.key)
-        by_place = isinstance(targets.key, int) and int(tensor.max()) > 1  # not a mask
-        if targets.shift or not (targets.key in _TARGET_NAMES or by_place):
-            continue
-        shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
-        name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
-        words = f"cross entropy of the logits with {name}"
-        if shifted:
-            words += ", shifted by one"
-        return LossReader(False, Targets(targets.key, shifted), words)
-    for targets in candidates:
-        if targets.shift:
-            words = (
-                "next-token cross entropy of the input ids: the kept batch holds no targets, "
-                "so that the loss of the run may have been another"
-            )
-            return LossReader(False, targets, words)
+    reader = _reader_of_passed_targets(arguments, candidates)
+    if reader is None:
+        reader = _reader_of_next_tokens(candidates)
+    if reader is not None:
+        return reader
+
     raise MeasureError(
         "no loss can be computed",
         got="the model returns no loss, and the kept batch holds nothing that could be its targets",
@@ -189,10 +189,49 @@ def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
     )
 
 
+def _reader_of_passed_targets(
+    arguments: Arguments, candidates: Iterable[Targets]
+) -> LossReader | None:
+    """Return the reader of the cross entropy with targets that were passed; None without them."""
+    for targets in candidates:
+        if targets.shift:
+            continue
+
+        # An argument without a name is no mask if it holds more than 0 and 1.
+        tensor = argument(arguments, targets.key)
+        by_place = isinstance(targets.key, int) and int(tensor.max()) > 1
+        if not by_place and targets.key not in _TARGET_NAMES:
+            continue
+
+        # Targets that repeat the input are shifted by the loss.
+        name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
+        words = f"cross entropy of the logits with {name}"
+        shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
+        if shifted:
+            words += ", shifted by one"
+        return LossReader(False, Targets(targets.key, shifted), words)
+
+    return None
+
+
+def _reader_of_next_tokens(candidates: Iterable[Targets]) -> LossReader | None:
+    """Return the reader of the cross entropy with the next token; None without token ids."""
+    words = (
+        "next-token cross entropy of the input ids: the kept batch holds no targets, "
+        "so that the loss of the run may have been another"
+    )
+    for targets in candidates:
+        if targets.shift:
+            return LossReader(False, targets, words)
+
+    return None
+
+
 def _reader_of_own_loss(
     output: Any, arguments: Arguments, candidates: list[Targets], loss: float
 ) -> LossReader:
     """Return the reader of a loss that the model returns, with its targets if they are found."""
+    # 1. The targets whose mean cross entropy is that loss.
     for targets in candidates:
         tokens = token_losses(output, arguments, targets)
         if tokens is None or not len(tokens.losses):
@@ -200,6 +239,8 @@ def _reader_of_own_loss(
         if _same(float(tokens.losses.mean()), loss):
             words = "the loss that the model returns, a mean of cross entropies"
             return LossReader(True, targets, words)
+
+    # 2. It is another loss, or one with a weight.
     words = "the loss that the model returns (the losses of its tokens are not known)"
     return LossReader(True, None, words)
 
@@ -210,13 +251,28 @@ def own_loss(output: Any) -> Tensor | None:
     An output that names its parts has the loss under that name: another scalar may be an auxiliary
     one.
     """
-    if isinstance(output, Mapping) or hasattr(output, "loss"):
-        named = output.get("loss") if isinstance(output, Mapping) else output.loss
-        # one value per replica, under DataParallel
-        return named.mean() if isinstance(named, Tensor) else None
+    # 1. Under its name.
+    if isinstance(output, Mapping):
+        return _mean_of(output.get("loss"))
+    if hasattr(output, "loss"):
+        return _mean_of(output.loss)
+
+    # 2. Without names: the first scalar.
     tensors: list[Tensor] = []
     collect_deep(output, tensors)
-    return next((t for t in tensors if t.dim() == 0 and t.is_floating_point()), None)
+    for tensor in tensors:
+        if tensor.dim() == 0 and tensor.is_floating_point():
+            return tensor
+
+    return None
+
+
+def _mean_of(loss: Any) -> Tensor | None:
+    """Return a loss as a scalar: under DataParallel there is one value for each replica."""
+    if not isinstance(loss, Tensor):
+        return None
+
+    return loss.mean()
 
 
 def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLosses | None:
@@ -227,17 +283,27 @@ def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLo
     Returns:
         None if logits and targets do not fit each other.
     """
+    # 1. Logits and ids of one shape.
     logits = loss_input(output)
     ids = argument(arguments, targets.key)
-    if logits is None or not isinstance(ids, Tensor) or logits.shape[:-1] != ids.shape:
+    if logits is None or not isinstance(ids, Tensor):
         return None
+    if logits.shape[:-1] != ids.shape:
+        return None
+
+    # 2. Each position with its target.
     ids = ids.to(logits.device).long()
     positions = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if targets.shift:
-        logits, ids, positions = logits[..., :-1, :], ids[..., 1:], positions[..., 1:]
-    counts = ids >= 0
-    if bool((ids >= logits.shape[-1]).any()):
+        logits = logits[..., :-1, :]
+        ids = ids[..., 1:]
+        positions = positions[..., 1:]
+    is_too_large = ids >= logits.shape[-1]
+    if bool(is_too_large.any()):
         return None
+
+    # 3. Those that count.
+    counts = ids >= 0
     losses = cross_entropy(logits[counts].float(), ids[counts], reduction="none")
     return TokenLosses(losses, positions[counts], ids[counts])
 
@@ -247,6 +313,7 @@ def argument(arguments: Arguments, key: int | str) -> Any:
     args, kwargs = arguments
     if isinstance(key, int):
         return args[key]
+
     return kwargs.get(key)
 
 
@@ -258,28 +325,44 @@ def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
     logits = loss_input(output)
     if logits is None or logits.dim() < 2:
         return
-    # 1. Keywords by name, names of targets first and of inputs last; then positions from the end.
-    args, kwargs = arguments
-    names = sorted(kwargs, key=lambda name: (name not in _TARGET_NAMES, name in _INPUT_NAMES))
-    keys: list[int | str] = [*names, *reversed(range(len(args)))]
 
-    # 2. Each as it is, unless it is the input, and shifted by one token.
-    for key in keys:
-        tensor = argument(arguments, key)
-        if key == "attention_mask" or not _holds_integers(tensor):
+    for key in _keys_by_likelihood(arguments):
+        # 1. Integers, one for each position.
+        ids = argument(arguments, key)
+        if key == "attention_mask" or not _holds_integers(ids):
             continue
-        if tensor.shape != logits.shape[:-1]:
+        if ids.shape != logits.shape[:-1]:
             continue
-        if key != 0 and key not in _INPUT_NAMES:
+
+        # 2. Each as it is, unless it is the input.
+        is_input = key == 0 or key in _INPUT_NAMES
+        if not is_input:
             yield Targets(key, shift=False)
-        if tensor.dim() > 1 and tensor.shape[-1] > 1:
+
+        # 3. Shifted by one token, if there are several.
+        has_next = ids.dim() > 1 and ids.shape[-1] > 1
+        if has_next:
             yield Targets(key, shift=True)
 
 
+def _keys_by_likelihood(arguments: Arguments) -> list[int | str]:
+    """Return places and names of all arguments, those that are likely targets first.
+
+    These are keywords by name, names of targets first and of inputs last; then positions from the
+    end.
+    """
+    args, kwargs = arguments
+    names = sorted(kwargs, key=lambda name: (name not in _TARGET_NAMES, name in _INPUT_NAMES))
+    return [*names, *reversed(range(len(args)))]
+
+
 def _holds_integers(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.dtype is torch.bool:
+    """Return whether an argument is a tensor of integers."""
+    if not isinstance(value, Tensor):
         return False
-    return not value.is_floating_point()
+
+    is_mask = value.dtype is torch.bool
+    return not is_mask and not value.is_floating_point()
 
 
 def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) -> bool:
@@ -287,19 +370,28 @@ def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) 
 
     They need a shift then.
     """
-    args, kwargs = arguments
     counts = tensor >= 0
     if not bool(counts.any()):
         return False
+
+    # Any other argument may be the input.
+    args, kwargs = arguments
     for name, other in [*enumerate(args), *kwargs.items()]:
-        if name == key or not isinstance(other, Tensor) or other.is_floating_point():
+        if name == key or not _is_discrete(other):
             continue
         if other.shape == tensor.shape and bool((tensor[counts] == other[counts]).all()):
             return True
+
     return False
 
 
+def _is_discrete(value: Any) -> bool:
+    """Return whether an argument is a tensor of integers, or a mask."""
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
 def _same(a: float, b: float) -> bool:
+    """Return whether two float32 losses are the same one."""
     return math.isclose(a, b, rel_tol=_SAME, abs_tol=_SAME)
 
 
@@ -335,8 +427,11 @@ def measure_batch(
         return BatchFigures(
             math.nan, math.nan, sequences, "no target of the batch counts: all are masked"
         )
+
     loss = total.loss(sequences)
-    gradient = total.norm() if math.isfinite(loss) else math.nan
+    gradient = math.nan
+    if math.isfinite(loss):
+        gradient = total.norm()
 
     # 2. Whether the batch is the sum of its sequences: in one forward of the batch.
     try:
@@ -346,8 +441,11 @@ def measure_batch(
         return BatchFigures(
             loss, gradient, sequences, "not compared with the whole batch, which does not fit"
         )
-    if _same(float(together), loss) or not math.isfinite(float(together)):
+    loss_of_batch = float(together)
+    if _same(loss_of_batch, loss) or not math.isfinite(loss_of_batch):
         return BatchFigures(loss, gradient, sequences)
+
+    # 3. It is not: its loss mixes the sequences.
     whole, _ = _run(model, arguments, reader, parameters)
     note = (
         "the loss of the batch is not the mean over its sequences: the batch was run as a "
@@ -364,22 +462,33 @@ class _Sum:
         self.weight = 0.0
 
     def add(self, gradients: list[Tensor | None], weight: float) -> None:
+        """Add the gradients of one sequence. Each is let go at once."""
         self.weight += weight
         for place, gradient in enumerate(gradients):
+            # A parameter that the sequence did not use.
             if gradient is None:
                 continue
+
             held = self.gradients[place]
             if held is None:
                 self.gradients[place] = gradient * weight
             else:
                 held.add_(gradient, alpha=weight)
-            gradients[place] = None  # let go at once
+            gradients[place] = None
 
     def loss(self, sequences: list[SequenceFigures]) -> float:
-        measured = [figures for figures in sequences if _weight(figures)]
-        return math.fsum(_weight(figures) * figures.loss for figures in measured) / self.weight
+        """Return the weighted mean of the sequences' losses."""
+        weighted = []
+        for figures in sequences:
+            weight = _weight(figures)
+            # Padding alone has no loss.
+            if weight:
+                weighted.append(weight * figures.loss)
+
+        return math.fsum(weighted) / self.weight
 
     def norm(self) -> float:
+        """Return the norm of the gradient of the batch."""
         return _norm(self.gradients) / self.weight
 
 
@@ -388,34 +497,45 @@ def _weight(figures: SequenceFigures) -> float:
 
     It counts as many times as it has targets, 0 times if it is padding alone.
     """
-    if figures.tokens is None:
+    tokens = figures.tokens
+    if tokens is None:
         return 1.0
-    return float(len(figures.tokens.losses))
+
+    return float(len(tokens.losses))
 
 
 def _run(
     model: nn.Module, arguments: Arguments, reader: LossReader, parameters: list[Tensor]
 ) -> tuple[SequenceFigures, list[Tensor | None]]:
     """Run forward and backward once. Gradients are returned, and never put into `.grad`."""
+    # 1. Forward and backward.
+    gradients: list[Tensor | None] = [None for _ in parameters]
     with torch.enable_grad():
         loss, tokens = reader.read(model(*arguments[0], **arguments[1]), arguments)
-        gradients: list[Tensor | None]
         if loss.requires_grad:
             gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        else:
-            gradients = [None for _ in parameters]
+
+    # 2. Figures, without the graph that made them.
     if tokens is not None:
         tokens = TokenLosses(
             tokens.losses.detach().cpu(), tokens.positions.cpu(), tokens.targets.cpu()
         )
     value = float(loss.detach())
     # A mean over no target is not finite, and has a gradient of zeros.
-    gradient = _norm(gradients) if math.isfinite(value) else math.nan
+    gradient = math.nan
+    if math.isfinite(value):
+        gradient = _norm(gradients)
     return SequenceFigures(value, gradient, tokens), gradients
 
 
 def _norm(gradients: list[Tensor | None]) -> float:
-    return math.sqrt(math.fsum(float(sum_of_squares(g)) for g in gradients if g is not None))
+    """Return the joint norm of the gradients that there are."""
+    squares = []
+    for gradient in gradients:
+        if gradient is not None:
+            squares.append(float(sum_of_squares(gradient)))
+
+    return math.sqrt(math.fsum(squares))
 
 
 # -- parts of a batch ------------------------------------------------------------------------------
@@ -426,58 +546,85 @@ def count_sequences(arguments: Arguments) -> int:
     """
     tensors: list[Tensor] = []
     collect_deep(arguments, tensors)
-    first = next((t for t in tensors if t.dim() >= 2), None)
-    if first is None:
-        return 1
-    return max(int(first.shape[0]), 1)
+    for tensor in tensors:
+        if tensor.dim() >= 2:
+            return max(int(tensor.shape[0]), 1)
+
+    return 1
 
 
 def sequence_of(arguments: Arguments, row: int, rows: int) -> Arguments:
     """Return one sequence of a batch, as a batch of its own.
 
     What has no batch dimension stays as it is.
+
+    Args:
+        arguments: of a batch.
+        row: which sequence.
+        rows: size of the batch.
     """
 
     def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
-            return leaf[row : row + 1]
-        return leaf
+        # A scalar, or an option.
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        if leaf.shape[0] != rows:
+            return leaf
+
+        return leaf[row : row + 1]
 
     args, kwargs = arguments
-    return tuple(map_leaves(cut, item) for item in args), {
-        key: map_leaves(cut, v) for key, v in kwargs.items()
-    }
+    places = tuple(map_leaves(cut, value) for value in args)
+    named = {name: map_leaves(cut, value) for name, value in kwargs.items()}
+    return places, named
 
 
 def prepared(arguments: Arguments, device: torch.device, dtype: torch.dtype | None) -> Arguments:
     """Return a kept batch as the model takes it.
 
     It is moved to the model's device and precision, without the count of a Trainer.
+
+    Args:
+        arguments: of the batch.
+        device: of the model.
+        dtype: of the model; None leaves the precision as it is.
     """
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        leaf = leaf.to(device)
-        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+        # Token ids stay integers.
+        if dtype is not None and leaf.is_floating_point():
+            return leaf.to(device).to(dtype)
+
+        return leaf.to(device)
 
     args, kwargs = arguments
-    named = {
-        key: map_leaves(moved, value)
-        for key, value in kwargs.items()
-        if key not in _NOT_OF_THE_LOSS
-    }
-    return tuple(map_leaves(moved, item) for item in args), named
+    places = tuple(map_leaves(moved, value) for value in args)
+    named = {}
+    for name, value in kwargs.items():
+        if name not in _NOT_OF_THE_LOSS:
+            named[name] = map_leaves(moved, value)
+
+    return places, named
 
 
 # -- the model -------------------------------------------------------------------------------------
 def _has_half_precision(model: nn.Module) -> bool:
-    return any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    """Return whether some weights of a model are in 16 bits."""
+    types = {parameter.dtype for parameter in model.parameters()}
+    return not types.isdisjoint((torch.float16, torch.bfloat16))
 
 
 def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
     """Return the numbers of the GPUs that tensors lie on, whose random state is kept."""
-    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    numbers = set()
+    for tensor in tensors:
+        # Without a number it is the first one.
+        if tensor.device.type == "cuda":
+            numbers.add(tensor.device.index or 0)
+
+    return sorted(numbers)
 
 
 @contextmanager
