@@ -93,9 +93,13 @@ def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]
 
 def _makers(graph: Graph, node: int) -> list[int]:
     """Return the calls that make the floating inputs of a call."""
-    makers = [value.node for value in graph.float_inputs(node)]
-    # Inputs and weights of the model have negative numbers.
-    return [maker for maker in makers if maker >= 0]
+    makers = []
+    for value in graph.float_inputs(node):
+        # Inputs and weights of the model have negative numbers.
+        if value.node >= 0:
+            makers.append(value.node)
+
+    return makers
 
 
 def _readers(graph: Graph, node: int) -> list[int]:
@@ -103,6 +107,7 @@ def _readers(graph: Graph, node: int) -> list[int]:
     readers: list[int] = []
     for value in graph.nodes[node].outputs:
         readers += graph.values[value].consumers
+
     return readers
 
 
@@ -112,9 +117,14 @@ def _mixes(graph: Graph, node: int) -> bool:
     if record.name not in PRODUCTS:
         return False
 
-    operands = [graph.values[value] for value in record.operands]
-    live_floats = [value for value in operands if value.live and value.is_float]
-    return len(live_floats) >= 2
+    # A product with a weight has one.
+    count = 0
+    for value in record.operands:
+        operand = graph.values[value]
+        if operand.live and operand.is_float:
+            count += 1
+
+    return count >= 2
 
 
 # -- reading them ---------------------------------------------
@@ -243,6 +253,7 @@ class AttentionWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        # Calls are counted in the order in which the record has them.
         if name in CALLS:
             index = self.wanted.get(self.count)
             self.count += 1
@@ -269,9 +280,13 @@ class AttentionWatch(TorchFunctionMode):
         if self.count != expected:
             return {}
 
-        # A sub-layer with a call that could not be read has no figures at all.
-        readable = [index for index in self.tallies if index not in self.why]
-        return {index: self.tallies[index].record() for index in readable}
+        records = {}
+        for index, tally in self.tallies.items():
+            # A sub-layer with a call that could not be read has no figures at all.
+            if index not in self.why:
+                records[index] = tally.record()
+
+        return records
 
 
 class NotReadable(Exception):
@@ -372,6 +387,7 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
     has_own_keys = options["bias_k"] is not None or options["static_k"] is not None
     if has_own_keys or options["add_zero_attn"]:
         raise NotReadable("multi-head attention with keys of its own")
+
     query, key, heads = options["query"], options["key"], options["num_heads"]
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
@@ -412,6 +428,7 @@ def _projections(
     packed_bias = options["in_proj_bias"]
     if packed_bias is None:
         return weights, (None, None)
+
     return weights, (packed_bias[:width], packed_bias[width : 2 * width])
 
 

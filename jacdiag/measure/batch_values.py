@@ -68,10 +68,14 @@ def _tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in arguments.items():
         leaves, _ = tree_flatten_with_path(value)
         for path, leaf in leaves:
-            if isinstance(leaf, Tensor):
-                tensors[f"{name}{keystr(path)}"] = _local_part(leaf).detach()
+            if not isinstance(leaf, Tensor):
+                continue
 
-    return {name: tensor for name, tensor in tensors.items() if _can_hold_nan(tensor)}
+            tensor = _local_part(leaf)
+            if _can_hold_nan(tensor):
+                tensors[f"{name}{keystr(path)}"] = tensor.detach()
+
+    return tensors
 
 
 def _local_part(tensor: Tensor) -> Tensor:
@@ -124,7 +128,9 @@ def _look_at(name: str, tensor: Tensor, rows: int, count: int) -> NonFiniteArgum
 
 def _has_sequences(tensor: Tensor, rows: int, count: int) -> bool:
     """Return whether the first dimension of a tensor is that of the batch."""
-    if tensor.dim() == 0 or tensor.shape[0] != rows:
+    if tensor.dim() == 0:
+        return False
+    if tensor.shape[0] != rows:
         return False
 
     # A square matrix among other tensors is as likely a mask over positions.

@@ -70,6 +70,7 @@ def closed_form_bounds(
 
     if kind == "mlp":
         return _ffn(weights["W_1"], weights["W_2"], activations, shortcut_std, norm_gain)
+
     return _attention(weights["W_O"], shortcut_std, norm_gain, heads_norm)
 
 
@@ -95,6 +96,7 @@ def _why_not_applicable(
         return "Eq. 15 is for an FFN of two matrices"
     if kind == "attention" and "W_O" not in weights:
         return "W_O was not found"
+
     return ""
 
 

@@ -56,6 +56,7 @@ def tables_of(sites: Sites) -> list[TableRecord]:
         # A mask may be of bool.
         if _holds_numbers(buffer) or meaning == "mask":
             records.append(table_of(name, buffer, meaning))
+
     return records
 
 
@@ -63,6 +64,7 @@ def _can_be_read(buffer: Tensor) -> bool:
     """Return whether a buffer has values, and not too many."""
     if buffer.is_meta:
         return False
+
     return 0 < buffer.numel() <= _LARGEST
 
 
@@ -93,6 +95,7 @@ def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
         can_mean_it = _is_square(buffer)
     if not can_mean_it:
         return ""
+
     return meaning
 
 
@@ -129,7 +132,8 @@ def enters_sine_and_cosine(graph: Graph, name: str) -> bool:
 
 def _calls_reached_from(graph: Graph, name: str) -> Iterator[str]:
     """Yield the calls that a buffer leads to, breadth first, up to sines and cosines."""
-    waiting = [value.index for value in graph.values if value.node == STATE and value.name == name]
+    state = [value for value in graph.values if value.node == STATE]
+    waiting = [value.index for value in state if value.name == name]
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_CALLS:
         value = waiting.pop(0)
@@ -184,6 +188,7 @@ def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:
     may_be_series = buffer.dim() == 1 and not buffer.is_complex()
     if record.not_finite or not may_be_series:
         return record
+
     first, ratio = _series_of(numbers)
     rounded = ""
     if meaning == "frequencies":
@@ -247,4 +252,5 @@ def narrower_type(values: Tensor) -> str:
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return str(dtype).removeprefix("torch.")
+
     return ""

@@ -58,6 +58,7 @@ def count_intervals(groups: Iterable[list[Sublayer]], *, early: bool, state: str
         count += sum(_count_own_intervals(site, evaluates_eq_20) for site in sites)
         if len(sites) > 1:
             count += 1  # the joint residual map of parallel branches
+
     return count
 
 

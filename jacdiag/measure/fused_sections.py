@@ -77,6 +77,7 @@ def sections_of(
     has_values = tensor.is_floating_point() and not tensor.is_meta
     if not has_values or fan_out is None:
         return []
+
     dim = _output_dim(tensor, fan_out)
     if dim is None:
         return []
@@ -86,6 +87,7 @@ def sections_of(
     layout = _find_layout(matrix, dim, role, fan_out, heads_width, head, splits)
     if layout is None:
         return []
+
     return [_measure(matrix, dim, layout, index) for index in range(len(layout.roles))]
 
 
@@ -114,6 +116,7 @@ def _find_layout(
     may_be_interleaved = role == "W_QKV" and matrix.dim() == 2
     if not may_be_interleaved:
         return layout
+
     if dim == 1:
         matrix = matrix.T
     return _likeliest(matrix, layout, head)
@@ -124,10 +127,12 @@ def _output_dim(tensor: Tensor, fan_out: int) -> int | None:
     if tensor.dim() not in (2, 3):
         return None
 
+    # A square matrix is taken to be stored as nn.Linear does.
     last = tensor.dim() - 1
     for dim in (last - 1, last):
         if tensor.shape[dim] == fan_out:
             return dim
+
     return None
 
 
@@ -148,6 +153,7 @@ def _cut_layout(role: str, splits: Sequence[int]) -> Layout | None:
         return Layout((*attention, *ffn), tuple(splits))
     if _are_heads(splits[-3:]):
         return Layout((*ffn, *attention), tuple(splits))
+
     return None
 
 
@@ -173,9 +179,11 @@ def _plain_layout(role: str, fan_out: int, heads_width: int | None) -> Layout | 
     keys, remainder = divmod(fan_out - queries, 2)
     if keys < 1 or remainder:
         return None
+
     sizes = (queries, keys, keys)
     if not _are_heads(sizes):
         return None
+
     return Layout(roles, sizes)
 
 
@@ -210,6 +218,7 @@ def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
         likelihood = _likelihood(squares, rows.shape[1], layout)
         if likelihood > best_likelihood:
             best, best_likelihood = layout, likelihood
+
     return best
 
 
@@ -220,6 +229,7 @@ def _likelihood(squares: Tensor, columns: int, layout: Layout) -> float:
         own = squares[layout.outputs_of(index)]
         variance = max(float(own.mean()), 1e-300)
         total -= 0.5 * columns * len(own) * math.log(variance)
+
     return total
 
 
@@ -238,6 +248,7 @@ def _measure(matrix: Tensor, dim: int, layout: Layout, index: int) -> SectionRec
     draw = draw_of(section)
     if draw is None:
         return SectionRecord(role, fan_out)
+
     return SectionRecord(
         role,
         fan_out,
@@ -299,4 +310,5 @@ def widths_of_heads(uses: Sequence[tuple[str, str, int | None]]) -> dict[str, in
     for sublayer, widths in widths_of.items():
         if len(widths) == 1:
             only_width[sublayer] = widths.pop()
+
     return only_width

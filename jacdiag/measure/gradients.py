@@ -67,6 +67,7 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     logits = loss_input(output)
     if logits is None:
         raise MeasureError("the model's output holds no floating tensor: it has no loss")
+
     generator = torch.Generator().manual_seed(seed)
 
     # 1. Logits of each position.
@@ -113,6 +114,7 @@ def loss_input(output: Any) -> Tensor | None:
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dim() >= 1:
             return tensor
+
     return None
 
 
@@ -125,6 +127,7 @@ def end_of(sites: Sites) -> int:
     is_post_norm = any(sites[index].post_norm is not None for index in last.sites)
     if is_post_norm:
         return last.after
+
     return last.output
 
 
@@ -333,6 +336,7 @@ def gradients_of(
     def take(name: str, weight: Tensor) -> None:
         if weight.grad is None:
             return
+
         squares[name] = sum_of_squares(weight.grad)
         # Dropped at once: the backward never holds more than one of them.
         weight.grad = None
@@ -362,6 +366,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for part in flat.split(_CHUNK):
         total += part.double().square().sum()
+
     return total
 
 

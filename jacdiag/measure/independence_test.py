@@ -79,6 +79,7 @@ def examine_draw(tensor: Tensor) -> DrawTest | None:
     """
     if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
         return None
+
     matrix = _balanced(_part_of(tensor.detach()))
     if matrix is None:
         return None
@@ -150,6 +151,7 @@ def _balanced(matrix: Tensor) -> Tensor | None:
     # 1. Leave padding out.
     if not bool(matrix.isfinite().all()):
         return None
+
     matrix = matrix[(matrix != 0).any(dim=1)]
     matrix = matrix[:, (matrix != 0).any(dim=0)]
     if min(matrix.shape) < LEAST_SIDE:
@@ -163,7 +165,9 @@ def _balanced(matrix: Tensor) -> Tensor | None:
             scaled = _scaled(matrix, centre)
             if scaled is None:
                 return None
+
             matrix = scaled
+
     return matrix
 
 
@@ -192,4 +196,5 @@ def _scaled(matrix: Tensor, centre: bool) -> Tensor | None:
         if centre:
             matrix = matrix - mean
         matrix = matrix / scale
+
     return matrix

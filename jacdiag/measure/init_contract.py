@@ -30,6 +30,7 @@ from jacdiag.trace.graph.ops import PRODUCTS
 from jacdiag.trace.site_list import Sites
 
 TABLES = ("embedding", "positions")
+_CONSTANT = ("zero", "constant")  # families without a draw
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 _PACKED = ("W_Q", "W_K", "W_V", "W_KV", "W_QKV")
 # Where an adapter stands next to the weight that it adapts: peft keeps that one as `base_layer`,
@@ -172,6 +173,7 @@ def record_of(
     # 2. How it was drawn.
     if draw is None:
         return record
+
     return replace(
         record,
         family=draw.family,
@@ -201,6 +203,7 @@ def whole_map(use: ParameterUse, shape: Sequence[int]) -> ParameterUse:
     may_be_packed = len(shape) == 2 and use.role in _PACKED
     if not may_be_packed or use.fan_out is None:
         return use
+
     rows, columns = shape
     if use.fan_in != columns:
         return use
@@ -209,6 +212,7 @@ def whole_map(use: ParameterUse, shape: Sequence[int]) -> ParameterUse:
     reads_all = use.fan_out >= rows
     if reads_all or rows % use.fan_out:
         return use
+
     return replace(use, role="W_QKV", fan_out=rows)
 
 
@@ -227,6 +231,7 @@ def is_sorted(vector: Tensor) -> bool:
     flat = vector.detach().reshape(-1)
     if flat.numel() < 16:
         return False
+
     # A constant vector was not computed.
     is_level = bool(flat[0] == flat[-1])
     if is_level:
@@ -244,15 +249,19 @@ def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse
     scheme of the model covers it.
     """
     # 1. The modules whose weight is adapted.
-    base_names = [name for name in uses if _BASE in name]
-    adapted = tuple(name.partition(_BASE)[0] + "." for name in base_names)
+    adapted = []
+    for name in uses:
+        module, base, _ = name.partition(_BASE)
+        if base:
+            adapted.append(f"{module}.")
 
     # 2. What else stands in them, and what is named as an adapter.
     result = dict(uses)
     for name, use in uses.items():
-        stands_next_to_base = _BASE not in name and name.startswith(adapted)
+        stands_next_to_base = _BASE not in name and name.startswith(tuple(adapted))
         if stands_next_to_base or _ADAPTER.search(name):
             result[name] = replace(use, role="adapter")
+
     return result
 
 
@@ -271,6 +280,7 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
     for node in graph.nodes:
         if not sites.finder.is_product(node.index):
             continue
+
         names = fused.intersection(parameters_of(graph, (node.index,), sites.skeleton))
         if not names:
             continue
@@ -280,13 +290,14 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
         if sizes is not None:
             for name in names:
                 cuts.setdefault(name, sizes)
+
     return cuts
 
 
 def _sizes_after_cut(graph: Graph, value: int) -> list[int] | None:
     """Return the last sizes of the pieces into which the first call of its kind cuts a value."""
-    consumers = [graph.nodes[consumer] for consumer in graph.values[value].consumers]
-    for node in consumers:
+    for consumer in graph.values[value].consumers:
+        node = graph.nodes[consumer]
         if node.name not in _CUTS:
             continue
 
@@ -294,6 +305,7 @@ def _sizes_after_cut(graph: Graph, value: int) -> list[int] | None:
         shapes = [graph.values[output].shape for output in node.outputs]
         if all(shapes):
             return [shape[-1] for shape in shapes]
+
     return None
 
 
@@ -345,18 +357,19 @@ def _unexplained(uses: Mapping[str, ParameterUse], draws: Mapping[str, FittedDra
     """Return gains, scales and biases that are not constant, where most of their role are."""
     names: list[str] = []
     for role in ("norm_gain", "scale", "bias"):
-        known = [name for name, use in uses.items() if use.role == role]
-        known = [name for name in known if draws[name] is not None]
-        drawn = [name for name in known if not _is_constant(draws[name])]
-        # Where most are drawn, the model means it so.
-        if len(drawn) < len(known) / 2:
-            names += drawn
+        # 1. The families of the weights of this role.
+        families: dict[str, str] = {}
+        for name, use in uses.items():
+            draw = draws[name]
+            if use.role == role and draw is not None:
+                families[name] = draw.family
+
+        # 2. Those that vary. Where most do, the model means it so.
+        varying = [name for name, family in families.items() if family not in _CONSTANT]
+        if len(varying) < len(families) / 2:
+            names += varying
+
     return names
-
-
-def _is_constant(draw: FittedDraw | None) -> bool:
-    """Return whether all numbers of a weight are one."""
-    return draw is not None and draw.family in ("zero", "constant")
 
 
 def family_of(model: nn.Module) -> str:
@@ -366,6 +379,7 @@ def family_of(model: nn.Module) -> str:
     is_named = isinstance(kind, str) and kind != ""
     if is_named:
         return str(kind)
+
     return type(model).__name__
 
 
@@ -430,17 +444,19 @@ def head_width_of(sites: Sites) -> int | None:
 
     if len(widths) != 1:
         return None
+
     return widths.pop()
 
 
 def _reads_heads(graph: Graph, node: Node) -> bool:
     """Return whether a call is attention of queries and keys that are split into heads."""
+    if node.name not in FUSED_ATTENTION | SOFTMAX:
+        return False
     # torch's own multi-head attention reads the stream, and not heads.
     if node.name == "multi_head_attention_forward":
         return False
 
-    is_candidate = node.name in FUSED_ATTENTION or node.name in SOFTMAX
-    return is_candidate and is_attention(graph, node.index)
+    return is_attention(graph, node.index)
 
 
 def _live_operands(graph: Graph, node: Node) -> list[Value]:
@@ -462,6 +478,7 @@ def _product_before(graph: Graph, node: int) -> int:
         # A product with a weight has one live operand.
         if len(_live_operands(graph, record)) >= 2:
             return candidate
+
     return node
 
 
@@ -500,8 +517,12 @@ def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
             decayed.update(id(parameter) for parameter in group["params"])
 
     # 2. Every name of what they hold: a tied parameter has several.
-    named = model.named_parameters(remove_duplicate=False)
-    return [name for name, parameter in named if id(parameter) in decayed]
+    names = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in decayed:
+            names.append(name)
+
+    return names
 
 
 def _logits_std(output: Any, vocabulary: int | None) -> float | None:
@@ -523,4 +544,5 @@ def _logits_std(output: Any, vocabulary: int | None) -> float | None:
     std = float(logits.detach().double().std(correction=0))
     if not math.isfinite(std):
         return None
+
     return std

@@ -110,6 +110,7 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Fit
     has_values = tensor.numel() > 0 and not tensor.is_meta
     if not tensor.is_floating_point() or not has_values:
         return None
+
     measured = moments(tensor.detach(), table)
     figures = (measured.mean, measured.std, measured.largest)
     if not all(map(math.isfinite, figures)):
@@ -210,6 +211,7 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
     count = int(per_column.sum())
     if not count or _is_pattern(torch.cat(per_row), per_column, count):
         return 0, None
+
     others = flat.numel() - count
     return count, math.sqrt(max(squares / others - (total / others) ** 2, 0.0))
 
@@ -296,6 +298,7 @@ def copies_of(
         candidates.append(name)
         if _repeats_a_part(params[name]):
             copies[name] = name
+
     return copies
 
 
@@ -333,6 +336,7 @@ def _repeats_a_part(tensor: Tensor) -> bool:
     for matrix, count in product((tensor, tensor.T), _SHARDS):
         if _repeats_a_block(matrix, count):
             return True
+
     return False
 
 
@@ -343,6 +347,7 @@ def _repeats_a_matrix(stack: Tensor) -> bool:
     for index, numbers in enumerate(stack[:, 0, :8].tolist()):
         earlier = beginnings.setdefault(tuple(numbers), index)
         is_first = earlier == index
+        # Equal beginnings may be zeros alone.
         if not is_first and torch.equal(stack[earlier], stack[index]):
             return True
 
@@ -360,6 +365,7 @@ def _repeats_a_block(matrix: Tensor, count: int) -> bool:
     # 2. One row is enough to rule most matrices out.
     if not torch.equal(matrix[0], matrix[length]):
         return False
+
     blocks = matrix.split(length)
     return all(torch.equal(blocks[0], block) for block in blocks[1:])
 
@@ -401,9 +407,11 @@ def pieces_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, s
         tensor = params[other]
         if tensor.dim() < 2 or not tensor.is_floating_point():
             continue
+
         for name in _pieces_in(tensor.detach(), vectors):
             pieces[name] = other
             del vectors[name]
+
     return pieces
 
 
@@ -411,6 +419,7 @@ def _varies(vector: Tensor) -> bool:
     """Return whether a vector is long enough for a search, and not constant."""
     if vector.numel() < 8:
         return False
+
     return bool((vector != vector[0]).any())
 
 
@@ -442,6 +451,7 @@ def _holds_piece(tensor: Tensor, vector: Tensor) -> bool:
         starts = starts[flat[starts + offset] == vector[offset].to(flat.device)]
         if not starts.numel():
             return False
+
     return True
 
 
@@ -457,6 +467,7 @@ def std_of(tensor: Tensor, correction: int = 0) -> float:
     """
     if tensor.numel() <= correction:
         return math.nan
+
     measured = moments(tensor.detach())
     return measured.std * math.sqrt(measured.count / (measured.count - correction))
 
@@ -489,6 +500,7 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
             piece = not_zero
         if not piece.numel():
             continue
+
         ends = torch.aminmax(piece)
         low, high = min(low, float(ends.min)), max(high, float(ends.max))
         tiny += _count_tiny(piece)
@@ -527,6 +539,7 @@ def _count_tiny(piece: Tensor) -> int:
     is_close = piece.abs() < TINY
     if not bool(is_close.any()):
         return 0
+
     return int(is_close.sum() - (piece == 0).sum())
 
 
@@ -607,6 +620,7 @@ def _family_of(measured: Moments) -> _Family:
     has_normal_kurtosis = abs(measured.kurtosis - 3) < max(error, 100 / n)
     if is_too_far or not has_normal_kurtosis:
         return other
+
     return _Family("normal", 3.0)
 
 
@@ -625,9 +639,11 @@ def _bounded_family_of(measured: Moments, reach: float, error: float) -> _Family
     cut = _cut_of(reach)
     if cut is None:
         return None
+
     std, kurtosis = truncated(cut)
     if abs(measured.kurtosis - kurtosis) >= error:
         return None
+
     return _Family("truncated", kurtosis, truncation=std)
 
 
@@ -649,6 +665,7 @@ def _cut_of(reach: float) -> float | None:
     """
     if not 1.8 < reach < 6:
         return None
+
     from scipy.optimize import brentq  # its import takes a third of a second, and is rarely needed
 
     return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))

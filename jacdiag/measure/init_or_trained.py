@@ -64,6 +64,7 @@ class WeightEvidence:
         # 2. Those that decided.
         if self.trained:
             return f"{len(self.failed)} of {self.tested} matrices are no draw of an init"
+
         passed = self.tested - len(self.failed)
         return f"{passed} of {self.tested} matrices can be draws of an init"
 
@@ -133,6 +134,7 @@ def decide_state(
     if not is_fresh:
         reason = f"{reason}, but {evidence.words}"
         return StateDecision(state="trained", reason=reason, basis="weights")
+
     note = f"{reason}, but {evidence.words}: if it holds trained weights, pass --state trained"
     return StateDecision(state="init", reason=reason, basis=basis, note=note)
 
@@ -222,6 +224,8 @@ def same_weights(first: Mapping[str, Tensor], other: nn.Module, names: Iterable[
         if name not in held:
             return False
 
+        # Models may lie on different devices.
         if not torch.equal(held[name].detach().cpu(), first[name].cpu()):
             return False
+
     return True

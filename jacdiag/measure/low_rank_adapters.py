@@ -46,6 +46,7 @@ def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
                 pair.first, pair.second, _is_zero(first), _is_zero(second), decomposed, between
             )
         )
+
     return records
 
 
@@ -72,6 +73,7 @@ def _by_beginning(names: Iterable[str]) -> dict[str, list[str]]:
         if start is not None:
             beginning = name[: start.end()]
             additions.setdefault(beginning, []).append(name)
+
     return additions
 
 
@@ -82,6 +84,7 @@ def _pairs(names: Collection[str]) -> Iterator[_FactorPair]:
         if match is None:
             continue
 
+        # The other factor has another word in place of "A" or "down".
         before, after = name[: match.start(3)], name[match.end(3) :]
         other = f"{before}{_OTHER[match[3]]}{after}"
         if other in names:
@@ -92,14 +95,17 @@ def _factor_between(
     pair: _FactorPair, names: Iterable[str], params: Mapping[str, Tensor], rank: int
 ) -> str:
     """Return a factor of zeros between two others; "" if there is none."""
-    for name in names:
-        is_relative = name not in (pair.first, pair.second) and name.endswith(pair.after)
+    others = [name for name in names if name not in (pair.first, pair.second)]
+    for name in others:
+        # It is named as the two are, with another word for A and B.
+        is_relative = name.endswith(pair.after)
         if not is_relative:
             continue
 
         word = name[len(pair.before) : len(name) - len(pair.after)]
         if _can_stand_between(word, params[name], rank) and _is_zero(params[name]):
             return name
+
     return ""
 
 

@@ -61,14 +61,17 @@ def streams_of(
             alike.append(name)
         elif tensor.data_ptr() != params[repeated[0]].data_ptr():
             streams[name] = repeated[0]
+
     return streams
 
 
 def _can_be_compared(tensor: Tensor, draw: FittedDraw | None) -> bool:
     """Return whether a weight was drawn number by number, and has enough of them."""
-    if draw is None or draw.family not in _DRAWN:
+    was_drawn = draw is not None and draw.family in _DRAWN
+    if not was_drawn:
         return False
 
+    # Vectors are constant, or share too few numbers.
     return tensor.dim() >= 2 and tensor.numel() >= _LEAST
 
 
