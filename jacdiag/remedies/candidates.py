@@ -96,6 +96,7 @@ def remedies_for(
     codes = aims(report)
     if not codes:
         return []
+
     remedies = _drawn_or_scaled(report, contract, model, codes)
 
     # 3. The init of the baseline, alone and with each of the others.
@@ -136,6 +137,7 @@ def _contract_recipes(
     requested = [recipe for recipe in recipes if recipe is not None]
     if not requested:
         return None
+
     return functools.reduce(operator.add, requested)
 
 
@@ -159,6 +161,7 @@ def _paper_recipes(
     # 3. Both together. The shortcut may depend on what the matrices draw.
     for smaller in matrices:
         recipes += _pairs(report, contract, model, smaller)
+
     return recipes
 
 
@@ -190,6 +193,7 @@ def _drawn_names(changes: Iterable[ModelChange]) -> set[str]:
     names: set[str] = set()
     for draw in _draws_among(changes):
         names.update(draw.weights.names)
+
     return names
 
 
@@ -230,6 +234,7 @@ def _embedding(
     width = report.model.width
     if not width:
         return
+
     tables = _embedding_tables(contract, width)
     if not tables:
         return
@@ -298,6 +303,7 @@ def _owner(model: nn.Module, parameter: str) -> str:
     own_parameters = list(model.get_submodule(owner).parameters(recurse=False))
     if len(own_parameters) != 1:
         return ""
+
     return owner
 
 
@@ -452,8 +458,9 @@ def _groups(contract: ContractRecord, weights: Iterable[WeightRecord]) -> Iterat
 
 def _as_weights(contract: ContractRecord, pattern: str, group: Sequence[WeightRecord]) -> Weights:
     """Return weights of one name pattern, as a change names them."""
-    everything = [weight.parameter for weight in contract.weights]
     names = [weight.parameter for weight in group]
+    # A pattern is used only if it selects no other parameter.
+    everything = [weight.parameter for weight in contract.weights]
     return Weights.of(names, pattern, everything, group[0].role)
 
 
@@ -462,6 +469,7 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     """Set every weight that differs from its contract to what the contract says."""
     if _CONTRACT_CODES.isdisjoint(codes):
         return None
+
     groups = _grouped_deviations(contract)
     if not groups:
         return None
@@ -490,8 +498,10 @@ def _grouped_deviations(
         # To draw the entire matrix again would change the other rows of a section.
         if deviation.section:
             continue
+
         key = (deviation.weight.pattern, deviation.value)
         groups.setdefault(key, []).append(deviation)
+
     return groups
 
 
@@ -512,6 +522,7 @@ def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
     names = set(_parameters_named_by(report, "JD110"))
     if report.baseline is None:
         return None
+
     differing = [weight for weight in contract.weights if weight.parameter in names]
     groups: dict[tuple[str, _Target], list[WeightRecord]] = {}
     for weight in differing:
@@ -619,6 +630,7 @@ def _spared(report: Report, codes: Sequence[str]) -> Remedy | None:
     """Make parameter groups without decay for what should not shrink."""
     if "JD207" not in codes:
         return None
+
     names = _parameters_named_by(report, "JD207")
     spare = Spare(tuple(dict.fromkeys(names)))
     title = "a parameter group with weight_decay 0 for embeddings, gains and biases"
@@ -699,4 +711,5 @@ def _needed_scale_of(row: SublayerRecord, thresholds: Thresholds) -> float:
     has_value = upper > 0
     if not has_value:
         return 1.0
+
     return limit / upper

@@ -156,6 +156,7 @@ def _padding_rows(weight: Tensor) -> Tensor | None:
     # A matrix that is zero everywhere was initialised so, and has no padding.
     if bool(is_zero.all()):
         return None
+
     return is_zero
 
 

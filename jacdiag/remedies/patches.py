@@ -146,6 +146,7 @@ def _spared_names(changes: Iterable[ModelChange]) -> list[str] | None:
     for change in changes:
         if not isinstance(change, Spare):
             return None
+
         names += change.names
 
     return names
@@ -189,6 +190,7 @@ def _stds_drawn(changes: Iterable[ModelChange], roles: Container[str]) -> set[fl
     for change in changes:
         if isinstance(change, Redraw) and change.weights.role in roles:
             stds.add(change.std)
+
     return stds
 
 
@@ -216,6 +218,7 @@ def _megatron(report: Report, changes: Sequence[ModelChange]) -> list[str]:
                 "# no flag scales the embedding; a table of that std gives the same stream at init",
                 _table_flags(std),
             ]
+
     return list(dict.fromkeys(lines))
 
 
@@ -244,6 +247,7 @@ def _flags_of(change: ModelChange, inner_stds: Container[float]) -> list[str]:
     # 3. What no flag sets.
     if isinstance(change, NormOutput):
         return ["# no flag puts a norm on the embedding; Megatron-DeepSpeed: --embed-layernorm"]
+
     return [f"# no flag says this: {_words(change)}"]
 
 
@@ -260,6 +264,7 @@ def _flags_of_draw(draw: Redraw, inner_stds: Container[float]) -> list[str]:
     # 2. Matrices that read the stream.
     if role in INNER:
         return [f"--init-method-std {plain(draw.std)}"]
+
     return []
 
 
@@ -326,6 +331,7 @@ def _param_init_of(report: Report, change: ModelChange) -> str:
     if isinstance(change, Fill):
         init = f"partial(nn.init.constant_, val={change.value!r})"
         return f'{{"weight": {init}}}  # {_words(change)}'
+
     return f"# no param_init says this: {_words(change)}"
 
 
@@ -342,6 +348,7 @@ def _weights_of(report: Report) -> Sequence[WeightRecord]:
     contract = report.contract
     if contract is None:
         return ()
+
     return contract.weights
 
 
@@ -379,6 +386,7 @@ def _std_of_scaled_table(
     table_std = _table_std(report, changes)
     if not table_std:
         return None
+
     return table_std * factor
 
 
@@ -395,6 +403,7 @@ def _table_std(report: Report, changes: Iterable[ModelChange]) -> float | None:
     for weight in _weights_of(report):
         if weight.role == "embedding" and weight.std:
             stds.append(drawn.get(weight.parameter, weight.std))
+
     return max(stds, default=None)
 
 
@@ -427,6 +436,7 @@ def _embedding_factor(report: Report, change: ModelChange) -> float | None:
     # Other outputs are scaled, too: of a norm, or of a branch.
     if not _embedding_modules(report).issuperset(change.modules):
         return None
+
     return change.factor
 
 
@@ -437,6 +447,7 @@ def _embedding_modules(report: Report) -> set[str]:
         if weight.role == "embedding":
             module, _, _ = weight.parameter.rpartition(".")
             modules.add(module)
+
     return modules
 
 

@@ -120,6 +120,7 @@ def try_remedies(
         records.append(record)
         if is_recommended and not every:
             break
+
     return records, notes
 
 
@@ -146,6 +147,7 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
         other = bench.fresh(seed)
         if other is None:
             continue
+
         seeds.append(seed)
         other_report, _ = bench.again(_changed(other, remedy, seed), spared, seed)
         is_enough = sufficient(report, other_report, remedy)
@@ -175,6 +177,7 @@ def _spared_names(remedy: Remedy) -> list[str]:
     for change in remedy.changes:
         if isinstance(change, Spare):
             names.extend(change.names)
+
     return names
 
 
@@ -183,6 +186,7 @@ def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
     changed = copy.deepcopy(model)
     with seeded(seed + _APART):
         remedy.apply(changed)
+
     return changed
 
 
@@ -211,6 +215,7 @@ def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
     findings = _held_against(after, aimed, remedy)
     if _still_broken(findings, aimed):
         return False
+
     return not _newly_broken(before, findings, aimed)
 
 
@@ -229,6 +234,7 @@ def _newly_broken(before: Report, findings: Iterable[Finding], aimed: Sequence[s
 
         if (finding.code, finding.level) not in known:
             return True
+
     return False
 
 
@@ -237,8 +243,10 @@ def _held_against(after: Report, aimed: Sequence[str], remedy: Remedy) -> list[F
     changed = _changed_names(remedy)
     held = []
     for finding in after.findings:
+        # Infos may remain.
         if finding.level == "info":
             continue
+
         if not _is_on_purpose(finding, aimed, changed):
             held.append(finding)
 
@@ -262,14 +270,22 @@ def _changed_names(remedy: Remedy) -> set[str]:
     for change in remedy.changes:
         weights = getattr(change, "weights", None)
         names |= set(getattr(weights, "names", ()))
+
     return names
 
 
 def _is_unknown(after: Report, aimed: Sequence[str]) -> bool:
     """Return whether a figure that the remedy was tried against is not known of the changed one."""
-    checks = [_SEEN[code] for code in aimed if code in _SEEN]
-    are_known = [is_known(after) for is_known in checks]
-    return not all(are_known)
+    for code in aimed:
+        has_figure = _SEEN.get(code)
+        # Any other rule says itself that it is undecided.
+        if has_figure is None:
+            continue
+
+        if not has_figure(after):
+            return True
+
+    return False
 
 
 def _is_undecided(before: Report, after: Report, aimed: Sequence[str]) -> bool:
@@ -299,6 +315,7 @@ def _difference(before: Any, after: Any) -> float | None:
     pairs = _floating_pairs(before, after)
     if not pairs:
         return None
+
     are_comparable = [_can_be_compared(tensor, other) for tensor, other in pairs]
     if not all(are_comparable):
         return None
@@ -320,6 +337,7 @@ def _floating_pairs(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
     for tensor, other in zip(tensors, other_tensors, strict=False):
         if tensor.is_floating_point():
             pairs.append((tensor.detach(), other.detach()))
+
     return pairs
 
 
