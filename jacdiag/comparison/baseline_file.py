@@ -97,6 +97,7 @@ def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> N
     same_sublayers = now.sublayers.keys() & before.sublayers.keys()
     if same_weights or same_sublayers:
         return
+
     raise UsageError(
         f"the baseline '{path}' is of another model",
         got=f"{before.model}, {before.layers} layers; now {now.model}, {now.layers} layers",

@@ -83,6 +83,7 @@ def check_has_norms(report: Report, name: str) -> None:
     has_norm = any(row.branch_norm is not None for row in report.sublayers)
     if has_norm:
         return
+
     hint = (
         "audit it with a model that runs (--model FACTORY); `jacdiag diff --contract-only` "
         "compares weights"
@@ -269,6 +270,7 @@ def _measured_in_both(pairs: Iterable[_RowPair]) -> list[_RowPair]:
         norms = (row.branch_norm, other.branch_norm)
         if None not in norms:
             measured.append((row, other))
+
     return measured
 
 
@@ -280,6 +282,7 @@ def _measured_in_one(pairs: Iterable[_RowPair]) -> list[str]:
         had_norm = other.branch_norm is not None
         if has_norm != had_norm:
             names.append(row.name)
+
     return names
 
 
@@ -293,8 +296,10 @@ def _sublayer_changes(earlier: Report, now: Report) -> list[ChangeRecord]:
         # A sub-layer that one report lacks is of another architecture, and no change.
         if pair.old is None or pair.new is None:
             continue
+
         old, new = list(pair.old), list(pair.new)
         changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
+
     return changes
 
 
@@ -309,6 +314,7 @@ def _end_to_end_change(earlier: Report, now: Report) -> list[ChangeRecord]:
     old, new = _ends(before), _ends(after)
     if not are_apart(old, new):
         return []
+
     return [ChangeRecord("", None, "end_to_end", list(old), list(new))]
 
 
@@ -317,6 +323,7 @@ def _end_to_end(report: Report) -> Interval | None:
     network = report.network
     if network is None:
         return None
+
     return network.end_to_end
 
 
@@ -335,6 +342,7 @@ def _weight_names(now: Report, earlier: Report) -> Mapping[str, str]:
         # One without a counterpart is not renamed.
         if key in ours:
             names[weight.parameter] = ours[key].parameter
+
     return names
 
 

@@ -158,6 +158,7 @@ def _depth_in_forward(pair: Pair) -> float:
     # Outside all layers.
     if pair.part in ("embedding", "positions"):
         return -1.0
+
     return math.inf
 
 
@@ -199,6 +200,7 @@ def _figure_pairs(first: SublayerRecord, second: SublayerRecord) -> Iterable[Pai
         # Neither report has it: the sub-layer has no norm, or it was not measured.
         if (old, new) == (None, None):
             continue
+
         yield Pair(first.depth, first.kind, figure, *names, old, new, are_apart(old, new))
 
 
@@ -234,11 +236,14 @@ def numbered_rows(rows: Iterable[Row]) -> dict[Key, Row]:
     seen: dict[Key, int] = {}
     numbered: dict[Key, Row] = {}
     for row in rows:
+        # One inside another, or off the stream, has no counterpart by depth.
         if row.placement is None or row.nested:
             continue
+
         key: Key = (row.depth, row.kind)
         seen[key] = seen.get(key, 0) + 1
         numbered[(*key, seen[key])] = row
+
     return numbered
 
 
@@ -298,6 +303,7 @@ def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
     # 2. Pair them. A report without a contract has no weights.
     if not fused_a or not fused_b:
         return
+
     for key in dict.fromkeys((*fused_a, *fused_b)):
         yield _pair_of_weight(fused_a.get(key), fused_b.get(key))
 
@@ -321,14 +327,17 @@ def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
     """Return the weights that have a role by layer, role, and number among those of that role."""
     if report.contract is None:
         return {}
+
     seen: dict[Key, int] = {}
     numbered: dict[Key, WeightRecord] = {}
     for weight in report.contract.weights:
         if weight.role in _NOT_COMPARED:
             continue
+
         key: Key = (weight.layer, weight.role)
         seen[key] = seen.get(key, 0) + 1
         numbered[(*key, seen[key])] = weight
+
     return numbered
 
 
@@ -349,6 +358,7 @@ def _fuse_like(weights: Weights, model: Mapping[Key, WeightRecord]) -> Weights:
         if fused.keys() >= set(parts):
             _, role, _ = key
             fused[key] = _put_together([fused.pop(part) for part in parts], str(role))
+
     return fused
 
 
@@ -382,6 +392,7 @@ def _pooled(weights: Sequence[WeightRecord], figure: str) -> float | None:
         # A constant has no interval, and no std that adds up.
         if value is None:
             return None
+
         squares.append(size * value * value)
 
     return math.sqrt(sum(squares) / sum(sizes))
@@ -391,8 +402,10 @@ def _std(weight: WeightRecord | None) -> Ends | None:
     """Return the std of a weight with its interval; None if it was not measured."""
     if weight is None:
         return None
+
     ends = (weight.lower, weight.std, weight.upper)
     # A constant has no interval.
     if None in ends:
         return None
+
     return cast(Ends, ends)

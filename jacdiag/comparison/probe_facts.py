@@ -24,6 +24,7 @@ def measured_with(report: Report) -> dict[str, Any]:
     # 1. A report of weights alone has no probe, or has measured nothing with it.
     if report.probe is None:
         return {}
+
     has_norm = any(row.branch_norm is not None for row in report.sublayers)
     if not has_norm:
         return {}
@@ -39,6 +40,7 @@ def drawn_with(report: Report) -> dict[str, Any]:
     # Without facts there is no token either.
     if facts.get("tokens") != "random":
         return facts
+
     assert report.probe is not None
     return {**facts, "seed": report.probe.seed}
 
@@ -80,10 +82,12 @@ def probe_options(facts: Facts, keys: Sequence[str]) -> str:
         # What a probe does not have needs no option.
         if facts[key] is None:
             continue
+
         option = f"--{key} {facts[key]}"
         if key == "tokens":
             option = _tokens_option(str(facts[key]))
         options.append(option)
+
     return " ".join(options)
 
 

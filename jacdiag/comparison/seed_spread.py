@@ -44,6 +44,7 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
         # 2. The interval of each sub-layer.
         for name, seeds in rows.items():
             sublayers.setdefault(name, {})[figure] = _over_seeds(seeds, reach)
+
     return FiguresRecord(
         model=first.model.name,
         parameters=first.model.parameters,
@@ -83,6 +84,7 @@ def _by_figure_and_kind(
             rows_of_kind = values.setdefault((figure, row.kind), {})
             seeds = rows_of_kind.setdefault(row.name, [])
             seeds.append(ends)
+
     return values
 
 
@@ -122,6 +124,7 @@ def _ends_of_gain(gain: Interval | None) -> _Ends | None:
     # 2. The logarithm is taken later.
     if not 0 < value < math.inf:
         return None
+
     return (value, value, value)
 
 
@@ -159,6 +162,7 @@ def _weights(report: Report) -> dict[str, dict[str, object]]:
     """Return the draw of each weight, as a baseline holds it."""
     if report.contract is None:
         return {}
+
     draws: dict[str, dict[str, object]] = {}
     for weight in report.contract.weights:
         value = None
@@ -173,4 +177,5 @@ def _weights(report: Report) -> dict[str, dict[str, object]]:
             "upper": weight.upper,
             "value": value,
         }
+
     return draws
