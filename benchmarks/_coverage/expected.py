@@ -14,7 +14,7 @@ FIELDS = ("name", "kind", "placement", "token_wise", "parallel", "nested")
 
 @dataclass(frozen=True)
 class Expected:
-    """The right answer for one sub-layer. None means that nothing tells it.
+    """The right answer for one sub-layer. None means that the source does not say.
 
     Attributes:
         name: the name of the module that holds the branch.
@@ -30,10 +30,14 @@ class Expected:
     nested: bool | None = None
 
     def differences(self, site: Any) -> list[str]:
-        """Return what a sub-layer that was found contradicts, one sentence a field."""
+        """Compare a sub-layer that the tracer found with this answer.
+
+        Returns:
+            One sentence for each field that differs. A field whose answer is None is not compared.
+        """
         lines = []
         for field in FIELDS:
             found, expected = getattr(site, field), getattr(self, field)
             if expected is not None and found != expected:
-                lines.append(f"{site.name}: {found} not {expected}")
+                lines.append(f"{site.name}: {field} is {found}, not {expected}")
         return lines
