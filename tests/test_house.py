@@ -247,6 +247,69 @@ def test_names_of_test_files_are_unique() -> None:
     assert sorted(names) == sorted(set(names))
 
 
+# -- names of classes ------------------------------------------------------------------------------
+# Names that stand for two public classes today. The list only shrinks: the test fails as soon as a
+# name on it is unique, and for each new name that stands for two.
+CLASS_NAMES_TO_RENAME = {
+    "Change",
+    "Column",
+    "Config",
+    "Context",
+    "Curve",
+    "Draw",
+    "Group",
+    "Invocation",
+    "Judged",
+    "Kind",
+    "Outcome",
+    "Piece",
+    "Placed",
+    "Profile",
+    "Stop",
+    "Use",
+}
+# The callbacks of Hugging Face and of Lightning do the same for two trainers.
+SAME_CLASS_NAME_IN_TWO_INTEGRATIONS = {"WatchCallback"}
+
+
+def public_classes(source: str) -> Iterator[tuple[str, int]]:
+    """Yield the name and the line of each class of a file that has no leading underscore."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node.lineno
+
+
+def repeated_class_names(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Return each name of several public classes, and where they are defined.
+
+    Args:
+        sources: the text of each file, by its path.
+    """
+    places: dict[str, list[str]] = defaultdict(list)
+    for path, source in sources.items():
+        for name, line in public_classes(source):
+            places[name].append(f"{path}:{line}")
+    return {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_repeated_class_names_are_found_and_private_ones_are_allowed() -> None:
+    first = "class Curve: ...\nclass _Flow: ...\nclass Point: ..."
+    second = "class _Flow: ...\nif True:\n    class Curve: ..."
+    assert repeated_class_names({"a.py": first, "b.py": second}) == {"Curve": ["a.py:1", "b.py:3"]}
+
+
+def test_no_name_stands_for_two_public_classes() -> None:
+    sources = {relative(path): path.read_text(encoding="utf-8") for path in PRODUCT_FILES}
+    repeated = repeated_class_names(sources)
+    allowed = CLASS_NAMES_TO_RENAME | SAME_CLASS_NAME_IN_TWO_INTEGRATIONS
+    offenders = [
+        f"{name}: {', '.join(where)}" for name, where in repeated.items() if name not in allowed
+    ]
+    assert not offenders, "rename one of the two classes:\n" + "\n".join(offenders)
+    renamed = sorted(allowed - repeated.keys())
+    assert not renamed, f"unique by now, take them off the list: {', '.join(renamed)}"
+
+
 # -- what importing loads --------------------------------------------------------------------------
 @pytest.mark.parametrize("folder", WITHOUT_TORCH)
 def test_folder_without_torch_does_not_name_it(folder: str) -> None:
