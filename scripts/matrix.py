@@ -29,14 +29,14 @@ TESTS = (
     "tests/trace/test_hooks.py",
     "tests/trace/test_general_mechanisms.py",
     "tests/spectra",
-    "tests/measure/test_norms.py",
-    "tests/sources/test_source.py",
+    "tests/measure/test_branch_norms.py",
+    "tests/sources/test_source_strings.py",
     "tests/sources/test_checkpoint.py",
     "tests/sources/test_factory.py",
     "tests/sources/test_host_memory.py",
     "tests/cli/test_cli_exit.py",
-    "tests/monitor/test_figures.py",
-    "tests/test_prints.py",
+    "tests/monitor/test_step_metrics.py",
+    "tests/test_printed_objects.py",
 )
 
 # An audit of a small model, in which a warning of any package is a failure.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from monitor.rig import T, V, adam, lines
-from monitor.test_figures import exact
+from monitor.test_step_metrics import exact
 from torch import nn
 
 import jacdiag

@@ -23,7 +23,7 @@ from monitor.rig import (
     state_of,
     trained,
 )
-from monitor.test_figures import exact
+from monitor.test_step_metrics import exact
 from torch import Tensor, nn
 
 import jacdiag

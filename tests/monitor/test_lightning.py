@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from monitor.rig import adam, assert_same_state, batch, lines, small, state_of
-from monitor.test_figures import exact
+from monitor.test_step_metrics import exact
 from torch import Tensor, nn
 
 pytest.importorskip("lightning")

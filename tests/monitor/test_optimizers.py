@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from monitor.rig import adam, batch, lines, small
-from monitor.test_figures import exact, homes_of
+from monitor.test_step_metrics import exact, homes_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 

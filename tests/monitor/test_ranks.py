@@ -15,7 +15,7 @@ import pytest
 import torch
 from fork_server import fork_server
 from monitor.rig import PROBE_EVERY, STEPS, adam, batch, lines, plain_step, small
-from monitor.test_figures import homes_of
+from monitor.test_step_metrics import homes_of
 from monitor.two_ranks import SHORT
 
 import jacdiag

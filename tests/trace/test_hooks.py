@@ -12,7 +12,7 @@ import pytest
 import torch
 from menagerie.core import Pre
 from menagerie.parts import MLP, Attention, Decoder, seeded
-from test_guest import unchanged
+from test_model_stays_unchanged import unchanged
 from test_wrappers import assert_equal_sites, plain, sites_of
 from torch import Tensor, nn
 

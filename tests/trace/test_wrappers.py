@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fork_server import fork_server
 from menagerie.core import Pre
 from menagerie.parts import D, Decoder, V, seeded, tokens
-from test_guest import unchanged
+from test_model_stays_unchanged import unchanged
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm

@@ -22,8 +22,8 @@ from monitor.rig import (
     small,
     trained,
 )
-from test_guest import assert_same
-from test_guest import state_of as guest_state
+from test_model_stays_unchanged import assert_same
+from test_model_stays_unchanged import state_of as state_of_model
 from torch import nn
 
 import jacdiag
@@ -121,9 +121,9 @@ def test_everything_is_taken_off_at_the_end() -> None:
         ]
 
     optimizer.register_step_pre_hook(lambda *_: None)
-    before, there = guest_state(model), hooks()
+    before, there = state_of_model(model), hooks()
     jacdiag.watch(model, optimizer, quiet=True).close()
-    assert_same(before, guest_state(model))
+    assert_same(before, state_of_model(model))
     assert hooks() == there
 
 
@@ -132,7 +132,7 @@ def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_
     model = small()
     model.transformer["h"][1].eval()
     optimizer = adam(model)
-    before = guest_state(model)
+    before = state_of_model(model)
     with (
         pytest.raises(ValueError, match="broken loop"),
         jacdiag.watch(model, optimizer, log_dir=tmp_path, quiet=True, **FREQUENT) as w,
@@ -142,7 +142,7 @@ def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_
         if where == "forward":
             model(*batch(2))
         raise ValueError("broken loop")
-    after = guest_state(model)
+    after = state_of_model(model)
     for key in ("hooks", "modes", "attributes", "requires_grad", "flags"):
         assert before[key] == after[key], key
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks

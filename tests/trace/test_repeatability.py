@@ -12,7 +12,7 @@ import pytest
 import torch
 from menagerie.core import Pre
 from menagerie.parts import MLP, Attention, D, Decoder, MoE, floats, seeded, tokens
-from test_guest import unchanged
+from test_model_stays_unchanged import unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,7 +158,7 @@ def test_a_model_that_draws_is_caught_before_any_product(mlp: Any, call: str) ->
         (finding,) = [f for f in report.findings if f.code == "JD905"]
         said = finding.what
         assert finding.level == "error" and not report.sublayers and report.cost.products == 0
-    assert call in said and "'blocks.0.mlp'" in said and "test_same_again.py:" in said
+    assert call in said and "'blocks.0.mlp'" in said and "test_repeatability.py:" in said
 
 
 def test_draws_that_do_not_matter_change_no_stream() -> None:
