@@ -166,7 +166,9 @@ def test_it_agrees_with_diff(folder: Path) -> None:
         assert all((name, "branch_norm") in listed for f in worse for name in f.where)
 
 
-def test_a_json_report_and_a_checkpoint_say_the_same(run: Any, folder: Path) -> None:
+def test_earlier_json_report_and_earlier_checkpoint_give_the_same_result(
+    run: Any, folder: Path
+) -> None:
     assert run("audit", "early.pt", "--state", "trained", "--json", "early.json")[0] == 0
     found = []
     for earlier in ("early.json", "early.pt"):

@@ -89,7 +89,7 @@ def test_transformers_and_nanogpt_names() -> None:
 
 
 @pytest.mark.parametrize("core", [True, False])
-def test_megatron_names(tmp_path: Path, core: bool) -> None:
+def test_diff_matches_megatron_names(tmp_path: Path, core: bool) -> None:
     model = recipe("gpt2", 0)
     state = {k: v.detach().clone() for k, v in model.model.named_parameters()}
     renamed = as_megatron(state, core)
@@ -107,7 +107,7 @@ def test_megatron_names(tmp_path: Path, core: bool) -> None:
     ]
 
 
-def test_fused_beside_separate(tmp_path: Path) -> None:
+def test_diff_matches_fused_with_separate_projections(tmp_path: Path) -> None:
     subject = family("llama", 0)
     fused = {}
     for name, w in subject.model.named_parameters():
@@ -130,7 +130,7 @@ def test_fused_beside_separate(tmp_path: Path) -> None:
     }
 
 
-def test_they_part_where_the_change_is() -> None:
+def test_diff_names_the_changed_weights() -> None:
     a, b = recipe("scaled-embed", 0), recipe("scaled-embed", 0)
     assert (
         compare(audit(a, products=False), audit(recipe("scaled-embed", 1), products=False)).first
@@ -143,7 +143,7 @@ def test_they_part_where_the_change_is() -> None:
     assert first.ratio == pytest.approx(3, rel=0.1)
 
 
-def test_missing_layers_part() -> None:
+def test_diff_lists_missing_layers() -> None:
     found = compare(
         audit(recipe("gpt2", 0), products=False), audit(recipe("gpt2", 0, layers=3), products=False)
     )
@@ -152,7 +152,7 @@ def test_missing_layers_part() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_names_say_what_the_dataflow_says(name: str) -> None:
+def test_diff_by_names_equals_diff_by_dataflow(name: str) -> None:
     subject = family(name, 0)
     uses = uses_of(jacdiag.sites(subject.model, **subject.probe))
     named = read_names({name: tuple(p.shape) for name, p in subject.model.named_parameters()})
@@ -167,7 +167,7 @@ def test_names_say_what_the_dataflow_says(name: str) -> None:
 
 
 @pytest.mark.check("comparison", "jacdiag diff")
-def test_the_command(
+def test_diff_command_exit_code_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -92,7 +92,7 @@ def test_an_audit_leaves_the_model_as_it_was(mode: str) -> None:
     unchanged(model, lambda: jacdiag.audit(model, ids))
 
 
-def test_under_no_grad_and_inference_mode() -> None:
+def test_audit_under_no_grad_leaves_the_model_and_gives_the_same_norm() -> None:
     model, ids = small(), torch.randint(32, (1, 8))
     wanted = jacdiag.audit(model, ids).sublayers[0].branch_norm.estimate
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_a_forward_that_raises_half_way_changes_nothing_and_shows_its_own_error(
     unchanged(model, lambda: jacdiag.sites(model, x), raises="half-way")
 
 
-def test_buffers_written_in_the_forward_stay() -> None:
+def test_buffers_written_in_the_forward_keep_their_values() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
 
     class Residual(nn.Module):
@@ -130,7 +130,7 @@ def test_buffers_written_in_the_forward_stay() -> None:
     unchanged(guest, lambda: jacdiag.audit(guest, x))
 
 
-def test_attaching_many_times_leaks_nothing() -> None:
+def test_repeated_tracing_leaks_no_tensors() -> None:
     import gc
     import weakref
 

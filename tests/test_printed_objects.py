@@ -90,7 +90,7 @@ def test_many_sites_are_counted() -> None:
     assert len(lines) == 26 and lines[-1] == "  ... and 6 more"
 
 
-def test_spectral_norms() -> None:
+def test_printed_spectral_norm_contains_the_true_value() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
     text = str(jacdiag.spectral_norm(lambda x: x**2, x))
     first, second = text.split(" (confidence")[0].split(", ")
@@ -102,7 +102,7 @@ def test_spectral_norms() -> None:
     assert many.startswith("20 norms, the largest ")
 
 
-def test_a_watch(tmp_path: Path) -> None:
+def test_printed_watch_shows_its_state(tmp_path: Path) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with jacdiag.watch(model, optimizer, log_dir=tmp_path) as watch:
@@ -110,6 +110,6 @@ def test_a_watch(tmp_path: Path) -> None:
     assert str(watch) == "Watch, closed: 0 steps, 0 alerts"
 
 
-def test_a_gate() -> None:
+def test_printed_gate_outcome_starts_with_its_exit_code() -> None:
     outcome = Outcome(synthetic.vanilla(), 1, FiguresRecord("GPT", 1, 1, 1, [0]))
     assert str(outcome).startswith("Gate failed (exit code 1)\nReport of")

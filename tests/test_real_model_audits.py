@@ -125,7 +125,7 @@ def test_the_recipes_of_the_paper(recipe: str, fires: set[str], small: str, larg
 
 
 @pytest.mark.parametrize("name", ["vanilla", "scaled-embed"])
-def test_shipped_checkpoints(name: str) -> None:
+def test_shipped_checkpoints_have_the_documented_verdicts(name: str) -> None:
     fresh = jacdiag.audit(str(EXAMPLES / f"{name}-step0.pt"), batch=1)
     assert (
         fresh.state == "init" and fresh.source["format"] == "nanogpt" and fresh.source["step"] == 0

@@ -46,7 +46,7 @@ def test_reports_keep_the_contract(build: Callable[[], Report]) -> None:
 
 
 @builders
-def test_there_and_back(build: Callable[[], Report]) -> None:
+def test_report_survives_json_text(build: Callable[[], Report]) -> None:
     text = build().to_json()
     again = Report.from_json(text)
     assert again.to_json() == text

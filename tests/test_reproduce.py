@@ -175,7 +175,7 @@ def test_ranks_of_a_bound_that_orders_and_of_one_that_does_not() -> None:
 
 
 # -- what is written -------------------------------------------------------------------------------
-def test_a_part_tells_its_time_first_and_draws_again_from_its_numbers(
+def test_each_part_prints_its_time_and_redraws_its_plot_from_saved_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -204,7 +204,7 @@ def texts() -> Iterator[str]:
         yield path.read_text(encoding="utf-8")
 
 
-def test_all_parts_are_there_and_none_foretells() -> None:
+def test_all_parts_exist_and_none_claims_to_predict_spikes() -> None:
     assert set(WHOLE) <= set(PARTS) and "figure2" in WRITTEN
     assert not any("will spike" in text.lower() for text in texts())
 

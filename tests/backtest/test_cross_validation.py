@@ -59,7 +59,7 @@ def named(runs: list[Run]) -> list[Run]:
     return [replace(run, figures={"mean branch norm": run.figures["signal"]}) for run in runs]
 
 
-def test_a_signal_is_foretold_at_levels_that_were_not_seen() -> None:
+def test_signal_is_predicted_at_held_out_levels() -> None:
     found = backtest(made(), times=50, hold_out=["width", "lr"])
     for one in found.held_out:
         assert {level.figure for level in one.levels.values()} == {"signal"}
@@ -82,14 +82,14 @@ def test_a_signal_is_foretold_at_levels_that_were_not_seen() -> None:
     assert width.false_alarms is not None and width.false_alarms < 0.15 and width.recall is not None
 
 
-def test_what_a_held_out_level_tells_of_itself_is_not_used() -> None:
+def test_data_of_the_held_out_level_is_not_used_to_predict_it() -> None:
     found = backtest(made(leak=True), times=10, hold_out=["width"])
     assert found.best is not None
     [one] = found.held_out
     assert one.levels["128"].figure == "signal", "only its own runs make the leak look good"
 
 
-def test_each_architecture_is_foretold_by_its_own_figure() -> None:
+def test_each_architecture_is_predicted_by_its_own_figure() -> None:
     runs = []
     for run in made():
         signal, noise = run.figures["signal"], run.figures["noise"]
@@ -133,7 +133,7 @@ def inits(smooth: str, bent: str) -> list[Run]:
 
 
 @pytest.mark.parametrize("smooth", CONDITIONS)
-def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: str) -> None:
+def test_risk_curve_uses_the_condition_that_predicts_held_out_inits(smooth: str) -> None:
     [bent] = set(CONDITIONS) - {smooth}
     runs = inits(smooth, bent)
     cast = build_dataset(
@@ -156,13 +156,13 @@ def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: st
     )
 
 
-def test_figures_of_ones_own_are_ranked_and_make_no_curve_for_audits() -> None:
+def test_user_figures_are_ranked_and_make_no_curve_for_audits() -> None:
     found = backtest(inits("signal", "bent"), times=5, hold_out=["seed"])
     assert found.held_out[0].transfer["pre"].figures == ["bent"], "named first among equals"
     assert found.curves == {}, "no audit measures it"
 
 
-def test_without_the_other_class_nothing_is_foretold() -> None:
+def test_nothing_is_predicted_if_one_outcome_is_missing() -> None:
     runs = [
         replace(r, factors={**r.factors, "side": float(np.median(r.loss[-30:]) > 2.5)})
         for r in made(60)
@@ -185,7 +185,7 @@ def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
     assert set(backtest([*few, *ill[:10]], times=5).curves) == {"pre", "post"}
 
 
-def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
+def test_two_inits_give_no_risk_curve_and_one_does() -> None:
     for stds, there in (((1.0,), {"pre", "post"}), ((1.0, 2.0), set())):
         runs = [
             replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})

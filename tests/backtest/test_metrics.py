@@ -64,7 +64,7 @@ def test_what_was_not_measured_makes_no_pair() -> None:
     assert auroc(scores[:1], np.array([True])) is None
 
 
-def test_a_stratum_that_explains_all_is_no_merit() -> None:
+def test_figure_explained_by_its_stratum_has_no_auroc_gain() -> None:
     """The figure only knows the architecture: within it, it is a coin."""
     strata = ["a"] * 40 + ["b"] * 40
     bad = np.array(([True] * 30 + [False] * 10) + ([True] * 10 + [False] * 30))
@@ -157,7 +157,7 @@ def test_calibration_counts_every_run_once() -> None:
     assert all(b.lower <= b.chance <= b.upper for b in bins)
 
 
-def test_wilson_is_scipys() -> None:
+def test_wilson_interval_equals_scipy() -> None:
     for hits, count in ((0, 10), (3, 10), (10, 10), (40, 200)):
         known = binomtest(hits, count).proportion_ci(0.95, method="wilson")
         assert wilson(hits, count) == pytest.approx((known.low, known.high), abs=1e-6)

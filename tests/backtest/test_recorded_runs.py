@@ -75,7 +75,7 @@ def test_a_first_loss_that_is_not_finite_moves_no_lead() -> None:
     assert label(loss).left == late is not None
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_distinct_names(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"step": k, "loss": 3.0} for k in range(20)]
     paths = [log(tmp_path / place / "history.csv", rows) for place in ("a/x", "b/x", "c/y")]
     names = [run.name for run in read_runs(paths)]
@@ -88,7 +88,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [run.name for run in read_runs(packs)] == ["a.runs/one", "b.runs/one"]
 
 
-def test_logs_of_ours_are_told_apart_by_the_folders_around_their_own(tmp_path: Path) -> None:
+def test_logs_of_one_name_are_distinguished_by_parent_folders(tmp_path: Path) -> None:
     lines = [{"type": "run"}, *({"type": "step", "step": k, "loss": 3.0} for k in range(1, 20))]
     for place in ("a/x", "b/x"):
         (tmp_path / place).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_a_factor_that_is_not_known_is_none(tmp_path: Path) -> None:
     assert next(unpack(pack(runs))).factors == runs[0].factors
 
 
-def test_runs_that_nobody_told_apart_are_not_one_cluster() -> None:
+def test_runs_without_factors_are_not_one_cluster() -> None:
     plain = [replace(run, factors={}) for run in made(40)]
     best = next(r for r in backtest(plain, stratum=[], times=200).rankings if r.name == "signal")
     assert best.over_all.lower is not None and best.over_all.upper is not None

@@ -57,7 +57,7 @@ def told(log: RunLog) -> list[tuple[int, str, str]]:
     return [(a["step"], a["code"], a["what"]) for a in log.alerts if a["code"].startswith("JD5")]
 
 
-def test_the_same_rules_say_the_same(folder: Path) -> None:
+def test_rejudging_with_the_same_rules_gives_the_same_alerts(folder: Path) -> None:
     log = read_run(folder)
     made = rejudged(log, load_thresholds())
     assert log.resumes == [60] and {"JD501", "JD504"} <= {code for _, code, _ in told(log)}
@@ -66,7 +66,7 @@ def test_the_same_rules_say_the_same(folder: Path) -> None:
     )
 
 
-def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
+def test_rejudging_with_other_thresholds_changes_the_alerts(folder: Path) -> None:
     log = read_run(folder)
     names = ("joint_one", "joint_both", "lift_both", "update_ratio", "gain_drift", "weight_write")
     silent = {name: {"warning": 1e9} for name in names}
@@ -82,14 +82,16 @@ def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
     assert [(a.step, a.level) for a in first] == [(2, "error")] and rates[0] > 0
 
 
-def test_runs_are_read_with_what_the_rules_say_now(folder: Path) -> None:
+def test_rejudged_runs_hold_the_alerts_of_the_current_rules(folder: Path) -> None:
     (as_said,) = read_runs([folder])
     (again,) = read_runs([folder], rules=load_thresholds())
     live = [(step, code) for step, code in as_said.alerts if code.startswith("JD5")]
     assert sorted(live) == sorted(a for a in again.alerts if a[1] != "JD105") and live
 
 
-def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_rejudges_a_packed_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from jacdiag_cli.main import main
 
     packed = tmp_path / "a.runs"

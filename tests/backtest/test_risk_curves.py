@@ -29,7 +29,7 @@ def drawn(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return figure, lr, draw.random(count) < chance
 
 
-def test_the_chosen_coefficients_are_found_and_their_spread_is_told() -> None:
+def test_fit_recovers_coefficients_and_their_covariance() -> None:
     figure, lr, bad = drawn(4000)
     curve = fit(figure, lr, bad, range(4000), times=60)
     assert curve is not None

@@ -39,7 +39,9 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.check("pipeline", "jacdiag audit")
-def test_a_factory(jd: Run, factory: str, tmp_path: Path) -> None:
+def test_audit_of_a_factory_writes_valid_json_and_a_plot(
+    jd: Run, factory: str, tmp_path: Path
+) -> None:
     done = jd("audit", f"{factory}build", *PROBE, "--format", "json", "--plot", "gain.png")
     assert done.code == 0, done.err
     schema = json.loads((ROOT / "tests" / "data" / "report.schema.json").read_text())
@@ -51,7 +53,7 @@ def test_a_factory(jd: Run, factory: str, tmp_path: Path) -> None:
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_twice(jd: Run, factory: str) -> None:
+def test_two_audits_of_a_factory_print_the_same_figures(jd: Run, factory: str) -> None:
     def figures() -> list[Any]:
         return json.loads(jd("audit", f"{factory}build", *SHORT, "--format", "json").out)[
             "sublayers"
@@ -60,7 +62,7 @@ def test_the_same_twice(jd: Run, factory: str) -> None:
     assert figures() == figures()
 
 
-def test_thresholds_of_ones_own_fail(jd: Run, factory: str, tmp_path: Path) -> None:
+def test_user_thresholds_make_the_audit_fail(jd: Run, factory: str, tmp_path: Path) -> None:
     (tmp_path / "jacdiag.toml").write_text(
         "[thresholds.branch_norm]\ninfo = 0.01\nwarning = 0.02\nerror = 0.03\n"
     )
@@ -169,7 +171,9 @@ def bad_files(folder: Path) -> None:
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else None,
 )
-def test_bad_input(jd: Run, factory: str, tmp_path: Path, args: list[str], message: str) -> None:
+def test_unusable_input_exits_2_and_writes_no_file(
+    jd: Run, factory: str, tmp_path: Path, args: list[str], message: str
+) -> None:
     bad_files(tmp_path)
     torch.save(torch.full((600,), 64), tmp_path / "high.pt")
     before = files(tmp_path)

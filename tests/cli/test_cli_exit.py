@@ -47,7 +47,9 @@ def info() -> Report:
         (synthetic.weights_tier, "error", 0),
     ],
 )
-def test_fail_on(jd: Run, stub: Stub, build: Callable[[], Report], fail_on: str, code: int) -> None:
+def test_exit_code_follows_fail_on_and_the_highest_level(
+    jd: Run, stub: Stub, build: Callable[[], Report], fail_on: str, code: int
+) -> None:
     stub.report = build()
     assert jd("audit", "checkpoint.pt", "--fail-on", fail_on).code == code
 
@@ -99,7 +101,7 @@ def test_a_refusal_of_many_lines_stays_aligned(jd: Run, stub: Stub) -> None:
     )
 
 
-def test_a_bug_is_told_apart(jd: Run, stub: Stub) -> None:
+def test_internal_error_exits_70_with_a_traceback(jd: Run, stub: Stub) -> None:
     stub.error = ZeroDivisionError("by a bug")
     done = jd("audit", "x.pt")
     assert (done.code, done.out) == (70, "")
@@ -120,26 +122,28 @@ def test_a_bug_is_told_apart(jd: Run, stub: Stub) -> None:
     ],
     ids=["python", "cuda", "cpu"],
 )
-def test_out_of_memory(jd: Run, stub: Stub, error: Exception) -> None:
+def test_out_of_memory_exits_2_and_suggests_a_smaller_batch(
+    jd: Run, stub: Stub, error: Exception
+) -> None:
     stub.error = error
     done = jd("audit", "x.pt")
     assert done.code == 2 and "out of memory" in done.err and "--batch 1" in done.err
 
 
-def test_ctrl_c(jd: Run, stub: Stub) -> None:
+def test_ctrl_c_exits_130_without_a_traceback(jd: Run, stub: Stub) -> None:
     stub.error = KeyboardInterrupt()
     done = jd("audit", "x.pt", "--json", "report.json")
     assert (done.code, done.out) == (130, "")
     assert "interrupted" in done.err and "Traceback" not in done.err
 
 
-def test_the_exit_code_of_the_guest_is_not_ours(jd: Run, stub: Stub) -> None:
+def test_sys_exit_in_user_code_exits_2(jd: Run, stub: Stub) -> None:
     stub.error = SystemExit(0)
     done = jd("audit", "x.pt")
     assert done.code == 2 and "sys.exit(0)" in done.err
 
 
-def test_the_end_of_a_guests_file_is_not_ctrl_c(jd: Run, stub: Stub) -> None:
+def test_eof_error_is_not_reported_as_ctrl_c(jd: Run, stub: Stub) -> None:
     stub.error = EOFError("Ran out of input")
     assert jd("audit", "x.pt").code == 70
 
@@ -163,7 +167,9 @@ def test_help_is_no_failure(jd: Run, args: list[str]) -> None:
         (["explain"], "missing argument 'CODE'"),
     ],
 )
-def test_usage(jd: Run, stub: Stub, args: list[str], message: str) -> None:
+def test_usage_errors_exit_2_before_any_audit(
+    jd: Run, stub: Stub, args: list[str], message: str
+) -> None:
     done = jd(*args)
     assert (done.code, done.out) == (2, "") and message in done.err
     assert stub.calls == 0

@@ -194,7 +194,7 @@ def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:
     assert stub.asked == {name: defaults[name] for name in stub.asked}
 
 
-def test_the_command_line_can_say_every_option(jd: Run, stub: Stub) -> None:
+def test_command_line_has_every_audit_option(jd: Run, stub: Stub) -> None:
     from dataclasses import fields
 
     from jacdiag_cli.audit import audit
@@ -210,7 +210,9 @@ def test_the_command_line_can_say_every_option(jd: Run, stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("name", ["jacdiag.toml", "pyproject.toml"])
-def test_configuration(jd: Run, stub: Stub, tmp_path: Path, name: str) -> None:
+def test_options_are_read_from_jacdiag_toml_and_pyproject(
+    jd: Run, stub: Stub, tmp_path: Path, name: str
+) -> None:
     table = "tool.jacdiag" if name == "pyproject.toml" else None
     head = f"[{table}]\n" if table else ""
     inner = f"[{table}.thresholds.norm_gain]" if table else "[thresholds.norm_gain]"
@@ -300,7 +302,7 @@ warning = 2.0
 """
 
 
-def test_a_profile_of_ones_own(jd: Run, stub: Stub, tmp_path: Path) -> None:
+def test_user_profile_in_the_configuration_is_applied(jd: Run, stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "jacdiag.toml").write_text(PROFILES)
     assert jd("audit", "run.pt", "--profile", "strict").code == 1
     assert stub.asked["profile"] == {"name": "strict", "levels": {"JD103": "error"}}
@@ -345,7 +347,9 @@ def test_settings_of_a_pyproject_that_are_no_table(
     assert (done.code, stub.calls) == (2, 0) and "must be a table" in done.err
 
 
-def test_a_pyproject_of_another_mind_is_left_alone(jd: Run, stub: Stub, tmp_path: Path) -> None:
+def test_pyproject_whose_tool_entry_is_a_number_is_ignored(
+    jd: Run, stub: Stub, tmp_path: Path
+) -> None:
     (tmp_path / "pyproject.toml").write_text("tool = 3\n")
     assert jd("audit", "run.pt").code == 0
 

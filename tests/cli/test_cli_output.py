@@ -41,7 +41,7 @@ def test_json_is_all_of_stdout(jd: Run, stub: Stub) -> None:
     assert done.err.startswith("warn: ") and done.err.count("\n") == 1
 
 
-def test_markdown(jd: Run, stub: Stub) -> None:
+def test_markdown_format_starts_with_the_verdict(jd: Run, stub: Stub) -> None:
     done = jd("audit", "checkpoint.pt", "--format", "markdown")
     assert done.out.startswith("### ▲ WARN") and "|" in done.out
     assert done.err.startswith("warn: ")
@@ -56,7 +56,9 @@ def test_rows_and_order_reach_the_renderers(jd: Run, stub: Stub) -> None:
     assert markdown.index("transformer.h.0.attn") < markdown.index("transformer.h.47.attn")
 
 
-def test_files_beside_the_output(jd: Run, stub: Stub, tmp_path: Path) -> None:
+def test_json_and_plot_are_written_in_addition_to_the_table(
+    jd: Run, stub: Stub, tmp_path: Path
+) -> None:
     done = jd("audit", "checkpoint.pt", "--json", "report.json", "--plot", "gain.svg")
     assert done.code == 0 and "transformer.h.0.attn" in done.out
     assert files(tmp_path) == {"report.json", "gain.svg"}
@@ -179,7 +181,7 @@ def test_what_the_model_prints_is_talk(jd: Run, stub: Stub) -> None:
     assert "number of parameters" in done.err
 
 
-def test_no_bar_where_nobody_looks(jd: Run, stub: Stub) -> None:
+def test_no_progress_bar_without_a_terminal(jd: Run, stub: Stub) -> None:
     def work(options: dict[str, object]) -> None:
         bar = options["progress"]
         bar.start(2, "measuring")  # type: ignore[attr-defined]
@@ -198,7 +200,7 @@ def test_a_terminal_gets_colours(tmp_path: Path) -> None:
     assert done.code == 0 and ESCAPE in done.out and "branch ‖J‖" in done.out
 
 
-def test_no_color(tmp_path: Path) -> None:
+def test_no_color_variable_removes_colours_on_a_terminal(tmp_path: Path) -> None:
     done = on_terminal(stubbed("audit", "checkpoint.pt"), tmp_path, columns=130, NO_COLOR="1")
     assert not [code for code in done.out.split(ESCAPE)[1:] if code[:2] in ("31", "33", "36", "32")]
     assert "▲" in done.out

@@ -35,7 +35,7 @@ def test_a_full_device_is_an_error(jd: Run, stub: Stub) -> None:
     assert "wrote" not in done.err and stat.S_ISCHR(Path("/dev/full").stat().st_mode)
 
 
-def test_null_takes_everything(jd: Run, stub: Stub) -> None:
+def test_outputs_can_all_go_to_dev_null(jd: Run, stub: Stub) -> None:
     done = jd(
         "audit",
         "c.pt",
@@ -81,7 +81,7 @@ def test_a_dash_is_stdout_and_the_table_goes_to_stderr(jd: Run, stub: Stub, tmp_
         ),
     ],
 )
-def test_outputs_that_clash(
+def test_two_outputs_to_one_place_are_refused(
     jd: Run, stub: Stub, tmp_path: Path, args: tuple[str, ...], said: str
 ) -> None:
     for name in ("tokens.npy", "build.py"):
@@ -93,7 +93,9 @@ def test_outputs_that_clash(
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot", "--patch"])
-def test_a_named_pipe(jd: Run, stub: Stub, tmp_path: Path, option: str) -> None:
+def test_output_is_written_through_a_named_pipe(
+    jd: Run, stub: Stub, tmp_path: Path, option: str
+) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
@@ -121,7 +123,7 @@ def shell(line: str, folder: Path, *args: str) -> subprocess.CompletedProcess[by
     )
 
 
-def test_process_substitution(tmp_path: Path) -> None:
+def test_output_is_written_to_a_process_substitution(tmp_path: Path) -> None:
     """Bash names a pipe by the number of an open descriptor."""
     (tmp_path / "run.sh").write_text('CODE=${CODE/FILE/$1} && "$PY" -c "$CODE"\n')
     line = "source ./run.sh >(cat > copy.json) > table.txt && wait $! && sleep 0.2"
@@ -152,7 +154,7 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_full_stdout(tmp_path: Path, option: str) -> None:
+def test_full_stdout_exits_2_without_a_traceback(tmp_path: Path, option: str) -> None:
     done = shell("$RUN > /dev/full", tmp_path, option, "-")
     assert (
         done.returncode == 2 and b"No space left" in done.stderr and b"Traceback" not in done.stderr

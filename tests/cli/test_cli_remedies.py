@@ -79,6 +79,6 @@ def test_a_file_for_the_patch_is_refused_before_the_work(jd: Run, tmp_path: Path
     assert files(tmp_path) == set()
 
 
-def test_ways_are_checked(jd: Run) -> None:
+def test_unknown_value_of_remedies_lists_the_allowed_ones(jd: Run) -> None:
     done = jd("audit", *SOURCE, "--remedies", "some")
     assert done.code == 2 and "'first', 'all', 'begun', 'none'" in done.err

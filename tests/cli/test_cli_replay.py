@@ -209,7 +209,7 @@ def test_one_batch_kept_decides_nothing(tmp_path: Path) -> None:
 
 
 # -- other loops -----------------------------------------------------------------------------------
-def test_micro_batches(tmp_path: Path) -> None:
+def test_micro_batches_of_the_step_are_replayed_together(tmp_path: Path) -> None:
     folder = train(tmp_path, "batch", micro=2, keep=24)
     replay = replayed(folder, AT - 1)
     assert replay.verdict == "batch" and len(replay.suspects) == 2

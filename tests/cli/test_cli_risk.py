@@ -39,7 +39,7 @@ def curves(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_chance_is_told_with_its_range(
+def test_spike_probability_is_printed_with_its_interval(
     curves: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "r.json"
@@ -55,7 +55,9 @@ def test_a_chance_is_told_with_its_range(
     )
 
 
-def test_outside_the_reason_is_told(curves: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reason_is_printed_outside_the_range_of_the_curves(
+    curves: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*AUDIT, "--lr", "2.0", "--risk", curves]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "no chance is given: outside the calibrated range: lr 2, 0.0001 to 1 were run" in shown

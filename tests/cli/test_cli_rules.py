@@ -31,7 +31,7 @@ def test_every_rule_has_a_line(jd: Run) -> None:
         assert rule.name in line and rule.level in line and rule.summary in line
 
 
-def test_rules_as_json(jd: Run) -> None:
+def test_rules_command_prints_json_with_every_code(jd: Run) -> None:
     rows = json.loads(jd("rules", "--format", "json").out)
     assert [row["code"] for row in rows] == CODES
     assert set(rows[0]) == {"code", "name", "level", "states", "placements", "summary"}
@@ -77,7 +77,7 @@ def test_a_table_names_the_columns_that_it_left_out() -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_explain(jd: Run, code: str) -> None:
+def test_explain_prints_every_section_of_each_rule(jd: Run, code: str) -> None:
     done = jd("explain", code.lower())
     assert (done.code, done.err) == (0, "")
     titles = [

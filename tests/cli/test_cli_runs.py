@@ -95,7 +95,7 @@ def test_a_loss_that_is_lost_is_shown_with_the_step_since_when(bad: str, width: 
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_a_norm_behind_clipping_keeps_its_value_where_its_label_is_too_long(width: int) -> None:
+def test_norm_after_clipping_keeps_its_value_if_its_label_is_too_long(width: int) -> None:
     text = shown(RunLog(steps=[{"step": 1, "loss": 3.39, "grad_norm_post": 0.123}]), width)
     assert "post-clip 0.123" in text
 
@@ -108,7 +108,7 @@ NAMES = [f"model.layers.{k}.{part}" for k in range(12) for part in ("self_attn",
     "names",
     [NAMES, ["encoder.layers.0.attn", "decoder.layers.0.attn"], ["one.and.only.sublayer"], []],
 )
-def test_sub_layers_can_be_told_apart_at_every_width(names: list[str], width: int) -> None:
+def test_sublayer_names_stay_distinct_at_every_width(names: list[str], width: int) -> None:
     figures = {"branch_norm": {name: 1.0 + k for k, name in enumerate(names)}}
     text = shown(
         RunLog(probes=[{"step": 0, "figures": figures}, {"step": 5000, "figures": figures}]),
@@ -212,7 +212,7 @@ def test_heat_is_thinned_and_keeps_the_last_probe(run: Path) -> None:
     )
 
 
-def test_spark() -> None:
+def test_sparkline_has_a_gap_for_nan_and_is_empty_without_values() -> None:
     assert spark([1.0, 2.0, 3.0], 3) == "▁▅█" or spark([1.0, 2.0, 3.0], 3) == "▁▄█"
     assert spark([1.0, float("nan"), 3.0], 3) == "▁ █"
     assert spark([], 5) == spark([float("nan")], 5) == ""

@@ -15,7 +15,7 @@ Run = Callable[..., Done]
 NAMES = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
 
 
-def test_table(jd: Run, factory: str) -> None:
+def test_sites_table_has_a_row_for_each_sublayer(jd: Run, factory: str) -> None:
     done = jd("sites", f"{factory}build", "--seq", 16)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
@@ -37,7 +37,7 @@ def test_what_is_not_covered_is_listed_with_its_reason(jd: Run, factory: str) ->
 
 
 @pytest.mark.parametrize("command", ["sites", "audit"])
-def test_a_probe_longer_than_an_unspoken_limit_has_a_way_out(
+def test_probe_longer_than_an_undeclared_limit_suggests_seq(
     jd: Run, factory: str, command: str
 ) -> None:
     done = jd(command, f"{factory}build")

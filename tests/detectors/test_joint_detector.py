@@ -42,7 +42,7 @@ def test_a_lift_of_both_is_seen_in_some_steps_and_of_one_alone_is_not() -> None:
     assert codes(LiveRules(LIMITS), lifted(0.0, 4.0, 40)) == []
 
 
-def test_the_fall_of_a_loss_is_no_yardstick() -> None:
+def test_falling_loss_does_not_widen_the_scatter() -> None:
     """At step 300 the last 300 losses spread over 3 nats, and scatter by 0.05: by their spread
     nothing is seen.
     """
@@ -93,9 +93,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("memory", [0.0, 0.8])
 @pytest.mark.parametrize("noise", SHAPES)
-def test_noise_of_any_tail_is_silent_and_so_is_one_that_hangs_together(
-    noise: str, memory: float
-) -> None:
+def test_heavy_tailed_and_autocorrelated_noise_give_no_alert(noise: str, memory: float) -> None:
     """20,000 steps. Without memory loss and gradient norm are one and the same number, which is the
     worst case.
 
@@ -115,7 +113,7 @@ def test_noise_of_any_tail_is_silent_and_so_is_one_that_hangs_together(
     assert [a for a in found if a.code == "JD501" and ("steps" in a.evidence or not memory)] == []
 
 
-def test_two_lone_spikes_close_to_each_other_are_no_lift() -> None:
+def test_two_isolated_spikes_are_no_joint_lift() -> None:
     live = fed()
     row = [
         spike(500 + k, 9.0 if k in (0, 2) else 2.9, 30.0 if k in (0, 2) else 1.2) for k in range(20)
@@ -138,7 +136,7 @@ def stepped(live: LiveRules, rates: list[float], calm: bool = True) -> list[tupl
     return found
 
 
-def test_updates_that_leap_speak_with_a_vote_and_not_alone() -> None:
+def test_leaping_updates_alert_only_together_with_another_signal() -> None:
     leap = [1e-3] * 400 + [3e-2] * 4
     (alert,) = stepped(LiveRules(LIMITS), leap, calm=False)
     assert alert[1] == "JD501" and 402 <= alert[0] <= 403  # three sub-layers in turn

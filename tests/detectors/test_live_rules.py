@@ -156,7 +156,7 @@ def test_alerts_are_rate_limited_and_what_was_held_back_is_counted() -> None:
     assert [a.suppressed > 0 for a in again] == [True]
 
 
-def test_non_finite_speaks_at_once_and_a_scaler_that_looks_for_its_scale_does_not() -> None:
+def test_nonfinite_loss_alerts_at_once_but_not_during_amp_scale_search() -> None:
     live = LiveRules(LIMITS, ["a"])
     (alert,) = live.step(StepFigures(1, math.nan, 1.0)).alerts
     assert (alert.code, alert.level) == ("JD505", "error")
@@ -245,7 +245,7 @@ def test_memory_goes_on_exactly() -> None:
 
 
 # -- the series, against numpy ---------------------------------------------------------------------
-def test_series_against_numpy() -> None:
+def test_rolling_moments_and_median_equal_numpy() -> None:
     values = np.random.default_rng(0).normal(3, 1, 3000)
     rolling, middle = RollingMoments(1000), RollingMedian(201)
     for k, v in enumerate(values.tolist()):
@@ -300,7 +300,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert not rolling.values and not middle.values and ema.count == 0 and not trend.logs
 
 
-def test_documentation_and_thresholds() -> None:
+def test_live_rules_have_documentation_and_known_thresholds() -> None:
     mine = [r for r in EVERY if r.code.startswith("JD5")]
     assert [r.code for r in mine] == [f"JD50{k}" for k in range(1, 9)]
     for one in mine:

@@ -67,7 +67,7 @@ def test_one_figure_alone_is_no_corrupted_batch() -> None:
     assert codes(live, [*still, StepFigures(120, 2.09, 1.08, 1e-3)]) == []
 
 
-def test_a_gradient_norm_that_is_known_after_clipping_only_has_no_say() -> None:
+def test_gradient_norm_known_only_after_clipping_is_not_judged() -> None:
     def last(**options: bool) -> list[tuple[int, str]]:
         live = LiveRules(LIMITS)
         for f in young(0, 300):
@@ -209,7 +209,7 @@ def test_each_rule_says_when_it_is_ready_and_is_silent_before() -> None:
     assert live.waits() == {"JD507": "a first probe", OF_NORMS: "3 probes"} and drift.LEAST == 3
 
 
-def test_statistics_do_not_make_the_part_that_looks_at_norms_ready() -> None:
+def test_forward_statistics_do_not_count_as_norms_for_readiness() -> None:
     """It is ready with the third probe: a branch whose norm jumps at the fourth is found at the
     fifth.
     """

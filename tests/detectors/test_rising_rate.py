@@ -46,7 +46,7 @@ def said(live: LiveRules, rates: list[float], start: int = 1) -> list[tuple[int,
     return [(a.step, a.code, a.level) for f in steps for a in live.step(f).alerts]
 
 
-def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
+def test_rising_rate_alerts_once_per_level() -> None:
     live = knowing()
     assert said(live, [CROSSES["warning"] * (1 - 1e-9)]) == []  # on the boundary nothing is said
     assert said(live, [CROSSES["warning"] * (1 + 1e-6), 0.9, 0.1, 0.9, 0.95], start=2) == [
@@ -58,7 +58,7 @@ def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
     assert said(other, [0.01, 0.9, 1.0]) == [(2, "JD105", "error")]  # the loudest level alone
 
 
-def test_what_it_says_holds_the_chance_and_what_it_rests_on() -> None:
+def test_rising_rate_message_has_the_probability_and_its_source() -> None:
     (alert,) = [
         a
         for step, lr in ((1, 0.1), (2, 0.5))
@@ -94,11 +94,11 @@ def test_what_it_says_holds_the_chance_and_what_it_rests_on() -> None:
         "depth not known",
     ],
 )
-def test_it_is_silent_where_the_curves_say_nothing(made: Report) -> None:
+def test_rising_rate_gives_no_alert_outside_the_curves(made: Report) -> None:
     assert said(knowing(made), [0.1, 0.5, 0.9]) == []
 
 
-def test_it_is_silent_at_rates_that_were_not_run_and_without_a_rate() -> None:
+def test_rising_rate_gives_no_alert_at_rates_outside_the_data() -> None:
     assert said(knowing(), [3.0, math.nan]) == []
     assert said(LiveRules(limits(0.0)), [0.5, 0.9]) == []  # no probe was made
 
@@ -141,7 +141,7 @@ def test_a_later_probe_changes_nothing() -> None:
     assert said(live, [0.5]) == [(1, "JD105", "warning")]
 
 
-def test_it_goes_on_behind_a_checkpoint() -> None:
+def test_rising_rate_state_survives_a_checkpoint() -> None:
     live = knowing()
     assert said(live, [0.1]) == []
     again = LiveRules(limits(0.0))  # the rate stood at 0.1 when it was saved
@@ -157,7 +157,7 @@ def test_a_skipped_step_says_it_too() -> None:
     assert [a.code for a in verdict.alerts] == ["JD105"]
 
 
-def test_a_watch_takes_curves_of_ones_own(tmp_path: Path) -> None:
+def test_watch_accepts_user_risk_curves(tmp_path: Path) -> None:
     from monitor.rig import adam, lines, plain_step, small
 
     curve = RiskCurve(

@@ -41,7 +41,7 @@ def test_every_bit_of_every_element_counts(dtype: torch.dtype) -> None:
     assert checksum(t.clone()) == checksum(t)
 
 
-def test_it_is_the_arithmetic_that_it_says() -> None:
+def test_checksum_equals_its_documented_arithmetic() -> None:
     """Against Python's own integers, over more than one chunk."""
     t = torch.randn((1 << 18) + 77, generator=torch.Generator().manual_seed(1))
     bits = [int(b) for b in t.numpy().view(np.int32)]
@@ -67,7 +67,7 @@ def test_order_counts_and_memory_layout_does_not() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2)])
-def test_odd_shapes(shape: tuple[int, ...]) -> None:
+def test_checksum_of_scalar_and_empty_zeros_is_0(shape: tuple[int, ...]) -> None:
     assert checksum(torch.zeros(shape)) == 0
 
 
@@ -104,6 +104,6 @@ def test_what_a_rank_has_for_itself_is_no_difference() -> None:
     assert of(one).difference(of(other)) is None
 
 
-def test_it_travels_as_plain_data() -> None:
+def test_fingerprint_survives_json() -> None:
     base = of(nn.Linear(2, 2), tol=0.05)
     assert Fingerprint.from_dict(base.to_dict()) == base

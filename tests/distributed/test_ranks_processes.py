@@ -119,7 +119,9 @@ def test_findings_are_one_exit_code_for_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [("rules",), pytest.param(("sites", "build.py:fine"), marks=pytest.mark.long)]
 )
-def test_other_commands_speak_once(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_commands_without_sharing_print_on_one_rank_only(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
     ended = as_ranks(tmp_path, "-m", "jacdiag_cli", *command)
     assert [one.code for one in ended] == [0, 0] and ended[0].out
     silent(ended[1])
@@ -252,7 +254,7 @@ def test_one_operation_that_does_not_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "hit", [(0, 1), *(pytest.param((k,), marks=pytest.mark.long) for k in (0, 1))]
 )
-def test_ctrl_c(tmp_path: Path, hit: tuple[int, ...]) -> None:
+def test_ctrl_c_ends_every_rank_with_130(tmp_path: Path, hit: tuple[int, ...]) -> None:
     """On all, as in a terminal, or on one only: 130 on every rank, one line, no file."""
 
     def interrupt(processes: list[ForkedProcess]) -> None:
@@ -277,7 +279,7 @@ def test_ctrl_c_on_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_stopped_from_outside(tmp_path: Path) -> None:
+def test_sigterm_on_one_rank_ends_every_rank(tmp_path: Path) -> None:
     def stop(processes: list[ForkedProcess]) -> None:
         until_measuring(tmp_path, 0, 1)
         processes[1].terminate()
@@ -324,7 +326,7 @@ def test_python_inside_a_process_group_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_python_says_whose_error_it_was(tmp_path: Path) -> None:
+def test_python_error_names_the_rank_that_raised(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, jacdiag\n"
         "from build import fine\n"

@@ -52,7 +52,7 @@ def job(team: Team) -> Iterator[None]:
         raise real from error
 
 
-def test_every_job_is_done_once_dearest_first() -> None:
+def test_every_job_runs_once_most_expensive_first() -> None:
     costs = [1.0, 5.0, 3.0, math.inf, 3.0, 0.0, 2.0]
 
     def work(team: Team) -> tuple[list[int], list[int]]:
@@ -124,7 +124,7 @@ def test_large_data_travel_in_pieces() -> None:
     assert store.get("large") == data
 
 
-def test_an_error_on_one_rank_is_everybodys_with_its_name() -> None:
+def test_error_on_one_rank_is_raised_on_all_with_its_rank() -> None:
     def work(team: Team) -> None:
         with job(team):
             if team.rank == 1:

@@ -207,7 +207,7 @@ def test_the_action_fails_with_annotations_summary_and_sarif(tmp_path: Path) -> 
     assert '"ruleId": "JD203"' in (tmp_path / "temp/jacdiag/report.sarif").read_text()
 
 
-def test_the_action_passes(tmp_path: Path) -> None:
+def test_github_action_of_a_stable_model_exits_0(tmp_path: Path) -> None:
     done, outputs, summary = gate_step(tmp_path, "--seq 16 --batch 1 --seeds 1 --select JD2")
     assert (done.returncode, outputs["exit-code"]) == (0, "0") and "PASS" in summary
 

@@ -77,7 +77,7 @@ def test_sarif_by_models_made_of_the_official_schema(report: Report, wild: Repor
         kind.model_validate({**json.loads(sarif.render(report)), "extra": 1})
 
 
-def test_sarif_results(report: Report) -> None:
+def test_sarif_has_every_finding_with_its_rule_and_location(report: Report) -> None:
     log = json.loads(sarif.render(report))
     [run] = log["runs"]
     rules = run["tool"]["driver"]["rules"]
@@ -123,7 +123,7 @@ def test_sarif_location_without_a_file(report: Report) -> None:
         )
 
 
-def test_github_annotations(report: Report, wild: Report) -> None:
+def test_github_annotations_have_level_file_and_line(report: Report, wild: Report) -> None:
     lines = github.render(report).splitlines()
     commands = [line for line in lines if line.startswith("::")]
     assert len(commands) == len(folded.notes(report))
@@ -138,7 +138,7 @@ def test_github_annotations(report: Report, wild: Report) -> None:
     assert not re.search(r"\n::error::k", github.render(wild))
 
 
-def test_junit(report: Report, wild: Report) -> None:
+def test_junit_has_one_test_case_per_rule(report: Report, wild: Report) -> None:
     for one in (report, wild):
         root = ElementTree.fromstring(junit.render(one))
         cases = root.findall("./testsuite/testcase")
@@ -148,7 +148,9 @@ def test_junit(report: Report, wild: Report) -> None:
         assert int(root.get("tests", "0")) == len(one.rules) == len(RULES)
 
 
-def test_comment(report: Report, wild: Report) -> None:
+def test_pull_request_comment_has_verdict_and_one_row_per_rule(
+    report: Report, wild: Report
+) -> None:
     text = comment.render(report)
     assert text.startswith("### ✗ jacdiag gate: FAIL") and "| JD203 depth-scaling |" in text
     rows = [line for line in comment.render(wild).splitlines() if line.startswith("| ")]

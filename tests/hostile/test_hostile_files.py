@@ -99,7 +99,9 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attack_files_are_refused_quickly_and_in_little_memory(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / name).write_bytes(ATTACKS[name])
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code = main(["audit", name])
@@ -126,7 +128,7 @@ def test_names_reach_the_terminal_without_their_escapes(
 @pytest.mark.parametrize(
     "make", [lambda p: p.symlink_to(p.name), lambda p: p.symlink_to("/dev/zero"), os.mkfifo]
 )
-def test_links_and_devices(
+def test_symlink_loops_devices_and_pipes_are_refused(
     make: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "x.pt")

@@ -136,7 +136,7 @@ def test_grouped_keys_a_scale_and_a_mask_equal_a_plain_call() -> None:
     assert record.entropy_share == pytest.approx(share, rel=1e-6)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_statistics_do_not_depend_on_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, 3, 17, 4).double(), torch.randn(2, 3, 17, 4).double()
     whole = Tally()

@@ -229,7 +229,7 @@ def test_no_grad_inside_a_branch_names_that_branch_only() -> None:
     assert finding.where == ["h.1.attn"] and finding.evidence["calls"][0].startswith("no_grad in ")
 
 
-def test_a_stream_beside_the_loss_is_not_blamed() -> None:
+def test_stream_that_does_not_reach_the_loss_is_not_blamed() -> None:
     """The loss is of the first output; the blocks lead to the second alone."""
 
     class Beside(Decoder):
@@ -319,7 +319,7 @@ def test_rezero_with_zero_matrices_never_learns() -> None:
 
 
 @pytest.mark.parametrize("bias", [0.0, 1.0])
-def test_a_layer_whose_relu_never_opens_is_a_warning(bias: float) -> None:
+def test_layer_whose_relu_is_never_active_is_a_warning(bias: float) -> None:
     model = models.decoder()
     with torch.no_grad():
         model.h[1].mlp.w1.bias.fill_(-100.0)
@@ -414,7 +414,7 @@ def test_small_numbers_that_let_a_gradient_through_have_no_finding() -> None:
     assert not found(model, "JD402") and not found(model)
 
 
-def test_a_zero_gain_beside_batch_norms_names_no_running_variance() -> None:
+def test_zero_gain_next_to_batch_norm_does_not_name_running_variance() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -53,7 +53,7 @@ def test_the_chance_of_a_miss_is_divided_by_the_number_of_intervals() -> None:
     assert "each interval at 99.933%, all 15 together at 99% (Bonferroni)" in line
 
 
-def test_it_is_the_audit_at_the_confidence_of_each() -> None:
+def test_family_confidence_equals_the_audit_at_the_confidence_of_each() -> None:
     together = jacdiag.audit(GPT, confidence_all=0.99, **SMALL)
     alone = jacdiag.audit(GPT, confidence=together.settings["confidence"], **SMALL)
     usual = jacdiag.audit(GPT, confidence=0.99, **SMALL)
@@ -99,7 +99,7 @@ def test_the_seeds_of_a_gate_share_it() -> None:
     assert "and of 2 seeds together at 99%" in " ".join(header(outcome.report)[-1])
 
 
-def test_without_it_the_header_speaks_of_each_interval_only() -> None:
+def test_header_names_the_confidence_of_each_interval_by_default() -> None:
     report = jacdiag.audit(GPT, **SMALL)
     line = " ".join(header(report)[-1])
     assert (
@@ -109,7 +109,7 @@ def test_without_it_the_header_speaks_of_each_interval_only() -> None:
     )
 
 
-def test_both_are_refused() -> None:
+def test_confidence_and_confidence_all_together_are_refused() -> None:
     for run in (jacdiag.audit, gate):
         with pytest.raises(UsageError, match="the confidence is given twice"):
             run(GPT, confidence=0.999, confidence_all=0.99, **SMALL)

@@ -136,7 +136,7 @@ def test_a_batch_of_any_form(form: str, mask: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_logits_without_targets_are_held_against_the_next_token_and_say_so() -> None:
+def test_logits_without_targets_use_next_token_loss_and_a_note() -> None:
     model = Words(lambda logits, y: logits)
     x, _ = ids()
     figures, words = measured(model, ((x,), {}))
@@ -148,7 +148,7 @@ def test_logits_without_targets_are_held_against_the_next_token_and_say_so() -> 
         measured(picture, ((torch.randn(4, 3, 4),), {}))
 
 
-def test_classes_of_pictures() -> None:
+def test_image_classifier_loss_and_gradient_per_sample() -> None:
     class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -187,7 +187,7 @@ def test_a_sequence_of_padding_alone_has_no_loss_and_does_not_count() -> None:
     assert nothing.loss != nothing.loss and nothing.gradient != nothing.gradient
 
 
-def test_sequences_that_change_each_other_are_told_of() -> None:
+def test_sequences_that_influence_each_other_get_a_note() -> None:
     class Contrast(nn.Module):
         def __init__(self) -> None:
             super().__init__()

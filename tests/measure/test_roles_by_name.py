@@ -342,7 +342,7 @@ def test_an_unknown_name_gets_no_role(name: str, shape: tuple[int, ...]) -> None
     assert (model.layers, model.width, len(model.sublayers)) == (2, D, 4)
 
 
-def test_gate_means_a_router_only_beside_experts() -> None:
+def test_gate_is_a_router_only_next_to_experts() -> None:
     gated = {
         "h.0.mlp.gate.weight": (F, D),
         "h.0.mlp.up.weight": (F, D),

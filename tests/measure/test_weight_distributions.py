@@ -41,7 +41,9 @@ FAMILIES = ("normal", "uniform", "truncated 2", "truncated 3")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(64, 64), (48, 160), (256, 1024)])
-def test_families_are_told_apart(family: str, shape: tuple[int, int]) -> None:
+def test_normal_uniform_and_other_families_are_distinguished(
+    family: str, shape: tuple[int, int]
+) -> None:
     # A normal of 4,096 numbers may well stay within 3 std (a chance of 6e-5): that cut shows in
     # larger ones only.
     shows = family != "truncated 3" or math.prod(shape) > 20_000
@@ -83,7 +85,7 @@ def test_another_std_is_outside() -> None:
 
 
 @pytest.mark.parametrize("cut", [1.5, 2.0, 3.0])
-def test_truncated_moments(cut: float) -> None:
+def test_moments_of_truncated_normal_equal_scipy(cut: float) -> None:
     exact = stats.truncnorm(-cut, cut)
     std, kurtosis = truncated(cut)
     assert std == pytest.approx(exact.std()) and kurtosis - 3 == pytest.approx(

@@ -38,19 +38,19 @@ def by_hand(recipe: str, layers: int, d: int) -> float:
 
 @pytest.mark.parametrize("recipe", list(GOLDEN))
 @pytest.mark.parametrize("column", range(3), ids=list(SHAPES))
-def test_golden_numbers(recipe: str, column: int) -> None:
+def test_initial_bound_equals_the_numbers_of_the_paper(recipe: str, column: int) -> None:
     layers, d = list(SHAPES.values())[column]
     found = initial_bound(recipe, layers, d)
     assert f"{found:.3g}" == f"{GOLDEN[recipe][column]:.3g}"
     assert found == pytest.approx(by_hand(recipe, layers, d), rel=1e-9)
 
 
-def test_an_unknown_recipe() -> None:
+def test_initial_bound_of_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown recipe"):
         initial_bound("magic", 2, 16)
 
 
-def test_the_bound_bounds() -> None:
+def test_initial_bound_is_above_the_measured_norms() -> None:
     """Eq. 15 as it stands: 1 + |W_1| |W_2| / sigma, and Gaussian norms come near s (sqrt(m) +
     sqrt(n)).
     """
@@ -94,7 +94,7 @@ def test_the_bound_from_the_weights_alone(tmp_path: Path, recipe: str) -> None:
     assert [row.bound for row in others] == [None] and "sigma_x'" in others[0].notes["bound"]
 
 
-def test_it_is_never_a_pass(tmp_path: Path) -> None:
+def test_weights_alone_are_never_reported_as_a_pass(tmp_path: Path) -> None:
     path = str(save(tmp_path / "w.pt", weights()))
     for profile in ("default", "paper"):
         report = jacdiag.audit(path, profile=profile)

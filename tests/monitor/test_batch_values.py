@@ -200,7 +200,7 @@ def test_finite_losses_with_bad_gradients_keep_their_own_place() -> None:
     assert explain_batch(everywhere, [NAN]).where == ["x"]
 
 
-def test_nan_that_earlier_batches_had_is_told_and_not_blamed() -> None:
+def test_nan_also_in_earlier_batches_is_noted_but_not_the_cause() -> None:
     usual = BatchValues([NonFiniteArgument("x", {"NaN": 3}, 64, [1], ["NaN"])], earlier=2, rows=4)
     said = explain_batch(alert_of(), [usual])
     assert (

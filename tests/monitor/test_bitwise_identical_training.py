@@ -151,7 +151,7 @@ def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_
 
 
 @pytest.mark.parametrize("cycles", [4, pytest.param(50, marks=pytest.mark.long)])
-def test_cycles_leak_nothing(cycles: int) -> None:
+def test_repeated_watch_cycles_leak_no_memory(cycles: int) -> None:
     model = small()
     optimizer = adam(model)
     plain_step(model, optimizer, 0)
@@ -231,7 +231,7 @@ def test_tied_frozen_and_idle_parameters(tmp_path: Path) -> None:
     assert "(embedding)" in groups
 
 
-def test_an_alert_that_raises_leaves_nothing_behind() -> None:
+def test_alert_that_raises_leaves_no_hooks() -> None:
     model = small("vanilla", n_embd=64)
     optimizer = adam(model)
     with (

@@ -78,7 +78,7 @@ def ended(command: list[str], folder: Path, seconds: float = 240) -> tuple[int, 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in CASES]
 )
-def test_example(name: str, tmp_path: Path) -> None:
+def test_example_script_runs_and_logs_every_step(name: str, tmp_path: Path) -> None:
     script, *args = CASES[name]
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")

@@ -72,7 +72,7 @@ PARTS = {
 @pytest.mark.parametrize(
     "error", [broken, pytest.param(out_of_memory, marks=pytest.mark.long)], ids=["error", "memory"]
 )
-def test_a_part_that_fails_is_switched_off_and_said_once(
+def test_failing_part_is_switched_off_with_one_message(
     name: str,
     error: Any,
     plain: Any,
@@ -102,7 +102,9 @@ def test_a_part_that_fails_is_switched_off_and_said_once(
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_strict_raises_instead(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_watch_raises_the_error_of_each_part(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where, attribute, _ = PARTS[name]
     monkeypatch.setattr(where, attribute, broken)
     with pytest.raises(RuntimeError, match="broken by the test"):
@@ -144,7 +146,7 @@ def test_a_dump_that_fails(plain: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["code"] for row in lines(tmp_path, "alert")] == ["JD505"]
 
 
-def test_disk_full(
+def test_half_written_line_is_removed_when_the_disk_is_full(
     plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A write that gets half a line through, and then none: the half is taken back."""
@@ -167,7 +169,9 @@ def test_disk_full(
     assert sum("No space left" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_log_folder_removed(plain: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_folder_removed_during_training_is_one_fault(
+    plain: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "run"
     watched = trained(
         STEPS,
@@ -193,7 +197,7 @@ def test_a_slow_disk_does_not_hold_the_training_up(
     assert read_run(tmp_path / "b").header
 
 
-def test_nan_everywhere(tmp_path: Path) -> None:
+def test_training_with_nan_weights_is_not_changed_by_the_watch(tmp_path: Path) -> None:
     def poisoned() -> nn.Module:
         model = small()
         with torch.no_grad():

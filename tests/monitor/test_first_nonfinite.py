@@ -120,7 +120,7 @@ def test_no_gradient_is_named_where_clipping_has_spread_it() -> None:
     assert "Which was first is not known" in alert.what and "error_if_nonfinite" in alert.what
 
 
-def test_an_overflow_of_the_forward_and_a_bad_batch_are_no_weights_doing() -> None:
+def test_forward_overflow_and_bad_batch_do_not_name_a_weight() -> None:
     def overflow(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         part: Any = model.get_submodule("transformer.h.1.mlp")
         part.register_forward_hook(lambda module, args, output: output * math.inf)
@@ -139,7 +139,7 @@ def test_a_nan_in_the_state_of_the_optimizer_is_found_in_the_weight_that_it_make
     assert f"the gradients of step {BAD} were finite" in alert.what
 
 
-def test_the_backward_meets_the_sub_layer_nearest_to_the_loss_first() -> None:
+def test_first_nonfinite_gradient_is_nearest_to_the_loss() -> None:
     """Without clipping a NaN from inside a branch reaches all that lies before it, and nothing
     after it.
     """

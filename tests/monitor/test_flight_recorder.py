@@ -230,7 +230,7 @@ def test_replay_audits_the_checkpoint_on_that_batch(
     assert "no folder of a flight recorder" in capsys.readouterr().err
 
 
-def test_batches_that_do_not_reach_back_to_the_alert_are_told_of(
+def test_flight_notes_batches_that_do_not_reach_the_alert(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Alerts are noticed every `log_every` steps: by then, two kept batches are those of later

@@ -239,7 +239,9 @@ def lora(model: nn.Module) -> nn.Module:
 
 
 @needs_peft
-def test_peft_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_watched_lora_training_is_bitwise_identical(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     runs = []
     for callbacks in ([], [WatchCallback(log_dir=tmp_path / "log", **OPTIONS)]):
         args = arguments(tmp_path, max_steps=12)
@@ -270,7 +272,9 @@ def words() -> Any:
 
 @needs_trl
 @pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=needs_peft)])
-def test_trl_sft(adapted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_watched_trl_sft_training_is_bitwise_identical(
+    adapted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

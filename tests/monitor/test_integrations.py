@@ -68,7 +68,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("how", COMPILED)
-def test_torch_compile(how: str, tmp_path: Path) -> None:
+def test_compiled_model_trains_the_same_under_the_watch(how: str, tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch._dynamo.reset()
         model = small()
@@ -100,7 +100,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["function", "wrapper"])
-def test_activation_checkpointing(how: str, tmp_path: Path) -> None:
+def test_activation_checkpointing_trains_the_same_under_the_watch(how: str, tmp_path: Path) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     def make() -> nn.Module:
@@ -185,7 +185,9 @@ def hf_train(
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_hugging_face_trainer(accumulate: int, tmp_path: Path) -> None:
+def test_hugging_face_trainer_is_bitwise_identical_under_the_watch(
+    accumulate: int, tmp_path: Path
+) -> None:
     from jacdiag.monitor.integrations.huggingface import WatchCallback
 
     more = {"gradient_accumulation_steps": accumulate, "steps": 200 if accumulate == 2 else 14}
@@ -232,7 +234,7 @@ def test_hugging_face_learning_rates_are_those_of_the_step(tmp_path: Path) -> No
     assert all(len(row["lrs"]) == 2 for row in rows)  # with weight decay and without
 
 
-def test_hugging_face_resume(tmp_path: Path) -> None:
+def test_hugging_face_resume_appends_to_the_log_without_gaps(tmp_path: Path) -> None:
     from jacdiag.monitor.integrations.huggingface import WatchCallback
     from jacdiag.records.run_log import read_run
 
@@ -280,7 +282,7 @@ def accelerated(folder: Path | None, steps: int = STEPS) -> tuple[dict[str, Any]
     return state_of(model, optimizer.optimizer), norms
 
 
-def test_accelerate(tmp_path: Path) -> None:
+def test_accelerate_loop_is_bitwise_identical_under_the_watch(tmp_path: Path) -> None:
     plain, watched = accelerated(None), accelerated(tmp_path)
     assert_same_state(plain[0], watched[0])
     rows = lines(tmp_path, "step")
@@ -348,7 +350,9 @@ def lightning_run(
     ("clip", "accumulate", "steps"),
     [(None, 1, 12), (0.5, 1, 12), pytest.param(0.5, 2, 200, marks=pytest.mark.long)],
 )
-def test_lightning(clip: float | None, accumulate: int, steps: int, tmp_path: Path) -> None:
+def test_lightning_trainer_is_bitwise_identical_under_the_watch(
+    clip: float | None, accumulate: int, steps: int, tmp_path: Path
+) -> None:
     from jacdiag.monitor.integrations.lightning import WatchCallback
 
     plain = lightning_run(tmp_path, [], clip, accumulate, steps=steps)
@@ -377,7 +381,7 @@ def test_lightning(clip: float | None, accumulate: int, steps: int, tmp_path: Pa
 
 
 @needs_lightning
-def test_lightning_resume(tmp_path: Path) -> None:
+def test_lightning_resume_appends_to_the_log_without_gaps(tmp_path: Path) -> None:
     from lightning.pytorch import Callback
 
     from jacdiag.monitor.integrations.lightning import WatchCallback

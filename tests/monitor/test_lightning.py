@@ -165,7 +165,7 @@ def test_parts_outside_of_the_network_are_named(
             )
 
 
-def test_which_part_is_the_network() -> None:
+def test_network_of_a_lightning_module_is_found() -> None:
     class Flat(LightningModule):
         """Layers of its own, and a forward over them."""
 

@@ -169,7 +169,7 @@ def test_steps_with_a_budget_keep_both(step_seconds: float, first: int) -> None:
     assert not any(step % 200 for step in due)
 
 
-def test_a_reader_that_meets_another_version_or_no_log(tmp_path: Path) -> None:
+def test_reading_another_log_version_or_no_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot read"):
         read_run(tmp_path)
     file = tmp_path / "run.jsonl"
@@ -227,7 +227,7 @@ def test_two_watches_on_one_model(tmp_path: Path) -> None:
     ],
     ids=["another model's", "no optimiser", "empty", "in backward", "DeepSpeed", "Megatron"],
 )
-def test_optimisers_that_cannot_be_watched_are_named(make: Any, says: str) -> None:
+def test_optimizers_that_cannot_be_watched_are_named(make: Any, says: str) -> None:
     model = small()
     with pytest.raises(UsageError, match=says):
         jacdiag.watch(model, make(model))
@@ -263,14 +263,14 @@ def test_models_that_cannot_be_watched_are_named() -> None:
     ],
     ids=str,
 )
-def test_options_without_meaning(wrong: dict[str, Any]) -> None:
+def test_invalid_watch_options_are_refused_before_any_hook(wrong: dict[str, Any]) -> None:
     model = small()
     with pytest.raises(UsageError):
         jacdiag.watch(model, adam(model), **wrong)
     assert not model._forward_pre_hooks
 
 
-def test_step_never_called(caplog: pytest.LogCaptureFixture) -> None:
+def test_watch_whose_step_was_never_called_warns(caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     optimizer = adam(model)
     with jacdiag.watch(model, optimizer, every=None, quiet=True):
@@ -284,7 +284,7 @@ def test_step_never_called(caplog: pytest.LogCaptureFixture) -> None:
         w.step(1.0)
 
 
-def test_step_called_without_a_step_of_the_optimiser(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_watch_steps_for_one_optimizer_step_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     optimizer = adam(model)
     with jacdiag.watch(model, optimizer, every=None, quiet=True) as w:
@@ -314,7 +314,7 @@ def test_step_after_the_end_and_late_states() -> None:
         w.load_state_dict({**state, "version": 7})
 
 
-def test_parameters_that_no_optimiser_holds_are_told(tmp_path: Path) -> None:
+def test_parameters_without_an_optimizer_get_a_warning(tmp_path: Path) -> None:
     model = small()
     some = torch.optim.SGD(model.transformer["h"].parameters(), lr=0.1)  # type: ignore[union-attr]
     with jacdiag.watch(model, some, log_dir=tmp_path, every=None, quiet=True):
@@ -322,7 +322,7 @@ def test_parameters_that_no_optimiser_holds_are_told(tmp_path: Path) -> None:
     assert "in no optimizer" in lines(tmp_path, "note")[0]["text"]
 
 
-def test_a_fresh_layer_in_the_optimiser_is_grouped_anew(
+def test_layer_added_to_the_optimizer_is_grouped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = small()
@@ -352,7 +352,7 @@ def appended(folder: Path) -> tuple[bytes, list[Exception]]:
     return b"".join(to_line("note", row) for row in rows), faults
 
 
-def test_a_log_that_is_a_link_is_written_behind_it(tmp_path: Path) -> None:
+def test_log_that_is_a_symlink_is_written_to_its_target(tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).symlink_to("elsewhere.jsonl")
     expected, faults = appended(tmp_path)
     assert (tmp_path / "elsewhere.jsonl").read_bytes() == expected and not faults

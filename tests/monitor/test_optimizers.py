@@ -145,7 +145,7 @@ def test_an_optimizer_that_steps_at_every_second_step(tmp_path: Path) -> None:
     assert len(measured) >= 6 and all(row["step"] % 2 == 0 for row in measured)
 
 
-def test_an_optimizer_that_never_steps_holds_nobody_up(tmp_path: Path) -> None:
+def test_optimizer_that_never_steps_does_not_delay_the_others(tmp_path: Path) -> None:
     model = small(dropout=0.0)
     first, second = split(model, 2)
     used, idle = AdamW(first, lr=1e-3), SGD(second, lr=0.1)
@@ -292,7 +292,9 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_optimizers(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_update_norms_are_right_for_each_kind_of_optimizer(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = small(dropout=0.0)
     optimizer = KINDS[kind](model)
     stepping = optimizer[0] if isinstance(optimizer, list) else optimizer
@@ -362,7 +364,7 @@ def test_a_step_that_another_library_covers_in_turn_is_let_go(tmp_path: Path) ->
     assert cover.before is cover.after  # type: ignore[attr-defined]
 
 
-def test_an_object_whose_step_cannot_be_covered_is_refused_with_a_way_out() -> None:
+def test_optimizer_whose_step_cannot_be_wrapped_is_refused_with_a_hint() -> None:
     model = small()
     body = {"__slots__": ("param_groups",), "step": lambda self: None}
     closed: Any = type("Closed", (), body)()
@@ -542,7 +544,7 @@ def test_gradients_after_a_step_that_was_not_seen(cleared: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("micro", [2, 3])
-def test_a_call_for_every_micro_batch_is_told_with_its_number(
+def test_step_call_for_every_micro_batch_gets_a_warning(
     micro: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = small(dropout=0.0)

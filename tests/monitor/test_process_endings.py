@@ -270,7 +270,7 @@ def test_everything_is_given_back() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_what_somebody_else_has_covered_since_is_left_alone(
+def test_handlers_replaced_by_other_code_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)

@@ -31,7 +31,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_that_differ_are_told_with_their_cause(mode: str, said: list[Any]) -> None:
+def test_gradients_that_differ_between_ranks_are_reported_with_the_cause(
+    mode: str, said: list[Any]
+) -> None:
     texts = [text for text in said[0][mode] if "gradients" in text]
     for other, cause in CAUSES.items():
         assert any(cause in text for text in texts) == (other == mode)
@@ -39,7 +41,7 @@ def test_gradients_that_differ_are_told_with_their_cause(mode: str, said: list[A
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_second_rank_says_nothing(mode: str, said: list[Any]) -> None:
+def test_second_rank_reports_nothing(mode: str, said: list[Any]) -> None:
     """Not even that few batches are kept, which the first rank says."""
     assert said[1][mode] == []
     assert any("keep_batches" in text for text in said[0][mode])

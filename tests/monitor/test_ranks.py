@@ -212,7 +212,7 @@ def test_a_fault_on_one_rank_is_a_skipped_probe_on_both(where: str, tmp_path: Pa
 @pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None, reason="lightning is not installed"
 )
-def test_lightning_model_parallel(tmp_path: Path) -> None:
+def test_lightning_fsdp2_is_bitwise_identical_and_probes_the_whole_model(tmp_path: Path) -> None:
     """FSDP2 under a Lightning Trainer of two processes: the same bits, and the probe of the
     whole.
     """

@@ -108,7 +108,7 @@ def test_a_model_without_experts_has_no_routers() -> None:
 @pytest.mark.parametrize(
     "family", ["Mixtral", "Qwen2Moe", "DeepseekV3", "SwitchTransformersEncoder"]
 )
-def test_families_of_transformers(family: str) -> None:
+def test_router_statistics_of_each_transformers_moe_family(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {
         "vocab_size": 32,

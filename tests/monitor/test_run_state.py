@@ -50,7 +50,7 @@ def said(
     return state.kind, state.text
 
 
-def test_running_or_slow() -> None:
+def test_run_is_slow_after_ten_usual_steps_and_ten_seconds() -> None:
     """The bound is ten usual steps, and 10 s at least."""
     assert said(19.0) == (RunStatus.RUNNING, "running")
     assert said(40.0) == (RunStatus.SLOW, "slow: last step 40 s ago, usually 2 s")
@@ -75,7 +75,7 @@ def test_before_the_first_steps() -> None:
     assert said(70.0, step=1, step_seconds=None) == (RunStatus.SLOW, "slow: last step 70 s ago")
 
 
-def test_a_process_that_is_gone_is_told_at_once_and_only_if_it_is() -> None:
+def test_ended_process_is_reported_at_once() -> None:
     clock = time.strftime("%H:%M:%S", time.localtime(NOW - 3.0))
     assert said(3.0, alive=False) == (RunStatus.GONE, f"no sign since {clock}; process 123 is gone")
     assert said(3.0, alive=None)[0] is RunStatus.RUNNING

@@ -39,7 +39,7 @@ def alerting(steps: int = 8, *, nan_at: int = 5, **options: Any) -> Any:
     return trained(steps, given, one=one)[3]
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_sink_writes_named_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -114,7 +114,7 @@ def rows_of(folder: Path, table: str) -> list[dict[str, Any]]:
     raise AssertionError(f"no table {table} below {folder}")
 
 
-def test_trackio(trackio_folder: Path, tmp_path: Path) -> None:
+def test_trackio_sink_writes_metrics_and_alerts(trackio_folder: Path, tmp_path: Path) -> None:
     watch = alerting(log_dir=tmp_path / "run-a", sinks=["trackio"])
     metrics = rows_of(trackio_folder, "metrics")
     assert {row["step"] for row in metrics} == set(range(9))
@@ -150,7 +150,7 @@ def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     mlflow.set_tracking_uri(before)
 
 
-def test_mlflow(mlflow_store: Any, tmp_path: Path) -> None:
+def test_mlflow_sink_writes_metrics_and_closes_its_run(mlflow_store: Any, tmp_path: Path) -> None:
     watch = alerting(log_dir=tmp_path / "run-a", sinks=["mlflow"])
     assert mlflow_store.active_run() is None, "a start_run of the loop would be refused"
     client = mlflow_store.MlflowClient()
@@ -361,7 +361,7 @@ def test_an_on_alert_that_fails_is_switched_off_and_the_training_goes_on(
     assert fault["part"] == "on_alert"
 
 
-def test_a_sink_of_the_user_is_told_of_alerts(tmp_path: Path) -> None:
+def test_user_sink_receives_alerts(tmp_path: Path) -> None:
     class Both:
         def __init__(self) -> None:
             self.alerts: list[tuple[str, int]] = []

@@ -144,7 +144,9 @@ def test_a_place_with_other_content_is_not_skipped(
         ("", {}, set()),
     ],
 )
-def test_lines(tmp_path: Path, lines: str, options: dict[str, int], places: set[int]) -> None:
+def test_skip_list_lines_are_parsed_into_positions(
+    tmp_path: Path, lines: str, options: dict[str, int], places: set[int]
+) -> None:
     path = tmp_path / "skip.jsonl"
     path.write_text(lines)
     assert read_skip_list(path, **options).positions.keys() == places  # type: ignore[arg-type]
@@ -216,7 +218,7 @@ def test_a_loader_with_a_state_of_its_own_goes_on_by_itself(tmp_path: Path) -> N
     assert [*seen, *second] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
 
 
-def test_a_loader_made_again_in_each_epoch_is_told_of(
+def test_loader_rebuilt_in_each_epoch_gets_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "skip.jsonl"

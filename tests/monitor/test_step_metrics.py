@@ -152,7 +152,7 @@ def test_norms_of_every_sub_layer_and_its_updates(tmp_path: Path) -> None:
         assert row["lr"] == 3e-3 and row["tokens"] == row["step"] * 32 and not row["skipped"]
 
 
-def test_before_and_after_clipping_are_told_apart(tmp_path: Path) -> None:
+def test_norms_before_and_after_clipping_are_logged_separately(tmp_path: Path) -> None:
     truth = run(tmp_path, clip=0.5)
     assert_rows(tmp_path, truth)
     for row, wanted in zip(lines(tmp_path, "step"), truth.rows, strict=True):
@@ -169,7 +169,9 @@ def test_before_and_after_clipping_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["scaler unscales", "loop unscales"])
-def test_amp_scaler(fused: bool, unscale: bool, tmp_path: Path) -> None:
+def test_gradient_norms_under_amp_are_those_of_unscaled_gradients(
+    fused: bool, unscale: bool, tmp_path: Path
+) -> None:
     """Norms are those of unscaled gradients; a step that the scaler skips is one, and no error."""
     model = small()
     optimizer = adam(model, fused=fused)
@@ -223,7 +225,7 @@ class Container:
     [list, Wrapped, lambda pair: Container(*pair), lambda pair: dict(enumerate(pair))],
     ids=["list", "wrappers", "container", "dict"],
 )
-def test_several_optimisers_count_as_one_step(pack: Any, tmp_path: Path) -> None:
+def test_several_optimizers_count_as_one_step(pack: Any, tmp_path: Path) -> None:
     model = small()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
@@ -247,7 +249,7 @@ def test_several_optimisers_count_as_one_step(pack: Any, tmp_path: Path) -> None
         assert row["grad_norm_post"] == pytest.approx(wanted["post"], rel=1e-5)
 
 
-def test_gradient_accumulation(tmp_path: Path) -> None:
+def test_gradient_norms_with_accumulation_are_those_of_the_whole_step(tmp_path: Path) -> None:
     model = small()
     optimizer = adam(model)
     wanted = []

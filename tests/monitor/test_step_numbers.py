@@ -97,7 +97,7 @@ def test_a_number_that_is_given_once(tmp_path: Path) -> None:
     assert logged(tmp_path) == [401, 402, 403, 410, 411] and not lines(tmp_path, "note")
 
 
-def test_a_loop_that_goes_back_is_told_and_read_as_it_went_on(
+def test_step_numbers_that_go_back_get_a_warning_and_keep_the_later_rows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     w = go(tmp_path, [*range(1, 15), *range(9, 13)], keep_batches=40)
@@ -113,7 +113,7 @@ def test_a_loop_that_goes_back_is_told_and_read_as_it_went_on(
 @pytest.mark.parametrize(
     "steps", [[0, 1, 2, 0, 1, 2, 0, 1, 2], [5, 5, 5, 6, 6, 6], [7, 8, 9, 7, 8, 9]], ids=str
 )
-def test_numbers_that_do_not_grow_are_told_once_and_no_row_is_lost(
+def test_step_numbers_that_do_not_grow_warn_once_and_lose_no_row(
     steps: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     go(tmp_path, steps)
@@ -124,7 +124,7 @@ def test_numbers_that_do_not_grow_are_told_once_and_no_row_is_lost(
     assert caplog.text.count("do not grow over the run") == 1 and "gone back" not in caplog.text
 
 
-def test_numbers_that_grow_are_not_spoken_of(
+def test_growing_step_numbers_give_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     go(tmp_path, [1, 2, 3, 10, 11])

@@ -100,7 +100,7 @@ def quick(server: Server, form: str = "json", **options: Any) -> Webhook:
     return Webhook(server.url(form), **{"timeout": 10.0, "pauses": (0.0, 0.0), **options})
 
 
-def test_the_generic_form(server: Server) -> None:
+def test_generic_webhook_payload_has_run_and_alert(server: Server) -> None:
     assert sent(quick(server)) == []
     [(path, data)] = server.posted
     assert path == f"/services/{SECRET}"
@@ -111,7 +111,7 @@ def test_the_generic_form(server: Server) -> None:
     assert ALERT.what in data["text"] and "jacdiag explain JD501" in data["text"]
 
 
-def test_the_form_of_slack_mentions_nobody(server: Server) -> None:
+def test_slack_payload_pings_no_user(server: Server) -> None:
     assert sent(quick(server, "slack")) == []
     [(_, data)] = server.posted
     assert set(data) == {"text"}
@@ -120,7 +120,7 @@ def test_the_form_of_slack_mentions_nobody(server: Server) -> None:
     assert "where: h.0.attn and 1 more" in data["text"] and "flight-1234" in data["text"]
 
 
-def test_the_form_of_discord_mentions_nobody_and_is_short_enough(server: Server) -> None:
+def test_discord_payload_pings_no_user_and_fits_the_limit(server: Server) -> None:
     hook = quick(server, "discord")
     hook.alert(Alert(1, "JD501", "error", "x" * 9000, ["y" * 9000]), MOMENT)
     assert sent(hook) == []
@@ -171,7 +171,7 @@ def test_what_is_neither_an_address_nor_a_sink_is_refused(given: Any) -> None:
         open_alert_sinks(given, lambda name, reason: None)
 
 
-def test_two_addresses_of_one_host_are_told_apart(server: Server) -> None:
+def test_two_webhooks_of_one_host_are_distinguished(server: Server) -> None:
     failed: list[tuple[str, str]] = []
     sinks = open_alert_sinks(
         [server.url(), server.url("slack"), server.url()], lambda *given: failed.append(given)
@@ -222,7 +222,7 @@ def test_an_address_that_fails_three_times_is_given_up_and_not_before(
     assert len(server.posted) == 6 and "s3cr3t" not in caplog.text
 
 
-def test_nobody_listening_and_no_such_host() -> None:
+def test_refused_connection_and_unknown_host_are_noted() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -230,7 +230,7 @@ def test_nobody_listening_and_no_such_host() -> None:
     assert reasons == ["Connection refused"]
 
 
-def test_a_server_that_does_not_answer_stops_nobody(server: Server) -> None:
+def test_unresponsive_webhook_server_does_not_block_training(server: Server) -> None:
     """The call returns at once, and the end of the run waits for one request at most."""
     server.delay = 5.0
     hook = quick(server, timeout=0.3, pauses=(0.0,))

@@ -33,7 +33,7 @@ VALUES = {"N": 12.0, "d": 768.0, "fan_in": 3072.0, "l": 3.0}
         ("+fan_in", 3072.0),
     ],
 )
-def test_values(text: str, value: float) -> None:
+def test_formula_values_equal_python_arithmetic(text: str, value: float) -> None:
     assert Formula.read(text).value(VALUES) == pytest.approx(value, rel=1e-15)
 
 
@@ -120,5 +120,5 @@ def test_the_message_points_at_the_place() -> None:
 @pytest.mark.parametrize(
     "text", ["1/0", "log(0)", "sqrt(-1)", "10^400", "(-1)^0.5", "exp(1000)", "fan_out"]
 )
-def test_no_value(text: str) -> None:
+def test_formula_without_a_finite_value_is_none(text: str) -> None:
     assert Formula.read(text).value(VALUES) is None

@@ -46,7 +46,7 @@ PLAN = [
 
 
 @pytest.mark.parametrize(("name", "value"), [*WRONG, *PLAN])
-def test_an_audit_refuses(name: str, value: Any) -> None:
+def test_audit_refuses_options_out_of_range(name: str, value: Any) -> None:
     asked: dict[str, Any] = {name: value}
     with pytest.raises(UsageError) as refused:
         jacdiag.audit(nn.Linear(2, 2), torch.ones(1, 2), **asked)
@@ -56,7 +56,7 @@ def test_an_audit_refuses(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_spectral_norm_refuses(name: str, value: Any) -> None:
+def test_spectral_norm_refuses_options_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"{name} cannot be"):
         jacdiag.spectral_norm(torch.square, torch.ones(1, 2), **{name: value})
 

@@ -63,7 +63,7 @@ def example_record(cls: type[Record]) -> Any:
 
 
 @pytest.mark.parametrize("cls", record_classes(), ids=lambda cls: cls.__qualname__)
-def test_json_and_back(cls: type[Record]) -> None:
+def test_every_record_survives_json(cls: type[Record]) -> None:
     record = example_record(cls)
     text = json.dumps(record.to_dict(), allow_nan=False)
     assert cls.from_dict(json.loads(text)) == record

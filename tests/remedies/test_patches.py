@@ -69,7 +69,7 @@ def test_the_subclass_for_transformers_draws_models_that_pass(
     assert torch.equal(again(IDS).logits, model(IDS).logits), "what is loaded is not scaled twice"
 
 
-def test_flags_of_megatron() -> None:
+def test_megatron_patch_gives_the_embedding_std_as_a_flag() -> None:
     found = remedies(fresh(LlamaForCausalLM, LLAMA))
     scaled = found["scaled-embed"].patches["megatron"]
     std = float(re.search(r"--embedding-init-method-std ([\d.]+) --untie-embeddings", scaled)[1])  # type: ignore[index]
@@ -94,7 +94,7 @@ def test_param_init_of_torchtitan_is_python_that_draws_the_std() -> None:
     assert "no param_init says this: a LayerNorm" in found["embed-ln"].patches["torchtitan"]
 
 
-def test_what_a_dialect_cannot_say_is_said() -> None:
+def test_patch_notes_what_a_framework_cannot_express() -> None:
     begun = remedies(fresh(GPT2LMHeadModel, GPT2), remedies="begun")
     for dialect in ("megatron", "torchtitan"):
         assert "says this: W = gain * V" in begun["reparametrise"].patches[dialect]

@@ -142,7 +142,9 @@ class Broken(gpt.GPT):
         ("gain", "JD201", "initialise transformer.h.*.ln_1 with 1"),
     ],
 )
-def test_a_broken_contract_is_mended_where_it_broke(fault: str, code: str, title: str) -> None:
+def test_remedy_changes_only_the_weights_that_break_the_contract(
+    fault: str, code: str, title: str
+) -> None:
     with seeded(5):
         model = Broken(fault)
     options: dict[str, Any] = {**PROBE, "products": False, "select": ["JD2"], "state": "init"}
@@ -242,7 +244,7 @@ def test_weights_that_left_the_baseline_are_drawn_as_they_were(tmp_path: Path) -
     )
 
 
-def test_a_forward_that_left_the_baseline_is_mended_where_a_recipe_brings_it_back(
+def test_forward_that_left_the_baseline_is_repaired_by_a_recipe(
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = {
@@ -261,7 +263,7 @@ def test_a_forward_that_left_the_baseline_is_mended_where_a_recipe_brings_it_bac
 
 
 # -- where a run has begun -------------------------------------------------------------------------
-def test_a_begun_run_keeps_its_function() -> None:
+def test_remedy_for_a_trained_model_keeps_its_function() -> None:
     model = fresh("xavier")
     report = jacdiag.audit(model, remedies="begun", state="trained", **PROBE)
     found = {r.name: r for r in report.remedies}
@@ -311,7 +313,7 @@ class Raw(nn.Module):
         return out
 
 
-def test_a_bare_table_is_drawn_anew() -> None:
+def test_bare_embedding_parameter_is_redrawn() -> None:
     with seeded(1):
         model = Raw()
     report = jacdiag.audit(

@@ -70,7 +70,7 @@ def test_utf_8_is_never_touched(encoding: str | None) -> None:
     assert spelled(text, encoding) is text
 
 
-def test_columns_stay_aligned() -> None:
+def test_ascii_spelling_keeps_columns_aligned() -> None:
     lines = [
         "shortcut σ  1/σ gain      core ‖J‖  who",
         "  0.0180 ▁    52.5 ▲  0.03 ±0.01  shortcut",

@@ -56,7 +56,7 @@ def test_a_log_of_an_older_version_waits_for_nothing() -> None:
     assert log.waits == {} and "waits for" not in shown(log)
 
 
-def test_a_run_that_begins_anew_waits_anew() -> None:
+def test_restarted_run_waits_for_its_rules_again() -> None:
     ready = {"type": "ready", "step": 4, "code": "JD502", "waited_for": "60 steps with a loss"}
     again = {"type": "run", "groups": [], "waits": {"JD502": "60 steps with a loss"}}
     assert run(ready, again).waits == {"JD502": "60 steps with a loss"}

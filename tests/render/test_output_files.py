@@ -79,7 +79,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert len(written) == before, "it is not called written"
 
 
-def test_devices_stay_devices() -> None:
+def test_output_to_dev_null_leaves_the_device() -> None:
     write_output("/dev/null", DATA)
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode) and written[-1] == "/dev/null"
 
@@ -145,7 +145,7 @@ def test_a_dangling_link_makes_its_target(tmp_path: Path) -> None:
         check_writable(tmp_path / "away")
 
 
-def test_a_failure_behind_a_link_keeps_the_old_file(
+def test_failed_write_through_a_link_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "target").write_text("old")
@@ -242,7 +242,7 @@ def test_open_descriptors_are_written_at_their_place(tmp_path: Path) -> None:
         write_output("/proc/self/fd/987", b"x")
 
 
-def test_what_is_streamed(tmp_path: Path) -> None:
+def test_pipes_devices_and_stdout_are_streamed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert find_output(tmp_path / "new").kind is OutputKind.FILE and not is_streamed(
         tmp_path / "new"

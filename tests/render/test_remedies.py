@@ -61,7 +61,7 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
     ]
 
 
-def test_none_was_enough() -> None:
+def test_insufficient_remedies_show_the_nearest_one() -> None:
     (line,) = lines.to_do(with_remedies(POOR))
     assert (
         line.startswith("none of 1 remedies was enough; nearest: draw all matrices anew")
@@ -98,7 +98,7 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     assert "None was tried: no finding asks for one." in document(synthetic.clean())
 
 
-def test_every_one_for_a_run_that_has_begun_is_written_as_code() -> None:
+def test_every_remedy_for_a_trained_model_is_written_as_code() -> None:
     scaled = dataclasses.replace(POOR, name="branch-scale", patches={"pytorch": "x = 2\n"})
     kept = dataclasses.replace(KEPT, patches={"pytorch": "x = 3\n"})
     begun = with_remedies(kept, scaled)

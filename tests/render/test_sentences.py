@@ -151,7 +151,7 @@ def test_the_headline_says_the_verdict_in_words(small: str, large: str, headline
     )  # type: ignore[arg-type]
 
 
-def test_an_error_beside_the_conditions_comes_first() -> None:
+def test_error_comes_before_the_conditions() -> None:
     assert (
         words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
     )
@@ -321,7 +321,7 @@ def test_reasons_for_what_is_missing_are_said_once() -> None:
     )
 
 
-def test_cost_in_words() -> None:
+def test_cost_sentence_has_forwards_seconds_and_memory() -> None:
     assert lines.cost(synthetic.vanilla()) == "612 forwards of one sub-layer, 41 s, peak 1.9 GB"
     assert (
         lines.cost(dataclasses.replace(synthetic.vanilla(), cost=type(synthetic.vanilla().cost)()))

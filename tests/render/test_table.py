@@ -146,7 +146,7 @@ def test_points_of_a_column_stand_below_each_other() -> None:
             assert set.intersection(*found), f"{column.title} begins at another place in each row"
 
 
-def test_only_figures_that_a_rule_speaks_about_are_marked() -> None:
+def test_only_figures_judged_by_a_rule_are_marked() -> None:
     assert not MARK.search("".join(rows_of(shown(synthetic.clean()))))
     report = dataclasses.replace(synthetic.clean(), findings=[])
     name = report.sublayers[3].name

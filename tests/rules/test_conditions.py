@@ -95,7 +95,7 @@ def test_large_shortcut_uses_the_99th_percentile_not_the_maximum() -> None:
     assert "only at depth 0" in finding.what and "√d = 8" in finding.fix
 
 
-def test_an_excess_that_persists_is_told_from_one_at_depth_0() -> None:
+def test_excess_at_every_depth_is_distinguished_from_depth_0_alone() -> None:
     rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
     (finding,) = findings(judged(rows), "JD102")
     assert "at every depth" in finding.what and finding.evidence["depths"] == [0, 1]
@@ -110,7 +110,7 @@ def test_the_guilty_factor_is_named_by_the_rule_that_fires() -> None:
 
 
 @pytest.mark.parametrize(("value", "level"), [(0.99, None), (1.01, "info"), (5.01, "warning")])
-def test_amplification(value: float, level: str | None) -> None:
+def test_jd103_level_at_each_branch_norm(value: float, level: str | None) -> None:
     rows = healthy()
     rows[3] = replace(rows[3], branch_norm=Interval.exact(value))
     assert [f.level for f in findings(judged(rows), "JD103")] == ([level] if level else [])
@@ -202,7 +202,7 @@ def test_a_replay_that_differs_makes_its_figures_unknown() -> None:
 @pytest.mark.parametrize(
     ("log", "fires"), [(9.9, False), (10.0, False), (10.1, True), (None, None)]
 )
-def test_depth_product(log: float | None, fires: bool | None) -> None:
+def test_jd104_fires_above_its_threshold_only(log: float | None, fires: bool | None) -> None:
     made = judged(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth()))
     expected = "not-applicable" if fires is None else "fired" if fires else "clean"
     assert status(made, "JD104") == expected
@@ -324,5 +324,5 @@ def test_a_pre_norm_model_has_its_conditions_and_no_such_line() -> None:
 
 
 @pytest.mark.parametrize("code", ["JD101", "JD102"])
-def test_the_pages_say_that_they_are_for_pre_norm(code: str) -> None:
+def test_rule_pages_state_that_they_are_for_pre_norm(code: str) -> None:
     assert "pre-norm" in rule(code).page.what and "out-norm gain" in rule(code).page.what

@@ -152,7 +152,7 @@ def test_values_of_a_fused_deepnorm_without_beta_are_named() -> None:
     assert finding.evidence["section"] == "W_V" and finding.evidence["of"] == 6
 
 
-def test_a_fused_matrix_is_not_drawn_anew_for_the_sake_of_a_part() -> None:
+def test_fused_matrix_is_not_redrawn_for_one_section() -> None:
     model = recipes.build(RECIPES["DeepNorm, fused"], seed=1)
     with torch.no_grad():
         values_of(model.blocks[2].get_submodule("qkv").weight).mul_(3)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_a_scaling_on_the_wrong_matrix_names_both(name: str, tied: bool) -> None
     }
 
 
-def test_a_wrong_matrix_beside_an_untied_embedding_of_one() -> None:
+def test_wrong_matrix_next_to_a_unit_embedding_is_named() -> None:
     def std(place: Place) -> float:
         return 1.0 if place.role == "embedding" else SWAPS["0.02"](place)
 
@@ -226,7 +226,7 @@ def all_zero(model: Decoder) -> None:
         (all_zero, {"blocks.*.up.weight", "blocks.*.gate.weight", "blocks.*.down.weight"}),
     ],
 )
-def test_zeros_that_nobody_meant_are_named(
+def test_unintended_zero_weights_are_named(
     change: Callable[[Decoder], None], blamed: set[str]
 ) -> None:
     model = recipes.build(RECIPES["GPT-2, gated"], seed=2)
@@ -284,7 +284,7 @@ def test_parts_in_blocks_and_transposed() -> None:
     assert stds_of(fused(1, 2, 4).T, fan_out=192) == wanted  # as GPT-2's Conv1D stores it
 
 
-def test_parts_by_head() -> None:
+def test_fused_matrix_is_split_by_head() -> None:
     heads = torch.cat([fused(1, 2, 4, rows=8) for _ in range(8)])
     wanted = [("W_Q", 64, 1.0), ("W_K", 64, 2.0), ("W_V", 64, 4.0)]
     assert stds_of(heads) == wanted and stds_of(heads, head=8) == wanted
@@ -333,7 +333,7 @@ def test_sections_survive_json_and_older_reports_have_none() -> None:
     assert not judged(older).deviations
 
 
-def test_sinusoids() -> None:
+def test_sinusoid_tables_are_recognized() -> None:
     table = recipes.sines(32, 16)
     assert is_sinusoid(table) and is_sinusoid(torch.cat([torch.zeros(1, 16), table]))
     assert not is_sinusoid(0.7 * torch.randn(32, 16)) and not is_sinusoid(torch.zeros(4, 4))
@@ -362,7 +362,7 @@ def test_projections_are_maps_of_their_own_sizes() -> None:
     assert is_projection(replace(by_head, shape=[4, 64, 8], fan_in=64, fan_out=8), width=64)
 
 
-def test_a_packed_matrix_that_a_call_reads_in_part() -> None:
+def test_packed_matrix_read_in_slices_gets_the_sizes_of_the_whole() -> None:
     packed = whole_map(ParameterUse("W_KV", fan_in=64, fan_out=128), (384, 64))
     assert (packed.role, packed.fan_out) == ("W_QKV", 384)
     for use, shape in (

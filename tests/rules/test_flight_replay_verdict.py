@@ -137,7 +137,7 @@ def test_a_batch_that_is_out_even_on_bad_weights_leaves_it_open() -> None:
     assert "A checkpoint from before step 100 would decide" in text
 
 
-def test_weights_that_do_not_say_their_step_may_be_early_ones() -> None:
+def test_weights_without_a_step_may_be_early_ones() -> None:
     unknown = ReplayContext(step=100, checkpoint_step=None, highest_before=5.5)
     # no part of the run was that high
     assert verdict(loss([7.0], HIGH), context=unknown)[0] == "weights"
@@ -203,7 +203,9 @@ def test_a_batch_that_was_not_kept() -> None:
         (None, "a checkpoint that says its step"),
     ],
 )
-def test_neither_stands_out(step: int | None, words: str) -> None:
+def test_replay_is_undecided_when_neither_batch_nor_weights_stand_out(
+    step: int | None, words: str
+) -> None:
     named, text = verdict(loss([2.0]), context=ReplayContext(step=100, checkpoint_step=step))
     assert named == "not decided" and words in text
 

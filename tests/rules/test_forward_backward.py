@@ -71,7 +71,7 @@ LINEAR = [1.0, 2.0, 3.0, 4.0, 5.0]
         ([16.0, 8.0, 4.0, 2.0, 1.0], False),
     ],
 )
-def test_variance(variance: list[float], fires: bool) -> None:
+def test_jd301_at_each_growth_of_the_variance(variance: list[float], fires: bool) -> None:
     made = judged(forward(variance=variance))
     assert levels(made, "JD301") == (["info"] if fires else [])
     assert status(made, "JD301") == ("fired" if fires else "clean")
@@ -119,7 +119,7 @@ def with_attention(record: AttentionRecord | None) -> list[SublayerRecord]:
     ("logit", "level"),
     [(5.0, []), (100.0, []), (101.0, ["info"]), (1e4, ["info"]), (10001.0, ["warning"])],
 )
-def test_attention_logits(logit: float, level: list[str]) -> None:
+def test_jd303_level_at_each_largest_attention_logit(logit: float, level: list[str]) -> None:
     made = judged(rows=with_attention(AttentionRecord(logit, 1.0, 0.5, None, 8)))
     assert levels(made, "JD303") == level
 
@@ -127,13 +127,13 @@ def test_attention_logits(logit: float, level: list[str]) -> None:
 @pytest.mark.parametrize(
     ("share", "fires"), [(1.0, False), (0.051, False), (0.0499, True), (0.0, True)]
 )
-def test_attention_entropy(share: float, fires: bool) -> None:
+def test_jd304_fires_below_its_entropy_threshold(share: float, fires: bool) -> None:
     made = judged(rows=with_attention(AttentionRecord(1.0, share, share, None, 8)))
     assert levels(made, "JD304") == (["info"] if fires else [])
 
 
 @pytest.mark.parametrize(("cosine", "fires"), [(0.2, False), (0.95, False), (0.951, True)])
-def test_rank_collapse(cosine: float, fires: bool) -> None:
+def test_jd305_fires_above_its_cosine_threshold(cosine: float, fires: bool) -> None:
     made = judged(forward(token_cosine=[0.0, 0.1, 0.1, 0.1, cosine]))
     assert levels(made, "JD305") == (["info"] if fires else [])
 
@@ -213,7 +213,7 @@ def test_a_cut_names_its_calls_and_is_meant_where_all_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(("alike", "level"), [(True, "info"), (False, "warning")])
-def test_dead_branches(alike: bool, level: str) -> None:
+def test_jd402_level_of_a_branch_with_zero_output(alike: bool, level: str) -> None:
     rows = healthy()
     rows[1] = replace(rows[1], dead_branch=DeadBranch(True, ["h.0.mlp.w2"], [0.0], alike=alike))
     made = judged(rows=rows)
@@ -267,7 +267,7 @@ def test_the_embeddings_gradient_has_a_threshold_of_the_user_only(
         (Plan(lr=2.1e-2, warmup=200), "clean"),
     ],
 )
-def test_the_first_update(plan: Plan, expected: str) -> None:
+def test_jd405_fires_above_its_first_update_threshold(plan: Plan, expected: str) -> None:
     made = judged(plan=plan)
     assert status(made, "JD405") == expected
     assert all("assumed" in f.what and f.level == "info" for f in found(made, "JD405"))
@@ -284,7 +284,7 @@ def test_a_gradient_that_is_not_finite() -> None:
 
 
 # -- the report ---------------------------------------------
-def test_there_and_back_and_without_the_new_keys() -> None:
+def test_flow_records_survive_json_and_older_reports_load() -> None:
     network = replace(
         forward(variance=LINEAR, peaks=[Peak(1.0, 1.0, 0)], token_cosine=[0.1]),
         backward=BackwardRecord(

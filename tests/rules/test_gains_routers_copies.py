@@ -191,14 +191,14 @@ def test_the_sentence_says_which_layer_what_it_holds_and_what_the_others_hold() 
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_two_thirds_say_what_is_usual(count: int) -> None:
+def test_two_thirds_of_the_layers_define_the_usual_value(count: int) -> None:
     model = build()
     names = {f"layers.{layer}.norm2.weight" for layer in range(count)}
     fill(model, nn.init.zeros_, *names)
     assert named(judge(model)) == ({"JD208": names} if count == 2 else {})
 
 
-def test_of_two_layers_the_gains_of_the_model_say_it() -> None:
+def test_two_layers_are_judged_by_the_other_gains_of_the_model() -> None:
     model = build(layers=2)
     fill(model, nn.init.zeros_, "layers.1.norm2.weight")
     assert named(judge(model)) == {"JD208": {"layers.1.norm2.weight"}}
@@ -388,7 +388,7 @@ def test_factors_that_were_computed_are_no_drawn_gains() -> None:
 
 
 @pytest.mark.parametrize(("layers", "is_named"), [(1, False), (2, True)])
-def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(
+def test_how_many_values_show_that_a_gain_was_not_drawn_around_one(
     layers: int, is_named: bool
 ) -> None:
     """Gains of 8 numbers: one layer is too few to say, two are 16."""
@@ -615,7 +615,7 @@ def test_what_another_rule_names_is_named_once() -> None:
         ),
     ],
 )
-def test_routers(how: Fill, level: str, words: str) -> None:
+def test_jd209_names_routers_with_an_unusual_init(how: Fill, level: str, words: str) -> None:
     model = build(mlp=Experts)
     gates = {f"layers.{layer}.mlp.gate.weight" for layer in range(6)}
     fill(model, how, *sorted(gates))
@@ -646,7 +646,7 @@ def test_a_router_is_judged_alike_under_every_name(family: str, how: Fill) -> No
     assert finding.code == "JD209" and finding.level == "warning"
 
 
-def test_a_router_of_std_one_beside_an_embedding_of_std_one() -> None:
+def test_router_of_std_one_next_to_an_embedding_of_std_one() -> None:
     """Switch Transformers draws both so; with an embedding of another std the routers alone stand
     out.
     """
@@ -678,7 +678,7 @@ class BalancedExperts(Experts):
         ).sum(0)
 
 
-def test_routers_of_zero_beside_a_bias_that_balances_the_experts() -> None:
+def test_zero_routers_with_a_balancing_bias_are_an_info() -> None:
     model = build(mlp=BalancedExperts)
     fill(model, nn.init.zeros_, *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)))
     [finding] = judge(model)
@@ -759,7 +759,7 @@ def test_layers_that_were_copied() -> None:
     assert finding.what == "layers: 1, 2, 3 bit-identical to 0, in 12 of their 12 drawn weights"
 
 
-def test_one_layer_that_was_copied_in_part() -> None:
+def test_partly_copied_layer_is_named() -> None:
     model = build(layers=4)
     model.layers[2].mlp.load_state_dict(model.layers[1].mlp.state_dict())
     [finding] = judge(model)
@@ -1031,7 +1031,7 @@ FAMILIES = ["gpt2", "llama", "gpt_neox", "opt", "bloom", "olmo2", "t5", "gemma"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_are_silent(name: str) -> None:
+def test_transformers_families_have_no_findings_on_vectors(name: str) -> None:
     subject = family(name, 7)
     assert not judge(subject.model, subject.probe)
 

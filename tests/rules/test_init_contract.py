@@ -82,7 +82,7 @@ def test_mutants_are_found_and_located(label: str) -> None:
         ("olmo2", "olmo2"),
     ],
 )
-def test_families_are_named(name: str, words: str) -> None:
+def test_init_scheme_of_transformers_families_is_named(name: str, words: str) -> None:
     report = contract(family(name, 0))
     assert status(report, "JD202") == "clean" and words in note(report, "JD202")
     assert status(report, "JD204") == "not-applicable"
@@ -99,7 +99,7 @@ def test_families_are_named(name: str, words: str) -> None:
         ("own-depth", "s = 0.0130"),
     ],
 )
-def test_schemes_are_named(name: str, words: str) -> None:
+def test_published_init_schemes_are_named(name: str, words: str) -> None:
     assert words in note(contract(written(name, 0)), "JD204")
 
 
@@ -129,7 +129,9 @@ def test_the_sentence_says_which_what_and_expected() -> None:
         ("transformer.h.*.mlp.c_fc.weight", 0.02, "std and variance confused"),
     ],
 )
-def test_mistakes_are_named(pattern: str, factor: float, looks: str) -> None:
+def test_scaled_gpt2_weights_are_named_with_their_mistake(
+    pattern: str, factor: float, looks: str
+) -> None:
     subject = family("gpt2", 3)
     scale(subject, factor, *groups(subject)[pattern])
     found = [f for f in contract(subject).findings if f.code.startswith("JD2")]
@@ -230,7 +232,7 @@ def test_scaling_in_the_forward_is_no_fault() -> None:
         assert status(contract(subject), "JD206") == "clean"
 
 
-def test_weight_decay() -> None:
+def test_jd207_names_parameters_that_should_have_no_weight_decay() -> None:
     subject = family("gpt2", 0)
     model = subject.model
     assert status(contract(subject), "JD207") == "not-applicable"

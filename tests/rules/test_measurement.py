@@ -18,7 +18,7 @@ CODES = tuple(r.code for r in RULES)
 
 
 @pytest.mark.parametrize(("covered", "level"), [(1000, None), (951, "info"), (949, "warning")])
-def test_uncovered_parameters(covered: int, level: str | None) -> None:
+def test_jd902_level_at_each_share_of_uncovered_parameters(covered: int, level: str | None) -> None:
     model = ModelRecord(
         "GPT", 1000, 2, covered_parameters=covered, uncovered=["adapter.weight"] if level else []
     )
@@ -165,7 +165,7 @@ def test_an_unknown_code_names_the_closest() -> None:
         rule("JD10")
 
 
-def test_profiles() -> None:
+def test_profiles_promote_levels_and_unknown_ones_are_refused() -> None:
     assert profile_of("paper", CODES).promoted("JD101", "warning") == "error"
     assert (
         profile_of({"name": "strict", "levels": {"JD103": "error"}}, CODES).promoted(

@@ -247,7 +247,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("name", "meaning", "values", "fires"), OTHERS)
-def test_other_tables(name: str, meaning: str, values: Tensor, fires: bool) -> None:
+def test_computed_tables_with_faults_are_found(
+    name: str, meaning: str, values: Tensor, fires: bool
+) -> None:
     assert bool(fault_of(table_of(name, values, meaning))) is fires
 
 
@@ -278,7 +280,9 @@ class Named(Model):
         ("shape", (8,), ""),
     ],
 )
-def test_meanings_by_name(name: str, shape: tuple[int, ...], meaning: str) -> None:
+def test_meaning_of_a_computed_table_by_its_name(
+    name: str, shape: tuple[int, ...], meaning: str
+) -> None:
     model = build(Named, name=name, values=torch.rand(shape))
     records = tables_of(jacdiag.sites(model, tokens()))
     assert [record.meaning for record in records] == [meaning]
@@ -428,7 +432,9 @@ def tied(said: Any, *, shared: bool, equal: bool = False, **more: Any) -> nn.Mod
         (False, True, False, "is false, and the head reads embed.weight all the same"),
     ],
 )
-def test_ties(said: bool | None, shared: bool, equal: bool, words: str) -> None:
+def test_jd214_fires_when_config_and_tying_disagree(
+    said: bool | None, shared: bool, equal: bool, words: str
+) -> None:
     findings = found(tied(said, shared=shared, equal=equal), "JD214")
     assert bool(findings) is bool(words)
     assert all(words in finding.what and finding.fix for finding in findings)
@@ -440,7 +446,7 @@ def test_head_and_embedding_of_unlike_shapes_are_no_pair() -> None:
     assert not found(model, "JD214")
 
 
-def test_the_accessors_of_the_model_say_which_tensors_are_meant() -> None:
+def test_embedding_accessors_of_the_model_select_the_tensors() -> None:
     model = tied(True, shared=False)
     model.get_input_embeddings = lambda: model.embed
     model.get_output_embeddings = lambda: model.head
@@ -468,7 +474,7 @@ def test_a_head_that_shares_another_table_is_tied() -> None:
         (True, None, ["head.weight"], (True, "config.tie_word_embeddings")),
     ],
 )
-def test_who_says_it(
+def test_source_of_the_tying_option_in_config_and_keys(
     outer: bool | None, inner: bool | None, keys: Any, expected: tuple[bool | None, str]
 ) -> None:
     model = nn.Module()
@@ -526,7 +532,7 @@ def adapted(kind: str) -> nn.Module:
         ("both drawn", "not its base at the start", "lora_B"),
     ],
 )
-def test_adapters(kind: str, words: str, names: str) -> None:
+def test_jd215_names_low_rank_adapters_without_gradient(kind: str, words: str, names: str) -> None:
     findings = found(adapted(kind), "JD215")
     assert bool(findings) is bool(words)
     for finding in findings:
@@ -554,7 +560,7 @@ def test_no_gradient_reaches_an_adapter_that_is_zero_on_both_sides() -> None:
         ("processor.to_q_lora_down.weight", "processor.to_q_lora_up.weight"),
     ],
 )
-def test_names_of_factors(first: str, second: str) -> None:
+def test_adapter_factors_are_paired_by_name(first: str, second: str) -> None:
     pairs = adapters_of(
         {first: torch.zeros(2, 4), second: torch.zeros(4, 2), "flora_A": torch.zeros(1)}
     )
@@ -623,7 +629,9 @@ def modulations(blocks: str, last: str, name: str = "adaLN_modulation.1.weight")
         ("normal", "zero", "modulations.list", False),
     ],
 )
-def test_modulations(blocks: str, last: str, name: str, fires: bool) -> None:
+def test_modulations_drawn_next_to_zero_ones_are_found(
+    blocks: str, last: str, name: str, fires: bool
+) -> None:
     pairs = drawn_beside_zero(modulations(blocks, last, name))
     assert bool(pairs) is fires
     for drawn, zero in pairs:
@@ -740,7 +748,9 @@ class Factor(Model):
         (0.0, "branch", False),
     ],
 )
-def test_zero_shortcuts(value: float, operand: str, fires: bool) -> None:
+def test_jd407_fires_for_a_zero_factor_on_the_shortcut(
+    value: float, operand: str, fires: bool
+) -> None:
     findings = found(build(Factor, value=value, operand=operand), "JD407")
     assert bool(findings) is fires
     for finding in findings:
@@ -810,7 +820,7 @@ class PostNorm(nn.Module):
         ({"beta": 0.5}, False),
     ],
 )
-def test_deepnorm(options: dict[str, float], fires: bool) -> None:
+def test_jd408_fires_for_incomplete_deepnorm(options: dict[str, float], fires: bool) -> None:
     findings = found(build(PostNorm, **options), "JD408")
     assert bool(findings) is fires
     for finding in findings:
@@ -857,7 +867,7 @@ class Detached(Model):
         ("nothing", set()),
     ],
 )
-def test_detached_operands(what: str, codes: set[str]) -> None:
+def test_jd409_and_jd401_name_the_detached_operand(what: str, codes: set[str]) -> None:
     model = build(Detached, what=what)
     assert loud(model, "JD401", "JD409") == codes
     for finding in audited(model).findings:
@@ -877,7 +887,7 @@ def test_a_detached_branch_that_is_frozen_is_meant() -> None:
 
 
 @pytest.mark.parametrize("what", ["shortcut", "branch"])
-def test_a_model_of_detached_operands_alone_is_told_so(what: str) -> None:
+def test_model_whose_operands_are_all_detached_gets_a_clear_error(what: str) -> None:
     with pytest.raises(jacdiag.JacdiagError, match=f"cuts the {what} of an addition"):
         audited(build(Detached, what=what, everywhere=True))
 
@@ -896,7 +906,7 @@ def refusal(model: nn.Module) -> TraceError:
 
 
 @pytest.mark.parametrize("what", ["branch", "data", "inner"])
-def test_a_refusal_names_the_parameters_behind_a_detach(what: str) -> None:
+def test_refusal_names_the_parameters_before_a_detach(what: str) -> None:
     model = build(Detached, what=what, everywhere=True)
     error = refusal(model)
     assert set(error.parameters) == without_gradient(model) != set()
@@ -947,7 +957,7 @@ def test_a_parameter_that_is_read_twice_is_not_cut_off() -> None:
 
 
 # -- the report ----------
-def test_there_and_back_and_without_the_new_keys() -> None:
+def test_structure_records_survive_json_and_older_reports_load() -> None:
     model = build(Rotated, values=frequencies(width=2 * WIDTH))
     model.config = SimpleNamespace(tie_word_embeddings=True)
     report = audited(model)

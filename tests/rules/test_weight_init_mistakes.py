@@ -89,7 +89,7 @@ def test_a_matrix_of_one_value_is_named() -> None:
     assert "(4 of 4)" in finding.what
 
 
-def test_a_model_of_a_published_family_is_told_too() -> None:
+def test_constant_matrix_in_a_published_family_is_named() -> None:
     rules = (("down_proj", constant(0.1)), ("weight", normal(0.02)))
     report = audit(llama(*rules, model_type="llama"))
     assert patterns(report) == {DOWN}
@@ -181,7 +181,7 @@ def vit(positions: float, feed_forward: float) -> nn.Module:
 @pytest.mark.parametrize(
     ("positions", "feed_forward", "count"), [(1.0, 0.02, 0), (1.0, 1.0, 3), (0.02, 1.0, 2)]
 )
-def test_positions_of_one_are_part_of_a_mistake_only(
+def test_unit_positions_are_named_only_with_another_mistake(
     positions: float, feed_forward: float, count: int
 ) -> None:
     assert len(patterns(audit(vit(positions, feed_forward), images(16)()))) == count
@@ -290,7 +290,7 @@ def test_outputs_of_another_init_in_a_model_of_xavier() -> None:
     assert patterns(audit(model)) == {"h.*.attn.c_proj.weight", "h.*.mlp.c_proj.weight"}
 
 
-def test_attention_of_fairseq_beside_the_default_is_an_init() -> None:
+def test_fairseq_attention_next_to_default_linear_is_a_known_init() -> None:
     for gain in (1.0, 1 / math.sqrt(2)):
         model = llama(
             (r"[qkv]_proj", xavier_uniform(gain)),

@@ -35,7 +35,9 @@ NOISE = {
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_state_dict(tmp_path: Path, suffix: str, zipped: bool) -> None:
+def test_state_dict_file_is_read_with_every_suffix(
+    tmp_path: Path, suffix: str, zipped: bool
+) -> None:
     path = save(tmp_path / f"w{suffix}", weights(), _use_new_zipfile_serialization=zipped)
     found = open_checkpoint(path)
     assert same(found.state, weights())
@@ -60,19 +62,21 @@ def test_a_file_of_another_suffix_and_content_is_refused(tmp_path: Path) -> None
     "key", ["model", "state_dict", "model_state_dict", "module", "my_own_name"]
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_training_checkpoint(tmp_path: Path, key: str, zipped: bool) -> None:
+def test_weights_inside_a_training_checkpoint_are_found(
+    tmp_path: Path, key: str, zipped: bool
+) -> None:
     path = save(tmp_path / "c.pt", {**NOISE, key: weights()}, _use_new_zipfile_serialization=zipped)
     found = open_checkpoint(path)
     assert same(found.state, weights()) and found.where == key
 
 
-def test_lightning(tmp_path: Path) -> None:
+def test_lightning_checkpoint_is_read(tmp_path: Path) -> None:
     found = open_checkpoint(save(tmp_path / "last.ckpt", lightning(weights())))
     assert same(found.state, {f"model.{name}": t for name, t in weights().items()})
     assert (found.where, found.step, found.unread) == ("state_dict", 77, ["argparse.Namespace"])
 
 
-def test_nanogpt(tmp_path: Path) -> None:
+def test_nanogpt_checkpoint_is_read(tmp_path: Path) -> None:
     state = {f"_orig_mod.{name}": t for name, t in weights().items()}
     saved = {
         "model": state,
@@ -84,7 +88,7 @@ def test_nanogpt(tmp_path: Path) -> None:
     assert same(found.state, weights()) and found.model_args == SIZES and found.step == 5
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors_file_is_read_with_its_step(tmp_path: Path) -> None:
     path, state = tmp_path / "w.safetensors", {name: t.clone() for name, t in weights().items()}
     save_file(state, path, metadata={"step": "12"})
     found = open_checkpoint(path)
@@ -147,11 +151,11 @@ def test_safetensors_of_a_dtype_that_the_library_does_not_know(tmp_path: Path) -
         "module._orig_mod.module.",
     ],
 )
-def test_prefixes_of_wrappers(prefix: str) -> None:
+def test_wrapper_prefixes_are_stripped_from_names(prefix: str) -> None:
     assert same(strip_wrappers({prefix + name: t for name, t in weights().items()}), weights())
 
 
-def test_wrappers_inside() -> None:
+def test_wrapper_parts_inside_names_are_stripped() -> None:
     def wrapped(name: str) -> str:
         inner = name.replace(".h.0.", ".h.0._checkpoint_wrapped_module._orig_mod.")
         wrapped_inner = inner.replace("transformer.", "transformer._fsdp_wrapped_module.")
@@ -160,7 +164,7 @@ def test_wrappers_inside() -> None:
     assert same(strip_wrappers({wrapped(name): t for name, t in weights().items()}), weights())
 
 
-def test_a_part_called_module_keeps_its_name() -> None:
+def test_submodule_called_module_keeps_its_name() -> None:
     state = {"module.weight": torch.ones(2), "head.weight": torch.ones(2)}
     assert list(strip_wrappers(state)) == list(state)
 
@@ -240,7 +244,7 @@ def test_harmless_classes_are_listed_and_the_tensors_load(tmp_path: Path) -> Non
     "wrap", [lambda m: m, lambda m: {"model": m, "epoch": 1}], ids=["bare", "in a dict"]
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_whole_module(
+def test_pickled_module_is_read_if_trusted(
     tmp_path: Path, wrap: Callable[[Any], Any], zipped: bool, recwarn: Any
 ) -> None:
     path = save(tmp_path / "m.pt", wrap(tiny()), _use_new_zipfile_serialization=zipped)
@@ -310,7 +314,9 @@ def garbage(folder: Path) -> None:
         ("meta.pt", "names and shapes, no numbers"),
     ],
 )
-def test_no_checkpoint(tmp_path: Path, name: str, said: str) -> None:
+def test_files_that_are_no_checkpoint_are_refused_with_a_reason(
+    tmp_path: Path, name: str, said: str
+) -> None:
     garbage(tmp_path)
     with pytest.raises(SourceError) as refused:
         open_checkpoint(tmp_path / name)
@@ -328,7 +334,7 @@ def test_the_neighbour_of_what_was_meant(tmp_path: Path, name: str, hint: str) -
     assert hint in (refused.value.hint or "")
 
 
-def test_a_trusted_module_whose_code_is_not_found_has_a_way_out(
+def test_trusted_module_without_its_code_gets_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "of_elsewhere.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")

@@ -144,7 +144,7 @@ def test_the_model_states_of_zero_1_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "way"), [(1, "mp_rank_00_model_states.pt"), (3, "zero_to_fp32.py")]
 )
-def test_the_optimizers_part_of_zero(tmp_path: Path, stage: int, way: str) -> None:
+def test_optimizer_shard_of_zero_is_refused(tmp_path: Path, stage: int, way: str) -> None:
     state = {"zero_stage": stage, "partition_count": 2, "fp32_flat_groups": [torch.ones(9)]}
     saved = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.14"}
     with pytest.raises(SourceError, match=f"ZeRO-{stage}") as caught:
@@ -155,7 +155,9 @@ def test_the_optimizers_part_of_zero(tmp_path: Path, stage: int, way: str) -> No
 # -- adapters, states of a run ---------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
-def test_a_lora_adapter(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+def test_lora_adapter_without_its_base_is_refused(
+    tmp_path: Path, suffix: str, options: dict[str, Any]
+) -> None:
     state = {f"base_model.model.h.0.q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
     path = tmp_path / f"adapter_model{suffix}"
     if suffix == ".bin":
@@ -189,7 +191,7 @@ def unmerged() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("key", ["", "model"], ids=["flat", "under a key"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
-def test_a_lora_adapter_beside_its_base_is_left_out_and_named(
+def test_lora_adapter_next_to_its_base_is_ignored_with_a_note(
     tmp_path: Path, options: dict[str, Any], key: str
 ) -> None:
     state: dict[str, Any] = unmerged()
@@ -289,7 +291,7 @@ def test_other_formats_are_refused_by_name(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", [".pt", ".jit", ".ts"])
-def test_torchscript(tmp_path: Path, suffix: str) -> None:
+def test_torchscript_archive_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"m{suffix}"
     torch.jit.trace(torch.nn.Linear(3, 3), torch.ones(3)).save(str(path))
     with pytest.raises(SourceError, match="TorchScript archive") as caught:
@@ -298,7 +300,7 @@ def test_torchscript(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.npz", "weights.pt"])
-def test_arrays_of_numpy(tmp_path: Path, name: str) -> None:
+def test_numpy_archive_is_refused(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("wb") as file:
         np.savez(file, a=np.ones((3, 3)))
     with pytest.raises(SourceError, match="archive of NumPy arrays") as caught:

@@ -47,7 +47,7 @@ def saved(folder: Path, state: Any) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape", ["bare", "model", "app.model"])
-def test_one_process(tmp_path: Path, shape: str) -> None:
+def test_distributed_checkpoint_of_one_process_is_read(tmp_path: Path, shape: str) -> None:
     state: dict[str, Any] = dict(weights())
     if shape != "bare":
         state = {"model": state, "optimizer": {"exp_avg": torch.randn(99)}, "step": 12}

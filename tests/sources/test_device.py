@@ -23,7 +23,7 @@ def test_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch, kind: str) -> No
         pick(kind)
 
 
-def test_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_device_index_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick("cuda:1").index == 1 and pick("cuda").type == "cuda"

@@ -223,7 +223,9 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[State], State] | None, str, 
 
 @pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("title", list(CASES))
-def test_published_layouts(tmp_path: Path, title: str, as_bin: bool) -> None:
+def test_published_hugging_face_layouts_load_the_same_weights(
+    tmp_path: Path, title: str, as_bin: bool
+) -> None:
     make, edit, opened, said = CASES[title]
     folder = saved(make(), tmp_path, edit, as_bin=as_bin, architectures=[opened])
     expected = getattr(hf, opened).from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -370,7 +372,7 @@ def test_the_config_of_another_model(tmp_path: Path) -> None:
         {"quantization_config": 3},
     ],
 )
-def test_fields_of_a_strange_kind(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_config_fields_of_unexpected_type(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = saved(gpt2(), tmp_path, **fields)
     try:
         assert type(load(str(folder)).model) is hf.GPT2LMHeadModel

@@ -104,7 +104,7 @@ def test_v2_the_group_around_is_full_because_of_others(tmp_path: Path) -> None:
     assert free_host_memory(tmp_path) == 0
 
 
-def test_v2_soft_limit(tmp_path: Path) -> None:
+def test_v2_soft_limit_counts_as_the_limit(tmp_path: Path) -> None:
     write(machine(tmp_path), {"proc/self/cgroup": "0::/job"})
     write(tmp_path, v2_group("job", "max", used=GB, high=3 * GB))
     assert free_host_memory(tmp_path) == 2 * GB
@@ -167,7 +167,7 @@ def test_garbled_files_are_passed_over(tmp_path: Path, content: str) -> None:
     assert free_host_memory(tmp_path) == 64 * GB
 
 
-def test_this_machine() -> None:
+def test_free_memory_of_this_machine_is_plausible() -> None:
     free = free_host_memory()
     assert free is not None
     assert 10**6 < free < 10**15

@@ -52,7 +52,9 @@ def equal(found: torch.nn.Module, expected: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one file", "sharded"])
-def test_folders(tmp_path: Path, name: str, shards: str) -> None:
+def test_hugging_face_folder_is_loaded_whole_or_sharded(
+    tmp_path: Path, name: str, shards: str
+) -> None:
     saved = model(name)
     saved.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards != "5GB")
@@ -166,7 +168,9 @@ def test_a_folder_that_cannot_be_used(
     assert not (tmp_path / "was-run").exists()
 
 
-def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_names_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     model().save_pretrained(tmp_path)
@@ -177,7 +181,7 @@ def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # -- a fresh model of a config ---------------------------------------------------------------------
 @pytest.mark.parametrize("as_file", [True, False], ids=["file", "folder"])
-def test_a_fresh_model(tmp_path: Path, as_file: bool) -> None:
+def test_config_alone_builds_a_seeded_fresh_model(tmp_path: Path, as_file: bool) -> None:
     model("Llama").config.save_pretrained(tmp_path)
     if as_file:
         (tmp_path / "config.json").rename(tmp_path / "my config.json")

@@ -30,7 +30,7 @@ def loads(model: nn.Module, state: dict[str, Tensor], expected: dict[str, Tensor
     assert torch.equal(model(ids), reference(ids))
 
 
-def test_all_names() -> None:
+def test_state_dict_with_all_names_is_loaded() -> None:
     loads(tiny(), drawn(), drawn())
 
 
@@ -64,7 +64,7 @@ def test_the_precision_of_the_file_is_kept() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_nothing_is_copied() -> None:
+def test_loaded_weights_share_memory_with_the_state_dict() -> None:
     state, model = drawn(), tiny()
     fit(model, state, "'x'")
     assert model.transformer["wpe"].weight.data_ptr() == state["transformer.wpe.weight"].data_ptr()
@@ -104,7 +104,7 @@ def test_a_model_that_does_not_fit_is_left_alone() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def test_buffers_and_integers() -> None:
+def test_buffers_of_any_dtype_are_loaded() -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
             super().__init__()

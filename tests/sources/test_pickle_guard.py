@@ -71,7 +71,9 @@ def test_the_attack_works_where_it_is_trusted(
     assert (tmp_path / "was-run").exists()
 
 
-def test_getattr_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_that_uses_getattr_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`getattr(module, name)` is how a pickle would reach a function that no class of its own
     names.
     """

@@ -52,7 +52,7 @@ def test_dead_rows_are_left_out(source: Source) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.npy", "t.bin", "t.pt", "table.npy", "table.pt", "small.npy"])
-def test_files(source: Source, tmp_path: Path, name: str) -> None:
+def test_token_files_of_every_format_are_read(source: Source, tmp_path: Path, name: str) -> None:
     flat, path = np.arange(100) % 64, tmp_path / name
     writers: dict[str, Any] = {
         "t.npy": lambda: np.save(path, flat),
@@ -166,9 +166,7 @@ def refusal(source: Source, error: Exception | None, **asked: Any) -> TraceError
     ],
     ids=repr,
 )
-def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(
-    source: Source, error: Exception
-) -> None:
+def test_probe_too_long_for_the_model_suggests_seq(source: Source, error: Exception) -> None:
     told = refusal(source, error)
     assert told.got == "here" and told.__cause__ is error
     assert told.hint is not None and "32 tokens a sequence" in told.hint and "--seq 16" in told.hint
@@ -180,7 +178,7 @@ def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(
     [KeyError("d_model"), NameError("x"), RuntimeError("expected m1 and m2 of one dtype"), None],
     ids=repr,
 )
-def test_errors_that_lengths_have_no_part_in_are_left_as_they_are(
+def test_errors_not_about_length_are_left_unchanged(
     source: Source, error: Exception | None
 ) -> None:
     assert refusal(source, error).hint is None

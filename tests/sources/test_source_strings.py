@@ -27,7 +27,9 @@ def runs_like_the_original(model: Any) -> bool:
     "prefix", ["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "model."]
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_nanogpt_is_rebuilt(tmp_path: Path, prefix: str, zipped: bool) -> None:
+def test_nanogpt_checkpoint_is_rebuilt_without_a_factory(
+    tmp_path: Path, prefix: str, zipped: bool
+) -> None:
     state = {prefix + name: t for name, t in weights().items()}
     path = save(
         tmp_path / "ckpt.pt", {"model": state, **NANO}, _use_new_zipfile_serialization=zipped

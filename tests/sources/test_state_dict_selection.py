@@ -145,7 +145,7 @@ def test_the_prefix_that_fits_the_model(
         assert source.step == 1200
 
 
-def test_mixed_wrappers(tmp_path: Path) -> None:
+def test_different_wrapper_prefixes_in_one_file_are_stripped(tmp_path: Path) -> None:
     names = list(weights())
     state = {}
     for place, (name, t) in enumerate(weights().items()):
@@ -157,7 +157,7 @@ def test_mixed_wrappers(tmp_path: Path) -> None:
     assert is_model(opened(save(tmp_path / "x.pt", state)))
 
 
-def test_an_averaged_model(tmp_path: Path) -> None:
+def test_averaged_model_of_swa_is_read(tmp_path: Path) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(tiny())
     path = save(tmp_path / "averaged.pt", averaged.state_dict())
     assert is_model(opened(path))
@@ -167,7 +167,9 @@ def test_an_averaged_model(tmp_path: Path) -> None:
     )
 
 
-def test_weights_below_a_part_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_without_the_prefix_of_the_model_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b.py").write_text(
         "from torch import nn\nfrom jacdiag.sources import gpt\n"
         "class Lit(nn.Module):\n    def __init__(self, **sizes):\n        super().__init__()\n"
@@ -179,7 +181,7 @@ def test_weights_below_a_part_of_the_model(tmp_path: Path, monkeypatch: pytest.M
     assert "the prefix 'model.' was put before every name" in source.notes
 
 
-def test_weights_inside_a_part_of_the_model_stay_an_error(tmp_path: Path) -> None:
+def test_weights_with_unexpected_layers_are_refused(tmp_path: Path) -> None:
     more = {name.replace(".h.1.", ".h.2."): t for name, t in weights().items()}
     with pytest.raises(SourceError, match="unexpected"):
         opened(save(tmp_path / "x.pt", {**more, **weights()}))
@@ -213,7 +215,7 @@ def test_an_average_alone_is_read(tmp_path: Path) -> None:
     assert "others" not in opened(path).info
 
 
-def test_two_networks_are_told_apart_by_the_model(tmp_path: Path) -> None:
+def test_model_selects_between_two_networks_in_a_file(tmp_path: Path) -> None:
     other = {"main.0.weight": torch.ones(700, 700), "main.0.bias": torch.ones(700)}
     path = save(tmp_path / "gan.pt", {"discriminator": other, "generator": weights()})
     assert is_model(opened(path))

@@ -151,7 +151,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_a_missing_shard(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shard_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = sorted(folder.glob("model-*.safetensors"))[2]
     gone.unlink()
     said = refused(capsys, str(folder))

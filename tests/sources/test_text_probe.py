@@ -177,7 +177,9 @@ def test_unknown_tokens_are_said_and_a_foreign_text_is_refused(
         build_probe(load(str(folder)), tokens=str(path), seq=9)
 
 
-def test_short_text(folder: Path, tmp_path: Path) -> None:
+def test_text_shorter_than_a_sequence_is_refused_with_a_length(
+    folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "t.txt"
     path.write_text("the cat sat")
     with pytest.raises(ProbeError, match="too few tokens\n3, a sequence takes 64\n--seq 3"):
@@ -220,7 +222,7 @@ def test_a_character_cut_at_the_largest_size_is_left_out(folder: Path, tmp_path:
     assert text.read_text(tmp_path / "t.txt")[:3] == "aéé"
 
 
-def test_lines_of_json(folder: Path, tmp_path: Path) -> None:
+def test_json_lines_text_is_read_as_a_probe(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [STORY, "the mat"]))
     assert words_of(build_probe(load(str(folder)), tokens=str(path), seq=4)).startswith(

@@ -236,7 +236,7 @@ def test_degenerate_operators_are_exact() -> None:
         assert solution.lower[0] <= norm <= solution.upper[0]
 
 
-def test_stops_say_why() -> None:
+def test_solution_says_why_it_stopped() -> None:
     matrix = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = torch.Generator().manual_seed
     narrow = top_singular(DenseOperator(matrix), tol=0.01, generator=start(0))

@@ -114,7 +114,7 @@ def operators(seed: int) -> dict[str, Operator]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_adjointness(seed: int) -> None:
+def test_forward_and_transposed_products_are_adjoint(seed: int) -> None:
     for name, op in operators(seed).items():
         u = torch.randn(op.problems, op.domain, dtype=torch.float64, generator=generator(seed + 2))
         w = torch.randn(
@@ -136,7 +136,7 @@ def test_norm_of_a_function_against_a_dense_svd() -> None:
     assert torch.allclose(norm.estimate, truth, rtol=1e-6)
 
 
-def test_against_scipy() -> None:
+def test_largest_singular_value_equals_scipy_svds() -> None:
     from scipy.sparse.linalg import LinearOperator, svds
 
     x = torch.randn(1, 6, 8, dtype=torch.float64, generator=generator(4))
@@ -190,7 +190,7 @@ def test_products_do_not_depend_on_how_vectors_are_laid_out(
         assert torch.equal(several[1], -several[0])
 
 
-def test_independent_dimensions() -> None:
+def test_independent_dimensions_are_found() -> None:
     weight = torch.randn(6, 6, dtype=torch.float64, generator=generator())
     causal = torch.ones(5, 5, dtype=torch.float64).tril()
 

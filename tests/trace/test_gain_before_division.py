@@ -62,7 +62,7 @@ def test_gain_is_taken_off_the_normalised_value() -> None:
     assert torch.allclose(site.core(site.normalized), site.value)
 
 
-def test_core_has_the_jacobian_of_the_branch_behind_the_norm() -> None:
+def test_core_has_the_jacobian_of_the_branch_after_the_norm() -> None:
     model, x = layer(AnnotatedLayerNorm(WIDTH))
     (site,) = jacdiag.sites(model, x, dtype=torch.float64)
     z = site.normalized
@@ -73,7 +73,7 @@ def test_core_has_the_jacobian_of_the_branch_behind_the_norm() -> None:
     assert torch.allclose(found, true)
 
 
-def test_root_mean_square() -> None:
+def test_rms_norm_with_gain_before_division_is_recognized() -> None:
     model, x = layer(RMSGainFirst(WIDTH))
     (site,) = jacdiag.sites(model, x, dtype=torch.float64)
     assert site.placement == "pre"
@@ -82,7 +82,7 @@ def test_root_mean_square() -> None:
 
 
 @pytest.mark.parametrize("gain", [torch.ones(WIDTH), -torch.ones(WIDTH)], ids=["ones", "negative"])
-def test_constant_gains(gain: Tensor) -> None:
+def test_constant_gain_keeps_the_core_consistent(gain: Tensor) -> None:
     model, x = layer(AnnotatedLayerNorm(WIDTH), gain)
     (site,) = jacdiag.sites(model, x, dtype=torch.float64)
     assert site.placement == "pre"
@@ -116,7 +116,7 @@ class PostLayer(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [AnnotatedLayerNorm, RMSGainFirst])
-def test_post_norm(norm: type[nn.Module]) -> None:
+def test_gain_before_division_in_post_norm_is_recognized(norm: type[nn.Module]) -> None:
     model = nn.Sequential(PostLayer(norm), PostLayer(norm), nn.Linear(WIDTH, 3)).double().eval()
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).double()
     sites = jacdiag.sites(model, x, dtype=torch.float64)

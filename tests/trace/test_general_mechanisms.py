@@ -218,7 +218,7 @@ def build(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
 
 
 @every
-def test_exactly_these_sublayers(kind: Callable[[], nn.Module]) -> None:
+def test_each_mechanism_gives_exactly_the_expected_sublayers(kind: Callable[[], nn.Module]) -> None:
     model, x = build(kind)
     sites = jacdiag.sites(model, x)
     assert [(s.kind, s.placement, s.token_wise) for s in sites] == MODELS[kind]
@@ -226,7 +226,9 @@ def test_exactly_these_sublayers(kind: Callable[[], nn.Module]) -> None:
 
 
 @every
-def test_replay_and_jacobian(kind: Callable[[], nn.Module]) -> None:
+def test_each_mechanism_replays_exactly_with_the_right_jacobian(
+    kind: Callable[[], nn.Module],
+) -> None:
     """Bit-exact values; J^T w is the slope of the values, and that of a run of the whole model."""
     model, x = build(kind)
     sites = jacdiag.sites(model, x)

@@ -115,7 +115,7 @@ class Twice(MLP):
 
 
 @pytest.mark.parametrize("patch", [_closure, _partial, _method])
-def test_patched_forward(patch: Callable[[nn.Module], None]) -> None:
+def test_patched_forward_is_traced_as_it_computes(patch: Callable[[nn.Module], None]) -> None:
     model = plain()
     for block in model.blocks:
         patch(block.mlp)

@@ -80,14 +80,14 @@ def pull(site: Any, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("specimen", every_third(ALL, always=CORE.__contains__), ids=str)
-def test_every_specimen(specimen: Specimen) -> None:
+def test_lazy_weights_give_the_same_sites_for_each_specimen(specimen: Specimen) -> None:
     args, kwargs = specimen.arguments()
     plain, stored, _ = both(specimen.build(), *args, **kwargs)
     same(plain, stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_every_precision(dtype: torch.dtype) -> None:
+def test_lazy_weights_give_the_same_sites_in_each_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     same(*both(Odd().to(dtype), torch.randn(2, 5, 8))[:2])
 

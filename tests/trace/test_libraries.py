@@ -166,7 +166,7 @@ def test_a_gated_residual_of_x_transformers_is_no_sum_and_is_said_to_hide_one() 
 @pytest.mark.parametrize(
     "name", ["pythia-14m", "Llama-3.2-1B", "Gemma-2-2b", "phi-2", "OLMo-2-1124-7B"]
 )
-def test_models_of_litgpt(name: str) -> None:
+def test_litgpt_models_have_the_expected_sublayers(name: str) -> None:
     litgpt = pytest.importorskip(
         "litgpt", reason="it pins a huggingface-hub older than transformers needs"
     )

@@ -143,7 +143,7 @@ def test_finds_exactly_the_sublayers(specimen: Specimen) -> None:
 
 
 @everything
-def test_order_and_depth(specimen: Specimen) -> None:
+def test_sublayers_are_in_order_of_depth(specimen: Specimen) -> None:
     pairs = [(s, e) for s, e in paired(specimen, traced(specimen.name)) if not e.nested]
     assert [s.depth for s, e in pairs if e.layer is not None] == [
         e.layer for _, e in pairs if e.layer is not None
@@ -153,7 +153,7 @@ def test_order_and_depth(specimen: Specimen) -> None:
 
 
 @everything
-def test_shortcut_gain(specimen: Specimen) -> None:
+def test_shortcut_gain_equals_the_truth(specimen: Specimen) -> None:
     model = specimen.build().double()
     for site, one in paired(specimen, traced(specimen.name)):
         gain = site.shortcut_gain
@@ -174,7 +174,7 @@ def test_every_parameter_is_accounted_for(specimen: Specimen) -> None:
 # -- exact replay ----------------------------------------------------------------------------------
 @everything
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_replay_is_exact(specimen: Specimen, dtype: torch.dtype) -> None:
+def test_replayed_branch_equals_the_recorded_value(specimen: Specimen, dtype: torch.dtype) -> None:
     for site in traced(specimen.name, dtype):
         for _ in range(2):
             assert torch.equal(site.branch(site.shortcut), site.value), site.name

@@ -29,14 +29,14 @@ def traced(specimen: Specimen, broken: str | None = None) -> Sites:
 
 
 @pytest.mark.parametrize("specimen", CORE, ids=str)
-def test_what_lies_behind_a_nan_is_told_as_without_it(specimen: Specimen) -> None:
+def test_sublayers_after_a_nan_are_described_as_without_it(specimen: Specimen) -> None:
     clean = traced(specimen)
     broken = traced(specimen, next(name for site in clean for name in site.products))
     assert any(not site.finite for site in broken)
     assert told(broken) == told(clean)
 
 
-def test_the_gain_of_a_norm_behind_a_nan_is_not_known() -> None:
+def test_norm_gain_after_a_nan_is_unknown() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True, dropout=0.0)
     with torch.no_grad():
         layer.self_attn.out_proj.weight[0, 0] = math.nan

@@ -73,7 +73,7 @@ def test_a_cache_that_a_model_keeps_is_not_seen_by_the_next_run(how: str) -> Non
     assert model.blocks[0].attn.kept is None and not model.blocks[0].attn.store
 
 
-def test_without_that_the_check_of_replay_catches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_check_catches_a_stale_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: with a recorded cache the value is equal to the bit and J is wrong."""
     found = trace(decoder(attn=lambda: Cached("attribute")))
     right = verify_replay(found)

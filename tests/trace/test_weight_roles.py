@@ -66,7 +66,7 @@ def test_layers_are_numbered_by_depth() -> None:
 @pytest.mark.parametrize(
     ("name", "tied"), [("gpt2", True), ("llama", False), ("gemma", True), ("gpt_neox", False)]
 )
-def test_tied_heads(name: str, tied: bool) -> None:
+def test_head_tied_to_the_embedding_is_detected(name: str, tied: bool) -> None:
     subject = family(name, 0)
     assert bool(tied_to_head(jacdiag.sites(subject.model, **subject.probe))) is tied
 
@@ -88,7 +88,7 @@ class Routed(nn.Module):
         return x + weight * torch.einsum("btf,btfd->btd", h, self.down[chosen[..., 0]])
 
 
-def test_a_router() -> None:
+def test_router_weight_has_the_router_role() -> None:
     uses = uses_of(jacdiag.sites(Routed(), torch.randn(2, 5, 8)))
     assert {name: use.role for name, use in uses.items()} == {
         "pick.weight": "router",
@@ -115,7 +115,7 @@ def test_order_and_names_do_not_matter() -> None:
     assert [uses[f"{letter}.weight"].role for letter in "abcd"] == ["W_K", "W_V", "W_Q", "W_O"]
 
 
-def test_the_reference_gpt() -> None:
+def test_roles_of_the_reference_gpt_agree_with_its_names() -> None:
     subject = recipe("vanilla", 0, layers=2)
     uses = uses_of(jacdiag.sites(subject.model, subject.probe))
     assert {p: u.role for p, u in uses.items() if not p.endswith("bias")} == {

@@ -66,13 +66,13 @@ def process_group(rank: int = 0, size: int = 1, port: int | None = None) -> Iter
 
 
 # -- parallel and compiled -------------------------------------------------------------------------
-def test_distributed_data_parallel() -> None:
+def test_distributed_data_parallel_wrapper_has_the_same_sites() -> None:
     with process_group():
         model = nn.parallel.DistributedDataParallel(plain())
         unchanged(model, lambda: assert_equal_sites(model))
 
 
-def test_data_parallel() -> None:
+def test_data_parallel_wrapper_has_the_same_sites() -> None:
     assert_equal_sites(nn.DataParallel(plain()))
 
 
@@ -158,7 +158,7 @@ def test_fully_sharded_in_two_processes(sharded: Path) -> None:
     )
 
 
-def test_flat_shards_are_refused_with_the_way_out(sharded: Path) -> None:
+def test_flat_fsdp1_shards_are_refused_with_a_hint(sharded: Path) -> None:
     """FSDP1 keeps a slice of one flat tensor per process: refused by name; inside its own context
     all is there.
     """
@@ -235,7 +235,9 @@ class CheckpointedAdditions(Pre):
     ],
     ids=["not reentrant", "reentrant", "around additions", "checkpoint_wrapper"],
 )
-def test_activation_checkpointing(make: Callable[[], nn.Module]) -> None:
+def test_activation_checkpointing_has_the_same_sites_and_norms(
+    make: Callable[[], nn.Module],
+) -> None:
     assert_equal_sites(seeded(make))
     report = jacdiag.audit(seeded(make), tokens())
     wanted = jacdiag.audit(plain(), tokens())
@@ -266,7 +268,7 @@ def test_checkpointing_works_again_afterwards() -> None:
     ],
     ids=["weight_norm, old", "weight_norm", "spectral_norm, old", "spectral_norm", "orthogonal"],
 )
-def test_parametrised_weights(norm: Callable[[nn.Module], nn.Module]) -> None:
+def test_parametrized_weights_have_the_same_sites(norm: Callable[[nn.Module], nn.Module]) -> None:
     model = plain()
     for block in model.blocks:
         for name in ("up", "down"):
@@ -312,7 +314,7 @@ def test_low_rank_adapters_of_peft() -> None:
 
 
 @pytest.mark.parametrize("how", ["aligned", "offloaded", "dispatched"])
-def test_hooks_of_accelerate(how: str, tmp_path: Path) -> None:
+def test_accelerate_hooks_have_the_same_sites(how: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
