@@ -11,15 +11,22 @@ import pytest
 
 
 def every_third(
-    values: Iterable[Any], *, always: Callable[[Any], bool] = lambda value: False
+    values: Iterable[Any],
+    *,
+    always: Callable[[Any], bool] = lambda value: False,
+    only: Callable[[Any], bool] = lambda value: True,
 ) -> list[Any]:
     """Return the values as parameters of a test, two of three of them marked as long.
 
     Args:
         values: in the order in which they are counted.
         always: whether a value belongs to `make test` wherever it stands.
+        only: whether a value is a parameter at all; the others are counted and left out.
     """
-    return [
-        value if place % 3 == 0 or always(value) else pytest.param(value, marks=pytest.mark.long)
-        for place, value in enumerate(values)
-    ]
+    parameters = []
+    for place, value in enumerate(values):
+        if not only(value):
+            continue
+        is_short = place % 3 == 0 or always(value)
+        parameters.append(value if is_short else pytest.param(value, marks=pytest.mark.long))
+    return parameters

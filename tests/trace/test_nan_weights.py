@@ -1,5 +1,6 @@
-"""A NaN in one weight: sub-layers behind it keep their names, kinds and placements, told by
-structure and stand-ins.
+"""A NaN in one weight: sub-layers after it keep their names, kinds and placements.
+
+Structure and stand-ins for the values show them.
 """
 
 from __future__ import annotations
@@ -9,31 +10,32 @@ import math
 import pytest
 import torch
 from menagerie import CORE, Specimen
+from menagerie.traced import traced
 from torch import nn
 
 import jacdiag
 from jacdiag.trace import Sites
 
 
-def told(sites: Sites) -> list[tuple[str, str, str, int]]:
+def described(sites: Sites) -> list[tuple[str, str, str, int]]:
     return [(site.name, site.kind, site.placement, site.depth) for site in sites]
 
 
-def traced(specimen: Specimen, broken: str | None = None) -> Sites:
+def traced_with_nan(specimen: Specimen, parameter: str) -> Sites:
+    """Return the sites of the specimen, with a NaN as the first number of a parameter."""
     args, kwargs = specimen.arguments()
     model = specimen.build()
-    if broken is not None:
-        with torch.no_grad():
-            model.get_parameter(broken).view(-1)[0] = math.nan
+    with torch.no_grad():
+        model.get_parameter(parameter).view(-1)[0] = math.nan
     return jacdiag.sites(model, *args, dtype=torch.float64, **kwargs)
 
 
 @pytest.mark.parametrize("specimen", CORE, ids=str)
 def test_sublayers_after_a_nan_are_described_as_without_it(specimen: Specimen) -> None:
-    clean = traced(specimen)
-    broken = traced(specimen, next(name for site in clean for name in site.products))
+    clean = traced(specimen.name)
+    broken = traced_with_nan(specimen, next(name for site in clean for name in site.products))
     assert any(not site.finite for site in broken)
-    assert told(broken) == told(clean)
+    assert described(broken) == described(clean)
 
 
 def test_norm_gain_after_a_nan_is_unknown() -> None:

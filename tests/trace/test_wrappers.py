@@ -1,12 +1,11 @@
-"""What people put around a model is seen through: the same sub-layers, the same bits, and the guest
-left as it was.
-"""
+"""Wrappers around a model: the same sub-layers, the same bits, and the model left unchanged."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jacdiag
 from jacdiag.measure.network import verify_replay
+from jacdiag.records import Report
 from jacdiag.trace import Sites
 
 
@@ -35,11 +35,18 @@ def sites_of(model: nn.Module, **options: Any) -> Sites:
     return jacdiag.sites(model, tokens(), dtype=torch.float64, **options)
 
 
+@cache
+def sites_of_the_plain_model() -> Sites:
+    return sites_of(plain())
+
+
 def assert_equal_sites(model: nn.Module, reference: nn.Module | None = None) -> Sites:
-    """The wrapped model's sub-layers are the plain one's, bit for bit, and J^T w holds in a run of
-    the whole.
+    """Assert that the sub-layers are those of the reference, the plain model if none is given.
+
+    Values are compared bit for bit, and J^T w with a run of the whole model.
     """
-    mine, wanted = sites_of(model), sites_of(reference or plain())
+    mine = sites_of(model)
+    wanted = sites_of_the_plain_model() if reference is None else sites_of(reference)
     assert len(mine) == len(wanted) == 4
     for a, b in zip(mine, wanted, strict=True):
         assert (a.kind, a.placement, a.depth) == (b.kind, b.placement, b.depth)
@@ -225,6 +232,11 @@ class CheckpointedAdditions(Pre):
         return checkpoint(lambda x: x + self.mlp(self.norm2(x)), x, use_reentrant=True)
 
 
+@cache
+def report_of_the_plain_model() -> Report:
+    return jacdiag.audit(plain(), tokens())
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -240,7 +252,7 @@ def test_activation_checkpointing_has_the_same_sites_and_norms(
 ) -> None:
     assert_equal_sites(seeded(make))
     report = jacdiag.audit(seeded(make), tokens())
-    wanted = jacdiag.audit(plain(), tokens())
+    wanted = report_of_the_plain_model()
     assert [r.branch_norm.estimate for r in report.sublayers] == [
         r.branch_norm.estimate for r in wanted.sublayers
     ]
