@@ -86,8 +86,16 @@ def plain_run(how: Any) -> tuple[Any, list[float], int]:
     return run(how, None)
 
 
-@pytest.mark.parametrize("first", ["watch", "compile"])
-@pytest.mark.parametrize("how", HOW)
+CASES = [
+    *((how, "watch") for how in HOW),
+    (compiled_outside, "compile"),
+    (compiled_in_place, "compile"),
+    # A function is compiled when it is first called: after the watch began in both cases.
+    pytest.param(compiled_function, "compile", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("how", "first"), CASES)
 def test_batches_are_seen_and_nothing_is_compiled_again(
     how: Any, first: str, tmp_path: Path
 ) -> None:

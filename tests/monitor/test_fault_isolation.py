@@ -33,12 +33,23 @@ from jacdiag.monitor.log import run_file as log
 from jacdiag.records.run_log import read_run
 
 OPTIONS: dict[str, Any] = {"every": 6, "stats_every": 3, "log_every": 4, "keep_batches": 1}
-STEPS = 8  # two probes, three statistics: enough to see that a fault is said once
+STEPS = 8  # two probes, three statistics: enough to see that a fault is reported once
+
+
+def one_layer() -> nn.Module:
+    """Two sub-layers: which part of the watch fails does not depend on how many there are."""
+    return small(n_layer=1)
+
+
+def trained_one_layer(
+    options: dict[str, Any] | None, inside: Callable[[int], None] | None = None
+) -> Any:
+    return trained(STEPS, options, make=one_layer, inside=inside)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    return trained(STEPS, None)
+    return trained_one_layer(None)
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -83,7 +94,7 @@ def test_failing_part_is_switched_off_with_one_message(
     where, attribute, part = PARTS[name]
     monkeypatch.setattr(where, attribute, error)
     with caplog.at_level(logging.WARNING, "jacdiag.watch"):
-        watched = trained(STEPS, {**OPTIONS, "log_dir": tmp_path})
+        watched = trained_one_layer({**OPTIONS, "log_dir": tmp_path})
     assert plain[0] == watched[0] and plain[2] == watched[2]
     assert_same_state(plain[1], watched[1])
     said = [r.getMessage() for r in caplog.records if "failed" in r.getMessage()]
@@ -108,7 +119,7 @@ def test_strict_watch_raises_the_error_of_each_part(
     where, attribute, _ = PARTS[name]
     monkeypatch.setattr(where, attribute, broken)
     with pytest.raises(RuntimeError, match="broken by the test"):
-        trained(STEPS, {**OPTIONS, "log_dir": tmp_path, "strict": True})
+        trained_one_layer({**OPTIONS, "log_dir": tmp_path, "strict": True})
 
 
 class Sink:
@@ -125,14 +136,16 @@ def test_sinks_and_functions_of_the_user(
 ) -> None:
     good: list[Any] = []
     sinks = [Sink(broken, broken), Good(lambda *given: good.append(given), lambda: None)]
-    watched = trained(STEPS, {**OPTIONS, "log_dir": tmp_path, "sinks": sinks, "on_alert": broken})
+    watched = trained_one_layer(
+        {**OPTIONS, "log_dir": tmp_path, "sinks": sinks, "on_alert": broken}
+    )
     assert plain[0] == watched[0]
     assert [row["part"] for row in lines(tmp_path, "fault")] == ["sink Sink"]
     names = {name for _, figures in good for name in figures}
     assert {
         "jacdiag/loss",
         "jacdiag/gain/transformer.h.0.attn",
-        "jacdiag/grad/transformer.h.1.mlp",
+        "jacdiag/grad/transformer.h.0.mlp",
     } <= names
 
 
@@ -162,7 +175,7 @@ def test_half_written_line_is_removed_when_the_disk_is_full(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(log.os, "write", full)
-    watched = trained(STEPS, {**OPTIONS, "log_dir": tmp_path})
+    watched = trained_one_layer({**OPTIONS, "log_dir": tmp_path})
     assert plain[0] == watched[0]
     data = (tmp_path / "run.jsonl").read_bytes()
     assert data.endswith(b"\n") and read_run(tmp_path).header
@@ -173,8 +186,7 @@ def test_log_folder_removed_during_training_is_one_fault(
     plain: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    watched = trained(
-        STEPS,
+    watched = trained_one_layer(
         {**OPTIONS, "log_dir": folder},
         inside=lambda step: shutil.rmtree(folder) if step == 4 else None,
     )
@@ -189,17 +201,17 @@ def test_a_slow_disk_does_not_hold_the_training_up(
     monkeypatch.setattr(log.os, "write", lambda handle, data: time.sleep(0.3) or real(handle, data))
     stamps: list[float] = []
     options = {**OPTIONS, "every": None, "stats_every": None, "log_every": 1, "log_dir": tmp_path}
-    watched = trained(STEPS, options, inside=lambda step: stamps.append(time.perf_counter()))
+    watched = trained_one_layer(options, inside=lambda step: stamps.append(time.perf_counter()))
     assert plain[0] == watched[0]
     assert stamps[-1] - stamps[0] < 0.3 * STEPS / 2  # one write per step would take twice as long
     monkeypatch.setattr(log, "_MOST_WAITING", 3)
-    trained(STEPS, {**options, "log_dir": tmp_path / "b"})
+    trained_one_layer({**options, "log_dir": tmp_path / "b"})
     assert read_run(tmp_path / "b").header
 
 
 def test_training_with_nan_weights_is_not_changed_by_the_watch(tmp_path: Path) -> None:
     def poisoned() -> nn.Module:
-        model = small()
+        model = one_layer()
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(float("nan"))

@@ -27,6 +27,9 @@ needs_trl = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.usefixtures("deterministic")
 
+# For what is logged at each step: no probe of the Jacobians, which takes most of the time.
+WITHOUT_PROBES = {**OPTIONS, "every": None, "stats_every": None}
+
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-3,
@@ -72,8 +75,8 @@ def test_the_norm_before_clipping_is_the_trainers_own(
     clip: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without clipping, with clipping at each step, and with a bound that is never reached."""
-    callback = WatchCallback(log_dir=tmp_path / "log", **OPTIONS)
-    args = arguments(tmp_path, max_grad_norm=clip, gradient_accumulation_steps=2, max_steps=14)
+    callback = WatchCallback(log_dir=tmp_path / "log", **WITHOUT_PROBES)
+    args = arguments(tmp_path, max_grad_norm=clip, gradient_accumulation_steps=2, max_steps=6)
     trainer = transformers.Trainer(hf_model(), args, train_dataset=hf_data(), callbacks=[callback])
     trainer.train()
     assert_as_logged(tmp_path / "log", trainer)
@@ -134,7 +137,7 @@ def test_an_exception_leaves_a_flight(where: str, tmp_path: Path) -> None:
                 raise Broken
             return {}
 
-    callback = WatchCallback(log_dir=tmp_path / "log", **OPTIONS)
+    callback = WatchCallback(log_dir=tmp_path / "log", **WITHOUT_PROBES)
     trainer = Trainer(
         model, args, train_dataset=Data(), eval_dataset=hf_data(8), callbacks=[callback, Stop()]
     )

@@ -61,8 +61,10 @@ def same(make: Any, folder: Path, steps: int = STEPS, **more: Any) -> list[dict[
 # -- torch -----------------------------------------------------------------------------------------
 COMPILED = [
     "whole, no graph breaks",
-    "in place",
     "per block",
+    # The same module, compiled by a method of its own; with another backend in
+    # `test_compiled_forward.py`.
+    pytest.param("in place", marks=pytest.mark.long),
     pytest.param("whole", marks=pytest.mark.long),
 ]
 
