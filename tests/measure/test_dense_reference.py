@@ -68,10 +68,22 @@ def truth_of(name: str) -> Truth:
     return Truth(next(s for s in [*SPECIMENS, *WRITTEN] if s.name == name))
 
 
+def dense_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor, *, vectorize: bool) -> Tensor:
+    """Return the whole Jacobian as a matrix, batch and tokens included.
+
+    Args:
+        fn: the map.
+        x: the point.
+        vectorize: all rows in one backward under vmap, in place of one backward for each row.
+    """
+    jacobian: Any = torch.autograd.functional.jacobian(fn, x.detach(), vectorize=vectorize)
+    matrix: Tensor = jacobian.reshape(-1, x.numel())
+    return matrix
+
+
 def dense(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The spectral norm of the whole Jacobian, batch and tokens included."""
-    jacobian = torch.autograd.functional.jacobian(fn, x.detach(), vectorize=False)
-    return float(torch.linalg.svdvals(jacobian.reshape(-1, x.numel()))[0])  # type: ignore[union-attr]
+    """Return the spectral norm of the whole Jacobian."""
+    return float(torch.linalg.svdvals(dense_jacobian(fn, x, vectorize=True))[0])
 
 
 def records_of(report: Report, truth: Truth) -> list[tuple[SublayerRecord, SublayerTruth, Tensor]]:
@@ -95,6 +107,18 @@ def assert_holds(
     assert interval.converged, (what, interval.stop)
     assert interval.lower <= true <= interval.upper, (what, true, interval)
     assert interval.estimate == pytest.approx(true, rel=accuracy), what
+
+
+@pytest.mark.parametrize("specimen", every_third([*SPECIMENS, *WRITTEN]), ids=str)
+def test_dense_jacobian_in_one_backward_equals_one_backward_per_row(specimen: Specimen) -> None:
+    truth = truth_of(specimen.name)
+    one, x = next(truth.each())
+
+    def branch(x: Tensor) -> Tensor:
+        return one.branch(truth.model, x, truth.context)
+
+    rows = dense_jacobian(branch, x, vectorize=False)
+    assert torch.allclose(dense_jacobian(branch, x, vectorize=True), rows, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("specimen", every_third(WRITTEN), ids=str)
