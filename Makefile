@@ -12,8 +12,10 @@ TESTS_OF_CURVES := rise live unseen fresh
 PEERS := $(addprefix --peers ,placement layers width warmup)
 CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
+# Each worker begins with one half of the tests in their order, so that what the tests of a file
+# share is made once, and not once in each worker.
 # Bytecode is kept: each of the programs that tests start would compile the package for a second.
-TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help audit check test test-long lint bench initbench lab coverage real-models trainers fuzz matrix clean
 

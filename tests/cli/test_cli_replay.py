@@ -200,12 +200,12 @@ def test_a_checkpoint_of_a_wrong_step_is_not_the_weights_fault(
     assert false.verdict == "not decided", false.sentence
 
 
-def test_one_batch_kept_decides_nothing(tmp_path: Path) -> None:
-    for fault in ("batch", "attention"):
-        folder = train(tmp_path / fault, fault, keep=1)
-        replay = replayed(folder, AT)
-        assert replay.verdict == "not decided"
-        assert "keeps no other batch" in replay.sentence and "keep_batches" in replay.sentence
+# Whatever the fault was, there is nothing to compare the batch with.
+@pytest.mark.parametrize("fault", ["batch", pytest.param("attention", marks=pytest.mark.long)])
+def test_one_batch_kept_decides_nothing(tmp_path: Path, fault: str) -> None:
+    replay = replayed(train(tmp_path, fault, keep=1), AT)
+    assert replay.verdict == "not decided"
+    assert "keeps no other batch" in replay.sentence and "keep_batches" in replay.sentence
 
 
 # -- other loops -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=False,
 )
+CONFIGS: dict[Any, Any] = {GPT2LMHeadModel: GPT2, LlamaForCausalLM: LLAMA}
 IDS = torch.arange(16)[None]
 OPTIONS: dict[str, Any] = {"decide": True, "select": ["JD1"]}
 
@@ -51,11 +53,17 @@ def fresh(cls: Any, config: Any) -> Any:
         return cls(config)
 
 
-@pytest.mark.parametrize(("cls", "config"), [(GPT2LMHeadModel, GPT2), (LlamaForCausalLM, LLAMA)])
+@cache
+def all_remedies(cls: Any) -> dict[str, RemedyRecord]:
+    """Return every remedy for a fresh model of a class, tried once for the tests that read them."""
+    return remedies(fresh(cls, CONFIGS[cls]))
+
+
+@pytest.mark.parametrize(("cls", "config"), CONFIGS.items())
 def test_the_subclass_for_transformers_draws_models_that_pass(
     cls: Any, config: Any, tmp_path: Any
 ) -> None:
-    found = remedies(fresh(cls, config))
+    found = all_remedies(cls)
     (best,) = [r for r in found.values() if r.recommended]
     namespace: dict[str, Any] = {}
     exec(best.patches["pytorch"], namespace)
@@ -70,7 +78,7 @@ def test_the_subclass_for_transformers_draws_models_that_pass(
 
 
 def test_megatron_patch_gives_the_embedding_std_as_a_flag() -> None:
-    found = remedies(fresh(LlamaForCausalLM, LLAMA))
+    found = all_remedies(LlamaForCausalLM)
     scaled = found["scaled-embed"].patches["megatron"]
     std = float(re.search(r"--embedding-init-method-std ([\d.]+) --untie-embeddings", scaled)[1])  # type: ignore[index]
     assert std == pytest.approx(0.02 * math.sqrt(64), rel=0.02), (
@@ -82,7 +90,7 @@ def test_megatron_patch_gives_the_embedding_std_as_a_flag() -> None:
 
 
 def test_param_init_of_torchtitan_is_python_that_draws_the_std() -> None:
-    found = remedies(fresh(LlamaForCausalLM, LLAMA))
+    found = all_remedies(LlamaForCausalLM)
     text = found["std-1-embed"].patches["torchtitan"]
     *lines, entry = text.splitlines()
     namespace: dict[str, Any] = {}
