@@ -43,6 +43,7 @@ VERDICT = {
     "--fail-on",
     "--json",
     "--plot",
+    "--html",
     "--sort",
     "--contract",
     "--remedies",
@@ -70,13 +71,14 @@ COMMANDS = {
         "--contract-only",
     },
     "sites": INPUT | FACTORY | {"--format"},
-    "diff": INPUT | PRECISION | {"--format", "--all", "--contract-only"},
+    "diff": INPUT | PRECISION | {"--format", "--html", "--all", "--contract-only"},
     "rules": {"--format"},
     "explain": set(),
     "backtest": {
         "--format",
         "--json",
         "--plot",
+        "--html",
         "--all",
         "--risk",
         "--column",
@@ -95,7 +97,7 @@ COMMANDS = {
         "--rejudge",
     },
     "live": {"--once", "--refresh", "--lines"},
-    "plot": {"-o", "--output", "--figures", "--from", "--to", "--smooth", "--size"},
+    "plot": {"-o", "--output", "--html", "--figures", "--from", "--to", "--smooth", "--size"},
 }
 # Arguments of the commands, which are no options.
 ARGUMENTS = {"source", "code", "run", "runs", "a", "b"}

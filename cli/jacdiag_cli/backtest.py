@@ -11,6 +11,7 @@ import click
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
+from jacdiag_cli.report_files import check_html
 from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, room, show
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _OUTPUTS = {
     "--json": "json",
     "--markdown": "markdown",
+    "--html": "html",
     "--plot": "plot",
     "--write-risk": "risk",
     "--pack": "pack",
@@ -124,6 +126,12 @@ _RUN = (
     help="Write the report as Markdown too; - is stdout.",
 )
 @click.option(
+    "--html",
+    "html_file",
+    metavar="FILE",
+    help="Write the report as one page for a browser too: .html; - is stdout.",
+)
+@click.option(
     "--write-risk",
     "risk_file",
     metavar="FILE",
@@ -172,7 +180,7 @@ def backtest(invocation: CommandInvocation, runs: tuple[str, ...], **given: Any)
     invocation.heed()
 
     # 3. Write the files, and print the result.
-    _write_files(report, recorded, files)
+    _write_files(report, recorded, files, given["lead"])
     _show(report, given, aside=any_on_stdout(files))
     return 0
 
@@ -194,6 +202,8 @@ def _plan_files(runs: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]
     # 2. The suffix chooses the format of a picture and of packed runs.
     if "--plot" in files:
         check_suffix(files["--plot"])
+    if "--html" in files:
+        check_html(files["--html"])
     if "--pack" in files:
         _check_packed(files["--pack"])
     return files
@@ -251,8 +261,17 @@ def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestRepor
     )
 
 
-def _write_files(report: BacktestReport, recorded: Sequence[Run], files: Mapping[str, str]) -> None:
-    """Write every output file, and say so for each."""
+def _write_files(
+    report: BacktestReport, recorded: Sequence[Run], files: Mapping[str, str], lead: int
+) -> None:
+    """Write every output file, and say so for each.
+
+    Args:
+        report: what to write.
+        recorded: the runs.
+        files: the path of each output, by option.
+        lead: steps before an event from which an alert counts.
+    """
     from jacdiag.render import backtest as layout
 
     # 1. What each holds. Without a curve, --write-risk is refused before any file is written.
@@ -263,6 +282,10 @@ def _write_files(report: BacktestReport, recorded: Sequence[Run], files: Mapping
         data["--json"] = (report.to_json() + "\n").encode()
     if "--markdown" in files:
         data["--markdown"] = layout.markdown(report).encode()
+    if "--html" in files:
+        from jacdiag.render.html.pages import backtest_page
+
+        data["--html"] = backtest_page(report, lead).encode()
 
     # 2. Write them in the order of the options; the picture and the runs write themselves.
     for option, path in files.items():

@@ -11,7 +11,9 @@ import click
 from jacdiag_cli.audit_options import audit_options
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
-from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room
+from jacdiag_cli.output_files import any_on_stdout, plan_outputs, write_data
+from jacdiag_cli.report_files import check_html
+from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room, show
 
 if TYPE_CHECKING:
     from jacdiag.comparison import Comparison
@@ -38,6 +40,12 @@ _NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
 )
 @add(PROBE, SOLVER)
 @click.option(
+    "--html",
+    "html_file",
+    metavar="FILE",
+    help="Write every figure as one page for a browser too: .html; - is stdout.",
+)
+@click.option(
     "--format",
     "output_format",
     type=click.Choice(["pretty", "json", "markdown"]),
@@ -47,7 +55,13 @@ _NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
 )
 @click.pass_obj
 def diff(
-    invocation: CommandInvocation, a: str, b: str, output_format: str, all_rows: bool, **given: Any
+    invocation: CommandInvocation,
+    a: str,
+    b: str,
+    output_format: str,
+    html_file: str | None,
+    all_rows: bool,
+    **given: Any,
 ) -> int:
     """Compares two models, checkpoints or JSON reports: where do their figures differ first?
 
@@ -60,12 +74,23 @@ def diff(
       jacdiag diff main.json build.py:model
       jacdiag diff hf:config.json megatron.pt --model build.py:megatron
     """
+    # 1. Check the options before any work.
+    inputs = [("what is compared", a), ("what is compared", b)]
+    files = plan_outputs({"--html": html_file}, inputs=inputs, output_format=output_format)
+    if html_file is not None:
+        check_html(html_file)
+
+    # 2. Compare.
     with model_output():
         from jacdiag.comparison import compare
 
         comparison = compare(_report(a, given), _report(b, given))
     invocation.heed()
-    _show(comparison, output_format, all_rows)
+
+    # 3. Write the page, and print the result.
+    if html_file is not None:
+        _write_page(comparison, html_file, (a, b))
+    _show(comparison, output_format, all_rows, aside=any_on_stdout(files))
     return int(comparison.first is not None)
 
 
@@ -96,13 +121,24 @@ def _builds_its_model(source: str) -> bool:
     return Path(source).is_dir()  # a folder of Hugging Face
 
 
-def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
+def _write_page(comparison: Comparison, path: str, names: tuple[str, str]) -> None:
+    """Write the page of a comparison."""
+    from jacdiag.render.formats.diff import verdict
+    from jacdiag.render.html.pages import comparison_page
+
+    pairs: Any = comparison.pairs
+    page = comparison_page(pairs, verdict(pairs), comparison.notes, names)
+    write_data(path, page.encode())
+
+
+def _show(comparison: Comparison, output_format: str, all_rows: bool, *, aside: bool) -> None:
     """Print a comparison to stdout.
 
     Args:
         comparison: to show.
         output_format: pretty, json or markdown.
         all_rows: show the figures that do not differ, too.
+        aside: stdout is taken by an output file: the table goes to stderr.
     """
     from jacdiag.render.content.sentences import legible
     from jacdiag.render.formats import diff as layout
@@ -121,11 +157,11 @@ def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
         emit(layout.markdown(shown, verdict, notes), "markdown")
         return
     if shown:
-        emit(grid(_columns(shown), room()) + "\n")
+        show(grid(_columns(shown), room(stderr=aside)) + "\n", aside=aside)
 
     # 3. The verdict, and what limits it.
     lines = [verdict, *(f"note: {legible(note)}" for note in notes)]
-    emit("\n".join(lines) + "\n")
+    show("\n".join(lines) + "\n", aside=aside)
 
 
 def _columns(pairs: Any) -> list[TableColumn]:

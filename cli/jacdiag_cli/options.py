@@ -340,6 +340,12 @@ OUTPUT = [
         metavar="FILE",
         help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG.",
     ),
+    click.option(
+        "--html",
+        "html_file",
+        metavar="FILE",
+        help="Write the report as one page for a browser too: .html; - is stdout.",
+    ),
     click.option("--all", "all_rows", is_flag=True, help="Show every sub-layer of a long model."),
     click.option(
         "--sort",

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jacdiag.errors import SourceError, UsageError
-from jacdiag_cli.output_files import plan_outputs, say_written
+from jacdiag_cli.output_files import plan_outputs, say_written, write_data
+from jacdiag_cli.report_files import check_html
 
 if TYPE_CHECKING:
     from jacdiag.render.plots.run_plot import RunPlot
 
 
-@click.command(short_help="Draws runs, or a report, as PNG, SVG or PDF.")
+@click.command(short_help="Draws runs, or a report, as PNG, SVG, PDF or a page for a browser.")
 @click.argument("source", metavar="SOURCE...", nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
     help="Where to: .png, .svg, .pdf; - is stdout, as PNG; next to SOURCE if not given.",
+)
+@click.option(
+    "--html",
+    "html_file",
+    metavar="FILE",
+    help="Write a page for a browser, with the picture and all alerts: .html; - is stdout. No "
+    "other picture is written then, unless -o names one.",
 )
 @click.option(
     "--figures",
@@ -49,6 +57,7 @@ if TYPE_CHECKING:
 def plot(
     source: tuple[str, ...],
     output: str | None,
+    html_file: str | None,
     figures: str | None,
     first: int | None,
     last: int | None,
@@ -63,6 +72,7 @@ def plot(
     Examples:
       jacdiag plot runs/a -o run.svg
       jacdiag plot runs/a runs/b --figures loss,gradient --from 1000 -o both.png
+      jacdiag plot runs/a --html run.html
       jacdiag plot report.json
     """
     from jacdiag.render.plots.run_plot import RunPlot, parse_figures, parse_size
@@ -70,7 +80,7 @@ def plot(
     # 1. Check the options before any work.
     paths = [_log_in(path) for path in source]
     runs = [path for path in paths if path.suffix == ".jsonl"]
-    _check_several(paths, runs, output)
+    _check_several(paths, runs, output or html_file)
     options = RunPlot(
         figures=() if figures is None else parse_figures(figures),
         size=parse_size(size),
@@ -84,19 +94,29 @@ def plot(
             got="a report",
             hint="leave them out; they choose what is drawn of a run",
         )
-    target = str(paths[0].with_suffix(".png")) if output is None else output
-    plan_outputs({"-o": target}, inputs=[("what is drawn", str(path)) for path in paths])
+    target = output
+    if output is None and html_file is None:
+        target = str(paths[0].with_suffix(".png"))
+    inputs: list[tuple[str, str | None]] = [("what is drawn", str(path)) for path in paths]
+    plan_outputs({"-o": target, "--html": html_file}, inputs=inputs)
+    if html_file is not None:
+        check_html(html_file)
 
     # 2. Draw.
     if runs:
-        _draw_runs(runs, target, options)
+        _draw_runs(runs, target, html_file, options)
     else:
-        _draw_report(paths[0], target)
-    say_written(target)
+        _draw_report(paths[0], target, html_file)
 
 
 def _check_several(paths: list[Path], runs: list[Path], output: str | None) -> None:
-    """Raise if several sources cannot be drawn into one picture."""
+    """Raise if several sources cannot be drawn into one picture.
+
+    Args:
+        paths: all sources.
+        runs: those that are runs.
+        output: where the picture or the page goes, if that was given.
+    """
     if len(paths) == 1:
         return
     if len(runs) < len(paths):
@@ -118,16 +138,35 @@ def _log_in(source: str) -> Path:
     return path / RUN_FILE
 
 
-def _draw_runs(paths: list[Path], target: str, options: RunPlot) -> None:
-    """Draw the logs of runs, several over each other."""
-    from jacdiag.records.run_log import read_run
-    from jacdiag.render.plots.run_plot import save_run
+def _draw_runs(
+    paths: list[Path], target: str | None, html_file: str | None, options: RunPlot
+) -> None:
+    """Draw the logs of runs, several over each other.
 
-    if len(paths) == 1:
-        save_run(read_run(paths[0], light=True), target, options)
-        return
+    Args:
+        paths: of the logs.
+        target: the picture, if one is to be written.
+        html_file: the page, if one is to be written.
+        options: size, range and panels.
+    """
+    from jacdiag.records.run_log import read_run
+    from jacdiag.render.plots.run_plot import picture_of_run, save_run
+
+    # 1. A single run needs no name in its picture.
     logs = {_run_name(path, paths): read_run(path, light=True) for path in paths}
-    save_run(logs, target, options)
+    drawn: Any = logs
+    if len(logs) == 1:
+        drawn = next(iter(logs.values()))
+
+    # 2. The picture, the page, or both.
+    if target is not None:
+        save_run(drawn, target, options)
+        say_written(target)
+    if html_file is not None:
+        from jacdiag.render.html.pages import run_page
+
+        page = run_page(logs, picture_of_run(drawn, ".svg", options))
+        write_data(html_file, page.encode())
 
 
 def _run_name(path: Path, paths: list[Path]) -> str:
@@ -153,8 +192,8 @@ def _folders(path: Path) -> tuple[str, ...]:
     return resolved.parts
 
 
-def _draw_report(path: Path, target: str) -> None:
-    """Draw a JSON report."""
+def _draw_report(path: Path, target: str | None, html_file: str | None) -> None:
+    """Draw a JSON report as a picture, as a page, or as both."""
     from jacdiag.records import NewerSchemaError, Report
     from jacdiag.render.plots.report_plot import save
 
@@ -171,4 +210,10 @@ def _draw_report(path: Path, target: str) -> None:
         raise SourceError(
             f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint
         ) from error
-    save(report, target)
+    if target is not None:
+        save(report, target)
+        say_written(target)
+    if html_file is not None:
+        from jacdiag.render.html.pages import report_page
+
+        write_data(html_file, report_page(report).encode())

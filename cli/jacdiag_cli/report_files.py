@@ -26,7 +26,7 @@ def plan_report_files(source: str, given: Mapping[str, Any], **others: str) -> d
         UsageError: one of them cannot be written, or would write over a file that is read.
     """
     named: dict[str, str | None] = {
-        f"--{kind}": given[f"{kind}_file"] for kind in ("json", "plot", "patch")
+        f"--{kind}": given[f"{kind}_file"] for kind in ("json", "plot", "html", "patch")
     }
     named |= {f"--{option}": path for option, path in others.items()}
     inputs = _read_by(source, given)
@@ -37,6 +37,8 @@ def plan_report_files(source: str, given: Mapping[str, Any], **others: str) -> d
         from jacdiag.render.plots.report_plot import check_suffix
 
         check_suffix(files["--plot"])
+    if "--html" in files:
+        check_html(files["--html"])
     if "--patch" in files:
         _check_markdown(files["--patch"])
     return files
@@ -58,6 +60,17 @@ def _read_by(source: str, given: Mapping[str, Any]) -> list[tuple[str, str | Non
     ]
 
 
+def check_html(path: str) -> None:
+    """Raise UsageError unless the file of --html has the suffix of HTML, or is a stream."""
+    from jacdiag.records.output_file import is_streamed
+
+    suffix = Path(path).suffix
+    if suffix.lower() not in (".html", ".htm") and not is_streamed(path):
+        raise UsageError(
+            f"cannot write a page to '{path}'", got=f"suffix '{suffix}'", hint="end it in .html"
+        )
+
+
 def _check_markdown(path: str) -> None:
     """Raise unless the file of --patch has the suffix of Markdown, or is a stream."""
     from jacdiag.records.output_file import is_streamed
@@ -72,7 +85,7 @@ def _check_markdown(path: str) -> None:
 
 
 def write_report_files(report: Report, files: Mapping[str, str]) -> None:
-    """Write the report, the picture and the remedies, and say so for each."""
+    """Write the report, the picture, the page and the remedies, and say so for each."""
     if "--json" in files:
         write_data(files["--json"], (report.to_json() + "\n").encode())
     if "--plot" in files:
@@ -80,6 +93,10 @@ def write_report_files(report: Report, files: Mapping[str, str]) -> None:
 
         report_plot.save(report, files["--plot"])
         say_written(files["--plot"])
+    if "--html" in files:
+        from jacdiag.render.html.pages import report_page
+
+        write_data(files["--html"], report_page(report).encode())
     if "--patch" in files:
         from jacdiag.render.content.remedies import document
 

@@ -391,10 +391,19 @@ def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
     Raises:
         UsageError: another suffix, or a path that cannot be written to.
     """
+    write_output(path, picture(report, check_suffix(path)))
+
+
+def picture(report: BacktestReport, suffix: str) -> bytes:
+    """Return the picture of a backtest. The same report gives the same bytes.
+
+    Args:
+        report: of a backtest.
+        suffix: of the format: .png, .svg or .pdf.
+    """
     from matplotlib import style
 
-    suffix = check_suffix(path)
-    # The same report gives the same bytes: no date goes into the file.
+    # No date goes into the file.
     undated: dict[str, dict[str, Any]] = {
         ".svg": {"Date": None},
         ".pdf": {"CreationDate": None},
@@ -403,7 +412,7 @@ def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     with style.context(_STYLE, after_reset=True):
         draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated[suffix])
-    write_output(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw(report: BacktestReport) -> Figure:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jacdiag.records import Report, Verdict
 from jacdiag.render.content.flight_replay import ReplayTable, replay_facts, replay_table
 from jacdiag.render.content.grouped_findings import GateView, build_gate_view
-from jacdiag.render.content.remedies import remedied
+from jacdiag.render.content.remedies import document, remedied
 from jacdiag.render.content.sentences import (
     header,
     headline,
@@ -83,6 +83,7 @@ class ReportView:
         replay: of a flight; None if the report has none.
         actions: what to do, one line each.
         remedies: those of `actions` that are about remedies.
+        remedy_document: all remedies with their code, as Markdown.
         cost: of the audit.
         gate: the result of the gate, one note for each rule.
         depth: curves over depth, for the picture.
@@ -96,6 +97,7 @@ class ReportView:
     replay: ReplayView | None
     actions: list[str]
     remedies: list[str]
+    remedy_document: str
     cost: CostView
     gate: GateView
     depth: DepthView
@@ -124,6 +126,7 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
         replay=_replay(report, all_rows=all_rows),
         actions=to_do(report),
         remedies=remedied(report),
+        remedy_document=document(report),
         cost=CostView(cost(report), str(report.settings.get("command") or "")),
         gate=build_gate_view(report),
         depth=build_depth_view(report),

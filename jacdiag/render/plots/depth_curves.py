@@ -103,6 +103,7 @@ class DepthView:
         worst: the largest branch norm; None if none is finite.
         gain_limits, norm_gain_limits: thresholds on the two panels.
         stratum: the placement that the limits on gains are for, if the model has several; else "".
+        names: place on the depth axis -> name of the sub-layer.
     """
 
     measured: bool
@@ -116,6 +117,7 @@ class DepthView:
     gain_limits: list[Threshold]
     norm_gain_limits: list[Threshold]
     stratum: str
+    names: dict[float, str]
 
 
 def build_depth_view(report: Report) -> DepthView:
@@ -137,6 +139,7 @@ def build_depth_view(report: Report) -> DepthView:
         gain_limits=_limits(report, "branch_norm"),
         norm_gain_limits=_limits(report, "norm_gain"),
         stratum=_stratum(report),
+        names={place: name for name, place in at.items()},
     )
 
 

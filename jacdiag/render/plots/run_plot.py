@@ -162,9 +162,24 @@ def save_run(
         UsageError: another suffix, a folder that cannot be written to, or a run without a step to
             draw.
     """
+    write_output(path, picture_of_run(run, check_suffix(path), options))
+
+
+def picture_of_run(
+    run: RunLog | Mapping[str, RunLog], suffix: str, options: RunPlot = RunPlot()
+) -> bytes:
+    """Return the picture of a run, or of several by name. The same logs give the same bytes.
+
+    Args:
+        run: one run, or a mapping of names to runs.
+        suffix: of the format: .png, .svg or .pdf.
+        options: size, range and panels.
+
+    Raises:
+        UsageError: a run without a step to draw.
+    """
     from matplotlib import style
 
-    suffix = check_suffix(path)
     undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[
         suffix
     ]
@@ -175,7 +190,7 @@ def save_run(
     ):
         warnings.filterwarnings("ignore", "Glyph")
         draw_run(run, options).savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=undated)
-    write_output(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _font(options: RunPlot) -> float:

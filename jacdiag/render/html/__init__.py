@@ -1,0 +1,1 @@
+"""Pages that a browser opens: one file each, which loads nothing from elsewhere."""
