@@ -54,7 +54,10 @@ UPWARDS = {
     ("jacdiag/records/report.py", "render"),
 }
 # The renderer imports the report; see above.
-CLOSES_A_CIRCLE = {("jacdiag.records.report", "jacdiag.render.terminal.report")}
+CLOSES_A_CIRCLE = {
+    ("jacdiag.records.report", "jacdiag.render.terminal.report"),
+    ("jacdiag.records.report", "jacdiag.render.html.pages"),
+}
 ABOVE_ALL_FLOORS = {"__init__", "_version", "errors"}
 
 WITHOUT_TORCH = ("records", "rules", "detectors", "render")

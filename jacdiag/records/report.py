@@ -457,6 +457,12 @@ class Report(Record):
 
         show_report(self, width, **options)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: verdict, picture, table and what to do."""
+        from jacdiag.render.html.pages import report_in_notebook
+
+        return report_in_notebook(self)
+
     def to_json(self, indent: int | None = 2) -> str:
         """Return strict JSON (no bare NaN or Infinity)."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)

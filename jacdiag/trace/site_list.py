@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, overload
@@ -72,6 +73,13 @@ class Sites(Sequence[Sublayer]):
             lines.append(f"  ... and {count - _PRINTED} more")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a table with one row for each sub-layer."""
+        titles = ("depth", "sub-layer", "kind", "placement", "parameters")
+        head = "".join(f"<th>{title}</th>" for title in titles)
+        rows = "".join(_html_row(site) for site in self)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
     def __repr__(self) -> str:
         return f"<Sites: {len(self)} sub-layers, {self.layers} deep>"
 
@@ -121,3 +129,9 @@ class Sites(Sequence[Sublayer]):
         if close:
             hint = f"closest: {', '.join(close)}"
         raise TraceError(f"no sub-layer is called '{name}'", hint=hint)
+
+
+def _html_row(site: Sublayer) -> str:
+    """Return the row of a sub-layer. Names come from the model, so they are escaped."""
+    cells = (site.depth, site.name, site.kind, site.placement, len(site.parameters))
+    return f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"

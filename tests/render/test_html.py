@@ -11,15 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from render import synthetic
 from render.run_logs import run_log
 
+import jacdiag
 from jacdiag.comparison import compare
 from jacdiag.records import Finding, Report
 from jacdiag.render.formats.diff import verdict
 from jacdiag.render.html.markdown_text import to_html
 from jacdiag.render.html.pages import comparison_page, report_page, run_page
 from jacdiag.render.plots.run_plot import picture_of_run
+from jacdiag.sources.gpt import build
 
 pytestmark = pytest.mark.check("render")
 
@@ -154,6 +157,25 @@ def test_numbers_sort_by_value() -> None:
 
 def test_same_report_gives_the_same_page() -> None:
     assert report_page(synthetic.vanilla(4)) == report_page(synthetic.vanilla(4))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_notebook_shows_the_verdict_and_runs_no_script(name: str) -> None:
+    shown = hostile(KINDS[name](2))._repr_html_()
+    elements = Elements(shown)
+    assert elements.count("script") == 0
+    assert elements.count("img") == 0
+    assert KINDS[name](2).verdict in elements.text
+
+
+def test_notebook_shows_the_sublayers_that_were_found() -> None:
+    torch.manual_seed(0)
+    model = build("vanilla", n_layer=2, n_head=2, n_embd=16, vocab_size=32, block_size=8)
+    sites = jacdiag.sites(model, torch.randint(32, (1, 8)))
+    elements = Elements(sites._repr_html_())
+    assert elements.count("tr") == 1 + len(sites)
+    for site in sites:
+        assert site.name in elements.text
 
 
 # -- in a browser ----------------------------------------------------------------------------------

@@ -97,6 +97,28 @@ def report_page(report: Report) -> str:
     )
 
 
+def report_in_notebook(report: Report) -> str:
+    """Return what a notebook shows of a report: verdict, picture, table, what to do.
+
+    It is a part of a page, without a script. Its style reaches no other cell.
+
+    Args:
+        report: of either tier and state.
+    """
+    view = build_view(report, all_rows=True)
+    return (
+        _environment()
+        .get_template("notebook.html.j2")
+        .render(
+            style=Markup(_read("notebook.css")),
+            view=view,
+            charts=charts_of(view.depth),
+            titles=[column.title for column in view.rows.columns],
+            rows=_rows(view.rows, set()),
+        )
+    )
+
+
 def comparison_page(
     pairs: Sequence[PairLike], verdict: str, notes: Sequence[str], names: tuple[str, str]
 ) -> str:
