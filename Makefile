@@ -17,7 +17,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Bytecode is kept: each of the programs that tests start would compile the package for a second.
 TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help audit check test test-long lint bench initbench lab coverage real-models trainers fuzz matrix clean
+.PHONY: help audit check test test-long lint docs bench initbench lab coverage real-models trainers fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test      install with the test extras, run the tests'
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
+	@echo 'make docs      the site, in out/site; a broken link or anchor is an error'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make initbench  init bugs of public trackers, how many are found and located (5 minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were predicted (about 5 hours); in runs/lab'
@@ -54,6 +55,10 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Material's notice of its successor is no warning about a page.
+docs: .venv/.installed-docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
@@ -110,4 +115,8 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) -e '.[docs]'
 	@touch $@

@@ -1,0 +1,88 @@
+"""The pages of the commands, from their click definitions."""
+
+from __future__ import annotations
+
+import inspect
+
+import click
+from jacdiag_cli.main import cli
+
+
+def commands() -> dict[str, click.Command]:
+    """Return the commands by name, in the order in which they were registered."""
+    return dict(cli.commands)
+
+
+def command_page(name: str) -> str:
+    """Return the page of a command: usage, help text, and a table of its options."""
+    command = commands()[name]
+    context = click.Context(command, info_name=name, parent=click.Context(cli, info_name="jacdiag"))
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    rows = [_row(param, context) for param in command.params if isinstance(param, click.Option)]
+    parts = [f"# jacdiag {name}", f"```text\n{usage}\n```", _prose(command)]
+    if rows:
+        head = "| option | value | default | what it does |\n|---|---|---|---|"
+        parts.append("\n".join(["## Options", "", head, *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def commands_table() -> str:
+    """Return the table of all commands, with links to their pages."""
+    rows = [
+        f"| [`jacdiag {name}`]({name}.md) | {command.get_short_help_str(200)} |"
+        for name, command in commands().items()
+    ]
+    return "\n".join(["| command | what it does |", "|---|---|", *rows])
+
+
+def options_table(names: list[str]) -> str:
+    """Return a table of options of `audit` and `gate`, as keys of the configuration."""
+    params: dict[str, click.Option] = {}
+    for command in ("audit", "gate"):
+        for param in commands()[command].params:
+            if isinstance(param, click.Option):
+                params.setdefault(param.opts[0].removeprefix("--"), param)
+    rows = []
+    for name in names:
+        if name in params:
+            context = click.Context(commands()["audit"])
+            _, value, default, text = _cells(params[name], context)
+            rows.append(f"| `{name}` | {value} | {default} | {text} |")
+    return "\n".join(["| key | value | default | what it does |", "|---|---|---|---|", *rows])
+
+
+def _prose(command: click.Command) -> str:
+    """Return the help text as Markdown. click marks an example by a line with `\\b`."""
+    parts = []
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        lines = paragraph.splitlines()
+        if lines[0] == "\b":
+            lines = lines[1:]
+            title = "" if lines[0].startswith(" ") else f"{lines.pop(0)}\n\n"
+            code = inspect.cleandoc("\n" + "\n".join(lines))
+            parts.append(f"{title}```text\n{code}\n```")
+        elif all(line.startswith("  ") for line in lines):
+            parts.append("```text\n" + inspect.cleandoc("\n" + paragraph) + "\n```")
+        else:
+            parts.append(_escaped(paragraph))
+    return "\n\n".join(parts)
+
+
+def _row(param: click.Option, context: click.Context) -> str:
+    """Return the row of an option in the table."""
+    return "| " + " | ".join(_cells(param, context)) + " |"
+
+
+def _cells(param: click.Option, context: click.Context) -> tuple[str, str, str, str]:
+    """Return the cells of an option: names, kind of value, default and help."""
+    names = ", ".join(f"`{name}`" for name in [*param.opts, *param.secondary_opts])
+    value = "" if param.is_flag else f"`{param.make_metavar(context)}`".replace("|", "\\|")
+    extra = param.get_help_extra(context)
+    limits = f" ({extra['range']})" if "range" in extra else ""
+    default = str(extra.get("default", "")).strip("()")
+    return names, value, default, _escaped(" ".join((param.help or "").split())) + limits
+
+
+def _escaped(text: str) -> str:
+    """Return text with the characters escaped that mean something in a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[")
