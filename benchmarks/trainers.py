@@ -7,7 +7,7 @@ watched run equals the run without the watch bit for bit; loss, learning rate, g
 update norms are those computed by hand; a healthy run brings no message; a NaN in a weight and a
 corrupted batch are found; a resumed run holds every step once; an exception leaves a flight with
 the batch of the step. A trainer that is not installed is null in every cell. Writes
-results/trainers.json and docs/trainers.md.
+results/trainers.json and docs/evidence/trainers.md.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def page(table: list[dict[str, Any]]) -> str:
-    """Return docs/trainers.md."""
+    """Return docs/evidence/trainers.md."""
     measured_cells = [row[cell] for row in table for cell in CELLS if row[cell] is not None]
     lines = [
         "# Trainers and optimizers of other people",

@@ -57,7 +57,7 @@ def watch(
 
     No `with` is needed. An exception that nobody catches, SIGTERM and Ctrl-C leave a flight, and
     the log is closed at the end of the program. `close()` or `with` end the watch earlier. See
-    `docs/flights.md`.
+    `docs/reference/flights.md`.
 
     Args:
         model: the module that the loop calls, wrapped or not.

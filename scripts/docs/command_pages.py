@@ -21,7 +21,7 @@ def command_page(name: str) -> str:
     rows = [_row(param, context) for param in command.params if isinstance(param, click.Option)]
     parts = [f"# jacdiag {name}", f"```text\n{usage}\n```", _prose(command)]
     if rows:
-        head = "| option | value | default | what it does |\n|---|---|---|---|"
+        head = "| option | what it does | default |\n|---|---|---|"
         parts.append("\n".join(["## Options", "", head, *rows]))
     return "\n\n".join(parts) + "\n"
 
@@ -46,9 +46,9 @@ def options_table(names: list[str]) -> str:
     for name in names:
         if name in params:
             context = click.Context(commands()["audit"])
-            _, value, default, text = _cells(params[name], context)
-            rows.append(f"| `{name}` | {value} | {default} | {text} |")
-    return "\n".join(["| key | value | default | what it does |", "|---|---|---|---|", *rows])
+            _, text, default = _cells(params[name], context)
+            rows.append(f"| `{name}` | {text} | {default} |")
+    return "\n".join(["| key | what it does | default |", "|---|---|---|", *rows])
 
 
 def _prose(command: click.Command) -> str:
@@ -73,14 +73,24 @@ def _row(param: click.Option, context: click.Context) -> str:
     return "| " + " | ".join(_cells(param, context)) + " |"
 
 
-def _cells(param: click.Option, context: click.Context) -> tuple[str, str, str, str]:
-    """Return the cells of an option: names, kind of value, default and help."""
-    names = ", ".join(f"`{name}`" for name in [*param.opts, *param.secondary_opts])
-    value = "" if param.is_flag else f"`{param.make_metavar(context)}`".replace("|", "\\|")
+def _cells(param: click.Option, context: click.Context) -> tuple[str, str, str]:
+    """Return the cells of an option: its names with the value it takes, its help, its default."""
+    # 1. The names. Choices and limits of a value follow the help.
+    names = " ".join(f"`{name}`" for name in [*param.opts, *param.secondary_opts])
     extra = param.get_help_extra(context)
-    limits = f" ({extra['range']})" if "range" in extra else ""
+    text = _escaped(" ".join((param.help or "").split()))
+    if isinstance(param.type, click.Choice):
+        choices = ", ".join(f"`{choice}`" for choice in param.type.choices)
+        text += f" One of {choices}."
+    elif not param.is_flag:
+        metavar = param.make_metavar(context).removesuffix(" RANGE")
+        names += f" {metavar}"
+    if "range" in extra:
+        text += f" {_escaped(extra['range'])}."
+
+    # 2. The default. click writes one that is worked out later in parentheses.
     default = str(extra.get("default", "")).strip("()")
-    return names, value, default, _escaped(" ".join((param.help or "").split())) + limits
+    return names, text, default
 
 
 def _escaped(text: str) -> str:

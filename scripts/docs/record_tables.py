@@ -18,6 +18,8 @@ from scripts.docs import command_pages
 from scripts.docs.repository_files import ROOT
 
 _ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", re.MULTILINE)
+# `[name]   # what is compared`, as thresholds.toml has it.
+_FIGURE = re.compile(r"^\[(\w+)\] +# (.+)$", re.MULTILINE)
 _OF_A_LEVEL = ("info", "warning", "error")
 
 
@@ -29,11 +31,12 @@ def configuration_options() -> str:
 def thresholds() -> str:
     """Return the thresholds of the rules, with the origin of each."""
     path = ROOT / "jacdiag" / "rules" / "thresholds.toml"
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    figures = dict(_FIGURE.findall(text))
     rows: list[str] = []
-    for name, values in table.items():
-        rows += _threshold_rows(name, values, {})
-    head = "| name | info | warning | error | origin |\n|---|---|---|---|---|"
+    for name, values in tomllib.loads(text).items():
+        rows += _threshold_rows(name, values, {"figure": figures.get(name, "")})
+    head = "| name | info | warning | error | figure and origin |\n|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
@@ -45,7 +48,10 @@ def _threshold_rows(name: str, values: Any, outer: Mapping[str, Any]) -> list[st
     rows = []
     if any(level in values for level in _OF_A_LEVEL):
         cells = [str(values.get(level, "")) for level in _OF_A_LEVEL]
-        origin = f"{known.get('origin', '')}: {known.get('source', '')}".replace("|", "\\|")
+        origin = f"{known.get('origin', '')}: {known.get('source', '')}"
+        if known["figure"]:
+            origin = f"{known['figure']}. {origin}"
+        origin = origin.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
         rows.append(f"| `{name}` | {' | '.join(cells)} | {origin} |")
     for key, value in values.items():
         rows += _threshold_rows(f"{name}.{key}", value, known)
