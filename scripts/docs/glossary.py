@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from jacdiag.rules import EVERY
 from scripts.docs.repository_files import ROOT
@@ -15,6 +16,7 @@ from scripts.docs.repository_files import ROOT
 GLOSSARY = "docs/glossary.md"
 
 _ENTRY = re.compile(r"^## (.+)\n+(?:\*Also: (.+)\.\*\n)?", re.MULTILINE)
+_GAP = r"[\s-]+"  # between the parts of a term
 _TAG = re.compile(r"""(<!--.*?-->|<(?:[^>"']|"[^"]*"|'[^']*')*>)""", re.DOTALL)
 _NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 # A term inside these elements is no text of the page, or has a link already.
@@ -37,15 +39,31 @@ class Term:
     words: tuple[str, ...]
     target: str
 
-    @property
-    def pattern(self) -> str:
-        """A regular expression for all its words, singular and plural."""
-        spellings = []
-        for word in self.words:
-            parts = [re.escape(part) for part in re.split(r"[\s-]+", word)]
-            spellings.append(r"[\s-]+".join(parts))
-        longest_first = sorted(spellings, key=len, reverse=True)
-        return rf"(?<![\w-])(?:{'|'.join(longest_first)})(?:s|es)?(?![\w-])"
+
+@dataclass(frozen=True)
+class Matcher:
+    """One regular expression for all words of some terms.
+
+    Attributes:
+        pattern: has a group for each word. At a place the longest word wins: in "branch norm" it is
+            not "branch".
+        terms: the term of each group.
+    """
+
+    pattern: re.Pattern[str]
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def of(cls, terms: list[Term]) -> Matcher:
+        """Return the matcher of some terms."""
+        words = [(word, term) for term in terms for word in term.words]
+        words.sort(key=lambda pair: len(pair[0]), reverse=True)
+        groups = []
+        for word, _ in words:
+            parts = [re.escape(part) for part in re.split(_GAP, word)]
+            groups.append("(" + _GAP.join(parts) + ")")
+        pattern = rf"(?<![\w-])(?:{'|'.join(groups)})(?:s|es)?(?![\w-])"
+        return cls(re.compile(pattern, re.IGNORECASE), tuple(term for _, term in words))
 
 
 def anchor(heading: str) -> str:
@@ -71,6 +89,7 @@ def terms_of(glossary: str) -> list[Term]:
     return terms
 
 
+@cache
 def all_terms() -> list[Term]:
     """Return the terms of the project's glossary, and the codes of the rules."""
     terms = terms_of((ROOT / GLOSSARY).read_text(encoding="utf-8"))
@@ -89,14 +108,18 @@ def link_terms(html: str, terms: list[Term], base: str = "", here: str = "") -> 
     >>> link_terms("<p>A probe, and a probe.</p>", terms_of("## Probe\\n"))
     '<p>A <a class="term" href="glossary.html#probe">probe</a>, and a probe.</p>'
     """
-    waiting = [term for term in terms if term.target.partition("#")[0] != here]
+    on_other_pages = [term for term in terms if term.target.partition("#")[0] != here]
+    if not on_other_pages:
+        return html
+    matcher = Matcher.of(on_other_pages)
+    linked: set[Term] = set()
     pieces = []
     skipping: list[str] = []
     for piece in _TAG.split(html):
         if piece.startswith("<"):
             _follow(piece, skipping)
         elif not skipping and piece.strip():
-            piece = _link_first_uses(piece, waiting, base)
+            piece = _link_first_uses(piece, matcher, linked, base)
         pieces.append(piece)
     return "".join(pieces)
 
@@ -121,31 +144,14 @@ def _follow(tag: str, skipping: list[str]) -> None:
         skipping.append(name)
 
 
-def _link_first_uses(text: str, waiting: list[Term], base: str) -> str:
-    """Return a piece of text with links. Terms that were found are taken out of `waiting`.
+def _link_first_uses(text: str, matcher: Matcher, linked: set[Term], base: str) -> str:
+    """Return a piece of text with links. Terms that get one are added to `linked`."""
 
-    At each place the longest term wins: in "branch norm" it is not "branch".
-    """
-    pieces = []
-    position = 0
-    while True:
-        # 1. The first term from here on; the longest one, if several begin at this place.
-        first: tuple[int, int, Term, str] | None = None
-        for term in waiting:
-            match = re.compile(term.pattern, re.IGNORECASE).search(text, position)
-            if match is None:
-                continue
-            candidate = (match.start(), -len(match[0]), term, match[0])
-            if first is None or candidate[:2] < first[:2]:
-                first = candidate
-        if first is None:
-            break
+    def replace(match: re.Match[str]) -> str:
+        term = matcher.terms[(match.lastindex or 1) - 1]
+        if term in linked:
+            return match[0]
+        linked.add(term)
+        return f'<a class="term" href="{base}{term.target}">{match[0]}</a>'
 
-        # 2. Link it. The term is not linked again on this page.
-        start, _, term, words = first
-        pieces.append(text[position:start])
-        pieces.append(f'<a class="term" href="{base}{term.target}">{words}</a>')
-        position = start + len(words)
-        waiting.remove(term)
-    pieces.append(text[position:])
-    return "".join(pieces)
+    return matcher.pattern.sub(replace, text)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import posixpath
 import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -15,7 +15,13 @@ for folder in (str(ROOT), str(ROOT / "cli")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-from scripts.docs import generated, glossary, repository_files, rule_pages  # noqa: E402
+from scripts.docs import (  # noqa: E402
+    check_site,
+    generated,
+    glossary,
+    repository_files,
+    rule_pages,
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -60,6 +66,12 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Take out the map of the site for search engines: it names no address that exists."""
+    """Check what was built."""
+    # The map of the site for search engines names no address that exists.
+    folder = Path(config.site_dir)
     for name in ("sitemap.xml", "sitemap.xml.gz"):
-        Path(posixpath.join(config.site_dir, name)).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+
+    wrong = check_site.problems(folder)
+    if wrong:
+        raise PluginError("\n".join(wrong))
