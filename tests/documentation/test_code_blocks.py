@@ -78,6 +78,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for block in BLOCKS[page]:
         if block.language != OUTPUT and not block.not_run:
             run_block(block, tmp_path, namespace)
+    if "w" in namespace:
+        namespace["w"].close()  # a page may leave its watch open, as a program may
 
 
 def test_few_blocks_are_not_run_and_each_says_why(capsys: pytest.CaptureFixture[str]) -> None:
