@@ -353,7 +353,9 @@ def with_sections(
     return result
 
 
-def _unexplained(uses: Mapping[str, ParameterUse], draws: Mapping[str, FittedDraw | None]) -> list[str]:
+def _unexplained(
+    uses: Mapping[str, ParameterUse], draws: Mapping[str, FittedDraw | None]
+) -> list[str]:
     """Return gains, scales and biases that are not constant, where most of their role are."""
     names: list[str] = []
     for role in ("norm_gain", "scale", "bias"):

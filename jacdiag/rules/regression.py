@@ -25,7 +25,7 @@ FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_g
 
 
 @dataclass(frozen=True)
-class FigureChange:
+class MovedFigure:
     """One figure, before and now.
 
     Attributes:
@@ -49,7 +49,7 @@ class FigureChange:
         return f"{self.where}: {name} {plain(self.old)} -> {plain(self.new)}"
 
 
-def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChange]:
+def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[MovedFigure]:
     """Return the sub-layers with a figure above what another seed of the baseline would reach.
 
     The figure must lie above it for every seed.
@@ -58,7 +58,7 @@ def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureCh
         now: of the model that is audited.
         before: of the baseline or the earlier model.
     """
-    changes: list[FigureChange] = []
+    changes: list[MovedFigure] = []
     for name, figures in now.sublayers.items():
         earlier = before.sublayers.get(name, {})
         for figure in FIGURES:
@@ -72,12 +72,12 @@ def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureCh
             _, old_middle, old_upper = old
             new_lower, new_middle, _ = new
             if new_lower > old_upper:
-                changes.append(FigureChange(name, figure, old_middle, new_middle, old_upper))
+                changes.append(MovedFigure(name, figure, old_middle, new_middle, old_upper))
 
     return changes
 
 
-def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChange]:
+def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[MovedFigure]:
     """Return the weights that changed.
 
     Their sampling intervals have no std in common, or they are constants of another value.
@@ -96,11 +96,11 @@ def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[FigureChan
     return changes
 
 
-def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> list[FigureChange]:
+def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> list[MovedFigure]:
     """Return the change of one weight alone; [] if it did not change."""
     # 1. A constant differs from a draw.
     if _constant(new) != _constant(old):
-        return [FigureChange(name, "std", _shown(old), _shown(new), _shown(old))]
+        return [MovedFigure(name, "std", _shown(old), _shown(new), _shown(old))]
 
     # 2. Two draws.
     if not _constant(new):
@@ -110,7 +110,7 @@ def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) ->
     if _is_same_constant(new, old):
         return []
 
-    return [FigureChange(name, "value", _shown(old), _shown(new), _shown(old))]
+    return [MovedFigure(name, "value", _shown(old), _shown(new), _shown(old))]
 
 
 def _is_same_constant(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
@@ -120,13 +120,13 @@ def _is_same_constant(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
 
 def _change_of_draws(
     name: str, new: Mapping[str, Any], old: Mapping[str, Any]
-) -> list[FigureChange]:
+) -> list[MovedFigure]:
     """Return the change between two draws; [] if some std lies in both intervals."""
     is_above = new["lower"] > old["upper"]
     is_below = new["upper"] < old["lower"]
     if not is_above and not is_below:
         return []
-    return [FigureChange(name, "std", old["std"], new["std"], old["upper"])]
+    return [MovedFigure(name, "std", old["std"], new["std"], old["upper"])]
 
 
 def _constant(entry: Mapping[str, Any]) -> bool:
@@ -338,17 +338,17 @@ def _growth_finding(
 
 # -- a baseline, or an earlier model at init -------------------------------------------------------
 def _by_role(
-    current: FiguresRecord, changes: Iterable[FigureChange]
-) -> dict[str, list[FigureChange]]:
+    current: FiguresRecord, changes: Iterable[MovedFigure]
+) -> dict[str, list[MovedFigure]]:
     """Return the changes of weights by the role that each weight has now."""
 
-    def role_of(change: FigureChange) -> str:
+    def role_of(change: MovedFigure) -> str:
         return str(current.weights[change.where].get("role", ""))
 
     return group_by(changes, role_of)
 
 
-def _finding(context: RuleContext, rule: Rule, group: list[FigureChange], what: str) -> Finding:
+def _finding(context: RuleContext, rule: Rule, group: list[MovedFigure], what: str) -> Finding:
     """Return the finding about the changes of one figure, or of the weights of one role.
 
     Args:
@@ -390,7 +390,7 @@ def _finding(context: RuleContext, rule: Rule, group: list[FigureChange], what: 
     return Finding(rule.code, level, where, text, evidence, rule.summary, fix)
 
 
-def _growth_of(change: FigureChange) -> float:
+def _growth_of(change: MovedFigure) -> float:
     """Return the new value over the old one; the new one if the old is not above zero."""
     if change.old > 0:
         return change.new / change.old

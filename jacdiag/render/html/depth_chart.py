@@ -36,7 +36,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A curve: the corners of its segments, its points and its label at the right end.
 
     Attributes:
@@ -83,7 +83,7 @@ class Chart:
     top: float
     bottom: float
     marker: float
-    lines: list[Line]
+    lines: list[ChartLine]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     limits: list[Limit]
@@ -140,7 +140,7 @@ def build_chart(
         points = _points(curve, depth, at_x, at_y)
         segments = _segments(curve, at_x, at_y)
         lines.append(
-            Line(curve.label, _style(curve), curve.dashed, segments, points, round(label_y, 1))
+            ChartLine(curve.label, _style(curve), curve.dashed, segments, points, round(label_y, 1))
         )
 
     # 3. Axes and thresholds.

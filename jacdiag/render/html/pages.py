@@ -22,8 +22,8 @@ from markupsafe import Markup
 
 from jacdiag._version import __version__
 from jacdiag.records import Report
-from jacdiag.render.content.sublayer_table import Grid
 from jacdiag.render.content.severity import SIGNS
+from jacdiag.render.content.sublayer_table import Grid
 from jacdiag.render.html.depth_chart import charts_of
 from jacdiag.render.html.markdown_text import to_html
 from jacdiag.render.view import ReportView, build_view
@@ -46,7 +46,7 @@ _WORDS_OF_VERDICT = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class PageCell:
     """A cell of a table: its text, what it is sorted by, and the mark of a rule."""
 
     text: str
@@ -56,10 +56,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PageRow:
     """A row of the table of sub-layers. A folded one is left out in print."""
 
-    cells: list[Cell]
+    cells: list[PageCell]
     folded: bool
 
 
@@ -205,7 +205,7 @@ def run_page(runs: dict[str, RunLog], picture: bytes) -> str:
 
 
 # -- parts of pages --------------------------------------------------------------------------------
-def _rows(grid: Grid, brief: set[str]) -> list[Row]:
+def _rows(grid: Grid, brief: set[str]) -> list[PageRow]:
     """Return the rows of the table of sub-layers, with the marks of the rules."""
     rows = []
     for place, record in enumerate(grid.rows):
@@ -213,17 +213,17 @@ def _rows(grid: Grid, brief: set[str]) -> list[Row]:
         for column in grid.columns:
             level = column.levels[place]
             cells.append(_cell(column.cells[place].strip(), level))
-        rows.append(Row(cells, folded=record.name not in brief))
+        rows.append(PageRow(cells, folded=record.name not in brief))
     return rows
 
 
-def _cell(text: str, level: str = "") -> Cell:
+def _cell(text: str, level: str = "") -> PageCell:
     """Return a cell. Numbers are sorted by their value, other texts as texts."""
     number = _NUMBER.match(text)
     key = text
     if number is not None:
         key = number.group().replace(",", "")
-    return Cell(text, key, level, SIGNS[level])
+    return PageCell(text, key, level, SIGNS[level])
 
 
 def _remedies(view: ReportView) -> Markup:
