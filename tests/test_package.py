@@ -62,7 +62,9 @@ def test_wheel_has_every_module_and_data_file(wheel: Path) -> None:
 
 def test_no_requirement_has_an_upper_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    # What builds the site is never installed next to a run.
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(extras[name] for name in extras if name != "docs")]
     capped = [
         line
         for group in groups
