@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +52,31 @@ _NOTHING_WRITTEN = "no file was written or changed"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def _show_versions(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    """Print the versions that a report of a problem needs, and exit.
+
+    The version of torch comes from its metadata: an import would take a second.
+    """
+    if not asked or context.resilient_parsing:
+        return
+    try:
+        torch_version = f"torch {metadata.version('torch')}"
+    except metadata.PackageNotFoundError:
+        torch_version = "torch is not installed"
+    click.echo(f"jacdiag, version {jacdiag.__version__}")
+    click.echo(f"{torch_version}, Python {platform.python_version()}")
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(jacdiag.__version__, prog_name="jacdiag")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_versions,
+    help="Show the versions of jacdiag, torch and Python, and exit.",
+)
 def cli() -> None:
     """Jacobian and gradient-norm diagnostics for transformer pre-training.
 
@@ -71,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])                                   # doctest: +SKIP
-        jacdiag, version 0.1.0
+        jacdiag, version 0.2.0
+        torch 2.13.0+cpu, Python 3.11.7
         0
     """
     args = list(sys.argv[1:] if argv is None else argv)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 from cli.rig import Done, Stub
 from render import synthetic
 
+import jacdiag
 from jacdiag.errors import MeasureError, ProbeError, SourceError, TraceError, UsageError
 from jacdiag.records import Report
 
@@ -154,6 +157,24 @@ def test_eof_error_is_not_reported_as_ctrl_c(jd: Run, stub: Stub) -> None:
 def test_help_is_no_failure(jd: Run, args: list[str]) -> None:
     done = jd(*args)
     assert (done.code, done.err) == (0, "") and done.out
+
+
+def test_version_names_jacdiag_torch_and_python(jd: Run) -> None:
+    lines = jd("--version").out.splitlines()
+    assert lines == [
+        f"jacdiag, version {jacdiag.__version__}",
+        f"torch {metadata.version('torch')}, Python {platform.python_version()}",
+    ]
+
+
+def test_version_works_without_torch(jd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    done = jd("--version")
+    assert done.code == 0
+    assert "torch is not installed, Python" in done.out
 
 
 @pytest.mark.parametrize(

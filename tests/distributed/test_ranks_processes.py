@@ -17,6 +17,8 @@ import torch
 from distributed.rig import ROOT, Ended, as_ranks, by_torchrun, environment, until_measuring
 from fork_server import ForkedProcess, fork_server
 
+import jacdiag
+
 CLI = ("-m", "jacdiag_cli", "audit")
 
 
@@ -49,7 +51,7 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
     two, one = json.loads((tmp_path / "two.json").read_text()), plain(tmp_path, "build.py:talks")
     assert figures(two) == figures(one)
     assert (
-        done.out.count("jacdiag 0.1.0  ·  build.py:talks") == 1
+        done.out.count(f"jacdiag {jacdiag.__version__}  ·  build.py:talks") == 1
         and (tmp_path / "two.png").stat().st_size
     )
     assert "out of 0" in done.err and "err of 0" in done.err and "of 1" not in done.err
