@@ -158,7 +158,7 @@ JSON_KEYS = {
     "replay",
 }
 
-SCHEMA = Path(__file__).parent / "data" / "report.schema.json"
+SCHEMA = Path(jacdiag.__file__).parent / "records" / "report.schema.json"
 
 
 def test_options_of_every_command_are_the_frozen_ones() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from render import synthetic
 from jacdiag.records import Interval, Report, RuleResult, SublayerRecord
 
 SCHEMA = json.loads(
-    (Path(__file__).parent / "data" / "report.schema.json").read_text(encoding="utf-8")
+    (resources.files("jacdiag.records") / "report.schema.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 BUILDERS = [

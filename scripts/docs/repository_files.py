@@ -20,7 +20,7 @@ PLACES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "SECURITY.md": "project/security.md",
-    "tests/data/report.schema.json": "reference/report.schema.json",
+    "jacdiag/records/report.schema.json": "reference/report.schema.json",
     ".pre-commit-hooks.yaml": "repository/pre-commit-hooks.yaml",  # mkdocs leaves dotfiles out
 }
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")

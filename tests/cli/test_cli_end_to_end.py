@@ -44,7 +44,7 @@ def test_audit_of_a_factory_writes_valid_json_and_a_plot(
 ) -> None:
     done = jd("audit", f"{factory}build", *PROBE, "--format", "json", "--plot", "gain.png")
     assert done.code == 0, done.err
-    schema = json.loads((ROOT / "tests" / "data" / "report.schema.json").read_text())
+    schema = json.loads((ROOT / "jacdiag" / "records" / "report.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(json.loads(done.out))
     report = Report.from_json(done.out)
     assert [row.name for row in report.sublayers] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
