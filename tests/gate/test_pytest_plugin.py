@@ -5,6 +5,7 @@ one machine shows.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from gate import net
-from jacdiag_cli.main import main
+from jacdiag_cli.main import cli, main
 
 from jacdiag.testing import assert_stable_init
 
@@ -178,16 +179,21 @@ def action() -> dict[str, Any]:
     return found
 
 
+def action_step(name: str) -> dict[str, Any]:
+    """Return a step of the action that runs a script, by a word of the script."""
+    [step] = [step for step in action()["runs"]["steps"] if name in step.get("run", "")]
+    return step
+
+
 def gate_step(
     folder: Path, args: str
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, str], str]:
-    """Runs the action's own script as a runner would, with its files in a folder."""
+    """Run the action's own script as a runner would, with its files in a folder."""
     shutil.copy(Path(net.__file__), folder / "net.py")
-    [step] = [s for s in action()["runs"]["steps"] if s.get("id") == "gate"]
     files = {name: folder / name.lower() for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
     done = script(
         folder,
-        step["run"],
+        action_step("jacdiag gate")["run"],
         SOURCE="net.py:model",
         ARGS=args,
         RUNNER_TEMP=str(folder / "temp"),
@@ -196,6 +202,60 @@ def gate_step(
     outputs = dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
     summary = files["GITHUB_STEP_SUMMARY"]
     return done, outputs, summary.read_text() if summary.exists() else ""
+
+
+def installed_by_the_action(folder: Path, install: str) -> list[str]:
+    """Return the arguments that pip gets from the action's install step."""
+    pip = folder / "python"
+    pip.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\n')
+    pip.chmod(0o755)
+    done = script(
+        folder,
+        f'PATH="$PWD:$PATH"\n{action_step("pip install")["run"]}',
+        INSTALL=install,
+        GITHUB_ACTION_PATH="/actions/owner/jacdiag/v0.2.0 beta",
+    )
+    assert done.returncode == 0, done.stderr
+    return (folder / "arguments").read_text().splitlines()
+
+
+PIP = ["-m", "pip", "install", "--quiet"]
+
+
+def test_the_action_installs_its_own_version(tmp_path: Path) -> None:
+    """Both `uses: ./` and `uses: OWNER/jacdiag@TAG` put the path of the action's files there."""
+    default = action()["inputs"]["install"]["default"]
+    assert installed_by_the_action(tmp_path, default) == [
+        *PIP,
+        "/actions/owner/jacdiag/v0.2.0 beta",
+    ]
+    assert (ROOT / "pyproject.toml").is_file()  # beside action.yml: that path can be installed
+
+
+def test_the_action_installs_the_requirements_that_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "jacdiag[hf]").touch()  # what a shell could take for a pattern
+    asked = installed_by_the_action(tmp_path, "torch==2.6.* jacdiag[hf]>=0.2")
+    assert asked == [*PIP, "torch==2.6.*", "jacdiag[hf]>=0.2"]
+
+
+def test_the_action_refuses_a_quote_without_its_partner(tmp_path: Path) -> None:
+    done, outputs, _ = gate_step(tmp_path, "--select 'JD2")
+    assert (done.returncode, outputs) == (2, {"exit-code": "2"})
+    assert "::error::The input 'args' has a quote without its partner" in done.stdout
+
+
+def test_the_action_judges_an_empty_list_of_arguments(tmp_path: Path) -> None:
+    """No word is passed: an empty one would be a second SOURCE."""
+    (tmp_path / "jacdiag").write_text('#!/bin/sh\nprintf "<%s>" "$@" > arguments\n')
+    (tmp_path / "jacdiag").chmod(0o755)
+    for args in ("", " \n ", "--select 'JD2 JD1' ''"):
+        text = f'PATH="$PWD:$PATH"\n{action_step("jacdiag gate")["run"]}'
+        outputs = str(tmp_path / "outputs")
+        done = script(tmp_path, text, SOURCE="a b", ARGS=args, GITHUB_OUTPUT=outputs)
+        assert done.returncode == 0, done.stderr
+        words = (tmp_path / "arguments").read_text()
+        between = "<--select><JD2 JD1><>" if args.strip() else ""
+        assert words.startswith(f"<gate><a b>{between}<--format>")
 
 
 def test_the_action_fails_with_annotations_summary_and_sarif(tmp_path: Path) -> None:
@@ -207,9 +267,25 @@ def test_the_action_fails_with_annotations_summary_and_sarif(tmp_path: Path) -> 
     assert '"ruleId": "JD203"' in (tmp_path / "temp/jacdiag/report.sarif").read_text()
 
 
-def test_github_action_of_a_stable_model_exits_0(tmp_path: Path) -> None:
+def test_github_action_of_a_stable_model_exits_0_and_writes_its_outputs(tmp_path: Path) -> None:
     done, outputs, summary = gate_step(tmp_path, "--seq 16 --batch 1 --seeds 1 --select JD2")
     assert (done.returncode, outputs["exit-code"]) == (0, "0") and "PASS" in summary
+    for name, output in action()["outputs"].items():
+        assert output["value"] == f"${{{{ steps.gate.outputs.{name} }}}}"
+        assert outputs[name]
+    assert Path(outputs["report"]).is_file()
+    assert Path(outputs["sarif"]).is_file()
+
+
+def test_the_workflow_that_tries_the_action_uses_its_inputs_and_outputs() -> None:
+    text = (ROOT / ".github/workflows/action.yml").read_text(encoding="utf-8")
+    steps = yaml.safe_load(text)["jobs"]["gate"]["steps"]
+    [use] = [step for step in steps if step.get("uses") == "./"]
+    assert set(use["with"]) <= set(action()["inputs"])
+    assert set(re.findall(r"steps\.gate\.outputs\.([\w-]+)", text)) <= set(action()["outputs"])
+    command = [*use["with"]["args"].split(), use["with"]["source"]]
+    cli.commands["gate"].make_context("gate", command)
+    assert (ROOT / use["with"]["source"].partition(":")[0]).is_file()
 
 
 def test_the_action_says_that_it_cannot_run_and_runs_nothing_of_its_arguments(
