@@ -17,6 +17,8 @@ RULE_PAGES = "jacdiag/rules/pages"
 # Files that have a place of their own on the site. The others are in `repository/`.
 PLACES = {
     "README.md": "index.md",
+    "AGENTS.md": "project/coding-agents.md",
+    "llms.txt": "llms.txt",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "SECURITY.md": "project/security.md",

@@ -19,6 +19,7 @@ from scripts.docs import (  # noqa: E402
     check_site,
     generated,
     glossary,
+    llms_text,
     repository_files,
     rule_pages,
 )
@@ -44,7 +45,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     # 2. Files of the repository.
     for path in generated.repository_pages():
         place = repository_files.site_path(path)
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+        if path == llms_text.LLMS_TEXT:
+            files.append(File.generated(config, place, content=llms_text.llms_text()))
+        else:
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     return files
 
 

@@ -22,6 +22,7 @@ CODE = [block for block in ALL if block.language != OUTPUT]
 # Pages whose blocks take more than two seconds.
 SLOW = {
     "README.md",
+    "AGENTS.md",
     "how-to/audit-a-model.md",
     "how-to/compare-checkpoints.md",
     "how-to/gate-an-init.md",
