@@ -17,7 +17,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Bytecode is kept: each of the programs that tests start would compile the package for a second.
 TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help audit check test test-long lint docs bench initbench lab coverage real-models trainers fuzz matrix clean
+.PHONY: help audit check test test-long lint docs bench initbench lab coverage real-models trainers fuzz matrix release-check clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -34,6 +34,7 @@ help:
 	@echo 'make trainers  the watch inside trainers and optimizers of other libraries (about 10 minutes, 200 MB by pip); writes docs/evidence/trainers.md'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (7 GB of disk and about 8 minutes a version)'
+	@echo 'make release-check  versions, changelog, sdist, wheel, metadata and site, before a release (minutes)'
 	@echo 'make clean     remove .venv, out and caches'
 
 audit: .venv/.installed
@@ -98,6 +99,10 @@ fuzz: .venv/.installed-dev
 
 matrix: .venv/.installed
 	$(BIN)/python scripts/matrix.py
+
+release-check: .venv/.installed-dev .venv/.installed-docs
+	@$(PIP) --quiet 'twine>=6' || echo 'twine cannot be installed: its check is skipped'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/release_check.py
 
 clean:
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
