@@ -27,10 +27,12 @@ _OUTPUTS = {
     "--write-risk": "risk",
     "--pack": "pack",
 }
+# What makes a model of another size, or another schedule.
+_PEERS = ("placement", "layers", "width", "warmup")
 _INTEREST = (100, 100, 90, 60, 50, 50, 40)  # of each column: the least one goes first
 _RUN = (
-    "RUN is a run.jsonl of jacdiag.watch, a folder of such runs, or a CSV or JSONL with a row "
-    "a step"
+    "RUN is a run.jsonl of jacdiag.watch, a trainer_state.json, a TensorBoard event file, a folder "
+    "of such runs, or a CSV or JSONL with a row a step"
 )
 
 
@@ -59,7 +61,11 @@ _RUN = (
     help="Factors that make an architecture: placement.",
 )
 @click.option(
-    "--peers", multiple=True, metavar="FACTOR", help="Factors whose runs share a best loss."
+    "--peers",
+    multiple=True,
+    metavar="FACTOR",
+    help="Factors whose runs share a best loss; none for all runs. Without the option: placement, "
+    "layers, width and warmup, as far as all runs have them.",
 )
 @click.option(
     "--bad",
@@ -156,9 +162,10 @@ def backtest(invocation: CommandInvocation, runs: tuple[str, ...], **given: Any)
 
     The figures are those of the untrained model.
 
-    RUN is a run log of jacdiag, a folder of such runs, many of them packed (.runs, .runs.gz), or
-    any CSV or JSONL with a row a step. What was varied between runs is read from `factors.json`
-    next to each log, and from the columns of a foreign one that never change.
+    RUN is a run log of jacdiag, the trainer_state.json of a Hugging Face Trainer, TensorBoard event
+    files, any CSV or JSONL with a row a step, a folder of such runs, or many of them packed (.runs,
+    .runs.gz). What was varied between runs is read from `factors.json` next to each log, and from
+    the columns of a foreign one that never change.
 
     \b
     Examples:
@@ -245,13 +252,15 @@ def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestRepor
     """Return how well figures and live rules predicted the outcome of the runs."""
     from jacdiag.backtest import backtest as analyse
 
-    stratum = given["stratum"]
-    if not stratum and all("placement" in run.factors for run in recorded):
-        stratum = ["placement"]
+    # Without an option, an architecture is a placement, and peers are of one size.
+    stratum = given["stratum"] or _shared_factors(recorded, ["placement"])
+    peers = given["peers"] or _shared_factors(recorded, _PEERS)
+    if peers == ("none",):
+        peers = []
     return analyse(
         recorded,
         stratum=stratum,
-        peers=given["peers"],
+        peers=peers,
         bad=given["bad"],
         false_alarms=given["false_alarms"],
         lead=given["lead"],
@@ -259,6 +268,11 @@ def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestRepor
         hold_out=given["hold_out"],
         worse=given["worse"],
     )
+
+
+def _shared_factors(recorded: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Return those of some factors that every run has."""
+    return [name for name in names if all(name in run.factors for run in recorded)]
 
 
 def _write_files(

@@ -9,11 +9,27 @@ import numpy as np
 
 from jacdiag.backtest.cross_validation import curves, held_out
 from jacdiag.backtest.dataset import WORSE, Dataset, build_dataset
-from jacdiag.backtest.metrics import Bools, Floats, auroc, auroc_interval, operating_point
+from jacdiag.backtest.metrics import (
+    Bools,
+    Floats,
+    auroc,
+    auroc_interval,
+    lead_interval,
+    operating_point,
+    pair_runs,
+)
 from jacdiag.backtest.outcomes import label
 from jacdiag.backtest.recorded_run import Run
 from jacdiag.errors import UsageError
-from jacdiag.records.backtest import BacktestReport, Detector, Estimate, Label, Ranking
+from jacdiag.records.backtest import (
+    LEAST_RUNS,
+    BacktestReport,
+    Detector,
+    Estimate,
+    Label,
+    Lead,
+    Ranking,
+)
 
 _OUTCOMES = ("diverged", "spiked", "worse", "any")
 
@@ -89,14 +105,17 @@ def backtest(
         "not_whole": not_complete,
     }
     names = [run.name for run in complete]
+    rankings = _rankings(dataset, false_alarms, times)
     return BacktestReport(
         labels=dict(zip(names, labels, strict=True)),
         bad=dict(zip(names, is_wrong.tolist(), strict=True)),
         strata=_count_strata(dataset),
-        rankings=_rankings(dataset, false_alarms, times),
+        rankings=rankings,
         detectors=_detectors(complete, labels, is_wrong, lead),
         held_out=[held_out(dataset, factor, false_alarms, times) for factor in hold_out],
         curves=curves_of_risk,
+        lead=_lead(dataset, rankings, times),
+        comparable=_count_comparable(dataset),
         asked=options,
     )
 
@@ -130,7 +149,7 @@ def _check_outcomes(is_wrong: Bools, not_complete: int) -> None:
         return
 
     # Runs that have not reached their end may end otherwise.
-    hint = "--bad chooses what is wrong"
+    hint = f"an AUROC takes {LEAST_RUNS} runs of either outcome; --bad chooses what is wrong"
     if not_complete:
         hint = f"{not_complete} more have not reached their end"
     raise UsageError(
@@ -160,15 +179,20 @@ def _rankings(dataset: Dataset, false_alarms: float, times: int) -> list[Ranking
     for name, values in dataset.trivial.items():
         trivial.append(_ranking(dataset, name, values, True, false_alarms, times))
 
-    # 2. The best first. One that is not defined counts as 0.
-    figures.sort(key=_negative_auroc)
-    trivial.sort(key=_negative_auroc)
+    # 2. The best first.
+    figures.sort(key=_rank_order)
+    trivial.sort(key=_rank_order)
     return figures + trivial
 
 
-def _negative_auroc(ranking: Ranking) -> float:
-    """Return a key that puts the highest AUROC first."""
-    return -(ranking.all_pairs or 0.0)
+def _rank_order(ranking: Ranking) -> tuple[float, float]:
+    """Return a key that puts the highest AUROC first; one that is not defined counts as 0.
+
+    If no runs share a learning rate, figures stand by their AUROC within strata.
+    """
+    if ranking.all_pairs is None:
+        return 0.0, -(ranking.within.value or 0.0)
+    return -ranking.all_pairs, 0.0
 
 
 def _ranking(
@@ -191,22 +215,75 @@ def _ranking(
         scores = values[places]
         outcomes = is_wrong[places]
         rates = [given_rate[place] for place in places]
-        by_stratum[stratum] = auroc(scores, outcomes)
-        given_by_stratum[stratum] = auroc(scores, outcomes, rates, missing_ties=True)
+        by_stratum[stratum] = None
+        given_by_stratum[stratum] = None
+        if pair_runs(scores, outcomes, None).enough:
+            by_stratum[stratum] = auroc(scores, outcomes)
+        if pair_runs(scores, outcomes, rates).enough:
+            given_by_stratum[stratum] = auroc(scores, outcomes, rates, missing_ties=True)
 
-    # 2. Over all strata.
+    # 2. Over all strata. A threshold needs as many runs as an AUROC.
+    over_all = interval(None)
+    given_lr = interval(given_rate)
+    all_pairs = None
+    if given_lr.value is not None:
+        all_pairs = auroc(values, is_wrong, given_rate, missing_ties=True)
+    operating = None
+    if over_all.value is not None:
+        operating = operating_point(values, is_wrong, false_alarms)
     return Ranking(
         name=name,
-        over_all=interval(None),
+        over_all=over_all,
         within=interval(strata),
-        given_lr=interval(given_rate),
-        all_pairs=auroc(values, is_wrong, given_rate, missing_ties=True),
+        given_lr=given_lr,
+        all_pairs=all_pairs,
         by_stratum=by_stratum,
         given_by_stratum=given_by_stratum,
-        operating=operating_point(values, is_wrong, false_alarms),
+        operating=operating,
         trivial=trivial,
         measured=int(np.sum(~np.isnan(values))),
     )
+
+
+def _count_comparable(dataset: Dataset) -> dict[str, list[int]]:
+    """Return how many runs of either outcome share a group with one of the other outcome."""
+    anything = np.zeros(len(dataset.is_wrong))
+    groups: dict[str, Sequence[Hashable] | None] = {
+        "over_all": None,
+        "within": dataset.strata,
+        "given_lr": dataset.given_rate,
+    }
+    counts = {}
+    for name, keys in groups.items():
+        counts[name] = list(pair_runs(anything, dataset.is_wrong, keys).runs)
+    return counts
+
+
+def _lead(dataset: Dataset, rankings: Sequence[Ranking], times: int) -> Lead | None:
+    """Return how far the best figure is ahead of the best trivial classifier.
+
+    Returns:
+        None if there is no figure, or no trivial classifier, that could be ranked.
+    """
+    # 1. The rankings stand in their order: the first of each kind is the best.
+    ranked = [ranking for ranking in rankings if ranking.given_lr.value is not None]
+    figures = [ranking.name for ranking in ranked if not ranking.trivial]
+    rivals = [ranking.name for ranking in ranked if ranking.trivial]
+    if not figures or not rivals:
+        return None
+
+    # 2. Their difference on the same runs.
+    difference = lead_interval(
+        dataset.figures[figures[0]],
+        dataset.trivial[rivals[0]],
+        dataset.is_wrong,
+        dataset.given_rate,
+        dataset.clusters,
+        times=times,
+    )
+    if difference.value is None:
+        return None
+    return Lead(figures[0], rivals[0], difference, candidates=len(figures))
 
 
 # -- live rules ------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ Nothing here knows what a run is: all functions take arrays with one entry per r
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from jacdiag.records.backtest import Bin, Estimate, Operating
+from jacdiag.records.backtest import LEAST_RUNS, Bin, Estimate, Operating
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -100,6 +101,77 @@ def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
     return [np.array(group) for group in places.values()]
 
 
+@dataclass(frozen=True)
+class RunPairs:
+    """All pairs of a bad run and a good one that may be compared by a score.
+
+    Attributes:
+        high, low: places of the bad runs and of the good ones.
+        counted: 1 for a pair that counts, (bad runs, good runs).
+        won: what the bad run wins in it: 1, or 1/2 in a tie.
+    """
+
+    high: NDArray[np.intp]
+    low: NDArray[np.intp]
+    counted: Floats
+    won: Floats
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """How many bad runs and how many good ones are in some pair."""
+        bad = int(self.counted.any(axis=1).sum())
+        good = int(self.counted.any(axis=0).sum())
+        return bad, good
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many runs of either outcome are in pairs as an AUROC needs."""
+        return min(self.runs) >= LEAST_RUNS
+
+    @property
+    def auroc(self) -> float:
+        """The share of the pairs that the bad runs win."""
+        return float(self.won.sum() / self.counted.sum())
+
+    def resampled(self, weights: Floats) -> Floats:
+        """Return the AUROC of each resample; nan for one without a pair.
+
+        Each resample only weighs the pairs: a run that was drawn twice makes every pair of its own
+        twice.
+
+        Args:
+            weights: how often each run is drawn, (resamples, runs).
+        """
+        above = ((weights[:, self.high] @ self.won) * weights[:, self.low]).sum(axis=1)
+        counts = ((weights[:, self.high] @ self.counted) * weights[:, self.low]).sum(axis=1)
+        shares = np.full(len(weights), np.nan)
+        np.divide(above, counts, out=shares, where=counts > 0)
+        return shares
+
+
+def pair_runs(scores: Floats, is_wrong: Bools, strata: Sequence[Hashable] | None) -> RunPairs:
+    """Return the pairs of a bad run and a good one.
+
+    Args:
+        scores: one a run, larger meaning worse; a run whose score is nan is in no pair.
+        is_wrong: which runs went wrong.
+        strata: runs of one stratum are compared with each other; None compares all.
+    """
+    # 1. Which pairs count.
+    known = ~np.isnan(scores)
+    high = np.flatnonzero(known & is_wrong)
+    low = np.flatnonzero(known & ~is_wrong)
+    difference = scores[high][:, None] - scores[low][None, :]
+    counted = np.ones_like(difference)
+    if strata is not None:
+        codes = _codes_of(strata)
+        counted = (codes[high][:, None] == codes[low][None, :]).astype(np.float64)
+
+    # 2. Which of them the bad run wins. A tie counts half.
+    won = counted * ((difference > 0) + 0.5 * (difference == 0))
+    return RunPairs(high, low, counted, won)
+
+
 def auroc_interval(
     scores: Floats,
     is_wrong: Bools,
@@ -112,9 +184,6 @@ def auroc_interval(
 ) -> Estimate:
     """Return the AUROC with its percentile interval over resampled clusters.
 
-    Each resample only weighs the pairs of runs, which are compared once: a run that was drawn twice
-    makes every pair of its own twice.
-
     Args:
         scores: one value a run; nan where it is not known. See `auroc`.
         is_wrong: which runs went wrong.
@@ -124,41 +193,77 @@ def auroc_interval(
         times: resamples; no interval from fewer than five clusters.
         level: confidence of the interval.
         seed: of the resamples.
+
+    Returns:
+        No value if fewer than `LEAST_RUNS` runs of either outcome are in some pair.
     """
-    # 1. Which pairs count, and which the bad run wins: (bad runs, good runs).
-    known = ~np.isnan(scores)
-    high = np.flatnonzero(known & is_wrong)
-    low = np.flatnonzero(known & ~is_wrong)
-    difference = scores[high][:, None] - scores[low][None, :]
-    pairs = np.ones_like(difference)
-    if strata is not None:
-        codes = _codes_of(strata)
-        pairs = (codes[high][:, None] == codes[low][None, :]).astype(np.float64)
-
-    # A tie counts half.
-    won = pairs * ((difference > 0) + 0.5 * (difference == 0))
-    count = pairs.sum()
-    if not count:
+    # 1. The value.
+    pairs = pair_runs(scores, is_wrong, strata)
+    if not pairs.enough:
         return Estimate(None, level=level)
-    value = float(won.sum() / count)
+    value = pairs.auroc
 
-    # 2. Whether there are enough clusters to resample.
-    known_clusters = [c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known]
-    if len(members(known_clusters)) < LEAST_CLUSTERS:
+    # 2. The interval, if there are enough clusters to resample.
+    if not _enough_clusters(clusters, ~np.isnan(scores)):
         return Estimate(value, level=level)
+    resampled = pairs.resampled(_resampled(clusters, times, seed))
+    return _with_interval(value, resampled, level)
 
-    # 3. The same for each resample.
+
+def lead_interval(
+    scores: Floats,
+    rival: Floats,
+    is_wrong: Bools,
+    strata: Sequence[Hashable] | None,
+    clusters: Sequence[Hashable],
+    *,
+    times: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Return by how much the AUROC of one score exceeds that of another, with its interval.
+
+    Both are taken over the runs that have both scores, and over the same resamples of them.
+
+    Args:
+        scores: one value a run; nan where it is not known.
+        rival: the other score.
+        is_wrong: which runs went wrong. This and the others are those of `auroc_interval`.
+        strata: runs of one stratum are compared with each other; None compares all.
+        clusters: runs that are drawn together.
+        times: resamples.
+        level: confidence of the interval.
+        seed: of the resamples.
+    """
+    # 1. The difference, on the runs that have both.
+    known = ~np.isnan(scores) & ~np.isnan(rival)
+    own_pairs = pair_runs(np.where(known, scores, np.nan), is_wrong, strata)
+    rival_pairs = pair_runs(np.where(known, rival, np.nan), is_wrong, strata)
+    if not own_pairs.enough:
+        return Estimate(None, level=level)
+    value = own_pairs.auroc - rival_pairs.auroc
+
+    # 2. Its interval.
+    if not _enough_clusters(clusters, known):
+        return Estimate(value, level=level)
     weights = _resampled(clusters, times, seed)
-    above = ((weights[:, high] @ won) * weights[:, low]).sum(axis=1)
-    counts = ((weights[:, high] @ pairs) * weights[:, low]).sum(axis=1)
+    differences = own_pairs.resampled(weights) - rival_pairs.resampled(weights)
+    return _with_interval(value, differences, level)
 
-    # 4. The interval over the resamples that have a pair.
-    has_pairs = counts > 0
-    resampled = above[has_pairs] / counts[has_pairs]
-    if not resampled.size:
+
+def _enough_clusters(clusters: Sequence[Hashable], known: Bools) -> bool:
+    """Return whether the runs that have a score are of enough clusters to resample them."""
+    known_clusters = [c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known]
+    return len(members(known_clusters)) >= LEAST_CLUSTERS
+
+
+def _with_interval(value: float, resampled: Floats, level: float) -> Estimate:
+    """Return an estimate with the percentiles of its resamples; one without a pair is nan."""
+    defined = resampled[~np.isnan(resampled)]
+    if not defined.size:
         return Estimate(value, level=level)
-    lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(lower), float(upper), level, int(resampled.size))
+    lower, upper = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(lower), float(upper), level, int(defined.size))
 
 
 def _codes_of(keys: Sequence[Hashable]) -> NDArray[np.intp]:

@@ -1,4 +1,4 @@
-"""Runs to test verdicts on: jacdiag's own logs, or any CSV or JSONL with a row a step.
+"""Runs to test verdicts on: jacdiag's own logs, those of a Trainer or of TensorBoard, or any table.
 
 What was varied between runs (learning rate, recipe, depth ...) are its *factors*: from
 `factors.json` next to the log, else the columns of a foreign log that never change.
@@ -11,15 +11,24 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jacdiag.backtest import event_files, trainer_state
 from jacdiag.backtest.archive import is_packed, read_packed
+from jacdiag.backtest.event_files import is_event_file, read_events
 from jacdiag.backtest.recorded_run import Factor, Floats, Run
+from jacdiag.backtest.run_search import find_logs, name_of_run, place_of_run
+from jacdiag.backtest.trainer_state import (
+    STATE_FILE,
+    folder_of_run,
+    is_trainer_state,
+    read_trainer_state,
+)
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records import NewerSchemaError, Report
@@ -33,6 +42,8 @@ KEYS = ("step", "loss", "grad_norm", "lr")
 # Values of a step that was not logged. A blank is no "nan": that one was logged.
 _UNLOGGED = (None, "")
 
+_HOLDS_ROWS = "CSV with a header, JSONL with an object a line, or a log of a Trainer or TensorBoard"
+
 
 def read_runs(
     paths: Iterable[str | Path],
@@ -44,7 +55,8 @@ def read_runs(
     """Read runs from files and folders; a folder that holds folders is searched for logs.
 
     Args:
-        paths: run logs, CSV or JSONL files, packed runs, or folders.
+        paths: run logs, `trainer_state.json` of a Hugging Face Trainer, TensorBoard event files,
+            CSV or JSONL files, packed runs, or folders.
         columns: what a foreign log calls step, loss, grad_norm and lr.
         figures: columns of a foreign log whose first value is a figure of the untrained model.
         rules: judge the logs again by the live rules with these thresholds, in place of the alerts
@@ -52,14 +64,17 @@ def read_runs(
 
     Raises:
         SourceError: a file that cannot be read, holds no run, or holds less than `rules` need.
-        UsageError: a column that is not there.
+        UsageError: a column that is not there, or event files without TensorBoard to read them.
     """
     # 1. The files.
     files: list[Path] = []
     for path in paths:
-        files += _files(Path(path))
+        files += find_logs(Path(path))
     if not files:
-        raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
+        raise SourceError(
+            "no run was found",
+            hint=f"files, or folders with {RUN_FILE}, {STATE_FILE}, event files or .csv in them",
+        )
 
     # 2. The runs in each, and where it is.
     runs: list[Run] = []
@@ -67,7 +82,7 @@ def read_runs(
     for file in files:
         runs_of_file = _read(file, dict(columns or {}), figures, rules)
         runs += runs_of_file
-        places += [_place(file)] * len(runs_of_file)
+        places += [place_of_run(file)] * len(runs_of_file)
     return _with_unique_names(runs, places)
 
 
@@ -76,7 +91,7 @@ def _with_unique_names(runs: Sequence[Run], places: Sequence[tuple[str, ...]]) -
 
     Args:
         runs: as they were read.
-        places: the folders of each, as `_place` returns them.
+        places: the folders of each, as `place_of_run` returns them.
     """
     # 1. By their path, one folder more at a time.
     names = [run.name for run in runs]
@@ -105,43 +120,19 @@ def _repeated(names: Iterable[str]) -> set[str]:
     return {name for name, count in Counter(names).items() if count > 1}
 
 
-def _place(file: Path) -> tuple[str, ...]:
-    """Return the folders (and the pack) in which a run's name is unique.
-
-    A log of jacdiag has its name from its own folder.
-    """
-    folder = file.absolute().parent
-    if file.name == RUN_FILE:
-        folder = folder.parent
-    folders = folder.parts[1:]
-    if is_packed(file):
-        return (*folders, file.name)
-    return folders
-
-
-def _files(path: Path) -> list[Path]:
-    """Return a file, the log of a run's folder, or all logs below a folder."""
-    if not path.is_dir():
-        return [path]
-
-    # A folder that is a run is not searched for others.
-    log = path / RUN_FILE
-    if log.is_file():
-        return [log]
-    return sorted(path.rglob(RUN_FILE))
-
-
 def _read(
     file: Path, columns: dict[str, str], figures: Sequence[str], rules: Thresholds | None
 ) -> list[Run]:
     """Read the runs of one file. The arguments are those of `read_runs`."""
     # 1. A log of jacdiag, which alone holds what the live rules look at.
     if file.suffix == ".jsonl" and _is_ours(file):
-        return [of_log(read_run(file), _name(file), _factors(file), _report(file), rules)]
+        return [
+            of_log(read_run(file), name_of_run(file), _factors(file.parent), _report(file), rules)
+        ]
     if rules is not None:
         raise _too_little(str(file))
 
-    # 2. Other files.
+    # 2. Many runs in one file, and the logs of other programs.
     if is_packed(file):
         return read_packed(file)
     return [_foreign(file, columns, figures)]
@@ -164,17 +155,10 @@ def _is_ours(file: Path) -> bool:
     return isinstance(header, dict) and header.get("type") == "run"
 
 
-def _name(file: Path) -> str:
-    """Return the name of the run in a file."""
-    if file.name == RUN_FILE:
-        return file.parent.name
-    return file.stem
-
-
-def _factors(file: Path) -> dict[str, Factor]:
-    """Read the factors next to a log; a number that is not finite is kept as a text."""
+def _factors(folder: Path) -> dict[str, Factor]:
+    """Read the factors in the folder of a log; a number that is not finite is kept as a text."""
     # 1. Read the file, if there is one.
-    path = file.parent / FACTORS
+    path = folder / FACTORS
     if not path.is_file():
         return {}
     try:
@@ -404,24 +388,52 @@ def _array(values: Iterable[float]) -> Floats:
 
 
 # -- foreign logs ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _ForeignLog:
+    """What another program wrote of a run.
+
+    Attributes:
+        rows: one for each time that it logged.
+        factors: that it knows of.
+        places: where a file of factors may be; a later one has the last word.
+        names: of `KEYS`, what it may call each, in the order in which they are looked for.
+    """
+
+    rows: list[dict[str, Any]]
+    places: tuple[Path, ...]
+    factors: dict[str, Any] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _read_foreign(file: Path) -> _ForeignLog:
+    """Read what another program wrote, in the form that it has."""
+    if file.is_dir():
+        return _ForeignLog(read_events(file), (file,), names=event_files.NAMES)
+    if is_event_file(file):
+        return _ForeignLog(read_events(file), (file.parent,), names=event_files.NAMES)
+    if is_trainer_state(file):
+        log = read_trainer_state(file)
+        places = (folder_of_run(file), file.parent)
+        return _ForeignLog(log.rows, places, log.factors, trainer_state.NAMES)
+    return _ForeignLog(list(_rows(file)), (file.parent,))
+
+
 def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run:
-    """Read a run from CSV or JSONL that another program wrote.
+    """Read a run that another program wrote.
 
     Args:
-        file: with a row for each step.
-        columns: what the file calls the keys in `KEYS`.
+        file: with a row for each step, or a folder of event files.
+        columns: what the log calls the keys in `KEYS`.
         figures: columns whose first value is a figure of the untrained model.
     """
     # 1. The rows and the columns.
-    rows = list(_rows(file))
-    if not rows:
-        raise SourceError(
-            f"'{file}' holds no row", hint="CSV with a header, or JSONL with an object a line"
-        )
-    names = {key: columns.get(key, key) for key in KEYS}
+    log = _read_foreign(file)
+    if not log.rows:
+        raise SourceError(f"'{file}' holds no row", hint=_HOLDS_ROWS)
     known: dict[str, None] = {}
-    for row in rows:
+    for row in log.rows:
         known.update(dict.fromkeys(row))
+    names = {key: _name_of_series(key, columns, log, known) for key in KEYS}
     _check_columns(file, known, names["loss"], figures)
 
     # 2. The steps that have a loss, by their number or by their place.
@@ -429,7 +441,7 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
     losses = []
     norms = []
     steps = []
-    for place, row in enumerate(rows, start=1):
+    for place, row in enumerate(log.rows, start=1):
         loss = row.get(names["loss"])
         if loss in _UNLOGGED:
             continue
@@ -440,18 +452,34 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
     if not losses:
         raise _no_loss(file.name)
 
-    # 3. The factors: columns that never change, and the file next to the log.
+    # 3. The factors: columns that never change, what the log knows, and the file next to it.
     used = {*names.values(), *figures}
-    factors = {**_constant(rows, known, used), **_factors(file)}
-    factors = _with_rate(factors, (number(row.get(names["lr"])) for row in rows))
+    factors = _constant(log.rows, known, used)
+    for name, value in log.factors.items():
+        factors[str(name)] = _factor(value)
+    for folder in log.places:
+        factors.update(_factors(folder))
+    factors = _with_rate(factors, (number(row.get(names["lr"])) for row in log.rows))
     return Run(
-        name=_name(file),
+        name=name_of_run(file),
         factors=factors,
         steps=_array(steps),
         loss=_array(losses),
         grad_norm=_array(norms),
-        figures={name: _first_logged(rows, name) for name in figures},
+        figures={name: _first_logged(log.rows, name) for name in figures},
     )
+
+
+def _name_of_series(
+    key: str, columns: Mapping[str, str], log: _ForeignLog, known: Mapping[str, None]
+) -> str:
+    """Return what a log calls a key: as --column says, or else a usual name that it has."""
+    if key in columns:
+        return columns[key]
+    for name in log.names.get(key, ()):
+        if name in known:
+            return name
+    return key
 
 
 def _check_columns(

@@ -12,6 +12,10 @@ from jacdiag.records.risk import RiskCurve
 
 Outcome = Literal["diverged", "spiked", "healthy"]
 
+# Runs of either outcome that an AUROC takes. With three of each, a figure without any value ranks
+# them all right or all wrong in 1 of 10 tries, with four of each in 1 of 35.
+LEAST_RUNS = 4
+
 
 @dataclass(frozen=True)
 class Label(Record):
@@ -109,6 +113,22 @@ class Ranking(Record):
     operating: Operating | None
     trivial: bool
     measured: int
+
+
+@dataclass(frozen=True)
+class Lead(Record):
+    """How far the best figure is ahead of the best classifier that knows no Jacobian.
+
+    Attributes:
+        figure, rival: their names.
+        difference: of their AUROCs, learning rate given, over the same resamples of the runs.
+        candidates: figures that the best one was picked from, on the same runs.
+    """
+
+    figure: str
+    rival: str
+    difference: Estimate
+    candidates: int
 
 
 @dataclass(frozen=True)
@@ -220,6 +240,9 @@ class BacktestReport(Record):
         rankings: figures first, the best first; then the trivial classifiers.
         held_out: one for each requested factor.
         curves: of the chance, by placement, from all runs.
+        lead: of the best figure; None if nothing could be compared.
+        comparable: "over_all", "within" and "given_lr" -> [runs that went wrong, others] that share
+            a group with a run of the other outcome.
     """
 
     _document: ClassVar[str] = "result of a backtest"
@@ -234,6 +257,10 @@ class BacktestReport(Record):
     detectors: list[Detector]
     held_out: list[HeldOut] = field(default_factory=list)
     curves: dict[str, RiskCurve] = field(default_factory=dict)
+
+    # How far the best figure is ahead, and how many runs could be compared.
+    lead: Lead | None = None
+    comparable: dict[str, list[int]] = field(default_factory=dict)
 
     # The options of the backtest.
     asked: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jacdiag.records.backtest import BacktestReport, Detector, Estimate, HeldOut, Ranking
+from jacdiag.records.backtest import (
+    LEAST_RUNS,
+    BacktestReport,
+    Detector,
+    Estimate,
+    HeldOut,
+    Ranking,
+)
 from jacdiag.records.output_file import write_output
 from jacdiag.render.plots.depth_curves import INK, PALE
 from jacdiag.render.plots.report_plot import check_suffix
@@ -99,6 +106,16 @@ def span(estimate: Estimate) -> str:
     return f"{text} [{lower:.2f}, {upper:.2f}]"
 
 
+def signed_span(estimate: Estimate) -> str:
+    """Return a difference, such as "+0.07 [-0.02, +0.16]"; "–" if there is none."""
+    if estimate.value is None:
+        return _ABSENT
+    text = f"{estimate.value:+.2f}"
+    if estimate.lower is None or estimate.upper is None:
+        return text
+    return f"{text} [{estimate.lower:+.2f}, {estimate.upper:+.2f}]"
+
+
 # -- sentences -------------------------------------------------------------------------------------
 def summary(report: BacktestReport) -> list[str]:
     """Return what was looked at, and which figure came out best.
@@ -113,34 +130,113 @@ def summary(report: BacktestReport) -> list[str]:
         f"{len(report.bad)} runs, {sum(report.bad.values())} went wrong ({definition}); "
         f"by loss alone: {counts}"
     ]
+    lines += _worse_line(report)
     unfinished = report.asked.get("not_whole")
     if unfinished:
         lines.append(f"{unfinished} runs did not come to their end and were left out")
     strata = ", ".join(f"{name} {bad} of {count}" for name, (count, bad) in report.strata.items())
     lines.append(f"strata (went wrong): {strata}")
 
-    # 2. The best figures.
-    best = report.best
-    if best is None:
-        return [*lines, "no figure could be ranked within one architecture and learning rate"]
-    lines.append(f"best given the learning rate: {best.name}, {span(best.given_lr)}")
+    # 2. Why there is no AUROC.
+    reason = _no_auroc(report)
+    if reason:
+        lines.append(reason)
+
+    # 3. The best figures.
+    if report.best is not None:
+        lines += _best_lines(report, report.best)
     best_within = _best_within(report)
+    if best_within is not None:
+        lines.append(
+            f"best within an architecture: {best_within.name}, {span(best_within.within)}; "
+            f"best trivial classifier {_best_trivial_within(report):.2f}"
+        )
+    return lines
+
+
+def _worse_line(report: BacktestReport) -> list[str]:
+    """Return how many runs only ended over their peers, and which runs are peers."""
+    # 1. Runs that went wrong without a divergence or a spike.
+    worse = report.asked.get("worse")
+    counts_worse = report.asked.get("bad") in ("any", "worse")
+    if worse is None or not counts_worse:
+        return []
+    merely_worse = 0
+    for name, is_bad in report.bad.items():
+        if is_bad and report.labels[name].outcome == "healthy":
+            merely_worse += 1
+
+    # 2. What they are compared with.
+    peers = "the best of all runs"
+    factors = report.asked.get("peers")
+    if factors:
+        peers = f"the best run of the same {', '.join(factors)}"
+
+    # 3. Runs of a higher rate are no peers, if the rates are known.
+    has_rates = any(
+        ranking.name == "learning rate" and ranking.measured for ranking in report.rankings
+    )
+    if has_rates:
+        peers += " at the same or a lower learning rate"
+    return [
+        f"{merely_worse} of those that went wrong neither diverged nor spiked, and ended "
+        f"{worse:g} nats or more over {peers}"
+    ]
+
+
+def _no_auroc(report: BacktestReport) -> str:
+    """Return why no figure has an AUROC within one architecture and learning rate, or "".
+
+    The reason is the widest comparison that fails.
+    """
+    # 1. There is one, or the report does not say how many runs could be compared.
+    if report.best is not None:
+        return ""
+    needs = f"an AUROC takes at least {LEAST_RUNS} runs that went wrong and {LEAST_RUNS} others"
+    comparable = report.comparable
+    if not comparable:
+        return "no figure could be ranked within one architecture and learning rate"
+
+    # 2. Too few runs.
+    wrong = sum(report.bad.values())
+    others = len(report.bad) - wrong
+    if min(wrong, others) < LEAST_RUNS:
+        return f"no AUROC: {needs}; here {wrong} went wrong and {others} did not"
+
+    # 3. No figure that was measured on enough of them.
+    if all(ranking.trivial for ranking in report.rankings):
+        return "no figure to rank: --figure COLUMN names a column that holds one, or audit each run"
+    wrong, others = comparable["given_lr"]
+    if min(wrong, others) < LEAST_RUNS:
+        return (
+            "no AUROC within one architecture, learning rate and warm-up: "
+            f"{needs} that share them; here {wrong} and {others} do"
+        )
+    return "no AUROC within one architecture and learning rate: too few runs have a figure"
+
+
+def _best_lines(report: BacktestReport, best: Ranking) -> list[str]:
+    """Return the best figure given the learning rate, and its lead over what is trivial."""
+    lines = [f"best given the learning rate: {best.name}, {span(best.given_lr)}"]
+    lead = report.lead
+    if lead is None:
+        return lines
     lines.append(
-        f"best within an architecture: {best_within.name}, {span(best_within.within)}; "
-        f"best trivial classifier {_best_trivial_within(report):.2f}"
+        f"its lead over {lead.rival}: {signed_span(lead.difference)}; it was picked among "
+        f"{lead.candidates} figures on these runs"
     )
     return lines
 
 
-def _best_within(report: BacktestReport) -> Ranking:
-    """Return the figure with the largest AUROC within strata."""
+def _best_within(report: BacktestReport) -> Ranking | None:
+    """Return the figure with the largest AUROC within strata; None if no figure has one."""
     candidates = []
     for ranking in report.rankings:
         if ranking.trivial:
             continue
         if ranking.within.value is not None:
             candidates.append(ranking)
-    return max(candidates, key=lambda ranking: ranking.within.value or 0.0)
+    return max(candidates, key=lambda ranking: ranking.within.value or 0.0, default=None)
 
 
 def _best_trivial_within(report: BacktestReport) -> float:
