@@ -1,11 +1,10 @@
-"""The spike lab: trains a grid of small GPTs, each with an audit before its first step and a watch
-beside it.
+"""The spike lab trains a grid of small GPTs. Each has an audit before its first step, and a watch.
 
-    python -m examples.spike_lab smoke --out /tmp/lab          seconds
-    python -m examples.spike_lab cpu --out runs/lab --jobs 2   an hour or two on 2 cores; goes on
-    where it was stopped python -m examples.spike_lab gpu --out runs/gpu --device cuda --minutes 9
+    python -m examples.spike_lab smoke --out runs/lab           half a minute
+    python -m examples.spike_lab cpu --out runs/cpu --jobs 2    an hour or two on 2 cores
+    python -m examples.spike_lab gpu --out runs/gpu --device cuda --minutes 9
 
-Then: jacdiag backtest runs/lab
+A grid that was stopped goes on with the same command. Then: jacdiag backtest runs/lab
 """
 
 from __future__ import annotations
@@ -58,15 +57,28 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at once, one thread each on a CPU"
     )
-    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after this time, to go on later"
     )
     options = parser.parse_args()
     if options.jobs > 1:
-        sys.exit(_several(options))
-    _some(options)
+        code = _several(options)
+    else:
+        code = 0
+        _some(options)
+
+    # A job of several says nothing of the others.
+    is_whole = options.part is None and code == 0
+    if is_whole and not _to_do(options.out, settings(options.grid)):
+        print(f"next: jacdiag backtest {options.out}", flush=True)
+    sys.exit(code)
+
+
+def _to_do(out: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that have not reached their end."""
+    return [factors for factors in runs if not (out / name_of(factors) / "done").exists()]
 
 
 def _several(options: argparse.Namespace) -> int:
@@ -96,15 +108,17 @@ def _several(options: argparse.Namespace) -> int:
 
 
 def _some(options: argparse.Namespace) -> None:
+    """Train a share of the runs, as far as the time goes."""
     import torch
 
     from .run import Setting, train
 
     torch.use_deterministic_algorithms(True, warn_only=options.device != "cpu")
     jobs = int(os.environ.get("LAB_JOBS", "1"))
-    runs = settings(options.grid)[options.part :: jobs]
-    todo = [factors for factors in runs if not (options.out / name_of(factors) / "done").exists()]
-    print(f"part {options.part}: {len(todo)} of {len(runs)} runs to do", flush=True)
+    part = options.part or 0
+    runs = settings(options.grid)[part::jobs]
+    todo = _to_do(options.out, runs)
+    print(f"part {part}: {len(todo)} of {len(runs)} runs to do", flush=True)
     begun = time.perf_counter()
     for done, factors in enumerate(todo, 1):
         left, folder = (
@@ -116,7 +130,7 @@ def _some(options: argparse.Namespace) -> None:
             return
         each, rest = (time.perf_counter() - begun) / done, len(todo) - done
         told = f"{done} of {len(todo)}, {each:.1f} s each, {each * rest / 60:.0f} min left"
-        print(f"part {options.part}: {told}", flush=True)
+        print(f"part {part}: {told}", flush=True)
 
 
 if __name__ == "__main__":

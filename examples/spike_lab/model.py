@@ -146,3 +146,9 @@ class Model(nn.Module):
         return (
             logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         )
+
+
+def smoke() -> Model:
+    """Return an untrained model of the grid `smoke`, for `jacdiag audit` and `jacdiag gate`."""
+    shape = Shape(layers=2, width=16, heads=2, length=16, placement="none")
+    return Model(shape)

@@ -46,14 +46,12 @@ def _logs_of_others(folder: Path, own: set[Path]) -> list[Path]:
     if folder in own:
         return []
 
-    # 2. A folder that is a run is not searched. A Trainer keeps its event files inside of it.
-    holds_own = any(folder in other.parents for other in own)
-    if not holds_own:
-        state = find_state(folder)
-        if state is not None:
-            return [state]
-        if has_event_files(folder):
-            return [folder]
+    # 2. A folder that is a run is not searched. A Trainer keeps its event files inside of it, and
+    # maybe a log of jacdiag, which is of the same run.
+    log = _log_in(folder)
+    if log is not None:
+        holds_own = any(folder in other.parents for other in own)
+        return [] if holds_own else [log]
 
     # 3. The folders in it.
     logs = []
@@ -61,6 +59,16 @@ def _logs_of_others(folder: Path, own: set[Path]) -> list[Path]:
         if below.is_dir() and not below.is_symlink():
             logs += _logs_of_others(below, own)
     return logs
+
+
+def _log_in(folder: Path) -> Path | None:
+    """Return the log of a Trainer or of TensorBoard that makes a folder a run; None without one."""
+    state = find_state(folder)
+    if state is not None:
+        return state
+    if has_event_files(folder):
+        return folder
+    return None
 
 
 def name_of_run(log: Path) -> str:
