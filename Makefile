@@ -75,6 +75,7 @@ lab: .venv/.installed
 	$(BIN)/jacdiag backtest runs/lab/cpu $(PEERS) --rejudge --resamples 1 --pack runs/lab/cpu.runs.gz > /dev/null
 	$(BIN)/jacdiag backtest runs/lab/cpu.runs.gz $(PEERS) $(HELD) \
 	  --markdown runs/lab/cpu.md --plot runs/lab/cpu.png --write-risk runs/lab/risk.toml
+	$(BIN)/jacdiag backtest runs/lab/cpu.runs.gz $(PEERS) $(HELD) --bad diverged --markdown runs/lab/cpu-diverged.md > /dev/null
 	for grid in $(TESTS_OF_CURVES); do $(BIN)/jacdiag backtest runs/lab/$$grid $(PEERS) --rejudge --risk runs/lab/risk.toml \
 	  --pack runs/lab/$$grid.runs.gz --markdown runs/lab/$$grid.md || exit; done
 

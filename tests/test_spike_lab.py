@@ -14,9 +14,9 @@ import torch
 
 import jacdiag
 from examples.spike_lab.__main__ import settings
-from examples.spike_lab.model import PLACEMENTS, Model, Shape
+from examples.spike_lab.model import PLACEMENTS, Model, Shape, smoke
 from examples.spike_lab.run import FAULTS, Setting, train
-from jacdiag.backtest import read_runs
+from jacdiag.backtest import label, read_runs
 
 TINY: dict[str, Any] = {
     "layers": 1,
@@ -46,6 +46,21 @@ def test_the_plan_is_as_large_as_it_says() -> None:
             assert Setting.of(setting.factors()) == setting
     with pytest.raises(TypeError):
         Setting.of({"colour": "red"})
+
+
+def test_the_smallest_grid_has_runs_that_end_well_and_runs_that_diverge(tmp_path: Path) -> None:
+    grid = settings("smoke")
+    rates = sorted(factors["lr"] for factors in grid)
+    for rate, outcome in ((rates[0], "healthy"), (rates[-1], "diverged")):
+        factors = next(f for f in grid if f["lr"] == rate and f["recipe"] == "vanilla")
+        assert train(Setting.of(factors), tmp_path / f"{rate}", audit=False)
+        (run,) = read_runs([tmp_path / f"{rate}"])
+        assert run.whole and label(run.loss).outcome == outcome
+
+
+def test_the_model_of_the_smallest_grid_can_be_audited() -> None:
+    plain = [factors for factors in settings("smoke") if factors["recipe"] == "vanilla"]
+    assert {Setting.of(factors).shape for factors in plain} == {smoke().shape}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
