@@ -124,4 +124,4 @@ def _run_command(words: list[str], where: str) -> None:
         assert code in (0, 1), f"{where}: exit code {code} of {shlex.join(words)}"
         return
     program = [sys.executable, *words[1:]] if words[0] == "python" else words
-    subprocess.run(program, check=True, timeout=120)
+    subprocess.run(program, check=True, timeout=600)  # a page may train small models

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from jacdiag_cli.main import main
 
 from scripts.docs.repository_files import ROOT
 
@@ -154,7 +155,8 @@ def test_ranges_over_what_was_held_out() -> None:
 
 def test_no_figure_is_ahead_if_only_divergence_counts() -> None:
     """The page says so in bold. It would have to go if one of these came out otherwise."""
-    assert "no figure of the audit is ahead of the gradient norm, in any row" in page(FIRST_STEP)
+    assert "something that knows no Jacobian is ahead in every row" in page(FIRST_STEP)
+    assert "better than every figure of the audit, within the noise" in page(SUMMARY)
     assert float(DIVERGED.best.split()[0]) < float(DIVERGED.gradient_norm.split()[0])
     for factor in FACTORS:
         value, rival, _ = DIVERGED.held_out(factor)
@@ -228,3 +230,16 @@ def test_remedies_are_of_verdicts() -> None:
     assert "Remedies were tried on verdicts, not on runs" in page("README.md")
     first_sentence = page("README.md").removeprefix("# jacdiag ").split(". ")[0]
     assert not re.search(r"spike|predict|diverge", first_sentence)
+
+
+def test_the_plain_command_gives_the_counts_and_figures_of_the_page(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["backtest", str(LAB / "fresh.runs.gz"), "--resamples", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    written = [line.removeprefix("- ") for line in Backtest("fresh.md").text.splitlines()[2:6]]
+    assert printed[:3] == written[:3]
+    value = re.compile(r"best given the learning rate: .*, \S+ (?=\[)")
+    assert value.match(printed[3])[0] == value.match(written[3])[0]  # type: ignore[index]
+    assert printed[0].startswith("80 runs, 28 went wrong")
+    assert "80 runs, of which 28 went wrong" in page("docs/how-to/predict-runs.md")
