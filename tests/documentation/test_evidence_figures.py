@@ -116,6 +116,9 @@ def test_both_ways_to_count_stand_side_by_side() -> None:
         f"| picked among | {WRONG.candidates} figures | {DIVERGED.candidates} figures |",
     ):
         assert text in page(SUMMARY)
+    for backtest in (WRONG, DIVERGED):
+        name = backtest.read(r"best given the learning rate: (.*?), \d")[0]
+        assert f"`{name}`" in page(SUMMARY)
     norm = WRONG.gradient_norm.split()[0]
     row = f"| {WRONG.best} | {norm} | {DIVERGED.best} | {DIVERGED.gradient_norm} |"
     assert f"| the best single figure, on all runs {row}" in page(FIRST_STEP)
