@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import click
 from jacdiag_cli.main import cli
+
+_CODE = re.compile(r"(`[^`]*`)")
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][\w-]*)")
+_LARGEST = 2**31
 
 
 def commands() -> dict[str, click.Command]:
@@ -85,14 +90,38 @@ def _cells(param: click.Option, context: click.Context) -> tuple[str, str, str]:
     elif not param.is_flag:
         metavar = param.make_metavar(context).removesuffix(" RANGE")
         names += f" {metavar}"
-    if "range" in extra:
-        text += f" {_escaped(extra['range'])}."
+    if isinstance(param.type, click.IntRange | click.FloatRange):
+        text += f" {limits(param.type)}."
 
     # 2. The default. click writes one that is worked out later in parentheses.
     default = str(extra.get("default", "")).strip("()")
     return names, text, default
 
 
+def limits(values: click.IntRange | click.FloatRange) -> str:
+    """Return the limits of a value in words.
+
+    >>> limits(click.IntRange(min=1)), limits(click.FloatRange(0, 1, min_open=True, max_open=True))
+    ('At least 1', 'Between 0 and 1')
+    """
+    if values.min is None:
+        return f"At most {values.max}"
+    # A largest value that only says how many bits a number has is of no use to a reader.
+    if values.max is None or values.max > _LARGEST:
+        return f"Above {values.min}" if values.min_open else f"At least {values.min}"
+    if values.min_open and values.max_open:
+        return f"Between {values.min} and {values.max}"
+    return f"From {values.min} to {values.max}"
+
+
 def _escaped(text: str) -> str:
-    """Return text with the characters escaped that mean something in a Markdown table."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[")
+    """Return text for a Markdown table: options as code, and characters with a meaning escaped."""
+    pieces = []
+    for piece in _CODE.split(text):
+        if piece.startswith("`"):
+            pieces.append(piece.replace("|", "\\|"))
+            continue
+        plain = piece.replace("|", "\\|").replace("<", "&lt;")
+        plain = plain.replace("*", "\\*").replace("[", "\\[")
+        pieces.append(_OPTION.sub(r"`\1`", plain))
+    return "".join(pieces)

@@ -11,6 +11,9 @@ from scripts.docs.repository_files import PLACES, ROOT, linked_files
 
 # A line of its own in a page: the part that is put in its place.
 MARKER = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
+# What stands before a code block for the tests, and is shown to readers as well.
+_NOT_RUN = re.compile(r"^( *)<!-- not run: (.+) -->\n", re.MULTILINE)
+_FILE = re.compile(r"^( *)<!-- file: (\S+) -->\n *(`{3,}\w+)$", re.MULTILINE)
 PARTS: dict[str, Callable[[], str]] = {
     "rules": rule_pages.rules_table,
     "commands": command_pages.commands_table,
@@ -48,6 +51,18 @@ def repository_pages() -> list[str]:
 def filled(markdown: str) -> str:
     """Return a page with each marker replaced by its part."""
     return MARKER.sub(lambda match: PARTS[match[1]](), markdown)
+
+
+def with_notes_on_code(markdown: str) -> str:
+    """Return a page that says which code blocks no test runs, and which ones are files.
+
+    >>> print(with_notes_on_code("<!-- file: a.py -->\\n```python\\npass\\n```"))
+    ```python title="a.py"
+    pass
+    ```
+    """
+    text = _NOT_RUN.sub(r"\1Not run by the tests: \2.\n\1{ .not-run }\n\n", markdown)
+    return _FILE.sub(r'\1\3 title="\2"', text)
 
 
 def command_navigation() -> list[dict[str, str]]:

@@ -53,14 +53,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the tables that come from the code, and make the links those of the site."""
+    """Fill in the tables that come from the code, and make links and notes those of the site."""
     place = page.file.src_uri
     if place.startswith("repository/"):
         page.meta.setdefault("search", {"exclude": True})
     if place in generated.pages():
         return markdown
     text = repository_files.on_the_site(markdown, repository_files.repository_path(place))
-    return generated.filled(text)
+    return generated.with_notes_on_code(generated.filled(text))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -25,6 +25,7 @@ PAGES = [
 OUTPUT = "text"  # the language of a block that holds no code
 _FENCE = re.compile(r"^( {0,3})(`{3,})(\w*)\s*$")
 _NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
+_FILE = re.compile(r"^<!-- file: (\S+) -->$")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CodeBlock:
         language: after the fence; empty without one.
         text: the code.
         not_run: why it is not run; empty if it is.
+        file: that the reader saves it as; empty if it is run where it stands.
     """
 
     page: Path
@@ -44,6 +46,7 @@ class CodeBlock:
     language: str
     text: str
     not_run: str
+    file: str = ""
 
     @property
     def where(self) -> str:
@@ -64,8 +67,17 @@ def read_blocks(page: Path) -> list[CodeBlock]:
         end = lines.index(fence[1] + fence[2], number + 1)
         before = lines[number - 1].strip() if number else ""
         reason = _NOT_RUN.match(before)
-        text = "\n".join(lines[number + 1 : end]) + "\n"
-        blocks.append(CodeBlock(page, number + 2, fence[3], text, reason[1] if reason else ""))
+        file = _FILE.match(before)
+        blocks.append(
+            CodeBlock(
+                page=page,
+                line=number + 2,
+                language=fence[3],
+                text="\n".join(lines[number + 1 : end]) + "\n",
+                not_run=reason[1] if reason else "",
+                file=file[1] if file else "",
+            )
+        )
         number = end + 1
     return blocks
 
@@ -97,7 +109,9 @@ def run_block(block: CodeBlock, folder: Path, namespace: dict[str, Any]) -> None
         folder: the working directory.
         namespace: of the Python blocks of the page.
     """
-    if block.language == "python":
+    if block.file:
+        (folder / block.file).write_text(block.text, encoding="utf-8")
+    elif block.language == "python":
         code = "\n" * (block.line - 1) + block.text  # so that errors show the line of the page
         exec(compile(code, str(block.page), "exec"), namespace)
     elif block.language == "bash":

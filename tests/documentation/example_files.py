@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,16 @@ def build_model() -> nn.Module:
     return TinyGPT(GPTConfig(**SIZES))
 
 
-def names() -> dict[str, Any]:
-    """Return the names that the Python blocks of a page take as given."""
+def names(text: str = "") -> dict[str, Any]:
+    """Return the names that the Python blocks of a page take as given.
+
+    Args:
+        text: the page.
+    """
     torch.manual_seed(0)
     model = build_model()
     batches = [torch.randint(256, (2, 17)) for _ in range(8)]
+    of_nanogpt = _names_of_nanogpt() if "gradient_accumulation_steps" in text else {}
     return {
         "torch": torch,
         "build_model": build_model,
@@ -64,6 +70,25 @@ def names() -> dict[str, Any]:
         "epochs": 2,
         "loss": torch.tensor(5.5),
         "norm": torch.tensor(1.0),
+        **of_nanogpt,
+    }
+
+
+def _names_of_nanogpt() -> dict[str, Any]:
+    """Return the names of nanoGPT's training script, whose model returns logits and loss."""
+    model = GPT(GPTConfig(**SIZES))
+    x, y = torch.randint(256, (2, 2, 16))
+    return {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "ctx": nullcontext(),
+        "get_batch": lambda _split: (x, y),
+        "X": x,
+        "Y": y,
+        "grad_clip": 1.0,
+        "gradient_accumulation_steps": 3,
+        "max_iters": 4,
     }
 
 

@@ -23,12 +23,24 @@ CODE = [block for block in ALL if block.language != OUTPUT]
 SLOW = {
     "README.md",
     "AGENTS.md",
+    "concepts/branch-core-shortcut.md",
+    "concepts/the-paper.md",
+    "concepts/what-conditions-do-not-say.md",
+    "how-to/act-on-a-warning.md",
+    "how-to/after-a-spike.md",
+    "how-to/audit-a-hugging-face-folder.md",
     "how-to/audit-a-model.md",
     "how-to/compare-checkpoints.md",
+    "how-to/folder-does-not-load.md",
     "how-to/gate-an-init.md",
+    "how-to/gate-in-ci.md",
+    "how-to/html-report.md",
     "how-to/predict-runs.md",
     "how-to/try-remedies.md",
+    "how-to/write-a-factory.md",
     "tutorials/first-audit.md",
+    "tutorials/first-gate.md",
+    "tutorials/first-watch.md",
 }
 ROOT = PAGES[0].parent
 
@@ -74,13 +86,31 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SLACK_WEBHOOK", "http://127.0.0.1:9/")
-    write_files(tmp_path, page.read_text(encoding="utf-8"))
-    namespace = names()
+    text = page.read_text(encoding="utf-8")
+    write_files(tmp_path, text)
+    namespace = names(text)
     for block in BLOCKS[page]:
         if block.language != OUTPUT and not block.not_run:
             run_block(block, tmp_path, namespace)
     if "w" in namespace:
         namespace["w"].close()  # a page may leave its watch open, as a program may
+
+
+def test_a_block_that_names_a_file_is_written_and_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- file: train.py -->\n```python\nraise SystemExit\n```\n")
+    (block,) = read_blocks(page)
+    run_block(block, tmp_path, {})
+    assert (tmp_path / "train.py").read_text() == "raise SystemExit\n"
+
+
+def test_a_block_without_a_file_is_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nvalue = 3\n```\n")
+    (block,) = read_blocks(page)
+    namespace: dict[str, object] = {}
+    run_block(block, tmp_path, namespace)
+    assert namespace["value"] == 3
 
 
 def test_few_blocks_are_not_run_and_each_says_why(capsys: pytest.CaptureFixture[str]) -> None:
