@@ -71,7 +71,7 @@ COMMANDS = {
         "--contract-only",
     },
     "sites": INPUT | FACTORY | {"--format"},
-    "diff": INPUT | PRECISION | {"--format", "--html", "--all", "--contract-only"},
+    "diff": INPUT | PRECISION | {"--format", "--html", "--plot", "--all", "--contract-only"},
     "rules": {"--format"},
     "explain": set(),
     "backtest": {

@@ -198,7 +198,7 @@ def _plan_files(runs: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]
     Raises:
         UsageError: one of them cannot be written, or has a suffix that says something else.
     """
-    from jacdiag.render.plots.report_plot import check_suffix
+    from jacdiag.render.plots.picture_file import check_suffix
 
     # 1. None of them may be a file that is read.
     named = {option: given[f"{kind}_file"] for option, kind in _OUTPUTS.items()}

@@ -11,7 +11,7 @@ import click
 from jacdiag_cli.audit_options import audit_options
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
-from jacdiag_cli.output_files import any_on_stdout, plan_outputs, write_data
+from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.report_files import check_html
 from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room, show
 
@@ -40,6 +40,12 @@ _NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
 )
 @add(PROBE, SOLVER)
 @click.option(
+    "--plot",
+    "plot_file",
+    metavar="FILE",
+    help="Draw the figures that differ too: .png, .svg or .pdf; - is stdout.",
+)
+@click.option(
     "--html",
     "html_file",
     metavar="FILE",
@@ -60,6 +66,7 @@ def diff(
     b: str,
     output_format: str,
     html_file: str | None,
+    plot_file: str | None,
     all_rows: bool,
     **given: Any,
 ) -> int:
@@ -76,9 +83,14 @@ def diff(
     """
     # 1. Check the options before any work.
     inputs = [("what is compared", a), ("what is compared", b)]
-    files = plan_outputs({"--html": html_file}, inputs=inputs, output_format=output_format)
+    named = {"--html": html_file, "--plot": plot_file}
+    files = plan_outputs(named, inputs=inputs, output_format=output_format)
     if html_file is not None:
         check_html(html_file)
+    if plot_file is not None:
+        from jacdiag.render.plots.picture_file import check_suffix
+
+        check_suffix(plot_file)
 
     # 2. Compare.
     with model_output():
@@ -87,9 +99,11 @@ def diff(
         comparison = compare(_report(a, given), _report(b, given))
     invocation.heed()
 
-    # 3. Write the page, and print the result.
+    # 3. Write the page and the picture, and print the result.
     if html_file is not None:
         _write_page(comparison, html_file, (a, b))
+    if plot_file is not None:
+        _write_picture(comparison, plot_file, (a, b))
     _show(comparison, output_format, all_rows, aside=any_on_stdout(files))
     return int(comparison.first is not None)
 
@@ -129,6 +143,15 @@ def _write_page(comparison: Comparison, path: str, names: tuple[str, str]) -> No
     pairs: Any = comparison.pairs
     page = comparison_page(pairs, verdict(pairs), comparison.notes, names)
     write_data(path, page.encode())
+
+
+def _write_picture(comparison: Comparison, path: str, names: tuple[str, str]) -> None:
+    """Write the picture of the figures that differ, and say so."""
+    from jacdiag.render.plots.diff_plot import save
+
+    pairs: Any = comparison.pairs
+    save(pairs, path, names)
+    say_written(path)
 
 
 def _show(comparison: Comparison, output_format: str, all_rows: bool, *, aside: bool) -> None:

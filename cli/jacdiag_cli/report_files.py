@@ -34,7 +34,7 @@ def plan_report_files(source: str, given: Mapping[str, Any], **others: str) -> d
         inputs.append(("what --baseline reads", given["baseline"]))
     files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
     if "--plot" in files:
-        from jacdiag.render.plots.report_plot import check_suffix
+        from jacdiag.render.plots.picture_file import check_suffix
 
         check_suffix(files["--plot"])
     if "--html" in files:

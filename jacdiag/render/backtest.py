@@ -5,11 +5,10 @@ It shows figures by rank with their intervals, trivial classifiers, and live rul
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jacdiag.records.backtest import (
     LEAST_RUNS,
@@ -21,7 +20,7 @@ from jacdiag.records.backtest import (
 )
 from jacdiag.records.output_file import write_output
 from jacdiag.render.plots.depth_curves import INK, PALE
-from jacdiag.render.plots.report_plot import check_suffix
+from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 _BEST = 4  # figures of an architecture
-_STYLE = {
-    "font.size": 10.0,
-    "font.family": "DejaVu Sans",
-    "svg.hashsalt": "jacdiag",
-    "svg.fonttype": "path",
-}
 _ABSENT = "–"
 HEAD = ("figure", "given lr", "within", "over all", "precision", "recall", "runs")
 
@@ -497,18 +490,8 @@ def picture(report: BacktestReport, suffix: str) -> bytes:
         report: of a backtest.
         suffix: of the format: .png, .svg or .pdf.
     """
-    from matplotlib import style
-
-    # No date goes into the file.
-    undated: dict[str, dict[str, Any]] = {
-        ".svg": {"Date": None},
-        ".pdf": {"CreationDate": None},
-        ".png": {},
-    }
-    buffer = io.BytesIO()
-    with style.context(_STYLE, after_reset=True):
-        draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated[suffix])
-    return buffer.getvalue()
+    style = {**STYLE, "font.size": 10.0}
+    return picture_bytes(lambda: draw(report), suffix, dpi=150, style=style)
 
 
 def draw(report: BacktestReport) -> Figure:

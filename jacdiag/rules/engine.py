@@ -332,11 +332,16 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
         limits = thresholds.limits(figure, stratum)
         return {cut: value * factor for cut, value in limits.named_cuts.items()}
 
-    return {
+    shown = {
         "branch_norm": cuts("branch_norm", usual),
         "core_norm": cuts("core_norm", "", 1 / scale),
         "norm_gain": cuts("norm_gain", ""),
     }
+
+    # The cuts of cores differ by kind of sub-layer.
+    for kind in dict.fromkeys(row.kind for row in report.sublayers):
+        shown[f"core_norm.{kind}"] = cuts("core_norm", kind, 1 / scale)
+    return shown
 
 
 def _usual_placement(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -12,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from render import synthetic
+from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
 from jacdiag.records import AgainstRecord, Interval, Report
+from jacdiag.render.plots.depth_curves import LOOKS, _layer_words, shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
@@ -74,6 +78,11 @@ ODD: dict[str, Report] = {
 }
 
 
+def title_of(figure: Figure) -> str:
+    """The headline, which may take several lines."""
+    return " ".join(text.get_text() for text in figure.texts if text.get_fontweight() == "bold")
+
+
 def texts(figure: Any) -> list[str]:
     return [text.get_text() for part in (figure, *figure.axes) for text in part.texts]
 
@@ -123,31 +132,28 @@ def test_odd_reports_are_drawn_within_the_picture(
     assert_within(ODD[name])
 
 
-@pytest.mark.parametrize("layers", [2, 12, 96])
+@pytest.mark.parametrize("layers", [2, 12, 126])
 @pytest.mark.parametrize("name", KINDS)
-def test_no_text_leaves_the_picture_and_no_label_covers_another(name: str, layers: int) -> None:
+def test_no_label_covers_a_line_or_another_label(name: str, layers: int) -> None:
     assert_within(KINDS[name](layers))
 
 
 def assert_within(report: Report) -> None:
     with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
-        figure: Any = draw(report)
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        figure.draw(renderer)
-        whole, size = figure.get_tightbbox(renderer), figure.get_size_inches()
-        assert whole.x0 >= 0 and whole.y0 >= 0 and whole.x1 <= size[0] and whole.y1 <= size[1], (
-            whole
-        )
-        for part in (figure, *figure.axes):
-            boxes = [(text.get_window_extent(renderer), text.get_text()) for text in part.texts]
-            covered = [
-                (text, other)
-                for k, (box, text) in enumerate(boxes)
-                for at, other in boxes[:k]
-                if box.overlaps(at)
-            ]
-            assert covered == []
+        assert overlaps(draw(report)) == []
+
+
+def test_an_overlap_would_be_found() -> None:
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_axes((0.2, 0.2, 0.6, 0.6))
+    axes.plot([0, 1], [0, 1])
+    axes.text(0.5, 0.5, "on the line", ha="center", va="center")
+    figure.text(0.99, 0.5, "beyond the edge")
+    figure.text(0.1, 0.95, "below")
+    figure.text(0.1, 0.95, "above")
+    found = overlaps(figure)
+    assert set(found) == {("on the line", "line"), ("beyond the edge", "edge"), ("above", "below")}
 
 
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -235,28 +241,96 @@ def test_upper_panel_shows_each_interval_on_a_log_scale() -> None:
     bounds = [row.bound - 1 for row in report.sublayers if row.kind == "attention" and row.bound]
     [dashed] = lines_of(top, bounds)
     assert dashed.get_linestyle() == "--"
-    assert len({line.get_marker() for line in top.lines if line.get_linestyle() == "-"}) == 2
+    assert {"o", "s"} <= {line.get_marker() for line in top.lines if line.get_linestyle() == "-"}
 
 
-def test_lower_panel_shows_the_two_factors() -> None:
+def test_lower_panels_show_the_two_conditions() -> None:
     report = synthetic.vanilla(6)
-    top, bottom = draw(report).axes
-    assert bottom.get_yscale() == "log" and top.get_shared_x_axes().joined(top, bottom)
+    top, cores, gains = draw(report).axes
+    scale = math.sqrt(2 * 6)
+    for axes in (cores, gains):
+        assert axes.get_yscale() == "log" and top.get_shared_x_axes().joined(top, axes)
     for kind in ("attention", "mlp"):
-        curve_of(bottom, report, "core_norm", kind)
-    gains = [row.norm_gain.estimate for row in report.sublayers if row.norm_gain]
-    assert len(lines_of(bottom, gains)) == 1
-    assert len(draw(synthetic.weights_tier(6)).axes) == 1, (
-        "the weights alone say nothing about factors"
-    )
+        norms = [row.core_norm for row in report.sublayers if row.kind == kind and row.core_norm]
+        values = [scale * norm.estimate for norm in norms]
+        assert len(lines_of(cores, values)) == 1
+        ends = {scale * norm.upper for norm in norms}
+        assert any(ends <= {y for _, y in band} for band in corners(cores))
+
+    # 1/σ as its rule judges it: the percentile over tokens.
+    spreads = [row.norm_gain.per_token for row in report.sublayers if row.norm_gain]
+    assert len(lines_of(gains, [spread.p99 for spread in spreads if spread])) == 1
+    assert len(draw(synthetic.weights_tier(6)).axes) == 1, "nothing was run"
+
+
+def rings(axes: Axes) -> list[float]:
+    """The places of the rings around points."""
+    found = []
+    for line in axes.lines:
+        if line.get_markerfacecolor() == "none" and line.get_marker() in ("o", "|"):
+            found += drawn(line)[0]
+    return found
+
+
+def test_a_condition_names_the_layers_that_miss_it_and_no_other() -> None:
+    _, cores, gains = draw(synthetic.vanilla(12)).axes
+    above = [axes.texts[-1].get_text() for axes in (cores, gains)]
+    assert above == ["Small sub-layers: met", "Large shortcut: not met in layers 0 to 2 (of 12)"]
+    assert (rings(cores), len(rings(gains))) == ([], 6)
+
+    # All is well, and the two do not apply.
+    for axes in draw(synthetic.clean(12)).axes[1:]:
+        assert axes.texts[-1].get_text().endswith(": met") and not rings(axes)
+    assert len(draw(synthetic.post(12)).axes) == 2, "without the two factors, the residual map"
+
+    # On a trained model the rules observe.
+    for axes in draw(synthetic.trained(12)).axes[1:]:
+        assert axes.texts[-1].get_text().endswith("no target, the model is trained")
+        assert not rings(axes)
+
+
+def test_many_layers_that_miss_a_condition_have_ticks_in_place_of_rings() -> None:
+    figure = draw(synthetic.vanilla(126))
+    [ticks] = [line for line in figure.axes[2].lines if line.get_marker() == "|"]
+    assert len(drawn(ticks)[0]) == 63
+    assert any("A tick at the foot" in text for text in texts(figure))
+    assert not any("ring" in text for text in texts(figure))
+    assert any("A ring" in text for text in texts(draw(synthetic.vanilla(12))))
+    assert not any("A ring" in text for text in texts(draw(synthetic.clean(12))))
+
+
+def test_targets_of_cores_are_those_of_their_kind() -> None:
+    base = synthetic.vanilla(6)
+    scale = math.sqrt(12)
+    cuts = {
+        "core_norm.attention": {"info": 4.05 / scale, "warning": 9.42 / scale},
+        "core_norm.mlp": {"info": 1.91 / scale},
+    }
+    report = dataclasses.replace(base, settings={**base.settings, "thresholds": cuts})
+    cores = draw(report).axes[1]
+    assert {
+        "attention met up to 4.05",
+        "attention not met above 9.42",
+        "FFN met up to 1.91",
+    } <= {text.get_text() for text in cores.texts}
+    heights = sorted(y for y, *others in (drawn(line)[1] for line in cores.lines) if others == [y])
+    assert heights == pytest.approx([1.91, 4.05, 9.42])
+
+
+def test_layers_in_words() -> None:
+    assert _layer_words([3]) == "layer 3"
+    assert _layer_words([0, 1]) == "layers 0, 1"
+    assert _layer_words([0, 1, 2, 5, 7, 8, 9, 11]) == "layers 0 to 2, 5, 7 to 9, 11"
+    assert _layer_words([0, 2, 4, 6, 8, 10]) == "layers 0, 2, 4, 6 and 2 more"
 
 
 def test_thresholds_are_drawn_where_the_report_has_them() -> None:
-    top, bottom = draw(with_thresholds(synthetic.vanilla(4), warning=12.5, error=31.0)).axes
+    report = with_thresholds(synthetic.vanilla(4), warning=12.5, error=31.0)
+    top, _, gains = draw(report).axes
     heights = [drawn(line)[1] for line in top.lines]
     assert sorted(y for y, *others in heights if others == [y]) == [12.5, 31.0]
     assert {"warning above 12.5", "error above 31"} <= {text.get_text() for text in top.texts}
-    assert "1/σ, warning above 8.8" in [text.get_text() for text in bottom.texts]
+    assert "not met above 8.8" in [text.get_text() for text in gains.texts]
     far = draw(with_thresholds(synthetic.vanilla(4), warning=1e7)).axes[0]
     assert far.get_ylim()[1] < 1e4, "a threshold far away does not flatten the data"
 
@@ -280,7 +354,7 @@ def test_no_threshold_is_drawn_that_no_rule_uses() -> None:
     false.
     """
     init = with_thresholds(synthetic.vanilla(4), warning=12.5)
-    assert thresholds_drawn(init) == ["warning above 12.5", "1/σ, warning above 8.8"]
+    assert thresholds_drawn(init) == ["warning above 12.5", "not met above 8.8"]
 
     # 1. On a trained model the rules observe, unless a profile makes one decide.
     trained = dataclasses.replace(init, state="trained")
@@ -288,16 +362,16 @@ def test_no_threshold_is_drawn_that_no_rule_uses() -> None:
     strict = dataclasses.replace(
         trained, settings={**trained.settings, "levels": {"JD102": "error"}}
     )
-    assert thresholds_drawn(strict) == ["1/σ, warning above 8.8"]
+    assert thresholds_drawn(strict) == ["not met above 8.8"]
 
     # 2. A rule that matched no sub-layer for its placement, or was not selected.
     unmatched = [dataclasses.replace(r, matched=0) if r.code == "JD102" else r for r in init.rules]
     assert thresholds_drawn(dataclasses.replace(init, rules=unmatched)) == ["warning above 12.5"]
     selected = [rule for rule in init.rules if rule.code == "JD102"]
-    assert thresholds_drawn(dataclasses.replace(init, rules=selected)) == ["1/σ, warning above 8.8"]
+    assert thresholds_drawn(dataclasses.replace(init, rules=selected)) == ["not met above 8.8"]
 
     # 3. Several placements: the line says which one it is for.
-    assert thresholds_drawn(mixed(4)) == ["pre-norm, warning above 12.5", "1/σ, warning above 8.8"]
+    assert thresholds_drawn(mixed(4)) == ["pre-norm, warning above 12.5", "not met above 8.8"]
 
 
 def test_the_earlier_norms_are_drawn_dashed() -> None:
@@ -311,7 +385,8 @@ def test_the_earlier_norms_are_drawn_dashed() -> None:
     top = draw(report).axes[0]
     values = [2.0 + row.index for row in report.sublayers if row.kind == "attention"]
     [line] = lines_of(top, values)
-    assert line.get_linestyle() == "--" and "- - earlier" in [text.get_text() for text in top.texts]
+    assert line.get_linestyle() == "--"
+    assert [text.get_text() for text in top.texts].count("earlier model") == 1
     assert_within(report)
 
 
@@ -320,12 +395,93 @@ def test_the_title_is_the_verdict_in_words() -> None:
         "Large shortcut not met, small sub-layers met: worst branch gain 22.4 to 23.3 at "
         "transformer.h.0.attn"
     )
-    assert title in texts(draw(synthetic.vanilla(12)))
-    assert "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN" in texts(draw(synthetic.broken()))
+    assert title_of(draw(synthetic.vanilla(12))) == title
+    broken = title_of(draw(synthetic.broken()))
+    assert broken == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
+
+
+def test_no_bracket_is_cut_in_the_facts_about_the_model() -> None:
+    for length in (1, 40, 60, 90, 300):
+        base = synthetic.vanilla(2)
+        model = dataclasses.replace(base.model, name="M" * length, parameters=736_000)
+        model = dataclasses.replace(model, covered_parameters=736_000)
+        figure = draw(dataclasses.replace(base, model=model))
+        assert any("736k parameters (100% covered)" in text for text in texts(figure))
+
+
+def shared(layers: int) -> Report:
+    """The two sub-layers of one layer that is applied at every depth, the fourth as the worst."""
+    base, rows = synthetic.vanilla(layers), []
+    for row in base.sublayers:
+        name = ("attention", "ffn")[row.index % 2]
+        if row.depth:
+            name += f"@{row.depth + 1}"
+        if row.depth == 4:
+            row = dataclasses.replace(row, branch_norm=Interval(90.0, 89.0, 91.0))
+        rows.append(dataclasses.replace(row, name=name))
+    return dataclasses.replace(base, sublayers=rows)
+
+
+def test_a_layer_that_is_applied_at_several_depths_is_named_by_its_depth() -> None:
+    figure = draw(shared(6))
+    assert title_of(figure).endswith("at attention at depth 4 (call 5)")
+    assert "worst: 89.0 to 91.0 at attention at depth 4 (call 5)" in texts(figure)
+    assert not any("@" in text for text in texts(figure))
+    assert_within(shared(6))
+    assert shown_names(shared(6))["ffn"] == "ffn at depth 0 (call 1)"
+
+    # A name that no other call has stays as it is.
+    plain = synthetic.vanilla(2)
+    assert shown_names(plain) == {row.name: row.name for row in plain.sublayers}
+
+
+def test_several_placements_and_an_earlier_model_cover_nothing() -> None:
+    assert_within(mixed(12))
+    base = mixed(12)
+    assert_within(dataclasses.replace(base, settings={**base.settings, "stratum": ""}))
+
+
+def test_kinds_are_named_once_and_axes_say_that_there_is_no_unit() -> None:
+    for report in (synthetic.vanilla(4), synthetic.post(4), synthetic.weights_tier(4)):
+        figure = draw(report)
+        for name in ("attention", "FFN"):
+            assert texts(figure).count(name) == 1
+        for axes in figure.axes:
+            assert "no unit" in axes.get_ylabel() and "layer" in axes.get_xlabel()
+
+
+def lightness(colour: str) -> float:
+    """CIE L* of a colour."""
+    luminance = float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+    return 116.0 * luminance ** (1 / 3) - 16.0
+
+
+def linear(colour: str) -> Any:
+    values = np.array(to_rgb(colour))
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def seen_without_green_cones(colour: str) -> Any:
+    """A colour in linear RGB as deuteranopes see it (Machado et al. 2009, severity 1)."""
+    matrix = [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.01182, 0.04294, 0.968881],
+    ]
+    return np.clip(np.array(matrix) @ linear(colour), 0.0, 1.0)
+
+
+def test_kinds_are_told_apart_in_grey_and_without_green_cones() -> None:
+    assert len({look.marker for look in LOOKS}) == len(LOOKS)
+    for first, second in itertools.combinations(LOOKS, 2):
+        assert abs(lightness(first.colour) - lightness(second.colour)) > 12
+        seen = [seen_without_green_cones(look.colour) for look in (first, second)]
+        brightness = [116.0 * float(c @ [0.2126, 0.7152, 0.0722]) ** (1 / 3) for c in seen]
+        assert abs(brightness[0] - brightness[1]) > 8
 
 
 def test_what_has_no_place_on_the_scale_is_said() -> None:
-    assert {"no finite value", "● attention", "■ FFN"} <= set(texts(draw(synthetic.broken())))
+    assert {"no finite value", "attention", "FFN"} <= set(texts(draw(synthetic.broken())))
     assert "no finite value" not in texts(draw(ODD["zeros"]))
     assert {"every branch gain is 0", "0"} <= set(texts(draw(ODD["zeros"])))
     assert "nothing could be measured" in texts(draw(ODD["no sub-layers"]))
@@ -335,11 +491,9 @@ def test_what_has_no_place_on_the_scale_is_said() -> None:
 
 
 def test_a_lonely_point_is_seen() -> None:
-    top, bottom = draw(ODD["one sub-layer"]).axes
-    for axes in (top, bottom):
+    for axes in draw(ODD["one sub-layer"]).axes:
         single = [line for line in axes.lines if len(drawn(line)[0]) == 1]
-        assert len(single) == 2 and all(
-            line.get_marker() not in (None, "", "None") for line in single
-        )
+        assert single
+        assert all(line.get_marker() not in (None, "", "None") for line in single)
         assert all(line.get_markevery() in (None, [0]) for line in single)
         assert [label for label in axes.get_xticks() if 0 <= label <= 0.4] == [0.0]

@@ -19,8 +19,8 @@ from render.run_logs import FINDINGS, NAMES, run_lines, run_log, write_log
 from jacdiag.errors import UsageError
 from jacdiag.records.run_log import RunLog, read_run
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.plots.picture_file import STYLE
 from jacdiag.render.plots.run_plot import (
-    _STYLE,
     FIGURES,
     SIZES,
     RunPlot,
@@ -140,7 +140,7 @@ def test_no_text_leaves_the_picture(size: str, kind: str) -> None:
         },
         "one": run_log(1, probe_every=1),
     }
-    with style.context({**_STYLE, "font.size": 12.0}, after_reset=True), warnings.catch_warnings():
+    with style.context({**STYLE, "font.size": 12.0}, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         figure: Any = draw_run(runs[kind], RunPlot(size=SIZES[size]))
         renderer = FigureCanvasAgg(figure).get_renderer()

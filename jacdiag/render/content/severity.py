@@ -83,10 +83,11 @@ def drawn_threshold(report: Report, field: str, level: str) -> float | None:
 
     Args:
         report: what is drawn.
-        field: branch_norm, core_norm or norm_gain.
-        level: warning or error.
+        field: branch_norm, norm_gain, core_norm, or core_norm of one kind: "core_norm.mlp".
+        level: info, warning or error.
     """
-    code = _RULE_OF_FIELD[field]
+    figure, _, _ = field.partition(".")
+    code = _RULE_OF_FIELD[figure]
     if not _decides(report, code):
         return None
     if not _compares(report, code):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from jacdiag.records import Interval, Report, SublayerRecord
-from jacdiag.render.content.sentences import worst_branch
-from jacdiag.render.content.severity import drawn_threshold
+from jacdiag.records.number_format import three
+from jacdiag.render.content.sentences import condition, worst_branch
+from jacdiag.render.content.severity import FIELD_OF_RULE, drawn_threshold
 
-INK, PALE = "#222222", "#777777"
+INK, PALE = "#222222", "#6b6b6b"
 _NOTHING = Interval.exact(math.nan)
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a kind of sub-layer is drawn. The tones differ in lightness, for a print in grey."""
+    """How a kind of sub-layer is drawn. The tones differ in lightness, for a print in grey.
+
+    A reader who cannot tell red from green tells them by the same lightness.
+    """
 
     label: str
     kinds: tuple[str, ...]
@@ -25,9 +31,19 @@ class Look:
 
 LOOKS = (
     Look("attention", ("attention",), "#17406d", "o"),
-    Look("FFN", ("mlp", "moe"), "#e08a2e", "s"),
-    Look("other", ("mixer", "conv", "other"), "#6aa67a", "^"),
+    Look("FFN", ("mlp", "moe"), "#d67d22", "s"),
+    Look("other", ("mixer", "conv", "other"), "#276f51", "^"),
 )
+_MOST_RUNS = 4  # stretches of layers that a sentence lists
+_SHARED = re.compile(r"@(?P<call>\d+)(?=$|[:.])")  # of a module that is called several times
+_CONDITIONS = {"JD101": "Small sub-layers", "JD102": "Large shortcut"}
+_STATUS_WORDS = {
+    "partly": "partly met",
+    "unknown": "undecided",
+    "not applicable": "does not apply",
+    "not selected": "was not judged",
+}
+_CUT_WORDS = {"info": "met up to", "warning": "not met above", "error": "error above"}
 _ALL_KINDS = tuple(kind for look in LOOKS for kind in look.kinds)
 
 
@@ -40,6 +56,9 @@ class DepthCurve:
         x: places on the depth axis.
         y: positive values; nan where there is none.
         colour, marker, dashed: how it is drawn.
+        earlier: it is of the earlier model; drawn in dashes and dots.
+        over_tokens: it is the 99th percentile over tokens, and its band is their range from the
+            median to the largest.
         low, high: the band, if there is one. A `high` that is inf stands for an interval without
             an upper end.
     """
@@ -50,6 +69,8 @@ class DepthCurve:
     colour: str
     marker: str = ""
     dashed: bool = False
+    earlier: bool = False
+    over_tokens: bool = False
     low: list[float] | None = None
     high: list[float] | None = None
 
@@ -73,19 +94,53 @@ class DepthCurve:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold on the figure of a panel, at which a rule fires with its level."""
+    """A threshold on the figure of a panel.
+
+    Attributes:
+        level: of the rule that fires above it; "info" where a condition ceases to be met.
+        value: where it lies.
+        text: its label.
+        colour: of the kind of sub-layer that it is for.
+    """
 
     level: str
     value: float
+    text: str
+    colour: str = INK
 
 
 @dataclass(frozen=True)
 class WorstBranch:
-    """The sub-layer with the largest branch norm, and its place on the depth axis."""
+    """The sub-layer with the largest branch norm, and its place on the depth axis.
+
+    `shown` is its name with its depth if its module is applied at several depths.
+    """
 
     name: str
+    shown: str
     place: float
     norm: Interval
+
+
+@dataclass(frozen=True)
+class ConditionPanel:
+    """One of the two conditions of the paper: its figure over depth with its targets.
+
+    Attributes:
+        code: of the rule that judges it.
+        title: the condition and how it came out, with the layers that miss it.
+        figure: what the vertical axis shows.
+        curves: per kind of sub-layer, or one for all.
+        targets: where the condition ceases to be met; none if no rule decides on this model.
+        missed: place and value of each sub-layer that does not meet the condition in full.
+    """
+
+    code: str
+    title: str
+    figure: str
+    curves: list[DepthCurve]
+    targets: list[Threshold]
+    missed: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,28 +150,26 @@ class DepthView:
     Attributes:
         measured: norms were measured; else the upper panel shows the paper's bound.
         gains: the upper panel: branch norms and bounds, per kind of sub-layer.
-        factors: the lower panel: the two factors, or the residual map.
-        is_split: the lower panel shows the two factors.
+        residuals: the lower panel of a model whose branches do not begin with a norm.
+        conditions: the two lower panels of a model whose branches do. A picture has these or
+            `residuals`.
         missing: places of sub-layers that should have a branch norm and have none.
         zeros: places of branches that add nothing.
         last: the largest place on the depth axis.
         worst: the largest branch norm; None if none is finite.
-        gain_limits, norm_gain_limits: thresholds on the two panels.
-        stratum: the placement that the limits on gains are for, if the model has several; else "".
+        gain_limits: thresholds on branch norms.
         names: place on the depth axis -> name of the sub-layer.
     """
 
     measured: bool
     gains: list[DepthCurve]
-    factors: list[DepthCurve]
-    is_split: bool
+    residuals: list[DepthCurve]
+    conditions: list[ConditionPanel]
     missing: list[float]
     zeros: list[float]
     last: float
     worst: WorstBranch | None
     gain_limits: list[Threshold]
-    norm_gain_limits: list[Threshold]
-    stratum: str
     names: dict[float, str]
 
 
@@ -127,20 +180,46 @@ def build_depth_view(report: Report) -> DepthView:
         report: of either tier and state.
     """
     at = places(report)
+    shown = shown_names(report)
     return DepthView(
         measured=report.tier == "measured",
         gains=_gains(report),
-        factors=_factors(report),
-        is_split=_is_split(report),
+        residuals=_residuals(report),
+        conditions=_conditions(report),
         missing=_missing(report),
         zeros=_zeros(report),
         last=max(at.values(), default=1.0),
-        worst=_worst(report, at),
-        gain_limits=_limits(report, "branch_norm"),
-        norm_gain_limits=_limits(report, "norm_gain"),
-        stratum=_stratum(report),
-        names={place: name for name, place in at.items()},
+        worst=_worst(report, at, shown),
+        gain_limits=_gain_limits(report),
+        names={place: shown[name] for name, place in at.items()},
     )
+
+
+def shown_names(report: Report) -> dict[str, str]:
+    """Return the name of each sub-layer as a picture has it.
+
+    A module that is applied at several depths is named "attention" at its first call and
+    "attention@5" at its fifth, which is at another depth. A picture writes the depth.
+
+    Args:
+        report: of either tier and state.
+    """
+    # 1. The names that stand for several calls of a module.
+    names = [row.name for row in report.sublayers]
+    shared = {_SHARED.sub("", name) for name in names if _SHARED.search(name)}
+
+    # 2. Each with its depth, and which call it is.
+    shown = {}
+    for row in report.sublayers:
+        shown[row.name] = row.name
+        module = _SHARED.sub("", row.name)
+        if module in shared:
+            call = _SHARED.search(row.name)
+            number = "1"
+            if call:
+                number = call["call"]
+            shown[row.name] = f"{module} at depth {row.depth} (call {number})"
+    return shown
 
 
 def places(report: Report) -> dict[str, float]:
@@ -182,18 +261,17 @@ def _is_split(report: Report) -> bool:
     return any(row.norm_gain and row.core_norm for row in report.sublayers)
 
 
-def _factors(report: Report) -> list[DepthCurve]:
-    """Return core ‖J‖ per kind and 1/σ_x; without an input norm, the residual map instead."""
-    if report.tier == "weights":
-        return []  # nothing was run
-    if _is_split(report):
-        curves = [_intervals(report, look, "core_norm", f"core, {look.label}") for look in LOOKS]
-        curves.append(_single(report, "norm_gain", "1/σ gain"))
-    else:
-        curves = [
-            _single(report, "residual_norm", "‖aI + J‖"),
-            _single(report, "out_norm_gain", "out-norm gain"),
-        ]
+def _residuals(report: Report) -> list[DepthCurve]:
+    """Return the residual map and the gain of a norm at the branch's end.
+
+    Nothing of branches that begin with a norm: those are split into two factors.
+    """
+    if report.tier == "weights" or _is_split(report):
+        return []
+    curves = [
+        _single(report, "residual_norm", "‖aI + J‖"),
+        _single(report, "out_norm_gain", "out-norm gain"),
+    ]
     return _drawable(curves)
 
 
@@ -230,6 +308,40 @@ def _intervals(report: Report, look: Look, key: str, label: str) -> DepthCurve:
     return DepthCurve(label, x, y, look.colour, look.marker, low=low, high=high)
 
 
+def _scaled_cores(report: Report, look: Look) -> DepthCurve:
+    """Return core ‖J‖·√(2N) of one kind of sub-layers, as the condition has it."""
+    curve = _intervals(report, look, "core_norm", look.label)
+    scale = _core_scale(report)
+    y, low, high = (
+        [scale * value for value in values]
+        for values in (curve.y, curve.low or [], curve.high or [])
+    )
+    return DepthCurve(look.label, curve.x, y, look.colour, look.marker, low=low, high=high)
+
+
+def _core_scale(report: Report) -> float:
+    """Return √(2N), with N the number of layers."""
+    return math.sqrt(2 * max(report.model.layers, 1))
+
+
+def _norm_gains(report: Report) -> DepthCurve:
+    """Return 1/σ of all kinds: its 99th percentile over tokens, from their median to the largest.
+
+    The condition is judged by that percentile.
+    """
+    x, y, low, high = [], [], [], []
+    for place, interval in _pick(report, _ALL_KINDS, "norm_gain"):
+        least, value, most = interval.lower, interval.estimate, interval.upper
+        spread = interval.per_token
+        if spread is not None and _is_drawable(spread.p99):
+            least, value, most = spread.median, spread.p99, spread.max
+        x.append(place)
+        y.append(value)
+        low.append(least)
+        high.append(most)
+    return DepthCurve("1/σ", x, y, INK, "d", over_tokens=True, low=low, high=high)
+
+
 def _single(report: Report, key: str, label: str) -> DepthCurve:
     """Return a figure of all kinds of sub-layers as one curve without a band."""
     x, y = [], []
@@ -260,7 +372,7 @@ def _earlier(report: Report, look: Look) -> DepthCurve:
             estimate = math.nan
         x.append(at[row.name])
         y.append(estimate)
-    return DepthCurve("earlier", x, y, look.colour, dashed=True)
+    return DepthCurve("earlier model", x, y, look.colour, dashed=True, earlier=True)
 
 
 def _bound(report: Report, look: Look) -> DepthCurve:
@@ -337,24 +449,37 @@ def _zeros(report: Report) -> list[float]:
     return zeros
 
 
-def _worst(report: Report, at: dict[str, float]) -> WorstBranch | None:
+def _worst(report: Report, at: dict[str, float], shown: dict[str, str]) -> WorstBranch | None:
     """Return the largest branch norm with its place on the depth axis."""
     worst = worst_branch(report)
     if worst is None:
         return None
     row, norm = worst
-    return WorstBranch(row.name, at[row.name], norm)
+    return WorstBranch(row.name, shown[row.name], at[row.name], norm)
 
 
-def _limits(report: Report, field: str) -> list[Threshold]:
-    """Return the thresholds on a figure at which a rule fires."""
+def _gain_limits(report: Report) -> list[Threshold]:
+    """Return the thresholds on branch norms at which a rule fires, with their labels."""
+    # 1. Which placement they are for, if there are several.
+    prefix = ""
+    stratum = _stratum(report)
+    if stratum:
+        prefix = f"{stratum}, "
+
+    # 2. The thresholds.
     limits = []
     for level in ("warning", "error"):
-        value = drawn_threshold(report, field, level)
-        if value is None:
-            continue
-        limits.append(Threshold(level, value))
+        value = drawn_threshold(report, "branch_norm", level)
+        if value is not None:
+            limits.append(Threshold(level, value, f"{prefix}{level} above {_plain(value)}"))
     return limits
+
+
+def _plain(value: float) -> str:
+    """Return a threshold as the user wrote it: 12.5, not 12.5000."""
+    if 1e-4 <= value < 1e5:
+        return f"{float(f'{value:.3g}'):,.10g}"
+    return three(value)
 
 
 def _stratum(report: Report) -> str:
@@ -368,3 +493,145 @@ def _stratum(report: Report) -> str:
     if not usual:
         return "the most frequent placement"
     return f"{usual}-norm"
+
+
+# -- the two conditions of the paper ---------------------------------------------------------------
+def _conditions(report: Report) -> list[ConditionPanel]:
+    """Return a panel for each condition; none if branch norms have no two factors."""
+    if report.tier == "weights" or not _is_split(report):
+        return []
+    cores = _drawable([_scaled_cores(report, look) for look in LOOKS])
+    gains = _drawable([_norm_gains(report)])
+    return [
+        _condition_panel(report, "JD101", "core ‖J‖·√(2N)", cores, _core_targets(report)),
+        _condition_panel(report, "JD102", "norm gain 1/σ", gains, _gain_targets(report)),
+    ]
+
+
+def _condition_panel(
+    report: Report, code: str, figure: str, curves: list[DepthCurve], targets: list[Threshold]
+) -> ConditionPanel:
+    """Return the panel of one condition.
+
+    Args:
+        report: what is drawn.
+        code: of the rule that judges the condition.
+        figure: what the vertical axis shows.
+        curves: the figure over depth.
+        targets: where the condition ceases to be met.
+    """
+    # 1. The sub-layers that the rule named. One that only observes calls none of them wrong.
+    named = set()
+    for finding in report.findings:
+        if finding.code == code:
+            named.update(finding.where)
+    rows = [row for row in report.sublayers if row.name in named]
+    title = f"{_CONDITIONS[code]}: {_outcome(report, code, rows, targets)}"
+    if not targets:
+        rows = []
+
+    # 2. Their points.
+    at = places(report)
+    values: dict[float, float] = {}
+    for curve in curves:
+        values.update(zip(curve.x, curve.y, strict=True))
+    missed = []
+    for row in rows:
+        value = values.get(at[row.name], math.nan)
+        if math.isfinite(value):
+            missed.append((at[row.name], value))
+    return ConditionPanel(code, title, figure, curves, targets, missed)
+
+
+def _outcome(
+    report: Report, code: str, rows: Iterable[SublayerRecord], targets: list[Threshold]
+) -> str:
+    """Return how a condition came out, with the layers that miss it."""
+    # 1. A rule that only observes has no target.
+    if report.state == "trained" and not targets:
+        return "no target, the model is trained"
+
+    # 2. The layers that miss it.
+    status = _STATUS_WORDS.get(condition(report, code), condition(report, code))
+    depths = sorted({row.depth for row in rows})
+    if not depths:
+        return status
+    return f"{status} in {_layer_words(depths)} (of {report.model.layers})"
+
+
+def _layer_words(depths: list[int]) -> str:
+    """Return layers in words: "layer 0", "layers 0 to 3, 7 and 2 more".
+
+    >>> _layer_words([0, 1, 2, 5])
+    'layers 0 to 2, 5'
+    """
+    # 1. Stretches of neighbours.
+    stretches: list[list[int]] = []
+    for depth in depths:
+        if stretches and depth == stretches[-1][-1] + 1:
+            stretches[-1].append(depth)
+        else:
+            stretches.append([depth])
+
+    # 2. The first few in words.
+    words = []
+    for stretch in stretches[:_MOST_RUNS]:
+        first, last = stretch[0], stretch[-1]
+        if last > first + 1:
+            words.append(f"{first} to {last}")
+        else:
+            words += map(str, stretch)
+
+    # 3. How many are left out.
+    text = ", ".join(words)
+    beyond = sum(len(stretch) for stretch in stretches[_MOST_RUNS:])
+    if beyond:
+        text += f" and {beyond} more"
+    if len(depths) == 1:
+        return f"layer {text}"
+    return f"layers {text}"
+
+
+def _core_targets(report: Report) -> list[Threshold]:
+    """Return where core ‖J‖·√(2N) ceases to meet its condition, for each kind that is drawn."""
+    # 1. The cuts, and the looks that share each of them.
+    scale = _core_scale(report)
+    kinds = {row.kind for row in report.sublayers}
+    looks_of: dict[tuple[str, float], list[Look]] = {}
+    for look in LOOKS:
+        for kind in look.kinds:
+            for level in _CUT_WORDS:
+                value = _core_cut(report, kind, level)
+                is_new = value is not None and look not in looks_of.get((level, value), [])
+                if kind in kinds and value is not None and is_new:
+                    looks_of.setdefault((level, value), []).append(look)
+
+    # 2. Their labels. A cut for all kinds needs none of their names.
+    drawn = [look for look in LOOKS if kinds & set(look.kinds)]
+    targets = []
+    for (level, value), looks in looks_of.items():
+        text = f"{_CUT_WORDS[level]} {_plain(value * scale)}"
+        colour = INK
+        if len(looks) < len(drawn):
+            text = f"{' and '.join(look.label for look in looks)} {text}"
+            colour = looks[0].colour
+        targets.append(Threshold(level, value * scale, text, colour))
+    return targets
+
+
+def _core_cut(report: Report, kind: str, level: str) -> float | None:
+    """Return a cut of the core norm of one kind; that of all kinds in an older report."""
+    field_of_kind = f"{FIELD_OF_RULE['JD101']}.{kind}"
+    if field_of_kind in report.settings.get("thresholds", {}):
+        return drawn_threshold(report, field_of_kind, level)
+    return drawn_threshold(report, FIELD_OF_RULE["JD101"], level)
+
+
+def _gain_targets(report: Report) -> list[Threshold]:
+    """Return where 1/σ ceases to meet its condition."""
+    targets = []
+    for level, words in _CUT_WORDS.items():
+        value = drawn_threshold(report, FIELD_OF_RULE["JD102"], level)
+        if value is not None:
+            targets.append(Threshold(level, value, f"{words} {_plain(value)}"))
+    return targets

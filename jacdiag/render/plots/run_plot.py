@@ -5,15 +5,13 @@ Several runs are drawn over each other, each in a colour of its own.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,7 @@ from jacdiag.records.output_file import write_output
 from jacdiag.records.run_log import RunLog
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.plots.depth_curves import INK, PALE
-from jacdiag.render.plots.report_plot import check_suffix
+from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 from jacdiag.render.plots.run_heatmap import Heat, heat_of
 from jacdiag.render.plots.run_series import (
     Band,
@@ -48,7 +46,6 @@ _SMALLEST, _LARGEST = 3.0, 60.0  # inches of a side
 
 _DPI = 150
 _FONT = 12.0  # points, of a picture as wide as a slide
-_STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
 _ALERT = {"error": "#b3261e", "warning": "#c77700", "info": PALE}
 _RUNS = ("#17406d", "#d1701c", "#3a8a58", "#8a3a86", "#6b6b6b", "#b3a100", "#2a9db0", "#a33a3a")
 _RAW_OF_SEVERAL = 0.2
@@ -178,19 +175,8 @@ def picture_of_run(
     Raises:
         UsageError: a run without a step to draw.
     """
-    from matplotlib import style
-
-    undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[
-        suffix
-    ]
-    buffer = io.BytesIO()
-    with (
-        style.context({**_STYLE, "font.size": _font(options)}, after_reset=True),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Glyph")
-        draw_run(run, options).savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=undated)
-    return buffer.getvalue()
+    style = {**STYLE, "font.size": _font(options)}
+    return picture_bytes(lambda: draw_run(run, options), suffix, dpi=_DPI, style=style)
 
 
 def _font(options: RunPlot) -> float:
