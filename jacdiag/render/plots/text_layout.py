@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import RendererAgg
 
+_MARGIN = 0.2  # inches: after the labels
 _DPI = 200  # at which texts are measured
 LABEL_SIZE = 9.5  # points
 _HANDLE, _GAP = 0.30, 0.09  # inches: of the piece of a line, and on both sides of it
 _HEADLINE, _LEAST_HEADLINE = 14.5, 12.0  # points
 _MOST_HEADLINES = 3  # lines
-_LONGEST_WORD = 0.6  # of a line
+_LONGEST_WORD = 0.75  # of a line
 _LEAST_APART = 0.19  # inches: between two labels
 
 
@@ -155,7 +156,7 @@ def label_room(labels: Sequence[SideLabel]) -> float:
     if not labels:
         return _HANDLE
     widths = [text_width(label.text, LABEL_SIZE) for label in labels]
-    return 3 * _GAP + _HANDLE + max(widths, default=0.0)
+    return 2 * _GAP + _HANDLE + max(widths) + _MARGIN
 
 
 def draw_side_labels(axes: Axes, labels: Sequence[SideLabel], width: float, height: float) -> None:
