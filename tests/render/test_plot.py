@@ -25,7 +25,7 @@ from render import synthetic
 from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
-from jacdiag.records import AgainstRecord, Interval, Report
+from jacdiag.records import AgainstRecord, Finding, Interval, Report
 from jacdiag.render.plots.depth_curves import LOOKS, _layer_words, shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
 
@@ -287,6 +287,36 @@ def test_a_condition_names_the_layers_that_miss_it_and_no_other() -> None:
     for axes in draw(synthetic.trained(12)).axes[1:]:
         assert axes.texts[-1].get_text().endswith("no target, the model is trained")
         assert not rings(axes)
+
+
+def test_a_condition_that_is_met_in_part_is_not_called_not_met() -> None:
+    base = synthetic.vanilla(6)
+    cuts = {"norm_gain": {"info": 3.87, "warning": 8.64}}
+    names = [row.name for row in base.sublayers]
+
+    def finding(where: list[str], threshold: float) -> Finding:
+        return Finding("JD102", "warning", where, "small", {"threshold": threshold})
+
+    def title(*findings: Finding) -> str:
+        settings = {**base.settings, "thresholds": cuts}
+        report = dataclasses.replace(base, settings=settings, findings=list(findings))
+        return draw(report).axes[2].texts[-1].get_text().replace("\n", " ")
+
+    partly, failed = finding(names[3:8], 3.87), finding(names[:3], 8.64)
+    words = "not met in layers 0, 1, partly met in layers 2, 3 (of 6)"
+    assert title(failed, partly) == f"Large shortcut: {words}"
+    assert title(partly) == "Large shortcut: partly met in layers 1 to 3 (of 6)"
+    assert title(failed) == "Large shortcut: not met in layers 0, 1 (of 6)"
+
+
+def test_a_title_of_two_lines_has_room() -> None:
+    base = synthetic.vanilla(126)
+    where = [row.name for row in base.sublayers if row.depth % 3 == 1]
+    finding = Finding("JD102", "warning", where, "small", {"threshold": 3.0})
+    partly = Finding("JD101", "info", [row.name for row in base.sublayers], "partly", {})
+    report = dataclasses.replace(base, findings=[finding, partly])
+    assert "and 38 more" in draw(report).axes[2].texts[-1].get_text()
+    assert_within(report)
 
 
 def test_many_layers_that_miss_a_condition_have_ticks_in_place_of_rings() -> None:

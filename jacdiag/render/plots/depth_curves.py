@@ -521,12 +521,19 @@ def _condition_panel(
         targets: where the condition ceases to be met.
     """
     # 1. The sub-layers that the rule named. One that only observes calls none of them wrong.
-    named = set()
+    partly_cuts = [target.value for target in targets if target.level == "info"]
+    failed, partly = set(), set()
     for finding in report.findings:
-        if finding.code == code:
-            named.update(finding.where)
-    rows = [row for row in report.sublayers if row.name in named]
-    title = f"{_CONDITIONS[code]}: {_outcome(report, code, rows, targets)}"
+        if finding.code != code:
+            continue
+        if _is_among(finding.evidence.get("threshold"), partly_cuts):
+            partly.update(finding.where)
+        else:
+            failed.update(finding.where)
+    rows_failed = [row for row in report.sublayers if row.name in failed]
+    rows_partly = [row for row in report.sublayers if row.name in partly - failed]
+    title = f"{_CONDITIONS[code]}: {_outcome(report, code, rows_failed, rows_partly, targets)}"
+    rows = [*rows_failed, *rows_partly]
     if not targets:
         rows = []
 
@@ -543,20 +550,45 @@ def _condition_panel(
     return ConditionPanel(code, title, figure, curves, targets, missed)
 
 
+def _is_among(value: object, cuts: Iterable[float]) -> bool:
+    """Return whether a value is one of some cuts, up to rounding."""
+    if not isinstance(value, float | int):
+        return False
+    return any(math.isclose(value, cut, rel_tol=1e-6) for cut in cuts)
+
+
 def _outcome(
-    report: Report, code: str, rows: Iterable[SublayerRecord], targets: list[Threshold]
+    report: Report,
+    code: str,
+    failed: Iterable[SublayerRecord],
+    partly: Iterable[SublayerRecord],
+    targets: list[Threshold],
 ) -> str:
-    """Return how a condition came out, with the layers that miss it."""
+    """Return how a condition came out, with the layers that miss it.
+
+    Args:
+        report: what is drawn.
+        code: of the rule that judges the condition.
+        failed: sub-layers that do not meet it.
+        partly: sub-layers that meet it in part.
+        targets: where it ceases to be met.
+    """
     # 1. A rule that only observes has no target.
     if report.state == "trained" and not targets:
         return "no target, the model is trained"
 
-    # 2. The layers that miss it.
+    # 2. The layers that miss it, each once.
     status = _STATUS_WORDS.get(condition(report, code), condition(report, code))
-    depths = sorted({row.depth for row in rows})
-    if not depths:
+    failed_depths = {row.depth for row in failed}
+    partly_depths = {row.depth for row in partly} - failed_depths
+    parts = []
+    if failed_depths:
+        parts.append(f"not met in {_layer_words(sorted(failed_depths))}")
+    if partly_depths:
+        parts.append(f"partly met in {_layer_words(sorted(partly_depths))}")
+    if not parts:
         return status
-    return f"{status} in {_layer_words(depths)} (of {report.model.layers})"
+    return f"{', '.join(parts)} (of {report.model.layers})"
 
 
 def _layer_words(depths: list[int]) -> str:

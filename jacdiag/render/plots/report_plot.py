@@ -50,6 +50,7 @@ _WIDTH = 11.5
 _EDGE = 0.32  # between the picture's edge and its texts
 _LEFT = 1.14  # of a panel, for its vertical axis
 _UPPER, _LOWER, _ALONE = 2.45, 1.65, 3.3  # heights of panels
+_TITLE_LINE = 0.19  # the second line of a title
 _ABOVE = 0.34  # of a panel, for its title or for the worst branch
 _BELOW = 0.52  # of a panel, for its horizontal axis
 _FOOT = 0.30  # for the line that says what shades and rings mean
@@ -132,6 +133,8 @@ def draw(report: Report) -> Figure:
     if lower:
         rows = [_UPPER, _LOWER]
     height = header_height + sum(rows) + len(rows) * (_ABOVE + _BELOW) + _FOOT
+    if any("\n" in panel.title for panel in lower):
+        height += _TITLE_LINE
     figure.set_size_inches(_WIDTH, height)
     _draw_header(figure, header)
 
@@ -196,12 +199,14 @@ def _lower_panels(depth: DepthView) -> list[_Panel]:
 def _condition_panel(condition: ConditionPanel, named: set[str]) -> _Panel:
     """Return the panel of one condition; its kinds are named if they are not yet."""
     labels = {curve.label for curve in condition.curves}
+    fits = partial(_has_room, _WIDTH / 2 - 1.5 * _EDGE)
+    title = fit_lines(condition.title.split(), " ", fits, 2)
     return _Panel(
         figure=condition.figure,
         curves=condition.curves,
         limits=_near(condition.targets, condition.curves),
         signs=[],
-        title=condition.title,
+        title="\n".join(title),
         missed=condition.missed,
         named=not labels <= named,
     )
@@ -234,7 +239,7 @@ def _header(view: ReportView) -> tuple[list[_HeaderLine], float]:
     worst = view.depth.worst
     if worst is not None and headline.endswith(worst.name):
         headline = headline.removesuffix(worst.name) + worst.shown
-    lines_of_verdict, size = fit_headline(headline, _WIDTH - 2 * _EDGE)
+    lines_of_verdict, size = fit_headline(headline, _WIDTH - 2.6 * _EDGE)
     texts = [(line, size) for line in lines_of_verdict]
 
     # 2. The model. Its facts are kept whole.
@@ -354,9 +359,8 @@ def _place(
     # 3. Its labels.
     draw_side_labels(axes, _labels(panel, axes), width, room.height)
     if panel.title:
-        fits = partial(_has_room, room.right - room.left - 2 * _EDGE)
         place = (room.left + _EDGE - left) / width
-        _write_above(axes, place, shorten(panel.title, fits), _TITLE, "bold", "left")
+        _write_above(axes, place, panel.title, _TITLE, "bold", "left")
     return axes
 
 
