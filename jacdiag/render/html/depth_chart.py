@@ -31,6 +31,7 @@ _INSET = 12.0  # between the last point and the labels
 _CHARACTER = 6.9  # the width of one, on average, in bold
 _FOOT = 9.0  # the signs of what has no place on the scale stand so far above the axis
 _MOST_TICKS = 14  # on the depth axis
+_TICK_STEPS = [factor * 10**power for power in range(9) for factor in (1, 2, 5)]
 _CROWDED = 40  # points on a curve from which the markers are small
 _LABEL_HEIGHT = 15.0  # of a label
 _NO_INTERVAL = 1e-9  # relative width below which only one number is written
@@ -398,7 +399,7 @@ def _style(colour: str) -> str:
 def _depths(last: float) -> list[int]:
     """Return the depths that have a tick."""
     count = int(last) + 1
-    step = math.ceil(count / _MOST_TICKS)
+    step = next(step for step in _TICK_STEPS if count <= step * _MOST_TICKS)
     return list(range(0, count, step))
 
 
