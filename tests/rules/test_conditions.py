@@ -85,6 +85,16 @@ def test_across_error_but_above_warning_is_a_fired_warning_with_error_undecided(
     assert findings(made, "JD901")[0].where == ["h.0.attn"]
 
 
+def test_a_report_holds_the_cuts_of_cores_by_kind_in_the_units_of_its_figures() -> None:
+    limits = load_thresholds({"core_norm": {"mlp": {"info": 2.0, "warning": 4.0}}})
+    cuts = evaluate(report(healthy()), thresholds=limits).settings["thresholds"]
+    assert cuts["core_norm.mlp"] == {"info": 2.0 / SCALE, "warning": 4.0 / SCALE}
+    shipped = load_thresholds().limits("core_norm", "attention").info
+    assert shipped is not None
+    assert cuts["core_norm.attention"]["info"] == pytest.approx(shipped / SCALE)
+    assert "core_norm.moe" not in cuts, "the model has no such sub-layer"
+
+
 def test_large_shortcut_uses_the_99th_percentile_not_the_maximum() -> None:
     made = judged(healthy())  # the largest token is ten times beyond
     assert made.conditions.large_shortcut == "met"

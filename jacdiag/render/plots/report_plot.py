@@ -299,7 +299,9 @@ def _draw_note(figure: Figure, panels: Sequence[_Panel], report: Report) -> None
     # 2. The rings, or ticks in their place.
     for panel in panels:
         if panel.missed:
-            sign = "a tick at the foot" if _is_crowded(panel) else "a ring"
+            sign = "a ring"
+            if _is_crowded(panel):
+                sign = "a tick at the foot"
             notes.append(f"{sign}: does not meet the condition in full")
             break
     figure.text(
@@ -524,7 +526,9 @@ def _labels(panel: _Panel, axes: Axes | None) -> list[SideLabel]:
     """
 
     def at(value: float) -> float:
-        return 0.0 if axes is None else _height_of(axes, value)
+        if axes is None:
+            return 0.0
+        return _height_of(axes, value)
 
     # 1. The curves. One label stands for all of one name.
     named: dict[str, list[DepthCurve]] = {}
