@@ -36,10 +36,13 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
         >>> square_sums([torch.tensor([3.0, 4.0]), None])
         tensor([25.,  0.], dtype=torch.float64)
     """
+    # 1. On a CPU, as numbers.
     if device is None:
         device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
     if device.type == "cpu":
         return torch.tensor(read_square_sums(tensors), dtype=torch.float64)
+
+    # 2. On any other device, without waiting for it.
     dtype = widest(device)
     if not tensors:
         return torch.zeros(0, dtype=dtype, device=device)
@@ -63,10 +66,12 @@ def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
         pieces += parts
         counts.append(len(parts))
 
-    # 2. Sum the squares of each piece, then those of each tensor.
+    # 2. Sum the squares of each piece.
     with torch.no_grad():
         norms = _by_kind(pieces, torch.device("cpu"), _norms)
     squares = [norm * norm for norm in map(Tensor.item, norms)]
+
+    # 3. Add up the pieces of each tensor, if one of them was cut.
     if len(squares) == len(counts):
         return squares
     following = iter(squares)
@@ -103,10 +108,12 @@ def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> 
     with torch.no_grad():
         readable: list[Tensor | None] = []
         for tensor in tensors:
-            values = None if tensor is None else _values(tensor)
-            if values is not None and (values.dtype not in _WITH_NORM or not values.numel()):
-                values = None
-            readable.append(values)
+            if tensor is None:
+                readable.append(None)
+                continue
+            values = _values(tensor)
+            has_norm = values.dtype in _WITH_NORM and values.numel() > 0
+            readable.append(values if has_norm else None)
         return torch.stack(_by_kind(readable, device, _largest))
 
 
@@ -179,10 +186,17 @@ def _reduce_sorted(
 
 def _are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
     """Return whether tensors are dense, real, of one dtype and on `device`."""
+    # 1. One real dtype.
     dtypes = {t.dtype for t in tensors}
-    if len(dtypes) != 1 or dtypes.pop().is_complex:
+    if len(dtypes) != 1:
         return False
-    return {t.device for t in tensors} == {device} and not any(t.is_sparse for t in tensors)
+    if dtypes.pop().is_complex:
+        return False
+
+    # 2. Dense, and on the device.
+    if {t.device for t in tensors} != {device}:
+        return False
+    return not any(t.is_sparse for t in tensors)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -228,6 +242,8 @@ def _largest(tensors: list[Tensor]) -> list[Tensor]:
     """Return a number for each tensor that is finite if all its elements are."""
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors, math.inf))
+
+    # On a CPU this takes one pass less than the largest value.
     flags = torch.stack([t.isfinite().all() for t in tensors])
     return list(torch.where(flags, 0.0, math.inf).unbind())
 
@@ -249,6 +265,7 @@ def _flat(t: Tensor) -> Tensor:
     """Return all elements in the order of memory, without a copy if possible."""
     if t.is_contiguous():
         return t.view(-1)
+    # A transpose too lies in memory without a gap.
     if torch.ops.aten.is_non_overlapping_and_dense.default(t):
         return t.as_strided((t.numel(),), (1,))
     return t.reshape(-1)

@@ -222,8 +222,11 @@ def runs_torch_hooks(optimizer: Any) -> bool:
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a step got a closure; `args` may begin with the optimizer itself."""
+    # 1. Passed by its name.
     if callable(kwargs.get("closure")):
         return True
+
+    # 2. Passed by its place. An optimizer may be callable itself.
     others = [argument for argument in args if not isinstance(argument, Optimizer)]
     return any(map(callable, others))
 

@@ -107,19 +107,24 @@ class StepMetrics:
     looks: int = 0
 
     def __post_init__(self) -> None:
+        # 1. Where the parameters are, and what they belong to.
         members = self.groups.members
         self.device = local(members[0].parameter).device if members else torch.device("cpu")
         self.is_on_cpu = self.device.type == "cpu"
         dtype = widest(self.device)
+        self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
+        self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
+        self.parameters = [member.parameter for member in members]
+
+        # 2. The buffer, with one row per step.
         shape = (self.capacity, len(members))
         self.table = torch.full((self.capacity, FIRST), torch.nan, dtype=dtype, device=self.device)
         self.squares = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
         # NumPy writes numbers faster, to the same memory.
         self._host_squares: Any = self.squares.numpy() if self.is_on_cpu else None
         self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
-        self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
-        self.parameters = [member.parameter for member in members]
+
+        # 3. The row at hand, and what is kept between steps.
         self.now = StepRow()
         self._indices: dict[tuple[int, ...], Tensor] = {}  # places of some parameters -> on device
         # row -> squares of its gradients before they were clipped
@@ -181,12 +186,15 @@ class StepMetrics:
         Returns:
             Numbers on a CPU, else a tensor on the device, (gradients,).
         """
+        # 1. Numbers on a CPU.
         if self.is_on_cpu:
             sums = read_square_sums(gradients)
             if scale is None:
                 return sums
             factor = float(scale) ** 2
             return [square / factor for square in sums]
+
+        # 2. A tensor on any other device.
         squares = square_sums(gradients, self.device)
         if scale is None:
             return squares
@@ -194,8 +202,11 @@ class StepMetrics:
 
     def _put_squares(self, squares: Sums, places: tuple[int, ...] | None) -> None:
         """Put the squares of all parameters, or of those at some places, into the row at hand."""
+        # 1. Parameters of other optimizers count as zero, until these step too.
         if places is not None and not self.now.has_gradients:
             self.squares[self.slot].zero_()
+
+        # 2. Numbers on a CPU, or a tensor on any other device.
         if not isinstance(squares, Tensor):
             columns: slice | list[int] = slice(None)
             if places is not None:
@@ -209,11 +220,14 @@ class StepMetrics:
     def _index_of(self, places: tuple[int, ...]) -> Tensor:
         """Return places as a tensor on the device, which each optimizer sends only once."""
         index = self._indices.get(places)
-        if index is None:
-            if len(self._indices) >= _MOST_SETS:
-                self._indices.clear()
-            index = torch.tensor(places, dtype=torch.long).to(self.device)
-            self._indices[places] = index
+        if index is not None:
+            return index
+
+        # Begin again once there are too many: sets may be other ones at every step.
+        if len(self._indices) >= _MOST_SETS:
+            self._indices.clear()
+        index = torch.tensor(places, dtype=torch.long).to(self.device)
+        self._indices[places] = index
         return index
 
     def _look_at_weights(self, squares: Sums) -> None:
@@ -274,12 +288,15 @@ class StepMetrics:
         Raises:
             UsageError: it is neither.
         """
+        # 1. A number, or a scalar on a CPU, which mostly is all there is.
         if not isinstance(value, Tensor):
             self.now.values[column] = _to_number(value)
             return
         if type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1:
             self.now.values[column] = value.item()
             return
+
+        # 2. Any other tensor. What lies on a device stays there until the buffer is read.
         value = local(value.detach())
         if value.numel() == 1:
             scalar = value.reshape(())
@@ -500,12 +517,15 @@ class UpdateTurn:
             stepping: place of the optimizer that steps now; None for a wrapper around several.
             has_closure: whether gradients are still to be computed.
         """
+        # 1. Begin the window.
         if self.opened:
             return
         self.opened = True
         self.window += 1
         if not self._is_turn():
             return
+
+        # 2. Choose the first sub-layer in the queue that may move.
         for group in list(self.queue):
             members = self._trained_members(group)
             if any(self._may_move(member, stepping, has_closure) for member in members):
@@ -518,6 +538,7 @@ class UpdateTurn:
     def _is_turn(self) -> bool:
         """Return whether the window that begins now is measured."""
         every = self.every
+        # Left to this class: young runs, and those that have leapt, are looked at closely.
         if every is None:
             is_dense = self._young_left > 0 or self._close_looks_left > 0
             every = 1 if is_dense else _USUAL_EVERY
@@ -538,8 +559,12 @@ class UpdateTurn:
         holder = self.holders.get(id(member.parameter))
         if holder is None:
             return False
+
+        # 1. Its optimizer steps now.
         if stepping is None or holder == stepping:
             return has_closure or member.parameter.grad is not None
+
+        # 2. Its optimizer may step later in this window.
         return self.rhythms[holder].is_due(self.window)
 
     def note_step(self, optimizer: int) -> None:
@@ -586,11 +611,13 @@ class UpdateTurn:
         """End the window: put the update into the row at hand."""
         if not self.opened:
             return
+
         # 1. A window in which nothing could be measured leaves its turn to the next one.
         self._since_measured += 1
         self._close_looks_left -= 1
         if self.chosen is not None and self.moved:
             self._since_measured = 0
+
             # 2. The sub-layer goes to the end of the queue.
             self.queue.remove(self.chosen)
             self.queue.append(self.chosen)
@@ -601,6 +628,7 @@ class UpdateTurn:
 
     def _put_update(self, metrics: StepMetrics, group: int) -> None:
         weight = self.weight
+        # It is there already if it was summed together with the update.
         if weight is None:
             members = self._trained_members(group)
             weights = [_local_weight(member.parameter) for member in members]
@@ -621,8 +649,11 @@ class UpdateTurn:
 
 def _sum_shares(sums: Sums, members: Sequence[GroupMember]) -> Tensor | float:
     """Return the sum over tensors, each with the share that this rank counts."""
+    # 1. Numbers on a CPU.
     if isinstance(sums, list):
         return sum(value * member.share for value, member in zip(sums, members, strict=True))
+
+    # 2. A tensor on any other device. Without shards every tensor counts in full.
     if all(member.share == 1.0 for member in members):
         return sums.sum()
     shares = [value * m.share for value, m in zip(sums.unbind(), members, strict=True)]

@@ -64,6 +64,7 @@ class GradientNorms:
         before, after = self.before_clipping, self.after_clipping
         if before is None or after is None:
             return None
+
         # A norm that is not finite, or zero, has no ratio.
         if math.isfinite(before) and after > 0:
             return before / after
@@ -155,12 +156,15 @@ def build_step_row(
 
 
 def _gradient_norms(row: StepRow, values: Sequence[float]) -> GradientNorms:
+    # 1. A step without gradients.
     passed = _passed_norm(values)
     if not row.has_gradients:
         return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
+
+    # 2. Gradients that were cleared before anyone could read them.
     squares = list(values[FIRST:])
     total = _total_norm(squares)
-    if row.late and total == 0:  # the gradients were cleared before anyone could read them
+    if row.late and total == 0:
         row.has_gradients = False
         return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
     return GradientNorms(before_clipping=passed, after_clipping=total, squares=squares)
@@ -205,7 +209,9 @@ def micro_batch_norms(row: StepRow, values: Sequence[float]) -> MicroBatchNorms 
         return None
     first, summed = values[MICRO], values[MICRO_SUM]
     are_finite = math.isfinite(first) and math.isfinite(summed)
-    if not are_finite or first <= 0:
+    if not are_finite:
+        return None
+    if first <= 0:
         return None
     return MicroBatchNorms(first=first, summed=summed, count=row.micro_batches, rows=row.sequences)
 
@@ -222,8 +228,11 @@ def _is_skipped(row: StepRow, has_found_inf: bool, is_overflow: bool) -> bool | 
         has_found_inf: the optimizer was called, and a loss scaler had found inf.
         is_overflow: a norm was not finite.
     """
+    # 1. The optimizer was called.
     if row.optimizer_step != StepOutcome.NONE:
         return has_found_inf
+
+    # 2. It was not, as far as anyone has seen.
     if row.stepped_before or is_overflow:
         return True
     return None
