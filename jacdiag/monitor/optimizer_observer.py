@@ -117,6 +117,7 @@ class OptimizerObserver:
 
     def remove(self) -> None:
         """Take the hooks off the optimizers."""
+        # If one of them cannot be removed, the other still is.
         for attached in (self.hooks, self.comparison):
             if attached is not None:
                 quietly(attached.remove)
@@ -147,12 +148,15 @@ class OptimizerObserver:
 
     def prepare(self) -> None:
         """Measure before the first update; see `Watch.prepare`."""
+        # 1. The buffer. Inside a step the gradients are those before clipping.
         measurements = self.measurements
         with self.guards.part("figures", NO_FIGURES):
             if self.guards.on("figures"):
                 metrics = measurements.prepared(self.numbers.count, self.log_every)
                 if self._running and self._stepped:
                     metrics.look_before_update()
+
+        # 2. The weights, if they were compared when this step began.
         with self.guards.part("writes", _NO_WRITES):
             writes, buffer = measurements.writes, measurements.metrics
             if self._running and writes is not None and buffer is not None:
@@ -160,10 +164,13 @@ class OptimizerObserver:
 
     def take_outcome(self) -> StepOutcome:
         """Return what was seen of the optimizers since the last call; reads no device."""
+        # 1. What compiled code has noted, and what has counted the changes of parameters.
         has_changed = self._changes.last != self._changes.read()
         ran_compiled = self.hooks is not None and self.hooks.mark.ran
         if self.hooks is not None:
             self.hooks.mark.ran = False
+
+        # 2. What has seen the step most exactly counts.
         if ran_compiled:
             self._is_compiled = True
             return StepOutcome.COMPILED
@@ -203,11 +210,14 @@ class OptimizerObserver:
 
     def _read_late(self, metrics: StepMetrics) -> None:
         """Take the gradients after a step that was not seen, if they have not been cleared."""
-        if any(p.grad is not None for p in self.parameters()):
-            metrics.gradients(None, None, None, before=False)
-            metrics.now.late = True
+        has_gradients = any(p.grad is not None for p in self.parameters())
+        if not has_gradients:
+            return
+        metrics.gradients(None, None, None, before=False)
+        metrics.now.late = True
 
     def _close_turn(self, turn: UpdateTurn, metrics: StepMetrics, outcome: StepOutcome) -> None:
+        # Compiled steps call no hook, so that all optimizers count as having stepped.
         if outcome is StepOutcome.COMPILED and turn.opened:
             for place in range(len(self.optimizers.leaves)):
                 turn.note_step(place)
@@ -239,11 +249,15 @@ class OptimizerObserver:
         """Return the passed rate, or the one that the first group had when it last stepped."""
         if passed_rate is not None:
             return passed_rate
+
+        # 1. The rate of this step, if the first optimizer stepped.
         first = row.rates[0] if row.rates else None
         if isinstance(first, Tensor):
             return None  # known when the device is read
         if first is not None:
             self._first_rate = first
+
+        # 2. Else its last one, if another optimizer stepped.
         if self._stepped or first is not None:
             return self._first_rate
         return None
@@ -254,7 +268,8 @@ class OptimizerObserver:
         self._stepped.clear()
         self._read.clear()
         self._rates.clear()
-        if self._is_compiled and self.update_every != 0:  # no hook will run before the next step
+        # No hook will run before the next step of compiled code.
+        if self._is_compiled and self.update_every != 0:
             with self.guards.part("updates", _NO_UPDATES):
                 self._open_turn(None, has_closure=True)
 
@@ -318,12 +333,16 @@ class OptimizerObserver:
 
     def _measure_update(self) -> None:
         metrics = self.measurements.metrics
-        if self.turn is None or metrics is None or not self.guards.on("updates"):
+        if self.turn is None or metrics is None:
             return
+        if not self.guards.on("updates"):
+            return
+
+        # A wrapper may not step at all, as in a micro-batch.
         if self._stepped:
             self.turn.measure(metrics)
         else:
-            self.turn.drop()  # a wrapper that did not step, as in a micro-batch
+            self.turn.drop()
 
     def _look_for_writes(self, place: int | None) -> None:
         """Look for weights that were written since the last step.
@@ -331,9 +350,14 @@ class OptimizerObserver:
         Args:
             place: of the optimizer that steps; None for a wrapper around all of them.
         """
+        # 1. What is noted of them goes into the row at hand.
         metrics = self.measurements.metrics
-        if metrics is None or not self.guards.on("writes") or not self.guards.on("figures"):
+        if metrics is None:
             return
+        if not self.guards.on("writes") or not self.guards.on("figures"):
+            return
+
+        # 2. Compare the weights of the optimizers that step now.
         writes = self.measurements.writes
         if writes is None or writes.groups is not metrics.groups:
             writes = self._make_weight_writes(metrics)
@@ -359,7 +383,9 @@ class OptimizerObserver:
     def _keep_weights(self, place: int | None) -> None:
         """Keep a sample of what the step has left."""
         writes = self.measurements.writes
-        if writes is None or not self.guards.on("writes"):
+        if writes is None:
+            return
+        if not self.guards.on("writes"):
             return
         for stepping in self._places_stepping(place):
             writes.end(stepping, self.numbers.count + 1)
@@ -415,6 +441,8 @@ class OptimizerObserver:
             return
         if not self.guards.on("updates") or not self.guards.on("figures"):
             return
+
+        # Begin again if the sub-layers are others than before.
         if self.turn is None or self.turn.groups is not metrics.groups:
             count = len(self.optimizers.leaves)
             self.turn = UpdateTurn(metrics.groups, self._holders(), count, self.update_every)
@@ -425,6 +453,7 @@ class OptimizerObserver:
         holders: dict[int, int] = {}
         for place, leaf in enumerate(self.optimizers.leaves):
             for parameter in self.optimizers.own_parameters(leaf):
+                # Of several optimizers with one parameter the first counts.
                 holders.setdefault(id(parameter), place)
         return holders
 
@@ -468,6 +497,7 @@ def _has_jumped(
     for rate, earlier in zip(rates, before, strict=False):
         if not isinstance(rate, float) or not isinstance(earlier, float):
             continue
+        # A warm-up begins at zero, which is no jump.
         if 0 < _RATE_JUMP * earlier < rate:
             return True
     return False
@@ -488,6 +518,7 @@ class ChangeCounts:
 
     def read(self) -> list[int]:
         """Return the counts as they are now, and keep them as the last ones."""
+        # 1. Take another sample if the parameters of the optimizers have changed.
         layout = [
             _first_and_length(group["params"])
             for leaf in self.leaves
@@ -497,6 +528,8 @@ class ChangeCounts:
             self._layout = layout
             parameters = [p for p in parameters_of(self.leaves) if p.requires_grad]
             self._sample = parameters[:: max(len(parameters) // _SAMPLE, 1)]
+
+        # 2. Read its counts.
         self.last = [p._version for p in self._sample]
         return self.last
 

@@ -131,6 +131,7 @@ def _children(candidate: Any) -> list[Any]:
         return list(candidate.values())
     if isinstance(candidate, list | tuple | set):
         return list(candidate)
+
     # 2. An object. What a module holds is not its optimizer.
     if isinstance(candidate, nn.Module):
         return []
@@ -147,6 +148,7 @@ def _children_by_name(candidate: Any) -> list[Any]:
         several = list(several.values())
     if isinstance(several, list | tuple):
         children.extend(several)
+
     # 2. One of them.
     single = getattr(candidate, "optimizer", None)
     if single is not None:
@@ -182,7 +184,9 @@ def _steps_parameters(value: Any) -> bool:
         return False
 
     # 2. A step, and groups of parameters.
-    if not callable(step) or not isinstance(groups, list | tuple):
+    if not callable(step):
+        return False
+    if not isinstance(groups, list | tuple):
         return False
     have_parameters = [isinstance(group, dict) and "params" in group for group in groups]
     return len(have_parameters) > 0 and all(have_parameters)
@@ -213,7 +217,7 @@ def check_supported(model: Any) -> None:
                 hint="watch the module itself",
             )
 
-    # 3. Flat shards, and optimizers inside the backward.
+    # 3. Flat shards.
     for module in model.modules():
         handle: Any = getattr(module, "_handle", None)
         if getattr(handle, "flat_param", None) is not None:
@@ -221,6 +225,8 @@ def check_supported(model: Any) -> None:
                 "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat shards",
                 hint="fully_shard (FSDP2) is",
             )
+
+    # 4. Optimizers inside the backward.
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_in_backward_optimizers", None):
             raise UsageError(
