@@ -50,6 +50,7 @@ class WeightWrites:
         device: torch.device,
         capacity: int,
     ) -> None:
+        # 1. Which weights are read, and at whose steps.
         self.groups, self.device = groups, device
         self.parts: dict[int, list[int]] = {}  # optimizer -> places of its members
         if count <= _MOST_OPTIMIZERS:
@@ -57,6 +58,8 @@ class WeightWrites:
                 holder = holders.get(id(member.parameter))
                 if holder is not None and _is_readable(member, device):
                     self.parts.setdefault(holder, []).append(place)
+
+        # 2. What is read of them.
         # Sums of squares before and after the gap, and of the difference: (steps, 3, parameters).
         self.sums = torch.zeros(capacity, 3, len(groups.members), device=device)
         self._read_sums = self.sums[:0]
@@ -99,8 +102,10 @@ class WeightWrites:
         views = self.views.pop(optimizer, None)
         if views is None:
             return
+
         with torch.no_grad():
             samplers = self.samplers[optimizer]
+            # The step may have put another tensor in the place of a weight.
             if not all(map(Sampler.is_of, samplers, views)):
                 views = [sampler.view() for sampler in samplers]
             self.before[optimizer] = torch.cat(views)
@@ -130,11 +135,13 @@ class WeightWrites:
             step: the step that it was made after.
         """
         for optimizer, samplers in self.samplers.items():
-            saved = [
-                samples[sampler.member.name]
-                for sampler in samplers
-                if sampler.member.name in samples
-            ]
+            # 1. The samples of its weights.
+            saved: list[Tensor] = []
+            for sampler in samplers:
+                if sampler.member.name in samples:
+                    saved.append(samples[sampler.member.name])
+
+            # 2. Take them if there is one for each weight, of its size.
             with torch.no_grad():
                 counts = [len(sampler.view()) for sampler in samplers]
             if [len(sample) for sample in saved] == counts:
@@ -157,6 +164,7 @@ class WeightWrites:
             return
         if self.device.type == "cpu" and torch.equal(before, after):
             return
+
         # 1. Sums of squares of each weight's sample.
         owner = self.owners.get(optimizer)
         if owner is None or len(owner) != len(after):
@@ -166,6 +174,7 @@ class WeightWrites:
         before, after = before.float(), after.float()
         squares = torch.stack([before, after, after - before]).square()
         sums = torch.zeros_like(self.sums[0]).index_add_(1, owner, squares)
+
         # 2. Put them into the row at hand, with the largest change.
         slot = metrics.slot
         if not metrics.now.written_after:
@@ -186,10 +195,12 @@ class WeightWrites:
 
         Waits for the device.
         """
+        # 1. Sort the changes. Equal ones stay in the order of depth.
         sums = self._read_sums[place].double().cpu()
         changes = _relative_change(sums)
-        # of equal ones by depth
         order = sorted(range(len(changes)), key=lambda k: -round(float(changes[k]), 3))
+
+        # 2. Describe the largest of those that count.
         chosen = [k for k in order if changes[k] >= NOTED]
         weights = [
             _describe_one(self.groups.members[k].name, *sums[:, k].sqrt().tolist())
@@ -237,14 +248,23 @@ def _relative_change(sums: Tensor) -> Tensor:
 
 def _is_readable(member: GroupMember, device: torch.device) -> bool:
     """Return whether a weight is a plain matrix on the metrics' device, or a shard of one."""
+    # 1. A tensor of no foreign class, with two dimensions or more.
     piece = _piece(member)
     if type(piece) not in (Tensor, torch.nn.Parameter):
         return False
     if piece.ndim < 2 or not piece.numel():
         return False
-    if not piece.is_floating_point() or piece.layout is not torch.strided:
+
+    # 2. Floats on the device.
+    if not piece.is_floating_point():
         return False
-    return piece.device == device and torch.ops.aten.is_non_overlapping_and_dense.default(piece)
+    if piece.device != device:
+        return False
+
+    # 3. Without gaps in memory, where a sample is taken at equal distances.
+    if piece.layout is not torch.strided:
+        return False
+    return torch.ops.aten.is_non_overlapping_and_dense.default(piece)
 
 
 def _piece(member: GroupMember) -> Tensor:
@@ -286,6 +306,7 @@ class Sampler:
 @cache
 def _sample_layout(elements: int, columns: int) -> tuple[int, int]:
     """Return how many elements of a matrix are sampled, and how far apart they lie in memory."""
+    # A stride with a factor in common with the columns would never reach some of them.
     stride = max(elements // SAMPLE, 1)
     while stride > 1 and gcd(stride, columns) > 1:
         stride -= 1
