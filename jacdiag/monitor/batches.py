@@ -59,15 +59,18 @@ class BatchHook(ModelHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take a call of the forward, or keep its arguments if it is compiled."""
+        # 1. A compiled call. An export, or a forward without gradients, has no batch of the run.
         if torch.compiler.is_compiling():
             if not _is_exporting() and torch.is_grad_enabled():
                 compiled = self.compiled
                 compiled.args = args
                 compiled.kwargs = kwargs
             return
-        begun = time.perf_counter()
+
+        # 2. Any other call. Its seconds are charged to the watch later.
+        started = time.perf_counter()
         self.batches.see(module, args, kwargs)
-        self.batches.seconds += time.perf_counter() - begun
+        self.batches.seconds += time.perf_counter() - started
 
 
 class Batches:
@@ -106,7 +109,8 @@ class Batches:
 
     def remove(self) -> None:
         """Take the hook off the model; what was kept stays."""
-        hook, self._hook = self._hook, None
+        hook = self._hook
+        self._hook = None
         if hook is not None:
             hook.remove()
 
@@ -128,26 +132,31 @@ class Batches:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take a call of the forward that is not compiled."""
+        # 1. Leave out what is no batch of the training, such as an evaluation inside the loop.
         if self.failed is not None or _is_being_recorded():
             return
-        if not module.training:  # an evaluation inside the loop is no batch of the training
+        if not module.training:
             self.in_eval += torch.is_grad_enabled()
             return
+
+        # 2. Keep what is needed of the batch.
         self.seen += 1
         self._take(module, args, kwargs)
-        if self.micro_batches is not None and self.failed is None:
-            try:
-                self.micro_batches.forward_begins(args, kwargs)
-            except Exception as error:  # reported by the watch at its next step
-                self.failed = error
+
+        # 3. Read the gradients of the micro-batches before it.
+        if self.micro_batches is None or self.failed is not None:
+            return
+        try:
+            self.micro_batches.forward_begins(args, kwargs)
+        except Exception as error:  # reported by the watch at its next step
+            self.failed = error
 
     def take_compiled(self) -> None:
-        """Take the last call of a compiled forward.
-
-        None if there was none since this method was called before.
-        """
-        args, kwargs = self.compiled.args, self.compiled.kwargs
-        self.compiled.args, self.compiled.kwargs = None, {}
+        """Take the last call of a compiled forward, if there was one since the last look."""
+        args = self.compiled.args
+        kwargs = self.compiled.kwargs
+        self.compiled.args = None
+        self.compiled.kwargs = {}
         if args is None or self.failed is not None:
             return
         self.in_compiled += 1
@@ -155,16 +164,23 @@ class Batches:
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
+            # 1. A few sequences of the first batch, for the probe.
             if self.first is None:
                 self.first = _few(args, kwargs)
+
+            # 2. A copy of the batch, for the flight recorder.
             batch: KeptBatch | None = None
             if self.kept is not None:
                 batch = self.kept.add(
                     self.step, named_arguments(module, args, kwargs, self._signatures)
                 )
-            if self.fingerprints and batch is not None and batch.is_on_cpu:
+
+            # 3. Its fingerprint. That of a copy on the CPU is made later, many in a row.
+            if not self.fingerprints:
+                return
+            if batch is not None and batch.is_on_cpu:
                 self.prints.append(partial(fingerprint, batch.arguments, self._place_weights))
-            elif self.fingerprints:
+            else:
                 self.prints.append(fingerprint((args, kwargs), self._place_weights))
         except Exception as error:  # reported by the watch at its next step
             self.failed = error
@@ -185,13 +201,21 @@ class Batches:
 
         Batches from now on belong to `step`.
         """
+        # 1. Complete the step that has ended.
         self.take_compiled()
         if self.kept is not None:
             self.kept.stride = max(step - self.step, 1)
-        prints, self.prints, self.step = self.prints, [], step
+        prints = self.prints
+
+        # 2. Begin the next one.
+        self.prints = []
+        self.step = step
+
+        # 3. Take the hook off if it was for the first batch alone. Compiled code that holds the
+        # hook would be compiled again.
         only_first = not self.fingerprints and self.kept is None
         if only_first and self.first is not None and not self.in_compiled:
-            self.remove()  # compiled code that holds the hook would be compiled again
+            self.remove()
         return prints
 
 
@@ -200,7 +224,9 @@ def _is_being_recorded() -> bool:
 
     Such a call has no batch.
     """
-    if torch.jit.is_tracing() or _get_proxy_mode()() is not None:
+    if torch.jit.is_tracing():
+        return True
+    if _get_proxy_mode()() is not None:  # by make_fx
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -216,10 +242,16 @@ def _get_proxy_mode() -> Callable[[], Any]:
 
 def make_prints(prints: Sequence[Print]) -> list[str]:
     """Return fingerprints as the log has them, with one look at their device."""
-    numbers = [entry if isinstance(entry, Tensor) else entry() for entry in prints]
+    # 1. Make those that were put off.
+    numbers: list[Tensor] = []
+    for entry in prints:
+        numbers.append(entry if isinstance(entry, Tensor) else entry())
     if not numbers:
         return []
-    together = torch.stack([number.to(numbers[0].device) for number in numbers])
+
+    # 2. Read all of them from one device at once.
+    device = numbers[0].device
+    together = torch.stack([number.to(device) for number in numbers])
     return [f"{number:016x}" for number in together.tolist()]
 
 
@@ -235,11 +267,14 @@ class PlaceWeights:
     def of(self, count: int, device: torch.device) -> Tensor:
         """Return the weights of some places, on a device."""
         weights = self._known.get((count, device))
-        if weights is None:
-            if len(self._known) >= _MOST_SIZES:
-                self._known.clear()
-            weights = torch.arange(1, count + 1, device=device) * _PRIME
-            self._known[count, device] = weights
+        if weights is not None:
+            return weights
+
+        # Begin again once there are too many: sizes may be other ones at every step.
+        if len(self._known) >= _MOST_SIZES:
+            self._known.clear()
+        weights = torch.arange(1, count + 1, device=device) * _PRIME
+        self._known[count, device] = weights
         return weights
 
 
@@ -252,6 +287,7 @@ def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
         value: nested containers of tensors.
         weights: remembered from other batches.
     """
+    # 1. Sum up each tensor: token ids on a CPU to a Python number, others on their device.
     places = weights if weights is not None else PlaceWeights()
     known = 0
     on_device: list[Tensor] = []
@@ -260,8 +296,12 @@ def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
             known += _weighted_sum_of_ids(tensor, places)
         else:
             on_device.append(_weighted_sum(tensor, places))
+
+    # 2. Without the others nothing has to be sent to a device.
     if not on_device:
         return torch.tensor(known & _MASK)
+
+    # 3. Add all sums on the device of the first of them.
     total = on_device[0] + _as_int64(known)
     for more in on_device[1:]:
         total = total + more.to(total.device)
@@ -273,7 +313,9 @@ def _tensors_in(value: Any) -> list[Tensor]:
     tensors: list[Tensor] = []
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.numel() and not leaf.is_complex():
             tensors.append(leaf)
         return leaf
 
@@ -302,7 +344,10 @@ def _weighted_sum(tensor: Tensor, places: PlaceWeights) -> Tensor:
     A float counts as the integer that its bits make.
     """
     flat = tensor.detach().reshape(-1)
-    flat = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
+    if flat.is_floating_point():
+        flat = flat.double().view(torch.int64)
+    else:
+        flat = flat.long()
     return ((flat + 1) * places.of(flat.numel(), flat.device)).sum()
 
 
@@ -347,23 +392,34 @@ def named_arguments(
 
     An argument without a name has its position as its key.
     """
+    # 1. Look up where each argument is in the call.
+    if signatures is None:
+        signatures = Signatures()
     kind = type(unwrap(module))
-    names = (signatures or Signatures()).names_of(kind, len(args), tuple(kwargs))
-    return {
-        name: kwargs[where] if isinstance(where, str) else args[where]
-        for name, where in names.items()
-    }
+    names = signatures.names_of(kind, len(args), tuple(kwargs))
+
+    # 2. Take it from there: by its keyword, or by its place.
+    arguments: dict[str, Any] = {}
+    for name, where in names.items():
+        if isinstance(where, str):
+            arguments[name] = kwargs[where]
+        else:
+            arguments[name] = args[where]
+    return arguments
 
 
 def _names_in_call(
     kind: type[nn.Module], count: int, keywords: tuple[str, ...]
 ) -> dict[str, int | str]:
     """Bind places and keywords in the stead of the arguments themselves."""
+    # 1. Bind them. A call that does not fit has places for names.
     own: dict[str, int | str] = {keyword: keyword for keyword in keywords}
     try:
         bound = inspect.signature(kind.forward).bind(None, *range(count), **own)
     except (TypeError, ValueError):
         return {**{str(place): place for place in range(count)}, **own}
+
+    # 2. Take what is bound to each name, without the module itself.
     names: dict[str, int | str] = {}
     for name, where in list(bound.arguments.items())[1:]:
         parameter = bound.signature.parameters[name].kind
@@ -393,8 +449,9 @@ def _few(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
     # 2. Cut the tensors along these.
     def cut(leaf: Any) -> Any:
         """Return a copy of the first sequences of a tensor; anything else as it is."""
-        can_be_cut = has_one_batch and isinstance(leaf, Tensor) and leaf.dim() > 0
-        if not can_be_cut:
+        if not has_one_batch:
+            return _copied(leaf)
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             return _copied(leaf)
         leaf = leaf[:_SEQUENCES]
         if has_one_length:
@@ -426,6 +483,8 @@ def _share_size(tensors: list[Tensor], dimension: int) -> bool:
 def _may_be_tokens(tensors: list[Tensor]) -> bool:
     """Return whether all tensors are tables of integers, as token ids and masks are."""
     for tensor in tensors:
-        if tensor.dim() != 2 or tensor.is_floating_point():
+        if tensor.dim() != 2:
+            return False
+        if tensor.is_floating_point():
             return False
     return True

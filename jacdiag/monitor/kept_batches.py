@@ -78,9 +78,11 @@ class KeptBatches:
             return None
         if self.step_bytes is not None:
             return None
+
         # 1. Drop steps that no alert can speak of any more.
         while self.queue and self.queue[0].step <= step - 2 * self.log_every * self.stride:
             self.bytes -= self.queue.popleft().bytes
+
         # 2. Give up if one interval of the live rules does not fit.
         of_this_step = size + self._bytes_of(step)
         if of_this_step * self.log_every > SMALL:
@@ -88,6 +90,7 @@ class KeptBatches:
             self.queue.clear()
             self.bytes = 0
             return None
+
         # 3. Keep it; within the room, what is oldest goes first.
         batch = _copy_of(step, arguments, size)
         self.queue.append(batch)
@@ -105,11 +108,14 @@ class KeptBatches:
 
     def drop_between(self, base: int, current: int) -> None:
         """Drop the batches of steps after `base`, but those of the step at hand."""
+        # 1. The batches that stay.
         batches = []
         for batch in self.queue:
             is_at_hand = batch.step == current
             if is_at_hand or batch.step <= base:
                 batches.append(batch)
+
+        # 2. They take the place of all.
         self.queue = deque(batches, maxlen=self.queue.maxlen)
         if self.automatic:
             self.bytes = sum(batch.bytes for batch in batches)
@@ -135,9 +141,13 @@ class KeptBatches:
         if not entries:
             return list(self.queue)
 
-        # 2. Of those, the ones in which the cause may lie, if that of the step itself is there.
+        # 2. The user's own number of batches is written in full.
+        if not self.automatic:
+            return entries
+
+        # 3. Else those in which the cause may lie, if the batch of the step itself is there.
         has_step = any(batch.step == step for batch in entries)
-        if not self.automatic or not has_step:
+        if not has_step:
             return entries
         too_early = step - (LONGEST_ONSET + 1) * self.stride
         return [batch for batch in entries if batch.step > too_early]

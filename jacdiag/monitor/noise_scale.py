@@ -85,9 +85,11 @@ class NoiseScale:
         """
         if len(self.looks) < LEAST_LOOKS:
             return None
+
         # Both are summed first: the mean of ratios would be biased.
         squared_mean = sum(norms.squared_mean for norms in self.looks)
         variance = sum(norms.variance for norms in self.looks)
+        # The noise may hide the gradient.
         if squared_mean <= 0:
             return None
         return variance / squared_mean
@@ -127,6 +129,21 @@ class MicroBatches:
         """Take note of a micro-batch, and of the gradients of those before it."""
         if self.step % self.every:
             return
+        self._count_micro_batch(args, kwargs)
+
+        # Read what has accumulated so far. Before the first backward that is nothing.
+        if not self.is_known or self.forwards < 2:
+            return
+        gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
+        if not gradients:  # two forwards before a backward: these are no micro-batches
+            self.is_known = False
+            return
+        self.summed = square_sums(gradients).sum()
+        if self.forwards == 2:
+            self.first = self.summed
+
+    def _count_micro_batch(self, args: Any, kwargs: Any) -> None:
+        """Count a micro-batch, and check that its gradients can be compared with the others'."""
         # 1. Check that the gradients are those of this rank alone. DistributedDataParallel averages
         # them over ranks in the backward, except inside of `no_sync`.
         averages_over_ranks = getattr(self.model, "require_backward_grad_sync", False)
@@ -141,17 +158,6 @@ class MicroBatches:
         self.rows = rows or 0
         self.forwards += 1
 
-        # 3. Read what has accumulated so far. Before the first backward that is nothing.
-        if not self.is_known or self.forwards < 2:
-            return
-        gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
-        if not gradients:  # two forwards before a backward: these are no micro-batches
-            self.is_known = False
-            return
-        self.summed = square_sums(gradients).sum()
-        if self.forwards == 2:
-            self.first = self.summed
-
     def step_ended(self) -> tuple[Tensor, int, int] | None:
         """End the step at hand.
 
@@ -160,11 +166,14 @@ class MicroBatches:
             micro-batches that are summed, and the sequences in each. None if the step was not read,
             or had fewer than LEAST micro-batches.
         """
+        # 1. What was read of it.
         reading = None
         first, summed = self.first, self.summed
         has_enough = self.is_known and self.forwards >= LEAST
         if has_enough and first is not None and summed is not None:
             reading = (torch.stack([first, summed]), self.forwards - 1, self.rows)
+
+        # 2. Begin the next one.
         self.step += 1
         self._begin()
         return reading
@@ -181,4 +190,6 @@ def _count_rows(args: Any, kwargs: Any) -> int | None:
         return leaf
 
     map_leaves(note, (list(args), dict(kwargs)))
-    return sizes[0] if sizes else None
+    if not sizes:
+        return None
+    return sizes[0]
