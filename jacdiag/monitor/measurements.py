@@ -153,13 +153,6 @@ class Measurements:
         return group_parameters(parameters, self.names, group_of, order, world)
 
     def _header(self, group_of: Mapping[str, str], order: Sequence[str]) -> dict[str, Any]:
-        used = [
-            group_of.get(self.names[id(p)], "")
-            for p in parameters_of(self.optimisers)
-            if id(p) in self.names
-        ]
-        ordered = [label for label in order if label in used]
-        others = sorted(set(used) - set(order))
         return {
             "model": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -167,9 +160,20 @@ class Measurements:
             "sharded": self.together.sharded,
             "every": self.probe_cadence.steps or self.probe_cadence.budget,
             "stats_every": self.statistics_cadence.steps or self.statistics_cadence.budget,
-            "groups": [*ordered, *others],
+            "groups": self._labels_in_use(group_of, order),
             "lr_groups": group_names(self.optimisers),
         }
+
+    def _labels_in_use(self, group_of: Mapping[str, str], order: Sequence[str]) -> list[str]:
+        """Return the groups of what the optimizers hold, those in `order` first."""
+        used: set[str] = set()
+        for parameter in parameters_of(self.optimisers):
+            name = self.names.get(id(parameter))
+            if name is not None:
+                used.add(group_of.get(name, ""))
+        ordered = [label for label in order if label in used]
+        others = sorted(used.difference(order))
+        return [*ordered, *others]
 
     def _announce_price(self, sites: Sites, tracing: float) -> None:
         """Announce what the statistics and the probe cost.
@@ -210,16 +214,21 @@ class Measurements:
         Sums of squares are summed over ranks if weights are sharded.
         """
         with self.guards.part("figures", _NO_FIGURES):
+            # 1. Whether there is something to read. Ranks that hold shards have to agree.
             if self.together.sharded and not self._all_ranks_have_metrics():
                 return
             if self.metrics is None or not self.guards.on("figures"):
                 return
+
+            # 2. Read it.
             rows, table = self.metrics.read()
             if self.writes is not None:
                 self.writes.keep_read(len(rows))
             self.looks = self.metrics.looks
             if self.together.sharded:
                 table = self._sum_over_ranks(table)
+
+            # 3. Write it to the log, and say what else can be said by now.
             nonfinite = self._name_nonfinite(self.metrics, rows, table)
             if rows and self.together.lead:
                 self._write_steps(self.metrics, rows, table, nonfinite)
@@ -293,6 +302,7 @@ class Measurements:
 
     def _name_nonfinite_frozen(self, metrics: StepMetrics) -> list[str]:
         """Name the parameters that no optimizer holds and that are not finite now."""
+        # 1. What no optimizer holds.
         held_ids = {id(member.parameter) for member in metrics.groups.members}
         names: list[str] = []
         weights: list[Tensor] = []
@@ -300,6 +310,8 @@ class Measurements:
             if id(parameter) not in held_ids:
                 names.append(self.names[id(parameter)])
                 weights.append(local(parameter.detach()))
+
+        # 2. Whether it is finite on all ranks.
         flags = torch.zeros(0)
         if weights:
             flags = find_nonfinite(weights, torch.device("cpu"))
@@ -310,7 +322,10 @@ class Measurements:
         is_working = self.guards.on("figures") and self.metrics is not None
         if self.together.broken:
             raise RuntimeError(self.together.broken)
-        if not self.together.agree(is_working) and is_working:
+
+        # Every rank takes part in this, also one on which the metrics have failed.
+        all_work = self.together.agree(is_working)
+        if is_working and not all_work:
             raise RuntimeError("they failed on another rank")
         return is_working
 
@@ -333,14 +348,17 @@ class Measurements:
 
     def _check_model(self) -> None:
         """Group the parameters again, with a warning, if the model has other ones than before."""
+        # 1. Compare the parameters. A wrapper may have parameters of its own.
         if {id(p) for p in self.model.parameters()} == self.names.keys():
             return
         names = names_of(self.model)
-        if names.keys() == self.names.keys():  # a wrapper has parameters of its own
+        if names.keys() == self.names.keys():
             return
+
+        # 2. Group them again.
         self.record.warn(
             "model",
-            "the model's parameters changed after watch was attached: they are grouped anew",
+            "the model's parameters changed after watch was attached: they are grouped again",
         )
         self.names = names
         capacity = self.metrics.capacity if self.metrics is not None else 1
@@ -363,6 +381,7 @@ class Measurements:
             step: its number.
             clock: of the run; charged with the seconds that this takes.
         """
+        # 1. Whether anything is due.
         if self.metrics is None:
             return
         # A rank on which the probe has failed goes on to take part where all ranks have to.
@@ -371,6 +390,8 @@ class Measurements:
         due = self._due(step, clock.step_seconds, self.metrics.capacity)
         if not due.probe and not due.statistics:
             return
+
+        # 2. Measure it on the model as it is now.
         started = time.perf_counter()
         sites, tracing = self._trace()
         if sites is not None:
@@ -419,6 +440,8 @@ class Measurements:
     def _first_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.batches is None:
             return None
+
+        # A compiled forward has kept its arguments aside.
         if self.batches.first is None:
             self.batches.take_compiled()
         return self.batches.first
@@ -474,6 +497,7 @@ class Measurements:
 
     def _undisturbed(self) -> ExitStack:
         """Return a context without the hooks of the watch and without autocast."""
+        # The runs of the probe are no batches of the training.
         stack = ExitStack()
         if self.batches is not None:
             stack.enter_context(self.batches.away())
@@ -584,6 +608,7 @@ class Measurements:
         error is an alert, since a rule has it only for something broken, or for the user's own
         threshold.
         """
+        # 1. Report what is new. Rules from JD900 on judge the measurement, and not the model.
         findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
         for finding in findings:
             key = _finding_key(finding)
@@ -592,22 +617,30 @@ class Measurements:
             alert = Alert(
                 step, finding.code, finding.level, finding.what, finding.where, finding.evidence
             )
-            is_of_init = self._is_first_report or finding.code < "JD300"
-            if is_of_init and finding.level != "error":
+            if self._is_alert(finding):
+                self.record.alert(alert)
+            else:
                 self._reported.add(key)
                 self.record.finding(alert)
-            else:
-                self.record.alert(alert)
+
+        # 2. Remember it for the next probe.
         self._last_fired = {_finding_key(finding) for finding in findings}
         self._is_first_report = False
 
+    def _is_alert(self, finding: Finding) -> bool:
+        """Return whether a finding of a probe is an alert; see `_report_findings`."""
+        if finding.level == "error":
+            return True
+        is_of_init = self._is_first_report or finding.code < "JD300"
+        return not is_of_init
+
     # -- checkpoints and the end -------------------------------------------------------------------
     def weights_state(self) -> dict[str, Tensor]:
-        """Return samples of the weights; none if they are sharded.
-
-        The next run may cut sharded weights in another way.
-        """
-        if self.writes is None or self.together.sharded:
+        """Return samples of the weights; none if they are sharded."""
+        if self.writes is None:
+            return {}
+        # The next run may cut sharded weights in another way.
+        if self.together.sharded:
             return {}
         return self.writes.state()
 

@@ -31,8 +31,11 @@ def needed(sites: Sites, weights: int = 0) -> int:
         x = site.shortcut
         for tensor in (x, site.value):
             recorded += tensor.numel() * tensor.element_size()
+
         # 2. Sub-layers are measured one after the other, so that the largest counts.
         own = (_BASIS + _GRAPH) * x.numel() * x.element_size()
+
+        # Attention also has a score for every pair of tokens in each head.
         if site.kind == "attention" and x.dim() == 3:
             heads = max(x.shape[-1] // 64, 1)
             own += _SCORES * x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()
