@@ -24,6 +24,7 @@ from jacdiag.monitor.batches import Batches, Print, make_prints
 from jacdiag.monitor.blind_spots import Silence
 from jacdiag.monitor.guards import AlertRaised, Guards, logger, say
 from jacdiag.monitor.histograms import Histogram
+from jacdiag.monitor.kept_batches import KeptBatch
 from jacdiag.monitor.log.flight_recorder import FlightRecorder
 from jacdiag.monitor.log.heartbeat_writer import Pulse
 from jacdiag.monitor.log.run_file import RunFile
@@ -32,6 +33,7 @@ from jacdiag.monitor.noise_scale import MicroBatchNorms, NoiseScale
 from jacdiag.monitor.process_endings import Ending
 from jacdiag.monitor.schedule import Clock
 from jacdiag.monitor.skip_list import SkipList
+from jacdiag.records.batch_values import BatchValues
 from jacdiag.records.run_log import Alert
 from jacdiag.rules.thresholds import Thresholds
 
@@ -210,11 +212,17 @@ class RunEvents:
         self._write(kind, [row], at_once=at_once)
 
     def _write(self, kind: str, rows: list[Mapping[str, Any]], *, at_once: bool = False) -> None:
-        has_step = any("step" in row for row in rows)
-        if self._held_lines is not None and has_step and not at_once:
-            self._held_lines += [(kind, row) for row in rows]
+        # 1. Hold lines with a step back until the first step of this process has a number.
+        if self._held_lines is not None and not at_once:
+            has_step = any("step" in row for row in rows)
+            if has_step:
+                self._held_lines += [(kind, row) for row in rows]
+                return
+
+        # 2. Write all others, if there is a log that still works.
+        if self.file is None:
             return
-        if self.file is None or not self.guards.on("log"):
+        if not self.guards.on("log"):
             return
         with self.guards.part("log", "nothing more is written to the run log"):
             self.file.write(kind, rows)
@@ -261,14 +269,15 @@ class RunEvents:
 
     def _with_batch(self, alert: Alert) -> Alert:
         """Add to an alert about values that are not finite whether the batch held them."""
-        if alert.code != "JD505" or self.batches is None or self.batches.kept is None:
+        if alert.code != "JD505":
             return alert
+        if self.batches is None or self.batches.kept is None:
+            return alert
+
         queue = self.batches.kept.queue
         with self.guards.part("batch values", "alerts do not say whether the batch was finite"):
             if self.guards.on("batch values"):
-                of_step = [batch for batch in queue if batch.step == alert.step]
-                earlier = [batch.arguments for batch in reversed(queue) if batch.step < alert.step]
-                values = [find_nonfinite_values(batch.arguments, earlier) for batch in of_step]
+                values = _nonfinite_values_at(queue, alert.step)
                 ranks = int(self.header.get("ranks") or 1)
                 return explain_batch(alert, values, ranks)
         return alert
@@ -284,11 +293,12 @@ class RunEvents:
         """Return a line for each live rule that has become ready since the last call."""
         before = self.waits
         self.waits = self.live.waits()
-        return [
-            {"step": step, "code": code, "waited_for": waited_for}
-            for code, waited_for in before.items()
-            if code not in self.waits
-        ]
+        lines: list[Mapping[str, Any]] = []
+        for code, waited_for in before.items():
+            is_ready = code not in self.waits
+            if is_ready:
+                lines.append({"step": step, "code": code, "waited_for": waited_for})
+        return lines
 
     def note_ready(self, step: int) -> None:
         """Say which live rules statistics or a probe have made ready."""
@@ -303,12 +313,14 @@ class RunEvents:
 
     def _add_fingerprints(self, rows: list[dict[str, Any]]) -> None:
         """Add the fingerprints of their micro-batches to steps."""
+        # 1. Take those of these steps. The others belong to steps that are read later.
         by_step = self.prints[: len(rows)]
         self.prints = self.prints[len(rows) :]
         if not any(by_step):
             return
+
+        # 2. Read all of them from their device at once, and hand them out in order.
         with self.guards.part("batches", "no batch fingerprints from now on"):
-            # All are read from their device at once.
             all_prints = [entry for prints in by_step for entry in prints]
             texts = iter(make_prints(all_prints))
             for row, prints in zip(rows, by_step, strict=False):
@@ -370,13 +382,18 @@ class RunEvents:
                 self.skip_list.add(alert)
 
     def _handle(self, alert: Alert, moment: AlertMoment) -> None:
-        """Do what `on_alert` says. An error is raised later, outside of every guard."""
+        """Do what `on_alert` says."""
+        # 1. An error is raised later, outside of every guard. The first alert is the one.
         if self.on_alert == "raise":
             self._alert_to_raise = self._alert_to_raise or alert
-        elif callable(self.on_alert):
-            with self.guards.part("on_alert", "the function is called no more"):
-                if self.guards.on("on_alert"):
-                    call_handler(self.on_alert, alert, moment)
+            return
+
+        # 2. A function is called, as long as it works.
+        if not callable(self.on_alert):
+            return
+        with self.guards.part("on_alert", "the function is called no more"):
+            if self.guards.on("on_alert"):
+                call_handler(self.on_alert, alert, moment)
 
     def _moment(self, alert: Alert, flight: Path | None) -> AlertMoment:
         """Return what a handler may want to look at."""
@@ -395,11 +412,14 @@ class RunEvents:
 
     def _send(self, alert: Alert, moment: AlertMoment) -> None:
         """Send an alert to every sink that takes alerts and still works."""
+        # 1. Those for alerts alone.
         for name, alert_sink in self.alert_sinks:
             part = f"alerts to {name}"
             with self.guards.part(part, f"no alert is sent to {name} from now on"):
                 if self.guards.on(part):
                     call_handler(alert_sink.alert, alert, moment)
+
+        # 2. Those for figures, which may take alerts too.
         for name, sink in self.sinks:
             send = getattr(sink, "alert", None)
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
@@ -427,22 +447,28 @@ class RunEvents:
             step: the last one that was finished.
             ending: how it was left.
         """
+        # 1. How it was left.
         self.settle(step)
         self.ending = ending
         if ending.how in ("crash", "interrupt", "signal"):
             self.line("note", {"step": step, "text": f"the loop was left by {ending.reason}"})
-        if ending.has_flight:
-            flight = self.dump(step, ending.reason, ended=ending.how)
-            if flight is None:
-                flight = self._flight_of(step)
-            self.ending_flight = flight.name if flight is not None else None
+
+        # 2. Its flight. An alert at this step may have written it already.
+        if not ending.has_flight:
+            return
+        flight = self.dump(step, ending.reason, ended=ending.how)
+        if flight is None:
+            flight = self._flight_of(step)
+        self.ending_flight = flight.name if flight is not None else None
 
     def _flight_of(self, step: int) -> Path | None:
         """Return the flight that an alert at a step has written; None if there is none."""
         if self.folder is None:
             return None
         flight = self.folder / f"flight-{step}"
-        return flight if flight.is_dir() else None
+        if flight.is_dir():
+            return flight
+        return None
 
     def dump(self, step: int, why: str, ended: str = "") -> Path | None:
         """Let the flight recorder write what it keeps.
@@ -458,13 +484,17 @@ class RunEvents:
         if self.recorder is None:
             return None
         with self.guards.part("recorder", "the flight recorder writes nothing more"):
-            if self.guards.on("recorder"):
-                if ended and self.batches is not None:
-                    self.batches.take_compiled()
-                folder = self.recorder.dump(step, why, self.batches, self.header, ended)
-                if folder is not None:
-                    self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
-                return folder
+            if not self.guards.on("recorder"):
+                return None
+            # 1. The batch of a step that was running may be that of a compiled forward.
+            if ended and self.batches is not None:
+                self.batches.take_compiled()
+
+            # 2. Write the flight.
+            folder = self.recorder.dump(step, why, self.batches, self.header, ended)
+            if folder is not None:
+                self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
+            return folder
         return None
 
     def warn(self, what: str, text: str) -> None:
@@ -558,8 +588,26 @@ class RunEvents:
             self.file.close()
 
 
+def _nonfinite_values_at(queue: Iterable[KeptBatch], step: int) -> list[BatchValues]:
+    """Return what is not finite in each batch of a step, compared with the batches before it."""
+    batches = list(queue)
+    # 1. The batches before the step, the latest first.
+    earlier: list[dict[str, Any]] = []
+    for batch in reversed(batches):
+        if batch.step < step:
+            earlier.append(batch.arguments)
+
+    # 2. Those of the step.
+    values: list[BatchValues] = []
+    for batch in batches:
+        if batch.step == step:
+            values.append(find_nonfinite_values(batch.arguments, earlier))
+    return values
+
+
 def _renumber(alerts: list[Alert], old: int, new: int) -> None:
     """Give the alerts of step `old` the number `new`."""
+    # An alert is frozen, so that another one takes its place.
     for place, alert in enumerate(alerts):
         if alert.step == old:
             alerts[place] = replace(alert, step=new)
