@@ -117,7 +117,11 @@ class FlightRecorder:
 
         # 2. A batch that was running is written even if there are enough flights.
         is_enough = self.dumps >= self.most and not running
-        if is_enough or folder.exists():
+        if is_enough:
+            return None
+
+        # 3. A flight that is there stays as it is.
+        if folder.exists():
             return None
         return folder
 

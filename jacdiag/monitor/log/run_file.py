@@ -80,10 +80,12 @@ class RunFile:
         Raises:
             OSError: too many lines wait for the disk.
         """
+        # After an error the file is left alone.
         if self.error or not rows:
             return
         if self._queue.qsize() > _MOST_WAITING:
             raise OSError("the disk is too slow: ten thousand blocks of lines wait to be written")
+
         # Lines that belong together are written together.
         lines = [to_line(kind, row) for row in rows]
         self._queue.put(b"".join(lines))

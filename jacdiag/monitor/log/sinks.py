@@ -304,13 +304,17 @@ def open_sinks(requested: Iterable[str | Sink], folder: Path) -> list[tuple[str,
 
 def _open_by_name(text: str, folder: Path) -> tuple[str, Sink]:
     """Open a sink by its name; raise UsageError if there is none of that name."""
+    # 1. The address of a webhook. It holds a secret, so that the message does not repeat it.
     if is_address(text):
         hint = "alerts_to=[...] takes it; sinks take figures"
-        # the address holds a secret
         raise UsageError("a sink is no address of a webhook", hint=hint)
+
+    # 2. A name with a file.
     name, _, path = text.partition(":")
     if name == "openmetrics" and path:
         return name, OpenMetrics(path, run=_run_name(folder))
+
+    # 3. A name by itself.
     if text not in BY_NAME:
         raise UsageError(f"no sink is called '{text}'", hint=f"there are {', '.join(BY_NAME)}")
     return text, cast(Sink, BY_NAME[text](folder))
@@ -346,6 +350,8 @@ def open_alert_sinks(
     names: set[str] = set()
     for target in requested:
         sink = _alert_sink(target)
+
+        # The second of a name is "NAME (2)".
         base = getattr(sink, "name", type(sink).__name__)
         name = base
         number = 1

@@ -127,12 +127,13 @@ class Webhook:
     def close(self) -> None:
         """Send what waits, for the time of one request at most."""
         self._closing.set()
-        if self._thread is not None:
-            try:
-                self._queue.put_nowait(None)
-            except queue.Full:
-                return
-            self._thread.join(self.timeout)
+        if self._thread is None:
+            return
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(self.timeout)
 
     # -- the sending thread ------------------------------------------------------------------------
     def _send_all(self) -> None:
@@ -153,7 +154,8 @@ class Webhook:
 
             # 3. Give the address up if that will not get better.
             self._lost += 1
-            if failure.is_final or self._lost >= _MOST_LOST:
+            is_hopeless = failure.is_final or self._lost >= _MOST_LOST
+            if is_hopeless:
                 self._given_up = True
                 self.failed(failure.reason)
             else:
@@ -238,9 +240,12 @@ def _parse_address(text: str) -> WebhookAddress:
     Raises:
         UsageError: it is no address of the web; the message does not repeat it.
     """
+    # 1. A prefix may name the form of the JSON.
     prefix, plus, address = text.partition("+")
     if plus and prefix in _FORMS:
         return WebhookAddress(form=prefix, url=address, host=_host_of(address))
+
+    # 2. Else the host says which it is.
     host = _host_of(text)
     return WebhookAddress(form=_FORM_OF_HOST.get(host, "json"), url=text, host=host)
 
@@ -277,7 +282,9 @@ def _is_plain(address: str) -> bool:
     """Return whether an address has only characters that an address may have."""
     if " " in address:
         return False
-    return address.isascii() and address.isprintable()
+    if not address.isascii():
+        return False
+    return address.isprintable()
 
 
 def _phrase(code: int) -> str:
