@@ -121,17 +121,23 @@ class WatchCallback(TrainerCallback):
 
     def _note_error(self, error: BaseException) -> None:
         """Write the flight of an exception that leaves the Trainer, and end the watch."""
+        # The watch may have been closed before, by the loop itself.
         if self.watch is not None and not self.watch.closed:
             quietly(self.watch.__exit__, type(error), error, error.__traceback__)
         self._end()
 
     def note_output(self, kwargs: Any, output: Any) -> None:
         """Take the loss that a model returned, if no Trainer was found."""
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            # else micro-batches add up to the mean
-            self._is_mean = kwargs.get("num_items_in_batch") is None
-            self._losses.append(loss.detach())
+        if isinstance(output, dict):
+            loss = output.get("loss")
+        else:
+            loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            return
+
+        # With the number of items in the batch, micro-batches add up to the mean.
+        self._is_mean = kwargs.get("num_items_in_batch") is None
+        self._losses.append(loss.detach())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass the step on to the watch, with what was read of it."""
@@ -147,18 +153,22 @@ class WatchCallback(TrainerCallback):
         loss = None
         if losses:
             loss = torch.stack(losses).sum()
-        if loss is not None and self._is_mean:
-            loss = loss / len(losses)
+            if self._is_mean:
+                loss = loss / len(losses)
         tokens = getattr(state, "num_input_tokens_seen", None) or None
         self.watch.step(loss, grad_norm=norm, tokens=tokens, step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state of the watch with the Trainer's checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.watch is None:
             return
-        saved = self.watch.state_dict()  # on every rank: figures are summed for it
-        if self.watch.together.lead and folder.is_dir():
+        # On every rank: figures are summed for it.
+        saved = self.watch.state_dict()
+        if not self.watch.together.lead:
+            return
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
             torch.save(saved, folder / STATE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -252,9 +262,14 @@ class CoveredMethod:
 
     def __getattr__(self, name: str) -> Any:
         """Look everything else up on the covered method, such as its signature."""
+        # 1. An object that is not initialised yet has nothing to look things up on.
+        if name in ("method", "owner"):
+            raise AttributeError(name)
+
+        # 2. Special methods are its own, but for those that say which method it is.
         is_of_a_method = name in ("__func__", "__self__", "__name__")
         is_special = name.startswith("__") and not is_of_a_method
-        if is_special or name in ("method", "owner"):
+        if is_special:
             raise AttributeError(name)
         return getattr(self.method, name)
 
@@ -267,6 +282,7 @@ def find_trainer() -> Trainer | None:
 
     Callbacks are not given it, but it is among the callers.
     """
+    # The nearest caller comes first.
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -101,9 +101,14 @@ class WatchCallback(Callback):
         if self.watch is None:
             return
         self.watch.prepare()
+
+        # Without clipping the watch reads the norm itself.
+        if not self._clips:
+            return
         # The norm of sharded gradients would need the other ranks.
-        if self._clips and not self.watch.together.sharded:
-            self._norm = self._gradient_norm(optimizer)
+        if self.watch.together.sharded:
+            return
+        self._norm = self._gradient_norm(optimizer)
 
     def _gradient_norm(self, optimizer: Any) -> Tensor | None:
         """Return the norm of the gradients that the optimizer uses; None if there are none."""
@@ -151,7 +156,9 @@ class WatchCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the watch for the Trainer's checkpoint; empty without a watch."""
-        if self.watch is None or self.watch.closed:
+        if self.watch is None:
+            return {}
+        if self.watch.closed:
             return {}
         return self.watch.state_dict()
 
@@ -186,14 +193,8 @@ def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
             moving average are in none of them.
     """
     # 1. The parts with parameters that are trained.
-    trained: set[int] = set()
-    for optimizer in trainer.optimizers:
-        trained.update(map(id, held_parameters(optimizer)))
-    sizes: dict[str, int] = {}
-    for name, part in _parts_with_forward(pl_module):
-        size = sum(p.numel() for p in part.parameters() if id(p) in trained)
-        if size:
-            sizes[name] = size
+    trained = _trained_parameters(trainer)
+    sizes = _trained_sizes(pl_module, trained)
     if not sizes:
         return NetworkPart(pl_module)
 
@@ -220,6 +221,25 @@ def implements_forward(module: nn.Module) -> bool:
     """
     forward = getattr(type(module).forward, "__func__", type(module).forward)
     return forward not in (nn.Module.forward, LightningModule.forward)
+
+
+def _trained_parameters(trainer: Any) -> set[int]:
+    """Return the ids of the parameters that the optimizers of a trainer hold."""
+    trained: set[int] = set()
+    for optimizer in trainer.optimizers:
+        trained.update(map(id, held_parameters(optimizer)))
+    return trained
+
+
+def _trained_sizes(module: nn.Module, trained: set[int]) -> dict[str, int]:
+    """Return how many elements are trained in each part with a forward, if any are."""
+    sizes: dict[str, int] = {}
+    for name, part in _parts_with_forward(module):
+        members = [p for p in part.parameters() if id(p) in trained]
+        size = sum(p.numel() for p in members)
+        if size:
+            sizes[name] = size
+    return sizes
 
 
 def _parts_with_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
