@@ -218,12 +218,7 @@ def read_skip_list(
     """
     # 1. Read the file.
     file = Path(path_text(path))
-    lines: list[bytes] = []
-    try:
-        if file.exists():
-            lines = file.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UsageError(f"cannot read the skip list '{file}'", got=error.strerror) from error
+    lines = _read_lines(file)
 
     # 2. Take the places of each line.
     positions: dict[int, str | None] = {}
@@ -244,6 +239,16 @@ def read_skip_list(
         for near in range(max(position - before, 0), position + after + 1):
             positions.setdefault(near, None)
     return BadBatches(positions=positions, unplaced=unplaced)
+
+
+def _read_lines(file: Path) -> list[bytes]:
+    """Return the lines of a skip list with their ends; none if it is not there yet."""
+    try:
+        if not file.exists():
+            return []
+        return file.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UsageError(f"cannot read the skip list '{file}'", got=error.strerror) from error
 
 
 def _add_places(
@@ -445,6 +450,8 @@ class Skipping:
                 "a skipping loader cannot go on from this state", got=f"{state.get('version')!r}"
             )
         self.position = int(state["position"])
+
+        # Where the loader goes on: by itself, or after it was read again up to there.
         if "loader" in state and hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(state["loader"])
             self._forward = 0
@@ -498,17 +505,8 @@ def skipping(
             raise UsageError(f"{name} cannot be {value!r}", hint="a number of batches, 0 or more")
     path = path_text(skip_list)
 
-    # 2. Read the list. Rank 0 does so for all.
-    results: list[BadBatches | UsageError | None] = [None]
-    if not _several_ranks() or dist.get_rank() == 0:
-        results = [_attempt(path, before, after, batches_per_step)]
-    if _several_ranks():
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else None
-        dist.broadcast_object_list(results, src=0, device=device)
-    listed = results[0]
-    if isinstance(listed, UsageError):
-        raise listed
-    assert isinstance(listed, BadBatches)
+    # 2. Read the list.
+    listed = _read_for_all_ranks(path, before, after, batches_per_step)
 
     # 3. Warn of lines that leave nothing out.
     if listed.unplaced:
@@ -518,6 +516,26 @@ def skipping(
         )
         logger.warning(f"jacdiag.skipping: {text}", len(listed.unplaced), path, listed.unplaced[0])
     return Skipping(loader, path, listed, start)
+
+
+def _read_for_all_ranks(
+    path: str, before: int, after: int, batches_per_step: int | None
+) -> BadBatches:
+    """Return the list as rank 0 reads it; raise on every rank if it cannot."""
+    # 1. Rank 0 reads it for all.
+    results: list[BadBatches | UsageError | None] = [None]
+    if not _several_ranks() or dist.get_rank() == 0:
+        results = [_attempt(path, before, after, batches_per_step)]
+
+    # 2. It sends the list, or its error, to the others.
+    if _several_ranks():
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else None
+        dist.broadcast_object_list(results, src=0, device=device)
+    listed = results[0]
+    if isinstance(listed, UsageError):
+        raise listed
+    assert isinstance(listed, BadBatches)
+    return listed
 
 
 def _attempt(
