@@ -88,7 +88,10 @@ def takes_moment(handler: Callable[..., Any]) -> bool:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # such as a class of an extension module
         return False
-    return not _accepts(signature, 1) and _accepts(signature, 2)
+    # A handler that can be called with the alert alone gets nothing else.
+    if _accepts(signature, 1):
+        return False
+    return _accepts(signature, 2)
 
 
 def _accepts(signature: inspect.Signature, count: int) -> bool:

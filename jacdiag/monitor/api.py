@@ -212,12 +212,13 @@ def _check_options(
 ) -> None:
     """Raise UsageError if an option of `watch` has a value that it cannot have."""
     # 1. Steps between two events.
-    if not isinstance(log_every, int) or log_every < 1:
+    if not _is_at_least(log_every, 1):
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
-    if not isinstance(updates, int) or updates < 0:
+    if not _is_at_least(updates, 0):
         raise UsageError(
             f"updates cannot be {updates!r}", hint="True, False, or a number of steps, such as 10"
         )
+
     # 2. Options that None leaves to the watch, or switches off.
     if not _is_none_or_at_least(keep_batches, 0):
         raise UsageError(
@@ -227,15 +228,24 @@ def _check_options(
         raise UsageError(
             f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None"
         )
+
     # 3. What happens at an alert.
-    if on_alert not in ("log", "raise") and not callable(on_alert):
+    if not _is_alert_handling(on_alert):
         raise UsageError(
             f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert"
         )
 
 
+def _is_at_least(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
 def _is_none_or_at_least(value: Any, least: int) -> bool:
-    return value is None or (isinstance(value, int) and value >= least)
+    return value is None or _is_at_least(value, least)
+
+
+def _is_alert_handling(value: Any) -> bool:
+    return value in ("log", "raise") or callable(value)
 
 
 def _check_unwatched(model: nn.Module) -> None:
@@ -243,6 +253,8 @@ def _check_unwatched(model: nn.Module) -> None:
     reference = _WATCHED.get(unwrap(model))
     if reference is None:
         return
+
+    # A watch that was closed, or that nobody holds any more, has let go of the model.
     other = reference()
     if other is not None and not other.closed:
         raise UsageError("this model is watched already", hint="close() the other watch first")

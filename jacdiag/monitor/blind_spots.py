@@ -63,9 +63,11 @@ class Silence:
         self.steps += 1
         if self.steps != FIRST_STEPS:
             return
+
         # 1. The batches.
         if batches is not None:
             self._look_at_batches(kind, batches, probe)
+
         # 2. The probe.
         if probe.is_random and probe.is_needed:
             self.warn(
@@ -133,8 +135,11 @@ class Silence:
 
         # 1. The parameters with a gradient that no optimizer holds.
         held = {id(p) for p in watched()}
-        with_gradient = [p for p in parameters() if p.grad is not None]
-        others = [p for p in with_gradient if id(p) not in held]
+        others: list[Tensor] = []
+        for parameter in parameters():
+            is_held = id(parameter) in held
+            if parameter.grad is not None and not is_held:
+                others.append(parameter)
         if not others:
             return
 

@@ -38,16 +38,20 @@ class ForwardFigures:
 
 def forward_figures(sites: Sites) -> ForwardFigures:
     """Measure what the probe's forward shows of every sub-layer."""
+    # 1. One number for each sub-layer.
     figures = _size_figures(sites)
     attention = attention_records(sites)
     figures |= _attention_figures(sites, attention)
     routing = routing_of(sites)
     figures |= _router_figures(routing)
-    return ForwardFigures(
-        figures=figures,
-        heads={name: r.head_logits for name, r in attention.items() if r.head_logits},
-        experts={name: router.load for name, router in routing.items()},
-    )
+
+    # 2. One for each head, and for each expert.
+    heads: dict[str, list[float]] = {}
+    for name, record in attention.items():
+        if record.head_logits:
+            heads[name] = record.head_logits
+    experts = {name: router.load for name, router in routing.items()}
+    return ForwardFigures(figures=figures, heads=heads, experts=experts)
 
 
 def _size_figures(sites: Sites) -> dict[str, dict[str, float | None]]:
@@ -62,6 +66,7 @@ def _size_figures(sites: Sites) -> dict[str, dict[str, float | None]]:
         branch_std[site.name] = None
         if branch.shape == shortcut.shape:
             branch_std[site.name] = _median_std(branch, site.feature_dim)
+
         # 2. The largest element.
         largest = torch.maximum(shortcut.abs().max(), branch.abs().max())
         max_activation[site.name] = float(largest)
@@ -113,6 +118,15 @@ def _median_std(x: Tensor, feature_dim: int) -> float:
     return float(x.float().std(dim=feature_dim, correction=0).median())
 
 
+def _matrices_of(sites: Sites) -> list[str]:
+    """Return the names of the matrices that the sub-layers multiply by, each once."""
+    outlines = sites.skeleton.outlines
+    names: dict[str, None] = {}  # a set that keeps its order
+    for site in sites:
+        names.update(dict.fromkeys(site.products))
+    return [name for name in names if outlines[name].dim() == 2]
+
+
 class StableRanks:
     """Stable ranks |W|_F^2 / |W|_2^2 of the matrices of all sub-layers.
 
@@ -128,20 +142,17 @@ class StableRanks:
 
     def look(self, sites: Sites) -> dict[str, float]:
         """Return the stable rank of each matrix by its name, without those that are not finite."""
-        # 1. The matrices, each once.
-        params, outlines = sites.skeleton.params, sites.skeleton.outlines
-        products: dict[str, None] = {}
-        for site in sites:
-            products.update(dict.fromkeys(site.products))
-        matrices = [name for name in products if outlines[name].dim() == 2]
-
-        # 2. Their ranks, one matrix at a time: they may not all be in memory.
+        params = sites.skeleton.params
         ranks: dict[str, float] = {}
-        for name in matrices:
+        # One matrix at a time: they may not all be in memory.
+        for name in _matrices_of(sites):
             weight = params[name].detach()
             square = float(square_sums([weight]))
             top = self._spectral_norm(name, weight)
-            if top > 0 and math.isfinite(square):
+
+            # A matrix of zeros has no rank to speak of, and one that is not finite has none.
+            is_known = top > 0 and math.isfinite(square)
+            if is_known:
                 ranks[name] = square / top**2
         return ranks
 

@@ -67,7 +67,9 @@ class GuardedPart:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> bool:
         # KeyboardInterrupt and SystemExit are no Exception.
-        if not isinstance(error, Exception) or self.guards.strict:
+        if not isinstance(error, Exception):
+            return False
+        if self.guards.strict:
             return False
         self.guards.fail(self.name, error, self.loses)
         return True
@@ -140,11 +142,16 @@ def describe_cause(error: BaseException) -> str:
 
 def find_cure(part: str, error: BaseException | str) -> str:
     """Return what helps against a fault: the error's own hint, else what the part allows."""
+    # 1. What the error says itself.
     if isinstance(error, JacdiagError) and error.hint:
         return str(error.hint)
+
+    # 2. A probe can be made smaller.
     is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if is_out_of_memory and part == "probe":
         return _LESS_MEMORY
+
+    # 3. What the part allows. Each sink is a part of its own.
     if part.startswith("sink "):
         return "check what the sink writes to; the run log goes on without it"
     return _CURES.get(part, _SHOWS_TRACE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.monitor.optimizers import local
-from jacdiag.monitor.parameter_groups import SublayerGroups
+from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 
 BINS = 64
 
@@ -87,12 +87,7 @@ class Histograms:
             stepping: ids of the parameters of the optimizer that steps now; None for all.
         """
         for place, label in enumerate(groups.labels):
-            gradients: list[Tensor] = []
-            for member in groups.of(place):
-                parameter = member.parameter
-                is_stepping = stepping is None or id(parameter) in stepping
-                if is_stepping and parameter.grad is not None:
-                    gradients.append(local(parameter.grad))
+            gradients = _gradients_of(groups.of(place), stepping)
             # A sub-layer that another optimizer updates has its own call.
             if gradients:
                 self.gradients[label] = histogram_of(gradients)
@@ -113,6 +108,17 @@ class Histograms:
             weights = [local(member.parameter.detach()) for member in groups.of(place)]
             shown[f"jacdiag/weights/{label}"] = histogram_of(weights)
         return shown
+
+
+def _gradients_of(members: Sequence[GroupMember], stepping: set[int] | None) -> list[Tensor]:
+    """Return the gradients of those parameters that the optimizer steps."""
+    gradients: list[Tensor] = []
+    for member in members:
+        parameter = member.parameter
+        is_stepping = stepping is None or id(parameter) in stepping
+        if is_stepping and parameter.grad is not None:
+            gradients.append(local(parameter.grad))
+    return gradients
 
 
 def moments(shown: Histogram) -> tuple[float, float]:

@@ -109,6 +109,7 @@ class LiveProbe:
                 "no batch was seen and no probe was given",
                 hint="jacdiag.watch(..., probe=input_ids)",
             )
+
         # 2. Random tokens.
         else:
             try:
@@ -183,8 +184,11 @@ class LiveProbe:
 
     def fits(self, found: Sites) -> str:
         """Return why the probe does not fit into the free memory; "" if it does."""
-        peak, free = self.peak(found), available(found[0].shortcut.device)
-        if free is None or peak <= 0.9 * free:
+        peak = self.peak(found)
+        free = available(found[0].shortcut.device)
+        if free is None:  # not every device says what is free
+            return ""
+        if peak <= 0.9 * free:
             return ""
         return f"the probe needs about {peak / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free"
 
@@ -235,11 +239,14 @@ class LiveProbe:
 
     def state_of(self, found: Sites) -> State:
         """Return the state that the weights show; a model that was trained once stays so."""
-        if self.decision is None or self.decision.state == "init":
-            skeleton = found.skeleton
-            self.decision = decide_state(
-                None, None, lambda: judge_weights(skeleton.params, skeleton.outlines)
-            )
+        if self.decision is not None and self.decision.state != "init":
+            return self.decision.state
+
+        # Nothing is declared, so that the weights alone decide.
+        skeleton = found.skeleton
+        self.decision = decide_state(
+            None, None, lambda: judge_weights(skeleton.params, skeleton.outlines)
+        )
         return self.decision.state
 
     def _measured(self, members: list[Sublayer], state: State) -> list[SublayerRecord]:

@@ -87,6 +87,8 @@ def _begin_to_leave_out(kind: type) -> None:
     _COUNTS[kind] += 1
     if _COUNTS[kind] > 1:
         return
+
+    # A function that somebody has registered before is called, and put back at the end.
     before = copyreg.dispatch_table.get(kind)
     if before is not None:
         _EARLIER[kind] = before
@@ -98,6 +100,7 @@ def _end_to_leave_out(kind: type) -> None:
     _COUNTS[kind] -= 1
     if _COUNTS[kind] > 0:
         return
+
     del _COUNTS[kind]
     before = _EARLIER.pop(kind, None)
     if copyreg.dispatch_table.get(kind) is not reduce_without_hooks:
@@ -117,6 +120,7 @@ def reduce_without_hooks(module: nn.Module) -> str | Reduced:
         reduced = earlier(module)
     else:
         reduced = module.__reduce_ex__(_PROTOCOL)
+
     # 2. Its third part is the state, if it has one.
     if isinstance(reduced, str) or len(reduced) < 3:
         return reduced
@@ -155,9 +159,10 @@ def _without_keys(table: dict[Any, Any], keys: set[int]) -> OrderedDict[Any, Any
 
 def _hook_keys(hooks: Any) -> list[int]:
     """Return the keys of the hooks of a watch."""
+    if not isinstance(hooks, dict):
+        return []
     keys: list[int] = []
-    if isinstance(hooks, dict):
-        for key, hook in hooks.items():
-            if isinstance(hook, ModelHook):
-                keys.append(key)
+    for key, hook in hooks.items():
+        if isinstance(hook, ModelHook):
+            keys.append(key)
     return keys

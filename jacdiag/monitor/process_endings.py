@@ -139,7 +139,10 @@ class Endings:
         """Let go of a watch. After the last one, put back what was covered."""
         self.watches.pop(id(watch), None)
         self.counts.pop(id(watch), None)
-        if not any(ref() is not None for ref in self.watches.values()):
+
+        # A watch that nobody holds any more was never closed, and counts no longer.
+        is_last = not any(ref() is not None for ref in self.watches.values())
+        if is_last:
             self.watches.clear()
             self._uncover()
 
@@ -235,6 +238,7 @@ class Endings:
         if threading.excepthook is _on_thread_exception:
             threading.excepthook = self.thread_hook
             self._covers_thread_hook = False
+
         # 2. Signals, which only the main thread can set.
         if threading.current_thread() is threading.main_thread():
             for number, before in list(self.handlers.items()):
@@ -243,6 +247,7 @@ class Endings:
                     del self.handlers[number]
             if not self.handlers:
                 quietly(self.watchdog.stop)
+
         # 3. Cells of a notebook.
         shell = self.shell
         self.shell = None
@@ -283,6 +288,7 @@ class Endings:
         for watch in self.current():
             has_stepped = watch.count != self.counts.get(id(watch), 0)
             self.counts[id(watch)] = watch.count
+            # A watch without a step in this cell was not interrupted by its error.
             if error is not None and has_stepped:
                 quietly(watch.interrupted_by, error)
 

@@ -191,6 +191,7 @@ def _count_choices(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
     experts = scores.shape[-1]
     probabilities = logits.detach().float().softmax(-1)
     entropy = torch.special.entr(probabilities).sum(-1).mean() / math.log(experts)
+
     # 2. The load of each expert.
     picked = scores.detach().topk(chosen, dim=-1).indices.flatten()
     load = torch.bincount(picked, minlength=experts).double() / picked.numel()

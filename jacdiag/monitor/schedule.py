@@ -102,23 +102,28 @@ class Cadence:
             step_seconds: seconds of one training step; None before they are known. Then only the
                 first run is due.
         """
+        # 1. By the number of steps.
         previous = self.looked
         self.looked = step
         if self.steps is not None:
             self.is_multiple = self._reaches_multiple(previous, step, self.steps)
             if not self.is_multiple:
                 return False
+
+        # 2. By the share of the time.
         if self.budget is None:
             return self.steps is not None
         return self._is_within_budget(step, price, step_seconds, self.budget)
 
     def _reaches_multiple(self, previous: int | None, step: int, interval: int) -> bool:
         """Return whether a multiple of the interval lies between the previous step and this one."""
-        if step == self.last:
+        if step == self.last:  # it has run at this step already
             return False
+
         # 1. This step is one.
         if step % interval == 0:
             return True
+
         # 2. The loop leaves numbers out, one of which was one. It may also have gone back.
         if previous is None or previous >= step:
             return False
@@ -128,11 +133,16 @@ class Cadence:
         self, step: int, price: float | None, step_seconds: float | None, budget: float
     ) -> bool:
         """Return whether a run at this step keeps to the share of the time."""
+        # 1. The first run waits for nothing.
         if self.last < 0:
             return True
+
+        # 2. If it could not be run, another try is as rare as by default.
         steps_since_last = step - self.last
-        if price is None:  # it could not be run; another try is as rare as by default
+        if price is None:
             return steps_since_last >= _RETRY
+
+        # 3. Compare what the steps since then have taken.
         if not step_seconds:
             return False
         return steps_since_last * step_seconds * budget >= price
@@ -146,8 +156,11 @@ class Cadence:
             step: number of steps that are done.
             capacity: steps between two agreements if a budget alone decides.
         """
+        # 1. The number of steps is the same on all ranks.
         if self.steps is not None:
             return self.is_multiple
+
+        # 2. The times are not.
         if self.budget is None:
             return False
         return step % capacity == 0
@@ -162,12 +175,14 @@ class Cadence:
         # 1. By the steps alone, or never.
         if self.budget is None:
             return math.inf if self.steps is None else float(self.steps)
+
         # 2. By the share of the time.
         if not step_seconds:
             return math.inf
         by_budget = price / (self.budget * step_seconds)
         if self.steps is None or not math.isfinite(by_budget):
             return by_budget
+
         # 3. By both: the next multiple of the steps that the share allows.
         return self.steps * max(1.0, math.ceil(by_budget / self.steps))
 

@@ -174,6 +174,7 @@ class GatheredWeights(Mapping[str, Tensor]):
             raise MemoryError(
                 f"'{block}' needs {size / 2**20:,.0f} MB, {device_free / 2**20:,.0f} MB are free"
             )
+
         # 2. What is sent lies on the host.
         if host_free is not None and sent > 0.9 * host_free:
             raise MemoryError(

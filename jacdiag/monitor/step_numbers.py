@@ -91,15 +91,18 @@ class StepNumbers:
         number = _whole(given)
         if self._first is None:
             self._first = number
+
         # 2. The first step of a process says where the run is.
         if is_start:
             self.count = number
             return StepMove(number, number - 1)
+
         # 3. It grows, as it does nearly always.
         if number > last:
             self.count = number
             self.stride = number - last
             return StepMove(number, last)
+
         # 4. A counter that does not number the steps of a run.
         if number in (0, 1, last, self._first):
             self._counts_alone = True
@@ -113,6 +116,7 @@ class StepNumbers:
                 "step to the next",
             )
             return StepMove(self.count, last)
+
         # 5. The loop has gone back.
         self.count = number
         self.stride = 1
@@ -129,11 +133,13 @@ def _whole(given: Any) -> int:
     """Return an integer that is not negative."""
     hint = "w.step(loss, step=it), with the number of the optimizer step"
     try:
+        # A bool is a number in Python, and none here.
         if isinstance(given, bool):
             raise TypeError
         number = operator.index(given)
     except TypeError as error:
         raise UsageError(f"step cannot be {given!r}", hint=hint) from error
+
     if number < 0:
         raise UsageError(f"step cannot be {given!r}", got="a negative number", hint=hint)
     return number

@@ -139,6 +139,7 @@ class StepUsage:
                 f"{_UNSEEN} steps, though the weights change. If another optimizer has taken over, "
                 "call w.set_optimizer(optimizer)"
             )
+
         # 2. None was seen from the start.
         return (
             f"no optimizer step seen: the weights change, but step() of {self.kinds} is not "

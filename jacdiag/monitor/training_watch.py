@@ -235,13 +235,15 @@ class Watch:
         with self.guards.part("figures", NO_FIGURES):
             if self.guards.on("figures"):
                 self._record_step(loss, grad_norm, lr, tokens, step_seconds)
+
+        # 3. Begin the next step.
         self.record.settle(move.base)
         self._show_histograms()
         self.observer.begin_step()
         self._take_batch_fingerprints()
         self.clock.charge("figures", time.perf_counter() - started)
 
-        # 3. Write the log, and measure what is due.
+        # 4. Write the log, and measure what is due.
         metrics = self.measurements.metrics
         if metrics is not None and (metrics.full or self.guards.off.get("figures")):
             self._flush()
@@ -297,6 +299,8 @@ class Watch:
             _put_grad_norm(metrics, grad_norm)
         metrics.now.rates = observer.rates_of_groups(outcome)
         rate = observer.rate_of_step(lr, metrics.now)
+
+        # 4. Close the row. The first step of a process has no time.
         if step_seconds is None:
             step_seconds = math.nan
         metrics.close_row(self.count, step_seconds, rate, tokens)
@@ -371,9 +375,10 @@ class Watch:
 
     def flush(self) -> None:
         """Write the steps so far to the log; waits for the device."""
-        if not self.inert and not self.closed:
-            self._flush()
-            self.record.wait()
+        if self.inert or self.closed:
+            return
+        self._flush()
+        self.record.wait()
 
     def note(self, text: str) -> None:
         """Write a note to the log."""
@@ -514,10 +519,14 @@ class Watch:
         """Write the flight and the last lines, because of a signal that ends the process."""
         if self.closed or self.inert:
             return
+
+        # 1. Write the last steps. What is sharded would need the other ranks.
         self._wait_for_step()
         self.closed = True
         if not self.together.sharded:
             quietly(self._flush)
+
+        # 2. Write how it ended, and wait until it is on the disk.
         quietly(self.record.left, self.count, Ending(how="signal", reason=name, has_flight=True))
         quietly(self.record.end, self.count, self.clock, self.measurements.looks)
         quietly(self.record.wait)
@@ -546,6 +555,8 @@ class Watch:
         """Write a flight and stay open: in an interactive session the loop may go on."""
         if self.inert or self.closed:
             return
+
+        # What is sharded would need the other ranks.
         if not self.together.sharded:
             quietly(self._flush)
         self._write_note(f"the loop was left by {one_line(error)}")
@@ -592,7 +603,9 @@ def _is_overflow(grad_norm: Any) -> bool:
         return isinstance(grad_norm, float) and not math.isfinite(grad_norm)
 
     # 2. A tensor on the CPU, which is no share of a norm over ranks.
-    if grad_norm.device.type != "cpu" or grad_norm.numel() != 1:
+    if grad_norm.device.type != "cpu":
+        return False
+    if grad_norm.numel() != 1:
         return False
     if hasattr(grad_norm, "placements"):
         return False

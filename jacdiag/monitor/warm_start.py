@@ -33,7 +33,10 @@ class TopVectors:
     def recall(self, key: str, operator: Operator) -> Tensor | None:
         """Return the vectors of a norm; None if there are none of the operator's shape."""
         vectors = self.vectors.get(key)
-        if vectors is None or vectors.shape != (operator.problems, operator.domain):
+        if vectors is None:
+            return None
+        # A batch of another size has a domain of its own.
+        if vectors.shape != (operator.problems, operator.domain):
             return None
         return vectors
 
@@ -69,6 +72,7 @@ class WarmSolver(Solver):
         # 1. Without vectors the entire budget goes to the random start.
         if vectors is None:
             solution = super().solve(operator, name)
+
         # 2. With them a part of it is kept for the warm start.
         else:
             effort = self.effort

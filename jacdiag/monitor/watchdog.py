@@ -51,6 +51,7 @@ class Watchdog:
             os.close(write_end)
             return
         self._pipe = (read_end, write_end)
+
         # 2. Wait at its other end.
         threading.Thread(
             target=self._wait, args=self._pipe, name="jacdiag-signals", daemon=True
@@ -74,10 +75,11 @@ class Watchdog:
         """Take the pipe away from the interpreter, and return it."""
         pipe = self._pipe
         self._pipe = None
-        if pipe is not None:
-            current = signal.set_wakeup_fd(_NO_PIPE)
-            if current not in (_NO_PIPE, pipe[1]):
-                signal.set_wakeup_fd(current)  # somebody else's, set since
+        if pipe is None:
+            return None
+        current = signal.set_wakeup_fd(_NO_PIPE)
+        if current not in (_NO_PIPE, pipe[1]):
+            signal.set_wakeup_fd(current)  # somebody else's, set since
         return pipe
 
     def _wait(self, read_end: int, write_end: int) -> None:
