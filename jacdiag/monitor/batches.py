@@ -61,7 +61,8 @@ class BatchHook(ModelHook):
         """Take a call of the forward, or keep its arguments if it is compiled."""
         # 1. A compiled call. An export, or a forward without gradients, has no batch of the run.
         if torch.compiler.is_compiling():
-            if not _is_exporting() and torch.is_grad_enabled():
+            has_batch = not _is_exporting() and torch.is_grad_enabled()
+            if has_batch:
                 compiled = self.compiled
                 compiled.args = args
                 compiled.kwargs = kwargs
@@ -315,7 +316,8 @@ def _tensors_in(value: Any) -> list[Tensor]:
     def note(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if leaf.numel() and not leaf.is_complex():
+        can_be_summed = leaf.numel() > 0 and not leaf.is_complex()
+        if can_be_summed:
             tensors.append(leaf)
         return leaf
 

@@ -163,6 +163,7 @@ class LiveProbe:
         kinds = Counter(map(_kind_of, groups))
         seconds = tracing
         state = self.state_of(found)
+
         for kind, count in kinds.items():
             # 1. The last sub-layer of the kind stands for all of them.
             members = next(m for m in reversed(groups) if _kind_of(m) == kind)
@@ -186,7 +187,8 @@ class LiveProbe:
         """Return why the probe does not fit into the free memory; "" if it does."""
         peak = self.peak(found)
         free = available(found[0].shortcut.device)
-        if free is None:  # not every device says what is free
+        # Not every device says what is free.
+        if free is None:
             return ""
         if peak <= 0.9 * free:
             return ""

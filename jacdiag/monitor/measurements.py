@@ -348,10 +348,11 @@ class Measurements:
 
     def _check_model(self) -> None:
         """Group the parameters again, with a warning, if the model has other ones than before."""
-        # 1. Compare the parameters. A wrapper may have parameters of its own.
+        # 1. Compare the parameters with those of before.
         if {id(p) for p in self.model.parameters()} == self.names.keys():
             return
         names = names_of(self.model)
+        # A wrapper may have parameters of its own.
         if names.keys() == self.names.keys():
             return
 
@@ -501,6 +502,8 @@ class Measurements:
         stack = ExitStack()
         if self.batches is not None:
             stack.enter_context(self.batches.away())
+
+        # Autocast would change the precision of what is measured.
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))

@@ -105,6 +105,7 @@ class Cadence:
         # 1. By the number of steps.
         previous = self.looked
         self.looked = step
+
         if self.steps is not None:
             self.is_multiple = self._reaches_multiple(previous, step, self.steps)
             if not self.is_multiple:
@@ -163,6 +164,8 @@ class Cadence:
         # 2. The times are not.
         if self.budget is None:
             return False
+
+        # Not at every step, since an agreement is a message between ranks.
         return step % capacity == 0
 
     def interval(self, price: float, step_seconds: float) -> float:

@@ -181,6 +181,7 @@ def _reduce_sorted(
         if where != device:
             reduced = list(torch.stack(reduced).to(device, non_blocking=True).unbind())
         numbers |= zip(places, reduced, strict=True)
+
     return [numbers[place] for place in range(len(tensors))]
 
 

@@ -167,6 +167,8 @@ def _gradient_norms(row: StepRow, values: Sequence[float]) -> GradientNorms:
     if row.late and total == 0:
         row.has_gradients = False
         return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
+
+    # 3. Those that the optimizer used.
     return GradientNorms(before_clipping=passed, after_clipping=total, squares=squares)
 
 

@@ -35,6 +35,7 @@ class TopVectors:
         vectors = self.vectors.get(key)
         if vectors is None:
             return None
+
         # A batch of another size has a domain of its own.
         if vectors.shape != (operator.problems, operator.domain):
             return None

@@ -108,6 +108,7 @@ class WeightWrites:
             # The step may have put another tensor in the place of a weight.
             if not all(map(Sampler.is_of, samplers, views)):
                 views = [sampler.view() for sampler in samplers]
+
             self.before[optimizer] = torch.cat(views)
             self.ended[optimizer] = step
 
@@ -206,6 +207,7 @@ class WeightWrites:
             _describe_one(self.groups.members[k].name, *sums[:, k].sqrt().tolist())
             for k in chosen[:_MOST_NAMED]
         ]
+
         return {"count": len(chosen), "of": sum(map(len, self.parts.values())), "weights": weights}
 
 

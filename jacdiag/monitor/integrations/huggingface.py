@@ -282,9 +282,9 @@ def find_trainer() -> Trainer | None:
 
     Callbacks are not given it, but it is among the callers.
     """
-    # The nearest caller comes first.
     frame = sys._getframe(1)
     while frame is not None:
+        # The nearest caller comes first.
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
             return caller

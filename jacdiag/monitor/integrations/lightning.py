@@ -105,6 +105,7 @@ class WatchCallback(Callback):
         # Without clipping the watch reads the norm itself.
         if not self._clips:
             return
+
         # The norm of sharded gradients would need the other ranks.
         if self.watch.together.sharded:
             return
@@ -210,6 +211,8 @@ def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
     # 3. Else the LightningModule, if it can be called.
     if implements_forward(pl_module):
         return NetworkPart(pl_module)
+
+    # 4. Else the largest part, though others are trained as well.
     others = [name for name in sizes if name != largest]
     return NetworkPart(module, largest, tuple(others))
 

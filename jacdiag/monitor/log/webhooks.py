@@ -242,7 +242,8 @@ def _parse_address(text: str) -> WebhookAddress:
     """
     # 1. A prefix may name the form of the JSON.
     prefix, plus, address = text.partition("+")
-    if plus and prefix in _FORMS:
+    has_form = plus != "" and prefix in _FORMS
+    if has_form:
         return WebhookAddress(form=prefix, url=address, host=_host_of(address))
 
     # 2. Else the host says which it is.
