@@ -96,7 +96,8 @@ def _makers(graph: Graph, node: int) -> list[int]:
     makers = []
     for value in graph.float_inputs(node):
         # Inputs and weights of the model have negative numbers.
-        if value.node >= 0:
+        is_computed = value.node >= 0
+        if is_computed:
             makers.append(value.node)
 
     return makers
@@ -172,6 +173,7 @@ class Tally:
         self.max_logit = max(self.max_logit, float(shown.max()))
         keys = visible.sum(-1)
         several = keys > 1
+
         # 2. Entropy per query; entr(0) is 0.
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1).double()
         entropy = entropy.masked_fill(~several, 0.0)

@@ -56,6 +56,7 @@ def find_nonfinite_values(
         count += 1
         _note_usual(usual, _tensors_of(batch))
 
+    # 3. What is in both is usual, such as -inf in a mask.
     compared = [
         replace(argument, usual=_in_both(argument, usual[argument.name])) for argument in nonfinite
     ]
@@ -116,6 +117,7 @@ def _look_at(name: str, tensor: Tensor, rows: int, count: int) -> NonFiniteArgum
         if number:
             counts[kind] = number
             is_nonfinite |= flags
+
     if not counts:
         return None
 

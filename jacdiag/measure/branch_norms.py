@@ -124,6 +124,8 @@ class Solver:
             residual=intervals.get("residual_norm"),
             products=self.products,
         )
+
+        # 4. What another map gives, and what there is no map for.
         if core_is_branch:
             norms.core = norms.branch
         if operator is None:
@@ -187,6 +189,7 @@ class Solver:
         norm = self.one.site.input_norm
         if core is None or norm is None:
             return None
+
         # Only then is its largest gain known.
         if not norm.closed_form:
             return None

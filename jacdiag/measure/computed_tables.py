@@ -83,13 +83,15 @@ def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
         name: of the buffer.
         buffer: its value.
     """
+    # 1. What the model does with it.
     if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
         return "frequencies"
 
-    # The buffer's own name counts, not that of its module: a module of positions may hold other
-    # buffers.
+    # 2. Its own name, and not that of its module: a module of positions may hold other buffers.
     _, _, own_name = name.rpartition(".")
     meaning = _meaning_by_name(own_name)
+
+    # 3. Whether its values can be that.
     can_mean_it = _holds_numbers(buffer)
     if meaning == "mask":
         can_mean_it = _is_square(buffer)
@@ -201,7 +203,9 @@ def _series_of(numbers: Tensor) -> tuple[float | None, float | None]:
 
     It must have at least three numbers, all positive.
     """
-    if numbers.numel() < 3 or not bool((numbers > 0).all()):
+    if numbers.numel() < 3:
+        return None, None
+    if not bool((numbers > 0).all()):
         return None, None
 
     # The steps of the logarithm must be even.
@@ -233,7 +237,9 @@ def narrower_type(values: Tensor) -> str:
         ''
     """
     is_wide = values.dtype in (torch.float32, torch.float64)
-    if not is_wide or values.numel() < 3:
+    if not is_wide:
+        return ""
+    if values.numel() < 3:
         return ""
 
     # 1. At least two long fractions.

@@ -99,7 +99,8 @@ def _sublayers_without_gradient(sites: Sites, profile: GradientProfile) -> set[i
     gradients = profile.parameters
     dead = set()
     for index, site in enumerate(sites):
-        if _without_gradient(site.parameters, gradients):
+        gets_nothing = _without_gradient(site.parameters, gradients)
+        if gets_nothing:
             dead.add(index)
 
     return dead
@@ -265,7 +266,8 @@ def _first_value_made_from(sites: Sites, parameter: str) -> int | None:
     """Return the first live value that a call makes from a parameter."""
     graph = sites.graph
     for node in graph.nodes:
-        if parameter not in parameters_of(graph, (node.index,), sites.skeleton):
+        read = parameters_of(graph, (node.index,), sites.skeleton)
+        if parameter not in read:
             continue
 
         # A call may read it before the input does.
@@ -542,7 +544,8 @@ def _calls_upstream(graph: Graph, sink: int, after: int) -> set[int]:
         node = graph.values[stack.pop()].node
         # Inputs and weights of the model have negative numbers.
         is_later = node > max(after, -1)
-        if is_later and node not in upstream:
+        is_new = node not in upstream
+        if is_later and is_new:
             upstream.add(node)
             stack += _live_inputs(graph, node)
 
@@ -791,6 +794,7 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
     assert isinstance(skeleton.params, dict)
     params = {name: skeleton.params[name] for name in names if name in skeleton.params}
     buffers = {name: skeleton.buffers[name] for name in names if name not in params}
+
     # 2. Other values for the time of the block.
     generator = torch.Generator().manual_seed(0)
     try:

@@ -273,7 +273,9 @@ def is_sinusoid(table: Tensor) -> bool:
         True
     """
     has_values = table.is_floating_point() and not table.is_meta
-    if not has_values or table.dim() < 2:
+    if not has_values:
+        return False
+    if table.dim() < 2:
         return False
 
     # 1. The squares of each row that is no padding.

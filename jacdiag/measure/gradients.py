@@ -159,6 +159,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     # 1. What is measured; attention is read in the same forward.
     values = stream_values(sites)
     watch = AttentionWatch(attention_calls(sites))
+
     why: dict[str, str] = {}
     names, reason = watchable_parameters(sites.skeleton)
     if reason:
@@ -307,6 +308,7 @@ def run_backward(
         inputs = [*leaves, *weights]
         if backward and loss.requires_grad and inputs:
             torch.autograd.backward(loss, inputs=inputs)
+
     # 4. Norms from sums of squares.
     result.norms = _roots(squares)
     result.parameters = _roots(squares_of_parameters)

@@ -190,6 +190,7 @@ def _scaled(matrix: Tensor, centre: bool) -> Tensor | None:
     for side in (1, 0):
         mean = matrix.mean(dim=side, keepdim=True)
         scale = (matrix - mean).square().mean(dim=side, keepdim=True).sqrt()
+        # A row or column that hardly varies would be scaled noise.
         if bool((scale < 1e-6 * scale.max()).any()):
             return None
 

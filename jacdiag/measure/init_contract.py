@@ -128,6 +128,7 @@ def _with_gain(record: WeightRecord, gain: Tensor, graph: Graph) -> WeightRecord
     # A single gain says nothing about how many numbers are normed.
     if math.prod(record.shape) == 1:
         record = replace(record, norm_length=length_divided_by(graph, record.parameter))
+
     return record
 
 
@@ -378,6 +379,7 @@ def family_of(model: nn.Module) -> str:
     """Return the model type of a Hugging Face config, else the name of the class."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
+    # The config of a model of one's own may have any type there, or none.
     is_named = isinstance(kind, str) and kind != ""
     if is_named:
         return str(kind)
@@ -417,6 +419,7 @@ def _first_number(config: Any, names: Iterable[str]) -> float | None:
     """Return the number that a config has under the first of several names; None if it has none."""
     for name in names:
         setting = _setting(config, name)
+        # A setting may be there without a number, as None.
         if _is_number(setting):
             number: float = setting
             return number
@@ -454,6 +457,7 @@ def _reads_heads(graph: Graph, node: Node) -> bool:
     """Return whether a call is attention of queries and keys that are split into heads."""
     if node.name not in FUSED_ATTENTION | SOFTMAX:
         return False
+
     # torch's own multi-head attention reads the stream, and not heads.
     if node.name == "multi_head_attention_forward":
         return False

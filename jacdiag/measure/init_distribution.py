@@ -561,6 +561,7 @@ def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> t
 
     # 1. Degrees of freedom that give the variance of s^2.
     freedom = 2.0 / (max(kurtosis - 1, 1e-9) / count + 2.0 / (count * (count - 1)))
+
     # 2. The quantiles of chi-squared.
     square = std * std * count / (count - 1)
     low = 2 * gammainccinv(freedom / 2, alpha / 2) / freedom

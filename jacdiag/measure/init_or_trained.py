@@ -65,6 +65,7 @@ class WeightEvidence:
         if self.trained:
             return f"{len(self.failed)} of {self.tested} matrices are no draw of an init"
 
+        # 3. Too few failed to decide.
         passed = self.tested - len(self.failed)
         return f"{passed} of {self.tested} matrices can be draws of an init"
 

@@ -110,11 +110,12 @@ def residual_map(
     if site.value.shape != site.shortcut.shape:
         return None, [], "branch and shortcut have different shapes"
 
+    # 1. The sum of shortcut and branch.
     operator, owned = _with_shortcut(site, branch, dims)
     if site.after is None or site.total is None:
         return operator, owned, ""
 
-    # The norm after the sum.
+    # 2. The norm after the sum.
     post_norm = JacobianOperator(site.after, site.total, ())
     owned = [*owned, post_norm]
     if post_norm.value.shape != site.total.shape:

@@ -406,6 +406,7 @@ def _with_flow(
 ) -> SublayerRecord:
     """Return a record with attention, the gradient norm of its parameters, and a dead branch."""
     notes = dict(record.notes)
+
     # 1. Attention.
     attention = profile.attention.get(str(record.index))
     if attention is None and record.kind == "attention":
@@ -447,7 +448,9 @@ def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> f
         interval = record.joint_residual_norm
 
     # A product of wide intervals would say nothing.
-    if interval is None or not interval.converged:
+    if interval is None:
+        return None
+    if not interval.converged:
         return None
 
     return interval.estimate
@@ -546,7 +549,8 @@ class _ModelPulls:
         spots = []
         for spot in (*self._starts.values(), *self._ends.values()):
             # Inputs of the model are replaced, and not met.
-            if spot.where is not Where.ARGUMENT:
+            is_input = spot.where is Where.ARGUMENT
+            if not is_input:
                 spots.append(spot)
 
         self.sites.replayer.tapped(spots, self._visit, replaced=self._replaced, grad=grad)

@@ -51,7 +51,9 @@ def padding_rows(model: nn.Module, aliases: Mapping[str, str]) -> dict[str, Padd
 def _padding_row_of(module: nn.Embedding) -> PaddingRow | None:
     """Return the padding row of an embedding; None if it has none, or no values."""
     index = module.padding_idx
-    if index is None or module.weight.is_meta:
+    if index is None:
+        return None
+    if module.weight.is_meta:
         return None
 
     # A table that was cut to fewer rows may have lost it.

@@ -342,13 +342,16 @@ def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
         sublayer = _build_sublayer(group, sizes)
         if sublayer is not None:
             sublayers.append(sublayer)
+
     # 3. Layers.
     sublayers = _in_stream_order(sublayers)
     _number_layers(sublayers)
+
     # 4. Width, and what only shows once it is known.
     width = find_width(sublayers, sizes)
     for sublayer in sublayers:
         _mark_fused_gates(sublayer, sizes, width)
+
     # 5. Every weight.
     weights = _describe_weights(sizes, sublayers, width)
     return NamedModel(weights, sublayers, width)
@@ -499,6 +502,7 @@ def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
 def _modules_on_path(tokens: Sequence[str]) -> list[tuple[int, SublayerKind]]:
     """Return position and kind of the modules whose name is that of a sub-layer, outer first."""
     modules: list[tuple[int, SublayerKind]] = []
+    # The last token is the parameter's own name.
     for position, token in enumerate(tokens[:-1]):
         kind = _kind_of_module(token)
         if kind is not None:

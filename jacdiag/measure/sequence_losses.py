@@ -115,13 +115,15 @@ class LossReader:
         if self.targets is not None:
             tokens = token_losses(output, arguments, self.targets)
 
-        # 2. The model's own loss, or their mean: NaN if all are masked.
+        # 2. The model's own loss.
         if self.own:
             loss = own_loss(output)
             if loss is None:
                 what = "the model returned a loss for another batch, and none for this one"
                 raise MeasureError(what)
             return loss.float(), tokens
+
+        # 3. Else the mean over the tokens. It is NaN if all are masked.
         if tokens is None:
             raise MeasureError("the logits do not fit the targets of this batch")
 
@@ -547,7 +549,8 @@ def count_sequences(arguments: Arguments) -> int:
     tensors: list[Tensor] = []
     collect_deep(arguments, tensors)
     for tensor in tensors:
-        if tensor.dim() >= 2:
+        has_batch = tensor.dim() >= 2
+        if has_batch:
             return max(int(tensor.shape[0]), 1)
 
     return 1

@@ -63,8 +63,9 @@ def measure_group(
             records.append(record)
 
         # 2. Parallel branches together.
+        are_parallel = len(sites) > 1
         all_built = len(built) == len(sites)
-        if len(sites) > 1 and all_built:
+        if are_parallel and all_built:
             joint = _joint_residual(built, effort)
             records = [replace(record, joint_residual_norm=joint) for record in records]
         return records
@@ -78,6 +79,8 @@ def _is_expected(error: Exception) -> bool:
     # The weights could not be read: nothing that follows could be.
     if isinstance(error, SourceError):
         return False
+
+    # A part of the computation that does not work for this sub-layer.
     if isinstance(error, JacdiagError | RuntimeError | NotImplementedError):
         return True
 

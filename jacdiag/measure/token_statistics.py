@@ -33,13 +33,19 @@ def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | N
     if len(index) == 1:
         return TokenAt(None, index[0], None)
 
-    sequence, position = index[0], index[1]
+    sequence = index[0]
+    position = index[1]
 
     # 3. The token, if there is an id for each.
-    token = None
+    if token_ids is None:
+        return TokenAt(sequence, position, None)
+
     is_of_sequences = len(lead) == 2
-    if token_ids is not None and is_of_sequences and list(token_ids.shape) == lead:
-        token = int(token_ids[sequence, position])
+    has_ids = is_of_sequences and list(token_ids.shape) == lead
+    if not has_ids:
+        return TokenAt(sequence, position, None)
+
+    token = int(token_ids[sequence, position])
     return TokenAt(sequence, position, token)
 
 
