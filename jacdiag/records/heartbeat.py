@@ -105,9 +105,11 @@ def is_alive(beat: Heartbeat) -> bool | None:
 
     # 2. A later process may have the number of one that has ended.
     born = birth_of(beat.pid)
-    if not born:
+    has_ended = not born
+    if has_ended:
         return False
-    return born == beat.born
+    is_same_process: bool = born == beat.born
+    return is_same_process
 
 
 def place_of_process() -> str:

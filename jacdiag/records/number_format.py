@@ -144,7 +144,8 @@ def spoken(interval: _Ends | None) -> str:
         return ABSENT
 
     # A norm that is nan or inf has no interval.
-    if not math.isfinite(interval.estimate):
+    has_ends = math.isfinite(interval.estimate)
+    if not has_ends:
         return three(interval.estimate)
     return between(interval.lower, interval.upper)
 
@@ -228,6 +229,8 @@ def seconds(value: float | None) -> str:
     rounded = round(value)
     minutes, seconds_left = divmod(rounded, 60)
     hours, minutes_left = divmod(minutes, 60)
+
+    # The two largest units are enough.
     if hours:
         return f"{hours} h {minutes_left} min"
     if minutes:

@@ -74,6 +74,7 @@ def write_output(path: OutputPath, data: bytes) -> None:
         UsageError: the path cannot be written to, or there is no room.
     """
     output = check_writable(path)
+
     try:
         _write_by_kind(output, data)
     except BrokenPipeError:
@@ -284,6 +285,8 @@ def _check_descriptor(name: str, descriptor: int) -> None:
         access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError as error:
         raise UsageError(f"cannot write '{name}'", got=error.strerror) from error
+
+    # Such as standard input, under the name /dev/fd/0.
     if access == os.O_RDONLY:
         raise UsageError(f"cannot write '{name}'", got="it is open for reading only")
 

@@ -114,10 +114,10 @@ class Interval(Record):
         """Return on which side of a threshold the interval lies; a non-finite one is across."""
         if self.lower > threshold:
             return "above"
-
-        # A comparison with nan is false, so an interval without a value is across.
         if self.upper <= threshold:
             return "below"
+
+        # The threshold lies inside, or an end is nan. Every comparison with nan is false.
         return "across"
 
     def scaled(self, factor: float) -> Interval:

@@ -230,11 +230,12 @@ def lightened(row: dict[str, Any], run: RunLog) -> dict[str, Any]:
 
     # The report of the first probe stays: its findings are about the init.
     is_later_probe = kind == "probe" and run.probes
-    if is_later_probe:
-        light = dict(row)
-        light.pop("report", None)
-        return light
-    return row
+    if not is_later_probe:
+        return row
+
+    light = dict(row)
+    light.pop("report", None)
+    return light
 
 
 def _light_step(row: dict[str, Any]) -> dict[str, Any]:
@@ -315,12 +316,17 @@ def _decode_line(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+
+    # Another JSON value is no line of a log.
+    if not isinstance(row, dict):
+        return None
+    return row
 
 
 def _check_version(version: object) -> None:
     """Raise if a line is of a newer schema than this version reads."""
-    if not isinstance(version, int) or version <= RUN_SCHEMA_VERSION:
+    is_newer = isinstance(version, int) and version > RUN_SCHEMA_VERSION
+    if not is_newer:
         return
     raise SourceError(
         "the run log was written by a newer jacdiag",

@@ -151,6 +151,8 @@ def _duration(seconds: float) -> str:
     """
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
+
+    # Two digits of them are enough.
     if seconds < 100:
         return f"{seconds:.2g} s"
 

@@ -192,4 +192,5 @@ class BackwardRecord(Record):
         # Without another matrix, or with a median of 0, there is nothing to divide by.
         if not self.others_median:
             return None
+
         return self.embedding_norm / self.others_median
