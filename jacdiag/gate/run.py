@@ -404,11 +404,13 @@ class _Runs:
             # 2. More products decide only what an interval leaves open.
             if not _is_undecided(report):
                 return report
+
+            # 3. There is a limit to them.
             products *= _MORE_PRODUCTS
             if products > _MOST_PRODUCTS:
                 return report
 
-            # 3. Nor is there time for them once the budget is spent.
+            # 4. Nor is there time for them once the budget is spent.
             if self._is_late(0):
                 return report
 
@@ -460,6 +462,8 @@ def _merge(reports: Sequence[Report]) -> Report:
     # 2. The findings in the order of the rules.
     codes = [rule.code for rule in rules]
     findings = sorted(_merge_findings(reports), key=lambda finding: codes.index(finding.code))
+
+    # 3. Everything else is that of the first report.
     merged = replace(first, findings=findings, rules=rules, verdict=verdict)
     return replace(merged, remedies=_first_remedies(reports))
 

@@ -74,6 +74,7 @@ def _outwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
     chain = [model]
     for part in name.replace(":", ".").replace("@", ".").split("."):
         child = chain[-1]._modules.get(part)
+        # What follows is no module: a parameter, or a place in the code.
         if child is None:
             break
         chain.append(child)
@@ -94,6 +95,7 @@ def _relative(file: str | Path | None, line: int, base: Path) -> dict[str, Any] 
     """Return a place relative to `base`; None if it is outside, or in an installed package."""
     if file is None:
         return None
+
     real = Path(os.path.realpath(file))
     if not real.is_relative_to(base):
         return None

@@ -280,10 +280,12 @@ def _run(request: Request, earlier: Earlier | None) -> Report:
     else:
         report = request.judged(_read_weights(request))
 
-    # 2. Repeat on further probes, try remedies, and run the batches of a flight recorder again.
+    # 2. Repeat on further probes, and try remedies.
     if audit is not None:
         report = with_probes(request, audit, report)
         report = with_remedies(request, audit, report)
+
+    # 3. Run the batches of a flight recorder again.
     return with_replay(request, audit, report)
 
 

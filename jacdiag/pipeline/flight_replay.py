@@ -164,6 +164,7 @@ def _why_not(request: Request) -> str:
     source = request.source
     if source.model is None:
         return "no model was run"
+
     is_in_memory = source.weights is None
     if is_in_memory:
         return ""
@@ -172,7 +173,8 @@ def _why_not(request: Request) -> str:
     size = sum(p.numel() * p.element_size() for p in source.model.parameters())
     needed = _COPIES * size
     free = free_host_memory()
-    if free is None or needed <= free:
+    fits = free is None or needed <= free
+    if fits:
         return ""
     return (
         f"the weights stay in their files; with gradients they would take {needed / 2**30:.1f} "
@@ -271,6 +273,7 @@ def _run_batches(
             item.figures = measure_batch(model, arguments, reader, parameters)
         except _ERRORS_OF_A_RUN as error:
             item.why = _reason(error)
+
         measured.append(item)
         if progress is not None:
             progress.advance(1, batch.file.name)

@@ -244,6 +244,7 @@ def codes_of(name: str, codes: Any) -> tuple[str, ...]:
 
 def _check_types(options: AuditOptions) -> None:
     """Raise unless every option has a type that it may have."""
+    # 1. Those that cannot be left open.
     for name in _NEVER_NONE:
         if getattr(options, name) is None:
             raise UsageError(f"{name} cannot be None", hint="leave it out for its default")
@@ -256,10 +257,13 @@ def _check_types(options: AuditOptions) -> None:
         if not isinstance(value, kinds):
             raise UsageError(f"{name} is of the wrong type", got=kind_of(value), hint=expected)
 
+    # 2. Those with a type or a list of values of their own.
     check("tokens", str | bytes | os.PathLike, "a path, as text or a pathlib.Path")
     if options.state is not None and options.state not in STATES:
         hint = f"one of {', '.join(STATES)}, or None"
         raise UsageError(f"state cannot be {options.state!r}", hint=hint)
+
+    # 3. All others.
     check("device", str | torch.device, "a device by name, such as 'cpu' or 'cuda:1'")
     check("dtype", str | torch.dtype, "'float32' or 'float64'")
     check("remedies", str, "a way by name, such as 'first'", optional=False)
@@ -362,6 +366,8 @@ def _check_against(options: AuditOptions) -> None:
         raise UsageError(
             "against and baseline both say what to compare with", hint="give one of them"
         )
+
+    # The comparison is one of norms.
     if not options.products:
         hint = "leave products=False out; `jacdiag diff --contract-only` compares weights"
         raise UsageError(

@@ -375,6 +375,8 @@ def _notes_on_layers(model: NamedModel) -> list[str]:
             "no weight has a name that is known from a residual layer, so no layer is counted: "
             "their roles come from the model itself with --model FACTORY"
         ]
+
+    # ALBERT runs each group of layers several times.
     if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
         return [
             "layers that share their weights are counted once: how often they run is not in the "
