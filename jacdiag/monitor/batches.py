@@ -229,7 +229,11 @@ def _is_being_recorded() -> bool:
         return True
     if _get_proxy_mode()() is not None:  # by make_fx
         return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+    # Without a GPU in use there is no stream to ask.
+    if not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 @cache

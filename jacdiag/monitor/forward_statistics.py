@@ -123,8 +123,10 @@ def _matrices_of(sites: Sites) -> list[str]:
     outlines = sites.skeleton.outlines
     names: dict[str, None] = {}  # a set that keeps its order
     for site in sites:
-        names.update(dict.fromkeys(site.products))
-    return [name for name in names if outlines[name].dim() == 2]
+        for name in site.products:
+            if outlines[name].dim() == 2:
+                names[name] = None
+    return list(names)
 
 
 class StableRanks:

@@ -116,7 +116,9 @@ def _gradients_of(members: Sequence[GroupMember], stepping: set[int] | None) -> 
     for member in members:
         parameter = member.parameter
         is_stepping = stepping is None or id(parameter) in stepping
-        if is_stepping and parameter.grad is not None:
+        if not is_stepping:
+            continue
+        if parameter.grad is not None:
             gradients.append(local(parameter.grad))
     return gradients
 

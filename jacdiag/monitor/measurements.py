@@ -23,7 +23,13 @@ from jacdiag.monitor.jacobian_probe import LiveProbe, Price
 from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.log.sinks import slashed_series
 from jacdiag.monitor.optimizers import group_names, local, names_of, parameters_of
-from jacdiag.monitor.parameter_groups import SublayerGroups, by_names, by_sites, group_parameters
+from jacdiag.monitor.parameter_groups import (
+    SublayerGroups,
+    by_names,
+    by_sites,
+    group_parameters,
+    sort_labels,
+)
 from jacdiag.monitor.schedule import Cadence, Clock
 from jacdiag.monitor.sharded_weights import GatheredWeights, is_shard
 from jacdiag.monitor.square_sums import find_nonfinite
@@ -171,9 +177,7 @@ class Measurements:
             name = self.names.get(id(parameter))
             if name is not None:
                 used.add(group_of.get(name, ""))
-        ordered = [label for label in order if label in used]
-        others = sorted(used.difference(order))
-        return [*ordered, *others]
+        return sort_labels(used, order)
 
     def _announce_price(self, sites: Sites, tracing: float) -> None:
         """Announce what the statistics and the probe cost.

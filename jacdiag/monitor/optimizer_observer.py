@@ -117,8 +117,8 @@ class OptimizerObserver:
 
     def remove(self) -> None:
         """Take the hooks off the optimizers."""
-        # If one of them cannot be removed, the other still is.
         for attached in (self.hooks, self.comparison):
+            # If one of them cannot be removed, the other still is.
             if attached is not None:
                 quietly(attached.remove)
 
@@ -497,6 +497,7 @@ def _has_jumped(
     for rate, earlier in zip(rates, before, strict=False):
         if not isinstance(rate, float) or not isinstance(earlier, float):
             continue
+
         # A warm-up begins at zero, which is no jump.
         if 0 < _RATE_JUMP * earlier < rate:
             return True

@@ -81,6 +81,13 @@ def by_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name.rpartition(".")[0] or OTHER for name in names}
 
 
+def sort_labels(used: set[str], order: Sequence[str]) -> list[str]:
+    """Return the labels in use: those in `order` as they come there, then all others by name."""
+    first = [label for label in order if label in used]
+    others = sorted(used - set(order))
+    return [*first, *others]
+
+
 def group_parameters(
     parameters: Sequence[Tensor],
     names: Mapping[int, str],
@@ -104,8 +111,7 @@ def group_parameters(
         if name is not None:
             named.append((name, parameter))
     used = {group_of.get(name, OTHER) for name, _ in named}
-    labels = [label for label in order if label in used]
-    labels.extend(sorted(used.difference(order)))
+    labels = sort_labels(used, order)
     place_of = {label: place for place, label in enumerate(labels)}
 
     # 2. The members.

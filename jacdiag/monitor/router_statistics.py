@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -157,6 +158,18 @@ def _calls_of_choice(graph: Graph, index: int) -> RouterCalls | None:
     return RouterCalls(product=product, choice=index, experts=experts, chosen=chosen)
 
 
+def _producers_of(graph: Graph, values: Iterable[int], columns: int) -> set[int]:
+    """Return the calls that have computed those of the values that have as many columns."""
+    producers: set[int] = set()
+    for index in values:
+        value = graph.values[index]
+        has_columns = value.shape[-1:] == (columns,)
+        is_input = value.node < 0
+        if has_columns and not is_input:
+            producers.add(value.node)
+    return producers
+
+
 def _product_before(graph: Graph, value: int, columns: int) -> int | None:
     """Return the nearest product that a value comes from.
 
@@ -164,21 +177,13 @@ def _product_before(graph: Graph, value: int, columns: int) -> int | None:
     """
     frontier = [value]
     for _ in range(_STEPS):
-        # 1. The calls that have computed these values.
-        producers: set[int] = set()
-        for index in frontier:
-            candidate = graph.values[index]
-            has_columns = candidate.shape[-1:] == (columns,)
-            is_input = candidate.node < 0
-            if has_columns and not is_input:
-                producers.add(candidate.node)
-
-        # 2. Products among them.
+        # 1. Products among the calls that have computed these values.
+        producers = _producers_of(graph, frontier, columns)
         products = [call for call in producers if graph.nodes[call].name in PRODUCTS]
         if products:
             return max(products)
 
-        # 3. Else what they were computed from.
+        # 2. Else what they were computed from.
         frontier = []
         for call in producers:
             frontier.extend(value.index for value in graph.float_inputs(call))

@@ -128,6 +128,7 @@ class GatheredWeights(Mapping[str, Tensor]):
         cached = sum(self.sizes[block] for block in self._cache)
         room = ROOM * self.largest
         while self._cache and cached + size > room:
+            # The cache is in the order of reading.
             oldest, _ = self._cache.popitem(last=False)
             cached -= self.sizes[oldest]
 

@@ -656,5 +656,7 @@ def _sum_shares(sums: Sums, members: Sequence[GroupMember]) -> Tensor | float:
     # 2. A tensor on any other device. Without shards every tensor counts in full.
     if all(member.share == 1.0 for member in members):
         return sums.sum()
+
+    # 3. Else each by its share.
     shares = [value * m.share for value, m in zip(sums.unbind(), members, strict=True)]
     return torch.stack(shares).sum()

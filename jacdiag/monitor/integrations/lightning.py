@@ -238,8 +238,12 @@ def _trained_sizes(module: nn.Module, trained: set[int]) -> dict[str, int]:
     """Return how many elements are trained in each part with a forward, if any are."""
     sizes: dict[str, int] = {}
     for name, part in _parts_with_forward(module):
-        members = [p for p in part.parameters() if id(p) in trained]
-        size = sum(p.numel() for p in members)
+        size = 0
+        for parameter in part.parameters():
+            if id(parameter) in trained:
+                size += parameter.numel()
+
+        # A frozen teacher has none.
         if size:
             sizes[name] = size
     return sizes

@@ -607,7 +607,7 @@ def _nonfinite_values_at(queue: Iterable[KeptBatch], step: int) -> list[BatchVal
 
 def _renumber(alerts: list[Alert], old: int, new: int) -> None:
     """Give the alerts of step `old` the number `new`."""
-    # An alert is frozen, so that another one takes its place.
     for place, alert in enumerate(alerts):
+        # An alert is frozen, so that another one takes its place.
         if alert.step == old:
             alerts[place] = replace(alert, step=new)

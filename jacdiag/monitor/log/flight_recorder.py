@@ -12,7 +12,7 @@ import torch
 
 from jacdiag.errors import SourceError
 from jacdiag.monitor.batches import Batches
-from jacdiag.monitor.kept_batches import KeptBatch
+from jacdiag.monitor.kept_batches import KeptBatch, KeptBatches
 from jacdiag.records.run_log import to_line
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.rng_state import RandomState
@@ -76,12 +76,8 @@ class FlightRecorder:
         chosen: list[KeptBatch] = []
         running: list[KeptBatch] = []
         if batches is not None and batches.kept is not None:
-            chosen = batches.kept.chosen(step)
-            if ended:
-                running = batches.kept.after(step)
-        finished = [batch for batch in chosen if batch.step <= step]
-        if running and finished:
-            chosen = finished
+            running = batches.kept.after(step) if ended else []
+            chosen = _choose_batches(batches.kept, step, bool(running))
 
         # 2. Choose the folder.
         folder = self._choose_folder(step, running)
@@ -133,6 +129,19 @@ def _write_batches(folder: Path, batches: Sequence[KeptBatch]) -> None:
     torch.save(_plain_state(latest.random_state), folder / RANDOM_FILE)
     for number, batch in enumerate(reversed(batches[:-1]), start=1):
         _write_arguments(folder / f"batch-{number}-before-at-{batch.step}.pt", batch)
+
+
+def _choose_batches(kept: KeptBatches, step: int, has_running: bool) -> list[KeptBatch]:
+    """Return the batches up to a step, without those of a step that was running."""
+    chosen = kept.chosen(step)
+    if not has_running:
+        return chosen
+
+    # If no earlier batch is left, those that were running are all that there is.
+    finished = [batch for batch in chosen if batch.step <= step]
+    if not finished:
+        return chosen
+    return finished
 
 
 def _write_running_batches(folder: Path, batches: Sequence[KeptBatch]) -> None:
@@ -255,4 +264,4 @@ def _plain_state(state: RandomState) -> dict[str, Any]:
 def _tuples_as_lists(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
-    return [_tuples_as_lists(item) for item in value]
+    return list(map(_tuples_as_lists, value))

@@ -39,29 +39,7 @@ class RunFile:
         self.failed = failed
         self.error = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = self.path.stat().st_mode if self.path.exists() else stat.S_IFREG
-            if stat.S_ISDIR(mode):
-                raise UsageError(
-                    f"cannot write a log in '{folder}'", got=f"a folder named {RUN_FILE}"
-                )
-            # 1. Look at what is there.
-            self._regular = stat.S_ISREG(mode)  # else a device or a pipe
-            has_log = self._regular and self.path.exists() and self.path.stat().st_size > 0
-            if has_log and not resume:
-                raise UsageError(
-                    f"'{folder}' holds the log of a run already",
-                    got=RUN_FILE,
-                    hint="resume=True goes on with it; another log_dir begins a new one",
-                )
-            self.last_step = last_step(self.path) if has_log else None
-
-            # 2. Open it. A pipe is opened for reading too: the training must not wait for a
-            # reader.
-            access = os.O_RDWR if stat.S_ISFIFO(mode) else os.O_WRONLY
-            self._handle = os.open(self.path, access | os.O_CREAT | os.O_APPEND, 0o666)
-            if has_log:
-                _drop_torn_line(self.path, self._handle)
+            self._open(folder, resume)
         except OSError as error:
             raise UsageError(f"cannot write a log in '{folder}'", got=error.strerror) from error
         self._queue: queue.SimpleQueue[bytes | threading.Event | Callable[[], None] | None] = (
@@ -69,6 +47,31 @@ class RunFile:
         )
         self._thread = threading.Thread(target=self._write_all, name="jacdiag-log", daemon=True)
         self._thread.start()
+
+    def _open(self, folder: Path, resume: bool) -> None:
+        """Open the file for appending; raise UsageError if something else is in its place."""
+        # 1. Look at what is there.
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = self.path.stat().st_mode if self.path.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise UsageError(f"cannot write a log in '{folder}'", got=f"a folder named {RUN_FILE}")
+        self._regular = stat.S_ISREG(mode)  # else a device or a pipe
+        has_log = self._regular and self.path.exists() and self.path.stat().st_size > 0
+        if has_log and not resume:
+            raise UsageError(
+                f"'{folder}' holds the log of a run already",
+                got=RUN_FILE,
+                hint="resume=True goes on with it; another log_dir begins a new one",
+            )
+
+        # 2. Where the run stopped.
+        self.last_step = last_step(self.path) if has_log else None
+
+        # 3. Open it. A pipe is opened for reading too: the training must not wait for a reader.
+        access = os.O_RDWR if stat.S_ISFIFO(mode) else os.O_WRONLY
+        self._handle = os.open(self.path, access | os.O_CREAT | os.O_APPEND, 0o666)
+        if has_log:
+            _drop_torn_line(self.path, self._handle)
 
     def write(self, kind: str, rows: list[Mapping[str, Any]]) -> None:
         """Hand lines to the writing thread.
