@@ -84,7 +84,8 @@ def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
         buffer: its value.
     """
     # 1. What the model does with it.
-    if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
+    holds_frequencies = buffer.is_floating_point() and enters_sine_and_cosine(graph, name)
+    if holds_frequencies:
         return "frequencies"
 
     # 2. Its own name, and not that of its module: a module of positions may hold other buffers.
@@ -134,8 +135,14 @@ def enters_sine_and_cosine(graph: Graph, name: str) -> bool:
 
 def _calls_reached_from(graph: Graph, name: str) -> Iterator[str]:
     """Yield the calls that a buffer leads to, breadth first, up to sines and cosines."""
-    state = [value for value in graph.values if value.node == STATE]
-    waiting = [value.index for value in state if value.name == name]
+    # 1. Where the buffer enters.
+    waiting: list[int] = []
+    for record in graph.values:
+        is_buffer = record.node == STATE and record.name == name
+        if is_buffer:
+            waiting.append(record.index)
+
+    # 2. From there on, call by call.
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_CALLS:
         value = waiting.pop(0)

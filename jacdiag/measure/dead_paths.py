@@ -209,7 +209,8 @@ def _first_live_output(sites: Sites, node: int) -> int | None:
     """Return the first result of a call that depends on the input of the model."""
     graph = sites.graph
     for value in graph.nodes[node].outputs:
-        if graph.values[value].live:
+        is_live = graph.values[value].live
+        if is_live:
             return value
 
     # All were computed from weights alone.

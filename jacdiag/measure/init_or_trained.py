@@ -171,12 +171,11 @@ def judge_weights(
     # 1. Which matrices are looked at. Shapes alone need no file.
     if outlines is None:
         outlines = parameters
-    floating = {name: t.shape for name, t in outlines.items() if t.is_floating_point()}
-    names = [name for name, shape in floating.items() if can_be_tested(shape)]
+    names = spread_evenly(_names_to_test(outlines), MOST_MATRICES)
 
     # 2. Test each. A copy of a matrix is no second witness.
     results: dict[float, tuple[str, float]] = {}
-    for name in spread_evenly(names, MOST_MATRICES):
+    for name in names:
         result = examine_draw(parameters[name])
         if result is not None:
             results.setdefault(result.largest, (name, result.probability))
@@ -203,6 +202,18 @@ def level_of_one(tested: int, needed: int) -> float:
         return 0.0
 
     return min(float(betaincinv(needed, tested - needed + 1, FALSE_ALARMS)), _MOST_LEVEL)
+
+
+def _names_to_test(outlines: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the matrices that are wide enough to be judged."""
+    names: list[str] = []
+    for name, outline in outlines.items():
+        if not outline.is_floating_point():
+            continue
+        if can_be_tested(outline.shape):
+            names.append(name)
+
+    return names
 
 
 def spread_evenly(names: list[str], most: int) -> list[str]:

@@ -331,9 +331,9 @@ def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
     for key in _keys_by_likelihood(arguments):
         # 1. Integers, one for each position.
         ids = argument(arguments, key)
-        if key == "attention_mask" or not _holds_integers(ids):
+        if key == "attention_mask":
             continue
-        if ids.shape != logits.shape[:-1]:
+        if not _are_ids_of(ids, logits):
             continue
 
         # 2. Each as it is, unless it is the input.
@@ -356,6 +356,14 @@ def _keys_by_likelihood(arguments: Arguments) -> list[int | str]:
     args, kwargs = arguments
     names = sorted(kwargs, key=lambda name: (name not in _TARGET_NAMES, name in _INPUT_NAMES))
     return [*names, *reversed(range(len(args)))]
+
+
+def _are_ids_of(value: Any, logits: Tensor) -> bool:
+    """Return whether an argument holds an integer for each position of the logits."""
+    if not _holds_integers(value):
+        return False
+    has_positions: bool = value.shape == logits.shape[:-1]
+    return has_positions
 
 
 def _holds_integers(value: Any) -> bool:

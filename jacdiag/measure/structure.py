@@ -52,22 +52,30 @@ def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[Z
 
     The zero parameters on its way are named.
     """
-    # 1. The sub-layers that were measured with a gain of zero.
-    measured = [record for record in records if record.branch_norm is not None]
-    zero_gains = {record.index for record in measured if record.shortcut_gain == 0}
-
-    # 2. The parameters on the way of each shortcut that is not zero itself.
+    zero_gains = _indices_with_zero_gain(records)
     shortcuts = []
     for site, raw in zip(sites, sites.raw, strict=True):
         if site.nested or site.index not in zero_gains:
             continue
 
+        # A shortcut that is zero itself is no sign of a zero gain.
         has_signal = bool(site.shortcut.any())
         if has_signal:
             zero = _zero_parameters_on_shortcut(sites, raw)
             shortcuts.append(ZeroShortcut(site.name, zero))
 
     return shortcuts
+
+
+def _indices_with_zero_gain(records: Iterable[SublayerRecord]) -> set[int]:
+    """Return the indices of the sub-layers that were measured with a gain of zero."""
+    indices: set[int] = set()
+    for record in records:
+        was_measured = record.branch_norm is not None
+        if was_measured and record.shortcut_gain == 0:
+            indices.add(record.index)
+
+    return indices
 
 
 def _zero_parameters_on_shortcut(sites: Sites, raw: Site) -> list[str]:
