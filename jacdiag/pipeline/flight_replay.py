@@ -78,7 +78,7 @@ _ERRORS_OF_A_RUN = (
 class _Measured:
     """A kept batch with its figures, or the reason why it has none."""
 
-    kept: FlightBatch
+    batch: FlightBatch
     figures: BatchFigures | None = None
     why: str = ""
     values: BatchValues | None = None
@@ -90,8 +90,12 @@ class _Measured:
             return []
         by_sequence = []
         for row, sequence in enumerate(self.figures.sequences):
-            if sequence.tokens is not None and len(sequence.tokens.losses):
-                by_sequence.append((row, sequence.tokens))
+            tokens = sequence.tokens
+            # They are not known for every loss.
+            if tokens is None:
+                continue
+            if len(tokens.losses):
+                by_sequence.append((row, tokens))
         return by_sequence
 
 
@@ -176,6 +180,7 @@ def _why_not(request: Request) -> str:
     fits = free is None or needed <= free
     if fits:
         return ""
+
     return (
         f"the weights stay in their files; with gradients they would take {needed / 2**30:.1f} "
         "GiB, and less is free"
@@ -287,7 +292,7 @@ def _note_on_failures(measured: Sequence[_Measured]) -> str:
         return ""
 
     # One by its name, several by their number.
-    which = failed[0].kept.file.name
+    which = failed[0].batch.file.name
     if len(failed) > 1:
         which = f"{len(failed)} of {len(measured)} batches"
     return f"{which} could not be run: {failed[0].why}"
@@ -401,7 +406,7 @@ def _record(
 
 def _is_of_step(item: _Measured, step: int | None) -> bool:
     """Return whether a batch belongs to a step; one whose step is not known belongs to none."""
-    return item.kept.step is not None and item.kept.step == step
+    return item.batch.step is not None and item.batch.step == step
 
 
 def _decide(
@@ -453,7 +458,7 @@ def _crash_of(flight: Flight, suspects: Iterable[_Measured]) -> str:
         return ""
 
     # A batch that was done by then did not crash the run.
-    if any(item.kept.running for item in suspects):
+    if any(item.batch.running for item in suspects):
         return flight.why
     return ""
 
@@ -493,7 +498,9 @@ def _logged_at_own_steps(
     A batch of a step that the jump may have reached has None. The list is empty if nothing can be
     compared.
     """
-    if onset is None or not _is_comparable(name, run):
+    if onset is None:
+        return []
+    if not _is_comparable(name, run):
         return []
 
     # 1. Weights from long before had other values, which are those around their own step.
@@ -502,7 +509,7 @@ def _logged_at_own_steps(
         return []
 
     # 2. The steps before the jump.
-    steps = [item.kept.step for item in others if item.figures is not None]
+    steps = [item.batch.step for item in others if item.figures is not None]
     return [_logged_before(name, run, step, onset) for step in steps]
 
 
@@ -531,7 +538,7 @@ def _met_after_checkpoint(
         return None
 
     # 2. Its batch. With several micro-batches, the run logged no figure of one of them.
-    values = _values([item for item in measured if item.kept.step == next_step], name)
+    values = _values([item for item in measured if item.batch.step == next_step], name)
     if len(values) != 1:
         return None
     return values[0], logged
@@ -564,11 +571,11 @@ def _batch(
 ) -> BatchReplay:
     """Return the record of a batch, with what the run logged at its step."""
     # 1. What is known of any batch, also of one that could not be run.
-    step = item.kept.step
+    step = item.batch.step
     row = run.row(step)
     figures = item.figures
     record = BatchReplay(
-        file=item.kept.file.name,
+        file=item.batch.file.name,
         step=step or 0,
         suspect=suspect,
         loss=None,
@@ -628,7 +635,10 @@ def _count_tokens(tokens: TokenLosses | None) -> int | None:
 def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -> list[bool]:
     """Return whether each sequence of a batch is outside the range of those of other batches."""
     assert item.figures is not None
+    # 1. The figures of its own sequences.
     values = [getattr(sequence, name) for sequence in item.figures.sequences]
+
+    # 2. Those of the other batches that could be run.
     others = []
     for other in reference:
         if other.figures is not None:
@@ -653,7 +663,9 @@ def _largest_tokens(suspects: Iterable[_Measured]) -> list[TokenReplay]:
     largest: list[TokenReplay] = []
     for item in suspects:
         for sequence, tokens in item.tokens:
-            largest += _largest_of_sequence(item.kept.file.name, sequence, tokens)
+            # No other token of the sequence can be among them.
+            largest += _largest_of_sequence(item.batch.file.name, sequence, tokens)
+
     largest.sort(key=lambda token: -token.loss)
     return largest[:_TOKENS_SHOWN]
 

@@ -252,7 +252,8 @@ def _check_types(options: AuditOptions) -> None:
     def check(name: str, kinds: Any, expected: str, *, optional: bool = True) -> None:
         """Raise if an option is of none of these types."""
         value = getattr(options, name)
-        if value is None and optional:
+        is_left_open = value is None and optional
+        if is_left_open:
             return
         if not isinstance(value, kinds):
             raise UsageError(f"{name} is of the wrong type", got=kind_of(value), hint=expected)
@@ -289,7 +290,9 @@ def _check_progress(progress: Any) -> None:
 
 def _check_optimizer(optimizer: Any) -> None:
     """Raise unless an optimizer has parameter groups, or is a list of them."""
-    if optimizer is None or hasattr(optimizer, "param_groups"):
+    if optimizer is None:
+        return
+    if hasattr(optimizer, "param_groups"):
         return
 
     # Groups, as a torch optimizer takes them. A single one may stand by itself.
