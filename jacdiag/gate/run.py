@@ -266,8 +266,10 @@ def _check_gate(seeds: Any, budget: Any, fail_on: Any) -> None:
 
 def _check_budget(budget: Any) -> None:
     """Raise unless a budget is a number of seconds."""
+    is_number = isinstance(budget, int | float)
     # A bool is an integer in Python.
-    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if isinstance(budget, bool):
+        is_number = False
     if is_number and budget > 0:
         return
     raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")

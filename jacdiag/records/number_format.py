@@ -99,7 +99,8 @@ def between(lower: float, upper: float) -> str:
     >>> between(5.803, 6.0412), between(0.4561, 0.502), between(14.5, 14.5), between(8.4, math.inf)
     ('5.80 to 6.05', '0.456 to 0.502', '14.5', '8.40 to inf')
     """
-    if math.isnan(lower) or math.isnan(upper):
+    has_nan = math.isnan(lower) or math.isnan(upper)
+    if has_nan:
         return three(math.nan)
     if _is_one_number(lower, upper):
         return three(upper)

@@ -197,7 +197,9 @@ class RunLog:
         """Drop the lines of later steps."""
         for kind in _STEPPED:
             rows: list[dict[str, Any]] = getattr(self, _LIST_OF_KIND[kind])
-            rows[:] = [row for row in rows if row.get("step", 0) <= step]
+            earlier = [row for row in rows if row.get("step", 0) <= step]
+            # In place, since the record holds the list itself.
+            rows[:] = earlier
 
 
 # Figures of a step that plots and screens show.
