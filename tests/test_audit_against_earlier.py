@@ -111,7 +111,7 @@ def test_compared_with_an_earlier_step_it_fails(run: Any, folder: Path) -> None:
         "wrecked.json",
     )
     assert code == 1 and "  FAIL  JD110: " in out and "times that of early.pt (error above" in out
-    assert "earlier ‖J‖" in out and "go back to the earlier checkpoint" in out
+    assert "earlier norm" in out and "go back to the earlier checkpoint" in out
     report = Report.from_json((folder / "wrecked.json").read_text())
     assert report.verdict == "fail" and report.against is not None and report.against.compared == 4
     assert report.conditions.small_sublayers in ("met", "partly", "not met")

@@ -73,6 +73,7 @@ COMMANDS = {
     "sites": INPUT | FACTORY | {"--format"},
     "diff": INPUT | PRECISION | {"--format", "--html", "--plot", "--all", "--contract-only"},
     "rules": {"--format"},
+    "demo": set(),
     "explain": set(),
     "backtest": {
         "--format",
@@ -100,7 +101,7 @@ COMMANDS = {
     "plot": {"-o", "--output", "--html", "--figures", "--from", "--to", "--smooth", "--size"},
 }
 # Arguments of the commands, which are no options.
-ARGUMENTS = {"source", "code", "run", "runs", "a", "b"}
+ARGUMENTS = {"source", "topic", "run", "runs", "a", "b"}
 DEFAULTS = {
     "batch": 2,
     "seq": None,

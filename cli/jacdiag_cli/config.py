@@ -192,15 +192,25 @@ class Configured(click.Command):
         info_name: str | None,
         args: list[str],
         parent: click.Context | None = None,
+        config: ConfigFile | None = None,
         **extra: Any,
     ) -> click.Context:
-        """Return the context of a call, with the configuration as its defaults."""
+        """Return the context of a call, with the configuration as its defaults.
+
+        Args:
+            info_name: of the command.
+            args: of the command line.
+            parent: of the new context.
+            config: in place of the nearest configuration file.
+            extra: as click takes it.
+        """
         # 1. Help works with a configuration that is broken, too.
         if {"-h", "--help"} & set(args):
             return super().make_context(info_name, args, parent, **extra)
 
         # 2. The configuration's values are defaults of this command.
-        config = load(Path.cwd(), all_options())
+        if config is None:
+            config = load(Path.cwd(), all_options())
         defaults = self._defaults_from(config)
         try:
             context = super().make_context(info_name, args, parent, default_map=defaults, **extra)

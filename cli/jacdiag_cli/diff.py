@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,13 +100,37 @@ def diff(
         comparison = compare(_report(a, given), _report(b, given))
     invocation.heed()
 
-    # 3. Write the page and the picture, and print the result.
+    # 3. Write the page and the picture, and print the result with the next command.
     if html_file is not None:
         _write_page(comparison, html_file, (a, b))
     if plot_file is not None:
         _write_picture(comparison, plot_file, (a, b))
-    _show(comparison, output_format, all_rows, aside=any_on_stdout(files))
+    aside = any_on_stdout(files)
+    _show(comparison, output_format, all_rows, aside=aside)
+    if output_format == "pretty":
+        show(f"next: {_next_command(comparison, a, invocation.args)}\n", aside=aside)
     return int(comparison.first is not None)
+
+
+def _next_command(comparison: Comparison, a: str, args: list[str]) -> str:
+    """Return the command that helps next, with what it does.
+
+    Args:
+        comparison: that was printed.
+        a: the first model, as on the command line.
+        args: of this command.
+    """
+    # 1. Nothing was compared.
+    if not comparison.pairs:
+        return f"{shlex.join(['jacdiag', 'sites', a])}   lists what was found in the first model"
+
+    # 2. The figures agree, and are not shown.
+    is_folded = comparison.first is None and "--all" not in args
+    if is_folded:
+        return f"{shlex.join(['jacdiag', *args, '--all'])}   shows the figures that agree too"
+
+    # 3. A table was shown.
+    return "jacdiag explain columns   says what each figure and column means"
 
 
 def _report(source: str, given: dict[str, Any]) -> Report:

@@ -1,4 +1,4 @@
-"""`jacdiag explain CODE`: what a rule looks at, why, an example, a remedy."""
+"""`jacdiag explain TOPIC`: a rule, or the columns of the tables."""
 
 from __future__ import annotations
 
@@ -7,37 +7,137 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jacdiag.errors import UsageError
 from jacdiag_cli.rules import applies_to
 from jacdiag_cli.streams import emit, room
 
 if TYPE_CHECKING:
+    from jacdiag.render.content.columns import Column
     from jacdiag.rules.page import RulePage
 
 _WIDEST = 96
+_COLUMNS = "columns"
 
 
-@click.command(short_help="Explains a rule: what, why, an example, a remedy.")
-@click.argument("code")
-def explain(code: str) -> None:
+@click.command(short_help="Explains a rule, or the columns of the tables.")
+@click.argument("topic", required=False)
+def explain(topic: str | None) -> None:
     """Explains a rule: what it checks, why that matters (with the equation), an example, a remedy.
 
+    TOPIC is the code or the name of a rule, the word "columns" for every column of the tables of
+    `audit` and `diff`, or the title of one column. Without it, all topics are listed.
+
     \b
-    Example:
+    Examples:
       jacdiag explain JD102
+      jacdiag explain columns
+      jacdiag explain "branch norm"
     """
+    emit(_text_on(topic) + "\n")
+
+
+def _text_on(topic: str | None) -> str:
+    """Return what is said about a topic.
+
+    Raises:
+        UsageError: nothing has this name.
+    """
+    from jacdiag.render.content.columns import find_column
+
+    # 1. The list of all topics.
+    if topic is None:
+        return _all_topics()
+
+    # 2. Columns.
+    word = topic.strip()
+    if word.lower() == _COLUMNS:
+        return _all_columns()
+    column = find_column(word)
+    if column is not None:
+        return _column(column)
+
+    # 3. A rule.
+    return _rule(_code_of(word))
+
+
+def _all_topics() -> str:
+    """Return what can be explained, one topic a line."""
+    from jacdiag.render.content.columns import COLUMNS, titles
+    from jacdiag.rules import EVERY
+
+    # 1. The tables.
+    lines = [
+        "jacdiag explain TOPIC",
+        "",
+        f"{_COLUMNS:<9}  every column of the tables of `audit` and `diff`",
+        _wrapped(f"one column: {', '.join(titles(COLUMNS))}", " " * 11),
+        "",
+    ]
+
+    # 2. The rules.
+    lines += [f"{info.code:<9}  {info.name}" for info in EVERY]
+    return "\n".join(lines)
+
+
+def _code_of(word: str) -> str:
+    """Return the code of a rule that is called by its code or its name.
+
+    Raises:
+        UsageError: no rule is called so.
+    """
+    from jacdiag.rules import EVERY, rule
+
+    # 1. The name of a rule, as tables show it.
+    for info in EVERY:
+        if word.lower() == info.name:
+            return info.code
+
+    # 2. Its code. The error says what else can be explained.
+    try:
+        return rule(word).code
+    except UsageError as error:
+        hint = f"{error.hint}; `jacdiag explain` lists every topic, columns among them"
+        raise UsageError(f"nothing to explain is called '{word}'", hint=hint) from error
+
+
+# -- columns ---------------------------------------------------------------------------------------
+def _all_columns() -> str:
+    """Return every column of both tables."""
+    from jacdiag.render.content.columns import COLUMNS, DIFF_COLUMNS
+
+    sections = ["The table of `jacdiag audit`. A column is shown if it has something to show."]
+    sections += map(_column, COLUMNS)
+    sections.append("The table of `jacdiag diff`.")
+    sections += map(_column, DIFF_COLUMNS)
+    sections.append(
+        "Thresholds are those that ship; [tool.jacdiag.thresholds] in pyproject.toml sets others."
+    )
+    return "\n\n".join(sections)
+
+
+def _column(column: Column) -> str:
+    """Return one column: its title, its meaning, and what is known of it."""
+    from jacdiag.render.content.columns import facts_of
+
+    lines = [column.title, _wrapped(column.meaning, "  ")]
+    lines += [_wrapped(fact, "  ") for fact in facts_of(column)]
+    return "\n".join(lines)
+
+
+# -- rules -----------------------------------------------------------------------------------------
+def _rule(code: str) -> str:
+    """Return the page of a rule."""
     from jacdiag.rules import rule
 
-    info = rule(code.strip().upper())
+    info = rule(code)
     parts = [
         f"{info.code} {info.name}  (at most {info.level}; {applies_to(info)})",
         _wrapped(info.summary, ""),
-        *(
-            f"{title}\n{_wrapped(text, '  ', title != 'Example')}"
-            for title, text in _sections(info.page)
-            if text.strip()
-        ),
     ]
-    emit("\n\n".join(parts) + "\n")
+    for title, text in _sections(info.page):
+        if text.strip():
+            parts.append(f"{title}\n{_wrapped(text, '  ', title != 'Example')}")
+    return "\n\n".join(parts)
 
 
 def _sections(page: RulePage) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag.records.output_file import written
 from jacdiag_cli.audit import audit
 from jacdiag_cli.backtest import backtest
+from jacdiag_cli.demo import demo
 from jacdiag_cli.diff import diff
 from jacdiag_cli.explain import explain
 from jacdiag_cli.gate import gate
@@ -80,11 +81,11 @@ def _show_versions(context: click.Context, _parameter: click.Parameter, asked: b
 def cli() -> None:
     """Jacobian and gradient-norm diagnostics for transformer pre-training.
 
-    Start with: jacdiag audit checkpoint.pt
+    Start with: jacdiag audit checkpoint.pt, or jacdiag demo to see an example.
     """
 
 
-for _command in (audit, gate, diff, sites, rules, explain, live, plot, backtest):
+for _command in (audit, demo, gate, diff, sites, rules, explain, live, plot, backtest):
     cli.add_command(_command)
 
 

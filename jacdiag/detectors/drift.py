@@ -21,12 +21,12 @@ LEAST = 3
 SCATTER = 6.0
 _OWN_SCATTER = 6  # points from which on a sub-layer's own scatter is known well enough
 _NAMES = {
-    "branch_norm": "branch ‖J‖",
-    "core_norm": "core ‖J‖",
-    "shortcut_std": "shortcut σ",
+    "branch_norm": "branch norm",
+    "core_norm": "core norm",
+    "shortcut_std": "shortcut std",
     "statistics/logit": "the largest attention logit",
-    "statistics/branch_std": "branch σ",
-    "statistics/shortcut_std": "shortcut σ",
+    "statistics/branch_std": "branch std",
+    "statistics/shortcut_std": "shortcut std",
 }
 _OF_STATISTICS = ("logit", "branch_std", "shortcut_std")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jacdiag.records import Report, Verdict
 from jacdiag.render.content.flight_replay import ReplayTable, replay_facts, replay_table
 from jacdiag.render.content.grouped_findings import GateView, build_gate_view
+from jacdiag.render.content.next_step import NextStep, next_step
 from jacdiag.render.content.remedies import document, remedied
 from jacdiag.render.content.sentences import (
     header,
@@ -32,7 +33,7 @@ class HeaderView:
 
     Attributes:
         name: of the source.
-        model: "GPT, 12 layers, d 768, 124M parameters (99.8% covered)".
+        model: "GPT, 12 layers, width 768, 124M parameters (99.8% covered)".
         state: "init, pre-norm".
         why_state: why the model counts as initialized or trained; "" if the user said so.
         lines: these and the probe, as lines of pieces that are joined by a dot.
@@ -82,6 +83,7 @@ class ReportView:
         verdict: by condition, with the other rules and the figures of the network.
         replay: of a flight; None if the report has none.
         actions: what to do, one line each.
+        next_step: the command that helps next.
         remedies: those of `actions` that are about remedies.
         remedy_document: all remedies with their code, as Markdown.
         cost: of the audit.
@@ -96,6 +98,7 @@ class ReportView:
     verdict: VerdictView
     replay: ReplayView | None
     actions: list[str]
+    next_step: NextStep
     remedies: list[str]
     remedy_document: str
     cost: CostView
@@ -115,7 +118,7 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
     Example:
         >>> view = build_view(report)                             # doctest: +SKIP
         >>> view.verdict.word, view.verdict.headline              # doctest: +SKIP
-        ('warn', 'Large shortcut not met, small sub-layers met: worst branch gain 22.4 to 23.3 ...')
+        ('warn', 'Large shortcut not met, small sub-layers met: worst branch norm 22.4 to 23.3 ...')
     """
     report = legible(report)
     return ReportView(
@@ -125,6 +128,7 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
         verdict=VerdictView(report.verdict, headline(report), verdict_lines(report)),
         replay=_replay(report, all_rows=all_rows),
         actions=to_do(report),
+        next_step=next_step(report),
         remedies=remedied(report),
         remedy_document=document(report),
         cost=CostView(cost(report), str(report.settings.get("command") or "")),

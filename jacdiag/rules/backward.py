@@ -363,11 +363,13 @@ def _growth_finding(
     """Return the finding about the norms of "activation" or "gradient" over depth."""
     # 1. The sentence.
     over_all_layers = exponent * context.report.model.layers
-    way = "upwards" if name == "activation" else "towards the input"
+    way = "from the input to the top"
+    if name == "gradient":
+        way = "from the top to the input"
     verb = "grows" if over_all_layers > 0 else "shrinks"
     what = (
-        f"the {name} norm {verb} {plain(math.exp(abs(over_all_layers)))}-fold {way}, exponent "
-        f"{plain(exponent)} a layer"
+        f"the {name} norm {verb} {plain(math.exp(abs(over_all_layers)))}-fold {way} "
+        f"(exponent per layer: {plain(exponent)})"
     )
 
     # 2. The finding.

@@ -13,13 +13,12 @@ from jacdiag.rules.grouping import group_by
 from jacdiag.rules.interval_status import ComparedFigure, compare_with_limits
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import CUTS, Limits
-from jacdiag.rules.wording import placement_in_words
+from jacdiag.rules.wording import name_layers, placement_in_words
 
 # An output matrix with so much of the std before it has no scaling with depth.
 _UNSCALED = 0.7
 
 
-_MOST_DEPTHS = 6  # in a sentence
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
 Sentence = Callable[[RuleContext, Rule, Sequence[ComparedFigure], Level], Finding]
@@ -123,28 +122,21 @@ def _worst(group: Sequence[ComparedFigure]) -> ComparedFigure:
 
 
 def _extent(context: RuleContext, group: Sequence[ComparedFigure]) -> str:
-    """Return which depths a group covers, in words.
+    """Return which layers a group covers, in words: "in layers 1 to 3 (of 6)".
 
-    An excess at the first layer only is another thing than one that persists.
+    An excess in the first layer alone is another thing than one in all layers.
     """
     depths = _depths_of(group)
-    last = context.report.model.layers - 1
+    layers = context.report.model.layers
 
-    # 1. The first layer alone.
-    if depths == [0]:
-        return "only at depth 0" if last > 0 else "at the only depth"
+    # 1. Every layer.
+    if depths == list(range(layers)):
+        if layers == 1:
+            return "in the only layer"
+        return f"in all {layers} layers"
 
-    # 2. All layers, or all up to one of them.
-    if depths == list(range(last + 1)):
-        return "at every depth"
-    if depths == list(range(depths[-1] + 1)):
-        return f"persists to depth {depths[-1]} of {last}"
-
-    # 3. Any others.
-    shown = ", ".join(map(str, depths[:_MOST_DEPTHS]))
-    if len(depths) > _MOST_DEPTHS:
-        shown += " ..."
-    return f"at depths {shown} of 0 to {last}"
+    # 2. Some of them.
+    return f"in {name_layers(depths)} (of {layers})"
 
 
 def _depths_of(group: Iterable[ComparedFigure]) -> list[int]:
@@ -220,7 +212,7 @@ def _small(context: RuleContext, rule: Rule) -> CheckOutcome:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
-        most = f"core ‖J‖·√(2N) is {span(worst.value)} at {worst.row.name}"
+        most = f"core norm times √(2N) is {span(worst.value)} at {worst.row.name}"
 
         # 2. What that says of the condition.
         what = f"{most} (not met above {plain(limit)}); {_share(context, rule, group)}"
@@ -291,16 +283,18 @@ def _large(context: RuleContext, rule: Rule) -> CheckOutcome:
         worst = _worst(group)
         assert worst.value is not None
         spread = worst.row.shortcut_std
-        sigma = worst.row.name
+        sigma = f"shortcut std at {worst.row.name}"
+        median = ""
         if spread is not None:
-            sigma = (
-                f"σ_x {plain(spread.min)} at {sigma} (median over tokens {plain(spread.median)})"
-            )
+            sigma = f"shortcut std {plain(spread.min)} at {worst.row.name}"
+            median = f"; median over its tokens {plain(spread.median)}"
 
         # 2. What that says of the condition.
-        what = f"{sigma}, near 1 is meant; {_share(context, rule, group)}{_token(worst.row)}"
+        what = (
+            f"{sigma} (target: about 1{median}); {_share(context, rule, group)}{_token(worst.row)}"
+        )
         if cut == "info":
-            what = f"partly met {_extent(context, group)}: {sigma}"
+            what = f"partly met {_extent(context, group)}: {sigma} (target: about 1{median})"
         limit = getattr(limits, cut)
         return _finding(context, rule, group, cut, limit, what, _larger(context), "norm_gain")
 
@@ -319,10 +313,9 @@ def _token(row: SublayerRecord) -> str:
         return ""
 
     # 2. Its number in the vocabulary, if the probe has one.
-    token = "the one"
-    if place.token is not None:
-        token = f"token {place.token}"
-    return f"; smallest at {token}, position {place.position}"
+    if place.token is None:
+        return f"; smallest at position {place.position}"
+    return f"; smallest for token {place.token}, at position {place.position}"
 
 
 def _larger(context: RuleContext) -> str:
@@ -352,13 +345,14 @@ def _amplification(context: RuleContext, rule: Rule) -> CheckOutcome:
 
         # 1. A trained model is compared with what is usual at init.
         norm = placement_in_words(worst.row.placement)
-        at = f"{norm} at init" if context.report.state == "trained" else norm
+        compared_with = norm
+        if context.report.state == "trained":
+            compared_with = f"{norm} at init"
 
         # 2. The sentence.
         what = (
-            f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above "
-            f"{plain(limit)}); "
-            f"{_extent(context, group)}"
+            f"branch norm {span(worst.value)} at {worst.row.name} "
+            f"({cut} above {plain(limit)} for {compared_with}), {_extent(context, group)}"
         )
         return _finding(context, rule, group, cut, limit, what, "", "branch_norm")
 
@@ -390,10 +384,13 @@ def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
     end_to_end = network.end_to_end
     if end_to_end is not None:
         evidence["end_to_end"] = [end_to_end.lower, end_to_end.upper]
-        true_gain = f"the true end-to-end gain is {span(end_to_end)}"
+        true_gain = f"the measured end-to-end gain is {span(end_to_end)}"
 
     # 3. The finding.
-    what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true_gain}"
+    what = (
+        f"the product of the gains of all sub-layers is e^{log:.1f} (Eq. 7), above e^{limit:g}; "
+        f"{true_gain}"
+    )
     level = context.level(rule, beyond)
     return CheckOutcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary)])
 

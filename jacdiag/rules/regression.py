@@ -21,7 +21,7 @@ from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import Limits
 from jacdiag.rules.wording import placement_in_words
 
-FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_gain": "1/σ gain"}
+FIGURES = {"branch_norm": "branch norm", "core_norm": "core norm", "norm_gain": "norm gain"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MovedFigure:
 
     @property
     def words(self) -> str:
-        """The change in words, such as "h.0.mlp: core ‖J‖ 0.5 -> 2.00"."""
+        """The change in words, such as "h.0.mlp: core norm 0.5 -> 2.00"."""
         name = FIGURES.get(self.figure, self.figure)
         return f"{self.where}: {name} {plain(self.old)} -> {plain(self.new)}"
 
@@ -304,13 +304,15 @@ def _growth_finding(
         limit = limits[worst.where].warning
 
     # 2. The sentence.
-    what = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
-    what += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
+    what = f"{worst.where}: branch norm {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
+    what += (
+        f"; 1 + branch norm is at least {plain(worst.amplification)} times that of {against.source}"
+    )
     if limit is not None:
         level_above = "warning" if level == "info" else level
         what += f" ({level_above} above {plain(limit)})"
     if len(group) > 1:
-        what += f"; {len(group)} of {against.compared} branches grew so"
+        what += f"; {len(group)} of {against.compared} branches grew to this level"
 
     # 3. The evidence.
     changes = []

@@ -9,7 +9,7 @@ from jacdiag.records import WeightRecord
 
 _MOST_NAMES = 3
 _LONGEST_NAME = 100  # characters; calls are listed with their source line
-_MOST_LAYERS = 8
+_MOST_RANGES = 6  # of layers, in a sentence
 
 
 def list_names(
@@ -35,19 +35,60 @@ def list_names(
 
 
 def layers_in_words(weights: Iterable[WeightRecord], of: int) -> str:
-    """Return which layers a finding is about, as ", layer 1, 2"; "" if it is about all of them.
+    """Return which layers a finding is about, as ", in layers 1 and 2"; "" if it is about all.
 
     Args:
         weights: the parameters that differ.
         of: in how many layers there is such a parameter.
     """
-    layers = [str(weight.layer) for weight in weights if weight.layer is not None]
+    layers = [weight.layer for weight in weights if weight.layer is not None]
     is_some = 0 < len(layers) < of
     if not is_some:
         return ""
+    return f", in {name_layers(layers)}"
 
-    shown = ", ".join(layers[:_MOST_LAYERS])
-    return f", layer {shown}"
+
+def name_layers(layers: Iterable[int]) -> str:
+    """Return the numbers of layers in words; neighbours are joined.
+
+    Args:
+        layers: their numbers, from 0, in any order; at least one.
+
+    Example:
+        >>> name_layers([0]), name_layers([4, 5]), name_layers([0, 2, 3, 4, 6])
+        ('layer 0', 'layers 4 and 5', 'layers 0, 2 to 4 and 6')
+    """
+    # 1. Runs of neighbours.
+    numbers = sorted(set(layers))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+
+    # 2. The first of them, each as "2 to 4"; two neighbours are no run.
+    names: list[str] = []
+    for run in runs[:_MOST_RANGES]:
+        is_run = len(run) > 2
+        if is_run:
+            names.append(f"{run[0]} to {run[-1]}")
+        else:
+            names.extend(map(str, run))
+
+    # 3. How many are left out.
+    left_out = sum(map(len, runs[_MOST_RANGES:]))
+    if left_out:
+        names.append(f"{left_out} more")
+
+    # 4. As one phrase.
+    noun = "layers"
+    if len(numbers) == 1:
+        noun = "layer"
+    *first, last = names
+    if not first:
+        return f"{noun} {last}"
+    return f"{noun} {', '.join(first)} and {last}"
 
 
 def placement_in_words(placement: str | None) -> str:

@@ -90,4 +90,4 @@ def test_marks_are_letters_where_the_output_is_ascii(
     assert main(["audit", f"{factory}build", "--seq", "4", "--decide", "--remedies", "none"]) == 0
     sys.stdout.flush()
     text = raw.getvalue().decode("ascii")
-    assert "branch |J|" in text and "shortcut std" in text
+    assert "sqrt(2N)" in text and "shortcut std" in text

@@ -133,7 +133,7 @@ def test_weights_alone_are_not_probed(tmp_path: Path) -> None:
 def test_a_report_shows_the_spread_next_to_the_interval() -> None:
     report = jacdiag.audit(model(), probes=3, batch=2, seq=16)
     titles = [column.title for column in build(report).columns]
-    assert titles.index("over 3 probes") == titles.index("branch ‖J‖") + 1
+    assert titles.index("over 3 probes") == titles.index("branch norm") + 1
     row = report.sublayers[0]
     text = render(report)
     assert str(row.over_probes["branch_norm"]) in text and "the first of 3 probes" in text

@@ -170,7 +170,7 @@ def run_lines(
                 step,
                 "JD504",
                 "warning",
-                f"branch ‖J‖ of {NAMES[3]} is 6 times what its own trend foretold",
+                f"branch norm of {NAMES[3]} is 6 times what its own trend foretold",
             )
         if step == resume:
             lines.append(to_line("resume", {"step": step}))

@@ -141,7 +141,7 @@ def findings(layers: int) -> list[Finding]:
             level="warning",
             where=shortcut,
             what=(
-                "σ_x 0.028 at the embedding, near 1 is meant; persists to depth "
+                "shortcut std 0.028 at the embedding (target: about 1), in layers 0 to "
                 f"{(len(shortcut) - 1) // 2}"
             ),
             evidence={"factor": "shortcut", "norm_gain": 34.1, "token": 1234, "position": 7},
@@ -334,7 +334,7 @@ def trained(layers: int = 12) -> Report:
                 code="JD101",
                 level="info",
                 where=[rows[0].name, rows[1].name],
-                what="core ‖J‖·√(2N) up to 13.2 (an observation on a trained model)",
+                what="core norm·√(2N) up to 13.2 (an observation on a trained model)",
             ),
         ],
         plan=Plan(lr=3e-4, warmup=2000, clip=1.0),

@@ -67,14 +67,14 @@ def test_the_cells_are_the_figures() -> None:
     head, _, first, *_ = tables(render(synthetic.vanilla(2)))[0]
     row = {title.strip(): cell.strip() for title, cell in zip(head, first, strict=True)}
     assert row["sub-layer"] == "transformer.h.0.attn"
-    assert row["branch ‖J‖"] == "55.0 to 57.0 ▲" and row["1/σ gain"] == "35.5 ▲"
-    assert row["who"] == "shortcut" and row["depth"] == "0"
+    assert row["branch norm"] == "55.0 to 57.0 ▲" and row["norm gain"] == "35.5 ▲"
+    assert row["factor"] == "shortcut" and row["layer"] == "0"
 
 
 def test_names_keep_no_meaning_as_markup() -> None:
     text = render(odd(synthetic.vanilla(2)))
     plain = re.sub(r"\\[\\|*_<`\[~&$]", "", text)  # what is left can be read as markup
-    body = plain.split("**Cost**")[0]
+    body = plain.split("**Next**")[0]
     body = re.sub(r"`JD\d+`", "", re.sub(r"\*\*[\w -]+\*\*", "", body))
     assert not set("_<`[~&$*") & set(body)
     assert "a\\|b\\\\\\|c" in text, "a pipe behind a backslash needs both escaped"
@@ -85,7 +85,7 @@ def test_what_is_missing_is_a_dash() -> None:
     text = render(synthetic.broken())
     row = next(row for row in tables(text)[0] if "transformer.h.0.mlp" in row[1])
     assert [cell.strip() for cell in row[4:7]] == ["–", "– ●", "–"]
-    assert "- no core ‖J‖ at transformer.h.0.mlp: NaN in its weights" in text
+    assert "- no core norm at transformer.h.0.mlp: NaN in its weights" in text
     assert "None" not in text
 
 

@@ -422,7 +422,7 @@ def test_the_earlier_norms_are_drawn_dashed() -> None:
 
 def test_the_title_is_the_verdict_in_words() -> None:
     title = (
-        "Large shortcut not met, small sub-layers met: worst branch gain 22.4 to 23.3 at "
+        "Large shortcut not met, small sub-layers met: worst branch norm 22.4 to 23.3 at "
         "transformer.h.0.attn"
     )
     assert title_of(draw(synthetic.vanilla(12))) == title

@@ -51,11 +51,11 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
     advice = lines.to_do(with_remedies(POOR, GOOD))
     assert advice == [
         "multiply the embedding by 27.7 (scaled-embed)   jacdiag explain JD102",
-        "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 to 23.5 → 1.00 to 1.40, 1/σ "
+        "tried on a copy, on seeds 0 to 2: worst branch norm 23.1 to 23.5 → 1.00 to 1.40, norm "
         "gain 35.7 → 1.60, "
         "both conditions met",
         "price: no parameter; the change as code: --patch FILE",
-        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers "
+        "also tried: small-init: worst branch norm 23.1 to 23.5 → 9.00 to 9.10, small sub-layers "
         "met, "
         "large shortcut not met (left JD102)",
     ]
@@ -80,7 +80,7 @@ def test_an_unverified_fix_of_a_condition_is_not_shown() -> None:
     report = synthetic.vanilla()
     bare = [Finding("JD102", "warning", [], "small", fix="scale the embedding")]
     assert lines.to_do(dataclasses.replace(report, findings=bare)) == [
-        "read on: jacdiag explain JD102"
+        "the page of JD102 says what helps"
     ]
 
 

@@ -147,7 +147,7 @@ def test_the_headline_says_the_verdict_in_words(small: str, large: str, headline
     )
     assert (
         words.headline(report)
-        == f"{headline}: worst branch gain {spoken(worst.branch_norm)} at {worst.name}"
+        == f"{headline}: worst branch norm {spoken(worst.branch_norm)} at {worst.name}"
     )  # type: ignore[arg-type]
 
 
@@ -156,7 +156,7 @@ def test_error_comes_before_the_conditions() -> None:
         words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
     )
     assert words.headline(synthetic.trained()).startswith(
-        "Trained model: worst branch gain 6.33 to 6.56 at"
+        "Trained model: worst branch norm 6.33 to 6.56 at"
     )
     assert words.headline(synthetic.weights_tier()).startswith(
         "From the weights alone: the paper's bound is 40.3 at"
@@ -167,7 +167,7 @@ def test_a_trained_model_that_was_compared_with_nothing_offers_the_comparison() 
     alone = dataclasses.replace(synthetic.trained(), verdict="observed", findings=[])
     assert words.headline(alone).endswith("; nothing to compare it with")
     [offer] = lines.to_do(alone)
-    assert offer.endswith("jacdiag audit checkpoint.pt --seed 0 --against EARLIER")
+    assert offer.endswith("an earlier checkpoint, or with its JSON report (--against EARLIER)")
     gated = dataclasses.replace(
         alone, settings={**alone.settings, "command": "jacdiag gate build.py:model"}
     )
@@ -191,7 +191,7 @@ def test_the_header_names_model_probe_and_plan() -> None:
     assert first == [
         "jacdiag 0.1.0",
         "checkpoint.pt",
-        "GPT, 12 layers, d 768, 124M parameters (99.8% covered)",
+        "GPT, 12 layers, width 768, 124M parameters (99.8% covered)",
         "init, pre-norm",
     ]
     assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
@@ -315,8 +315,8 @@ def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
 
 def test_reasons_for_what_is_missing_are_said_once() -> None:
     notes = lines.footnotes(synthetic.post(12))
-    assert notes.count("no 1/σ gain: the branch does not begin with a norm (post)") == 1
-    assert "no core ‖J‖ at transformer.h.0.mlp: NaN in its weights" in lines.footnotes(
+    assert notes.count("no norm gain: the branch does not begin with a norm (post)") == 1
+    assert "no core norm at transformer.h.0.mlp: NaN in its weights" in lines.footnotes(
         synthetic.broken()
     )
 
@@ -351,7 +351,7 @@ def test_gradients_that_vanish_or_explode_break_nothing(norms: list[float] | Non
     report = dataclasses.replace(
         base, network=dataclasses.replace(base.network, gradient_norms=norms, gain_product_log=log)
     )
-    gradient, depth = line_of(report, "gradient"), line_of(report, "over depth")
+    gradient, depth = line_of(report, "gradient"), line_of(report, "whole network")
     assert (gradient is None) == (norms not in ([0.0, 1.0, 2.0], [2.0, 1.0])), (
         "no sentence about a ratio without end"
     )

@@ -56,7 +56,7 @@ def shown(
 def rows_of(text: str) -> list[str]:
     """The lines of sub-layers: those under the head of the table that begin with a depth."""
     lines = text.splitlines()
-    start = next(k for k, line in enumerate(lines) if line.startswith("  depth  sub-layer"))
+    start = next(k for k, line in enumerate(lines) if line.startswith("  layer  sub-layer"))
     block = lines[start + 1 :]
     return [line for line in block[: block.index("")] if ROW.match(line)]
 
@@ -91,7 +91,7 @@ def test_each_sublayer_has_one_line(name: str, width: int | None) -> None:
     for line, row in zip(rows, report.sublayers, strict=True):
         assert line.split()[0] == str(row.depth) and row.name[-6:] in line
         assert re.search(r"[\d\]–●▲?]$|shortcut$", line), (
-            "a row ends in a figure, or in who is to blame"
+            "a row ends in a figure, or in the factor that breaks its condition"
         )
 
 
@@ -187,7 +187,7 @@ def test_what_was_not_measured_is_a_dash_with_its_reason() -> None:
     text = shown(synthetic.broken())
     line = rows_of(text)[1]
     assert line.count("–") == 3 and not re.search(r"nan|None|inf| 0 ", line.split("mlp", 1)[1])
-    assert "no branch ‖J‖ at transformer.h.0.mlp: NaN in transformer.h.0.mlp.c_fc.weight" in text
+    assert "no branch norm at transformer.h.0.mlp: NaN in transformer.h.0.mlp.c_fc.weight" in text
     for name in KINDS:
         assert "None" not in shown(KINDS[name](4)) and "null" not in shown(KINDS[name](4))
 
@@ -237,9 +237,9 @@ def test_narrow_terminals_drop_columns_and_keep_the_branch_norm() -> None:
     for width in WIDTHS:
         text = shown(synthetic.vanilla(), width)
         heads.append(
-            next(line for line in text.splitlines() if line.startswith("  depth")).split("  ")
+            next(line for line in text.splitlines() if line.startswith("  layer")).split("  ")
         )
-    assert all("branch ‖J‖" in " ".join(head) for head in heads)
+    assert all("branch norm" in " ".join(head) for head in heads)
     counts = [len([title for title in head if title.strip()]) for head in heads]
     assert counts == sorted(counts) and counts[0] == 3 and counts[-1] == 8
     for width in WIDTHS:  # a weights-only table keeps a figure too
@@ -293,5 +293,5 @@ def test_reports_with_little_in_them() -> None:
     base = synthetic.vanilla(2)
     one = with_rows(base, base.sublayers[:1], network=None, ladder=[], findings=[], rules=[])
     text = shown(one, 80)
-    assert len(rows_of(text)) == 1 and "over depth" not in text and "gradient" not in text
+    assert len(rows_of(text)) == 1 and "whole network" not in text and "gradient" not in text
     assert "no sub-layers" in shown(with_rows(base, [], network=None), 80)

@@ -102,13 +102,13 @@ def test_large_shortcut_uses_the_99th_percentile_not_the_maximum() -> None:
     rows[0] = replace(rows[0], norm_gain=gain(8.01))
     (finding,) = findings(judged(rows), "JD102")
     assert finding.level == "warning" and "position 7" in finding.what and "1234" in finding.what
-    assert "only at depth 0" in finding.what and "√d = 8" in finding.fix
+    assert "in layer 0 (of 2)" in finding.what and "√d = 8" in finding.fix
 
 
 def test_excess_at_every_depth_is_distinguished_from_depth_0_alone() -> None:
     rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
     (finding,) = findings(judged(rows), "JD102")
-    assert "at every depth" in finding.what and finding.evidence["depths"] == [0, 1]
+    assert "in all 2 layers" in finding.what and finding.evidence["depths"] == [0, 1]
 
 
 def test_the_guilty_factor_is_named_by_the_rule_that_fires() -> None:
@@ -232,7 +232,7 @@ def test_a_depth_product_stands_next_to_the_true_norm_or_says_that_it_was_not_me
     )
     both = findings(judged(healthy(), network=whole), "JD104")[0]
     assert (
-        both.what.endswith("the true end-to-end gain is 30.5 to 32.0")
+        both.what.endswith("the measured end-to-end gain is 30.5 to 32.0")
         and "not measured" not in both.what
     )
     assert both.evidence["end_to_end"] == [30.5, 32.0]

@@ -82,7 +82,7 @@ def test_what_shrank_is_no_finding_and_is_kept() -> None:
     [change] = made.against.changes
     assert (change.where, change.figure, change.grew) == ("h.1.attn", "branch_norm", False)
     line = next(line for line in verdict_lines(made) if line.label == "against")
-    assert "of 4 branch gains 0 grew and 1 shrank" in line.text
+    assert "of 4 branch norms 0 grew and 1 shrank" in line.text
 
 
 def test_overlapping_intervals_are_no_growth() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jacdiag.records import Outlook, RemedyRecord, Report
 from jacdiag.records.number_format import between, three
+from jacdiag.render.content.sentences import status_words
 from jacdiag.rules.remedy_targets import aims
 
 DIALECTS = {
@@ -98,19 +99,19 @@ def _nearest(remedies: Sequence[RemedyRecord]) -> RemedyRecord:
 def effect(remedy: RemedyRecord) -> str:
     """Return figures before and after, and the conditions after.
 
-    For example "worst branch gain 23.2 to 24.1 → 1.05 to 1.10, both conditions met".
+    For example "worst branch norm 23.2 to 24.1 → 1.05 to 1.10, both conditions met".
     """
     # 1. The worst branch.
     before, after = remedy.before, remedy.after
     effects = []
     if before.branch_norm is not None and after.branch_norm is not None:
         gains = f"{between(*before.branch_norm)} → {between(*after.branch_norm)}"
-        effects.append(f"worst branch gain {gains}")
+        effects.append(f"worst branch norm {gains}")
 
     # 2. The shortcut, if the remedy changes it.
     both_measured = before.norm_gain is not None and after.norm_gain is not None
     if both_measured and before.norm_gain != after.norm_gain:
-        effects.append(f"1/σ gain {three(before.norm_gain)} → {three(after.norm_gain)}")
+        effects.append(f"norm gain {three(before.norm_gain)} → {three(after.norm_gain)}")
 
     # 3. The conditions.
     effects.append(_conditions(after))
@@ -216,7 +217,7 @@ def _noted_reason(report: Report) -> str:
 def _table(remedies: Sequence[RemedyRecord]) -> str:
     """Return all remedies in a table, below the model as it is."""
     rows = [
-        "| remedy | worst branch gain | 1/σ gain | left | enough | price |",
+        "| remedy | worst branch norm | norm gain | left | enough | price |",
         "|:---|---:|---:|:---|:---|:---|",
         _row("(as it is)", remedies[0].before, "", ""),
     ]
@@ -263,9 +264,9 @@ def _conditions(figures: Outlook) -> str:
     """Return how the two conditions of the paper come out after a remedy."""
     small, large = figures.small_sublayers, figures.large_shortcut
     if small != large:
-        return f"small sub-layers {small}, large shortcut {large}"
+        return f"small sub-layers {status_words(small)}, large shortcut {status_words(large)}"
     if small != "not applicable":
-        return f"both conditions {small}"
+        return f"both conditions {status_words(small)}"
 
     # A model that is not pre-norm is judged by other rules alone.
     if figures.fired:

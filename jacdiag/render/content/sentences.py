@@ -27,6 +27,7 @@ __all__ = [
     "read_words",
     "source_name",
     "state_words",
+    "status_words",
     "why_state",
     "worst_branch",
 ]
@@ -130,7 +131,7 @@ def read_words(source: Mapping[str, Any]) -> list[str]:
 
 
 def model_words(report: Report) -> str:
-    """Return the model in words: "GPT, 12 layers, d 768, 124M parameters (99.8% covered)"."""
+    """Return the model in words: "GPT, 12 layers, width 768, 124M parameters (99.8% covered)"."""
     # 1. Its name and size.
     model = report.model
     facts = []
@@ -138,7 +139,7 @@ def model_words(report: Report) -> str:
         facts.append(model.name)
     facts.append(plural(model.layers, "layer"))
     if model.width:
-        facts.append(f"d {model.width}")
+        facts.append(f"width {model.width}")
 
     # 2. Its parameters, and what the audit covers.
     parameters = f"{counted(model.parameters)} parameters"
@@ -368,6 +369,17 @@ def condition(report: Report, code: str) -> str:
     return status
 
 
+def status_words(status: str) -> str:
+    """Return how a condition came out, as a sentence says it: "partly met" for "partly".
+
+    Args:
+        status: of a condition in a report.
+    """
+    if status == "partly":
+        return "partly met"
+    return status
+
+
 def _was_run(report: Report, code: str) -> bool:
     """Return whether a rule was run; a report without a list of rules ran them all."""
     if not report.rules:
@@ -391,7 +403,7 @@ def headline(report: Report) -> str:
         if is_other_error:
             return f"{finding.code}: {finding.what}"
 
-    # 3. The worst branch gain, after what it was judged by.
+    # 3. The worst branch norm, after what it was judged by.
     gain = _worst_gain(report)
     if report.state != "trained":
         return _conditions_headline(report, gain)
@@ -418,17 +430,17 @@ def _conditions_in_words(report: Report) -> str:
     """Return how the two conditions of the paper came out."""
     small, large = condition(report, "JD101"), condition(report, "JD102")
     if small != large:
-        return f"Large shortcut {large}, small sub-layers {small}"
+        return f"Large shortcut {status_words(large)}, small sub-layers {status_words(small)}"
     return _BOTH_CONDITIONS.get(small, "Both conditions unknown")
 
 
 def _worst_gain(report: Report) -> str:
-    """Return the worst branch gain in words; "" if no branch was measured."""
+    """Return the worst branch norm in words; "" if no branch was measured."""
     worst = worst_branch(report)
     if worst is None:
         return ""
     record, norm = worst
-    return f"worst branch gain {spoken(norm)} at {record.name}"
+    return f"worst branch norm {spoken(norm)} at {record.name}"
 
 
 def _comparison(report: Report) -> str:

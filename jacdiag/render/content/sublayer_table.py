@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from jacdiag.records import AgainstRecord, Interval, Report, SublayerRecord
 from jacdiag.records.number_format import ABSENT, spoken, three
+from jacdiag.render.content.columns import title_of
 from jacdiag.render.content.number_cells import aligned, bar
-from jacdiag.render.content.severity import LOUDNESS, SIGNS, guilty, marks
+from jacdiag.render.content.severity import LOUDNESS, SIGNS, UNDECIDED, guilty, marks
 
 _SHOWN_IN_FULL = 16  # a table this long needs no folding
 _HEAD, _TAIL, _NOTABLE = 6, 2, 4
@@ -238,6 +239,32 @@ def _trend(gains: list[float]) -> str:
     return f", between {three(low)} and {three(high)}"
 
 
+def explain_marks(grid: Grid, columns: list[SublayerColumn]) -> str:
+    """Return what the marks of a table mean, said once below it; "" if it has none.
+
+    Args:
+        grid: the table, whose folds count the marks of their rows.
+        columns: those that are shown.
+    """
+    # 1. The marks that stand in the table.
+    levels: set[str] = set()
+    for column in columns:
+        levels.update(column.levels)
+    in_folds = "".join(gap.text for gap in grid.gaps.values())
+
+    # 2. Each of them with its level.
+    meanings = []
+    for level in ("error", "warning"):
+        if level in levels or SIGNS[level] in in_folds:
+            meanings.append(f"{SIGNS[level]} {level}")
+    sentences = []
+    if meanings:
+        sentences.append(f"a mark means that a rule fired: {', '.join(meanings)}")
+    if UNDECIDED in levels or SIGNS[UNDECIDED] in in_folds:
+        sentences.append(f"{SIGNS[UNDECIDED]} means that a rule could not decide")
+    return "; ".join(sentences)
+
+
 # -- columns ---------------------------------------------------------------------------------------
 def _columns(
     report: Report, rows: list[SublayerRecord], levels: dict[tuple[str, str], str]
@@ -248,8 +275,8 @@ def _columns(
     depths = [f"{row.depth:>2}" for row in rows]
     names = [row.name for row in rows]
     columns = [
-        SublayerColumn("depth", "depth", 100, depths, unmarked),
-        SublayerColumn("name", "sub-layer", 100, names, unmarked, left=True),
+        SublayerColumn("depth", title_of("depth"), 100, depths, unmarked),
+        SublayerColumn("name", title_of("name"), 100, names, unmarked, left=True),
     ]
 
     # 2. The figures, and next to the branch norm its range over several probes.
@@ -266,7 +293,7 @@ def _columns(
     factor_of = guilty(report)
     factors = [factor_of.get(row.name, "") for row in rows]
     if any(factors):
-        columns.append(SublayerColumn("who", "who", 80, factors, unmarked, left=True))
+        columns.append(SublayerColumn("who", title_of("who"), 80, factors, unmarked, left=True))
     return columns
 
 
@@ -294,7 +321,7 @@ def _figure_column(
 
     # 3. The marks.
     row_levels = [levels.get((row.name, figure.key), "") for row in rows]
-    return SublayerColumn(figure.key, figure.title, interest, cells, row_levels)
+    return SublayerColumn(figure.key, title_of(figure.key), interest, cells, row_levels)
 
 
 def _with_bars(cells: list[str], rows: list[SublayerRecord]) -> list[str]:
@@ -323,7 +350,7 @@ def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> SublayerColu
             lower, estimate, upper = ends
             text = spoken(Interval(estimate, lower, upper))
         texts.append(text)
-    return SublayerColumn("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
+    return SublayerColumn("earlier", title_of("earlier"), 90, aligned(texts), [""] * len(rows))
 
 
 def _over_probes(rows: list[SublayerRecord], probes: int) -> SublayerColumn:
@@ -332,7 +359,7 @@ def _over_probes(rows: list[SublayerRecord], probes: int) -> SublayerColumn:
     for row in rows:
         spread = row.over_probes.get("branch_norm")
         texts.append(str(spread or ABSENT))
-    title = f"over {probes} probes"
+    title = title_of("over_probes").replace("N", str(probes))
     return SublayerColumn("over_probes", title, _SPREAD, aligned(texts), [""] * len(rows))
 
 
@@ -399,10 +426,9 @@ def _shortcut_std(row: SublayerRecord) -> str:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure that has a column: its key in a record, its title, its rank, its text."""
+    """A figure that has a column: its key in a record, its rank, its text."""
 
     key: str
-    title: str
     interest: int
     text: Callable[[SublayerRecord], str]
 
@@ -411,15 +437,15 @@ _SPREAD = 65  # it was requested and paid for
 _BOUND_ALONE = 70  # without a measurement the bound is the most that is known
 
 _FIGURES = [
-    _Figure("shortcut_std", "shortcut σ", 50, _shortcut_std),
-    _Figure("norm_gain", "1/σ gain", 60, _norm("norm_gain")),
-    _Figure("core_norm", "core ‖J‖", 40, _norm("core_norm")),
-    _Figure("branch_norm", "branch ‖J‖", 100, _norm("branch_norm")),
-    _Figure("out_norm_gain", "out-norm gain", 20, _norm("out_norm_gain")),
-    _Figure("residual_norm", "‖aI + J‖", 30, _norm("residual_norm")),
-    _Figure("weights.first_std", "std W in", 35, _weight("weights.first_std")),
-    _Figure("weights.last_std", "std W out", 45, _weight("weights.last_std")),
-    _Figure("weights.first_norm", "‖W in‖", 15, _weight("weights.first_norm")),
-    _Figure("weights.last_norm", "‖W out‖", 25, _weight("weights.last_norm")),
-    _Figure("bound", "paper's bound", 10, lambda row: three(row.bound)),
+    _Figure("shortcut_std", 50, _shortcut_std),
+    _Figure("norm_gain", 60, _norm("norm_gain")),
+    _Figure("core_norm", 40, _norm("core_norm")),
+    _Figure("branch_norm", 100, _norm("branch_norm")),
+    _Figure("out_norm_gain", 20, _norm("out_norm_gain")),
+    _Figure("residual_norm", 30, _norm("residual_norm")),
+    _Figure("weights.first_std", 35, _weight("weights.first_std")),
+    _Figure("weights.last_std", 45, _weight("weights.last_std")),
+    _Figure("weights.first_norm", 15, _weight("weights.first_norm")),
+    _Figure("weights.last_norm", 25, _weight("weights.last_norm")),
+    _Figure("bound", 10, lambda row: three(row.bound)),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.errors import clipped
@@ -22,7 +22,12 @@ from jacdiag.records.number_format import (
 )
 from jacdiag.records.report import PRODUCT_ALONE, Cost, NetworkRecord, ProbeSpread
 from jacdiag.render.content.remedies import remedied
-from jacdiag.render.content.sentences import condition, placement_words, worst_branch
+from jacdiag.render.content.sentences import (
+    condition,
+    placement_words,
+    status_words,
+    worst_branch,
+)
 from jacdiag.rules.thresholds import load_healthy
 
 CONDITIONS = {"JD101": "small sub-layers", "JD102": "large shortcut"}
@@ -32,10 +37,10 @@ _NAMED = 3  # how many names a sentence lists before it counts the rest
 _RUNGS_NEAR = 3  # rungs of the ladder that are shown on either side of this model
 _YOURS = "▸yours"
 _TITLES = {
-    "branch_norm": "branch ‖J‖",
-    "core_norm": "core ‖J‖",
-    "norm_gain": "1/σ gain",
-    "bound": "bound",
+    "branch_norm": "branch norm",
+    "core_norm": "core norm",
+    "norm_gain": "norm gain",
+    "bound": "paper's bound",
 }
 _MEASURE_MORE = {
     "weights": "give --model FACTORY, which builds the model: one that runs can be measured",
@@ -68,12 +73,14 @@ def verdict_lines(report: Report) -> list[Line]:
     Args:
         report: of either tier and state.
     """
-    lines = [_condition(report, code) for code in CONDITIONS]
+    lines = []
+    for code in CONDITIONS:
+        lines += _condition(report, code)
     lines += _present(_instead(report), _against(report))
     lines += _fired_rules(report)
+    lines += _present(_risk(report))
+    lines += _depth(report)
     lines += _present(
-        _risk(report),
-        _depth(report),
         _gradients(report),
         _attention(report),
         _over_probes(report),
@@ -91,16 +98,29 @@ def _present(*lines: Line | None) -> list[Line]:
 
 # -- findings --------------------------------------------------------------------------------------
 def _fired_rules(report: Report) -> list[Line]:
-    """Return one line for each rule that fired and has no line of its own."""
+    """Return the lines of each rule that fired and has no line of its own."""
     rule_names = {rule.code: rule.name for rule in report.rules}
     lines = []
     for code, findings in _by_code(report.findings).items():
         if code in OWN_LINES:
             continue
-        sentences = map(_with_where, findings)
         label = rule_names.get(code, "") or code
-        level = findings[0].level  # of the loudest one
-        lines.append(Line(label, "; ".join(sentences), level=level, code=code))
+        lines += _lines_of_rule(label, findings, map(_with_where, findings))
+    return lines
+
+
+def _lines_of_rule(label: str, findings: list[Finding], sentences: Iterable[str]) -> list[Line]:
+    """Return a line for each finding of a rule; the first one alone has the label.
+
+    Args:
+        label: what the lines are about.
+        findings: the loudest first.
+        sentences: one for each finding.
+    """
+    lines = []
+    for finding, sentence in zip(findings, sentences, strict=True):
+        lines.append(Line(label, sentence, level=finding.level, code=finding.code))
+        label = ""
     return lines
 
 
@@ -143,23 +163,26 @@ def some(names: list[str]) -> str:
 
 
 # -- the conditions of the paper -------------------------------------------------------------------
-def _condition(report: Report, code: str) -> Line:
-    """Return the line of one condition: what its rule found, else the figure that it judged."""
+def _condition(report: Report, code: str) -> list[Line]:
+    """Return the lines of one condition: what its rule found, else the figure that it judged."""
     label = CONDITIONS[code]
-    status = condition(report, code)
+    status = status_words(condition(report, code))
 
     # 1. What the rule found.
     findings = _by_code(report.findings).get(code)
     if findings:
-        text = "; ".join(finding.what for finding in findings)
-        return Line(label, text, status, findings[0].level, code)
+        sentences = [finding.what for finding in findings]
+        # The outcome stands next to the first sentence and is not said twice.
+        sentences[0] = sentences[0].removeprefix(f"{status} ")
+        first, *others = _lines_of_rule(label, findings, sentences)
+        return [replace(first, status=status), *others]
 
     # 2. Else why it found nothing, or what it looked at.
     level = ""
     if status == "unknown":
         level = "undecided"
     text = _note_of_rule(report, code) or _judged_figure(report, code)
-    return Line(label, text, status, level)
+    return [Line(label, text, status, level)]
 
 
 def _note_of_rule(report: Report, code: str) -> str:
@@ -178,7 +201,7 @@ def _judged_figure(report: Report, code: str) -> str:
 
 
 def _largest_core(report: Report) -> str:
-    """Return the largest ‖J‖·√(2N) of a core, and how many of them were not measured."""
+    """Return the largest core norm times √(2N), and how many of them were not measured."""
     # 1. The cores that the condition is about.
     measured = []
     for row in report.sublayers:
@@ -191,7 +214,7 @@ def _largest_core(report: Report) -> str:
     # 2. The largest, at the scale at which it is judged.
     core_norm, worst = max(measured, key=lambda pair: pair[0].estimate)
     scaled = core_norm.scaled(math.sqrt(2 * report.model.layers))
-    text = f"largest core ‖J‖·√(2N) {spoken(scaled)}, at {worst.name}"
+    text = f"largest core norm times √(2N) {spoken(scaled)}, at {worst.name}"
     return text + _unmeasured_cores(report)
 
 
@@ -219,7 +242,7 @@ def _smallest_shortcut(report: Report) -> str:
     if not measured:
         return ""
     std, row = min(measured, key=lambda pair: pair[0].min)
-    return f"σ_x at least {three(std.min)}, at {row.name}"
+    return f"smallest shortcut std {three(std.min)}, at {row.name} (target: about 1)"
 
 
 def _instead(report: Report) -> Line | None:
@@ -251,7 +274,7 @@ def _judged_branch_gain(report: Report) -> str:
     judged = "judged by no rule"
     if _matched_gain_rule(report):
         judged = "JD103 judges it by its placement"
-    return f"branch gain {spoken(gain)} at {row.name} ({judged})"
+    return f"worst branch norm {spoken(gain)} at {row.name} ({judged})"
 
 
 def _matched_gain_rule(report: Report) -> bool:
@@ -278,7 +301,7 @@ def _largest_out_norm_gain(rows: list[SublayerRecord]) -> str:
     if row.placement == "post":
         place = "the norm after the sum"
     return (
-        f"gain of {place} {spoken(gain)} at {row.name} (1/σ of what it reads; no cut-off is "
+        f"gain of {place} {spoken(gain)} at {row.name} (1/σ of its input; no threshold is "
         "published)"
     )
 
@@ -294,7 +317,7 @@ def _against(report: Report) -> Line | None:
     branches = [change for change in against.changes if change.figure == "branch_norm"]
     grew = sum(change.grew for change in branches)
     text = (
-        f"{against.source} ({against.state}): of {against.compared} branch gains {grew} grew and "
+        f"{against.source} ({against.state}): of {against.compared} branch norms {grew} grew and "
         f"{len(branches) - grew} shrank beyond both intervals"
     )
 
@@ -302,7 +325,7 @@ def _against(report: Report) -> Line | None:
     for change in against.changes:
         if change.figure == "end_to_end":
             earlier, now = three(change.earlier[1]), three(change.now[1])
-            text += f"; true end-to-end gain {earlier} -> {now}"
+            text += f"; end-to-end gain {earlier} -> {now}"
             break
     return Line("against", text)
 
@@ -330,48 +353,60 @@ def _judged_by(report: Report, code: str, label: str, text: str) -> Line:
     return Line(label, text, level=finding.level, code=finding.code)
 
 
-def _depth(report: Report) -> Line | None:
-    """Return the product of gains over depth, and the true end-to-end gain."""
+def _depth(report: Report) -> list[Line]:
+    """Return the lines on the end-to-end gain, and on the product of gains over depth."""
     network = report.network
     if network is None or network.gain_product_log is None:
-        return None
+        return []
 
-    # 1. The product, and what was measured end to end.
-    text = f"product of gains {_power_of_e(network.gain_product_log)}, "
-    if network.end_to_end:
-        text += _end_to_end(network, network.end_to_end, network.gain_product_log)
+    # 1. What was measured end to end.
+    label = "whole network"
+    lines = []
+    text = f"product of the sub-layers' gains {_power_of_e(network.gain_product_log)}"
+    if network.end_to_end is not None:
+        lines.append(Line(label, _end_to_end(network, network.end_to_end)))
+        text += _not_reached(network.gain_product_log, network.end_to_end)
+        label = ""
     else:
-        text += _product_alone(network)
+        text += f", {_product_alone(network)}"
 
-    # 2. What the rule says of it.
+    # 2. The product, and what the rule says of it.
     finding = _first_of(report, "JD104")
     if finding is None:
-        return Line("over depth", text)
+        return [*lines, Line(label, text)]
     beyond = finding.what
     limit = finding.evidence.get("threshold")
     if limit is not None:
-        beyond = f"the product is above e^{limit:g}"
-    return Line("over depth", f"{text}; {beyond}", level=finding.level, code=finding.code)
+        beyond = f"it is above e^{limit:g}"
+    return [*lines, Line(label, f"{text}; {beyond}", level=finding.level, code=finding.code)]
 
 
-def _end_to_end(network: NetworkRecord, gain: Interval, product_log: float) -> str:
-    """Return the measured end-to-end gain, and how it compares with the product of gains.
+def _end_to_end(network: NetworkRecord, gain: Interval) -> str:
+    """Return the measured end-to-end gain, with what it means.
 
     Args:
         network: the figures of the network.
         gain: the norm of the Jacobian from the first shortcut to the last.
-        product_log: natural log of the product of the gains of all sub-layers.
     """
-    text = f"true end-to-end gain {spoken(gain)}"
+    text = f"end-to-end gain {spoken(gain)}"
     spread = network.over_probes.get("end_to_end")
     if spread is not None:
         text += f" ({spread} over {len(spread.estimates)} probes)"
+    return f"{text}: the most by which a small change of the first shortcut grows up to the top"
 
+
+def _not_reached(product_log: float, gain: Interval) -> str:
+    """Return that the product of gains is larger than the end-to-end gain; "" if it may not be.
+
+    Args:
+        product_log: natural log of the product of the gains of all sub-layers.
+        gain: the end-to-end gain.
+    """
     # The product is a bound. One more than twice the upper end is no rounding.
     log_of_upper = math.log(max(gain.upper, 1e-300))
     if product_log > log_of_upper + math.log(2):
-        text += " (the rest cancels)"
-    return text
+        return " (an upper bound that the network does not reach)"
+    return ""
 
 
 def _product_alone(network: NetworkRecord) -> str:
@@ -407,15 +442,15 @@ def _over_probes(report: Report) -> Line | None:
         if "branch_norm" in row.over_probes:
             spreads[row.name] = row.over_probes["branch_norm"]
     if not spreads:
-        text = f"no branch gain was measured on more than one probe; verdict {listed}"
+        text = f"no branch norm was measured on more than one probe; verdict {listed}"
         return Line("over probes", text)
 
     # 3. The worst gain of each probe, and the sub-layer at which the probes differ most.
     worst = _worst_of_each_probe(spreads)
     text = (
-        f"worst branch gain {between(min(worst), max(worst))} on {count} "
+        f"worst branch norm {between(min(worst), max(worst))} on {count} "
         f"probes{_farthest_apart(spreads)}; verdict {listed}; "
-        "what other data give, not an error of the measurement"
+        "this is how much the data matter, not an error of the measurement"
     )
     return Line("over probes", text)
 
@@ -459,14 +494,14 @@ def _gradients(report: Report) -> Line | None:
     if not last or not math.isfinite(first / last):
         return None
     if first == 0:
-        return Line("gradient", f"at the first shortcut 0, at the top {three(last)}")
+        return Line("gradient", f"norm 0 at the first shortcut, {three(last)} at the top")
 
     # 2. The larger of the two over the smaller.
     ratio = first / last
     change = f"{three(1 / ratio)} times smaller than at the top"
     if ratio >= 1:
         change = f"{three(ratio)} times that at the top"
-    return Line("gradient", f"at the first shortcut {three(first)}, {change} ({three(last)})")
+    return Line("gradient", f"norm {three(first)} at the first shortcut, {change} ({three(last)})")
 
 
 def _gradient_ends(report: Report) -> tuple[float, float] | None:
@@ -496,7 +531,8 @@ def _attention(report: Report) -> Line | None:
         return None
     least_percent = three(100 * min(known_shares))
     text = (
-        f"logits at most {three(max(known_logits))}, entropy at least {least_percent}% of uniform"
+        f"largest logit {three(max(known_logits))}, smallest entropy {least_percent}% of that of "
+        "uniform attention"
     )
     return Line("attention", text)
 
@@ -533,7 +569,7 @@ def _others(report: Report) -> Line | None:
     # 3. This model among them.
     gain = worst[1].estimate
     ladder = _ladder(rungs, gain)
-    text = f"worst branch gain  {ladder}  ({norms}, at init{_widths(report, rungs)})"
+    text = f"worst branch norm  {ladder}  ({norms}, at init{_widths(report, rungs)})"
     return Line("other models", text)
 
 
@@ -655,8 +691,8 @@ def footnotes(report: Report) -> list[str]:
     is_split = any(row.core_norm and row.norm_gain for row in report.sublayers)
     if report.state == "trained" and is_split:
         notes.append(
-            "1/σ gain and core ‖J‖ are observations: on a trained model only branch ‖J‖ is a "
-            "property of it"
+            "norm gain and core norm are observations: on a trained model only the branch norm "
+            "is a property of it"
         )
     return notes
 
@@ -745,10 +781,11 @@ def _needs_trial(report: Report, finding: Finding) -> bool:
 
 def _offer_comparison(report: Report) -> str:
     """Return the command by which a trained model can be judged."""
+    offer = "compare it with an earlier checkpoint, or with its JSON report"
     command = str(report.settings.get("command") or "")
-    if not command.startswith("jacdiag audit"):
-        command = "jacdiag audit NOW"  # the library was called, or another command
-    return f"compare it with an earlier checkpoint, or its JSON report: {command} --against EARLIER"
+    if command.startswith("jacdiag audit"):
+        return f"{offer} (--against EARLIER)"
+    return f"{offer}: jacdiag audit NOW --against EARLIER"  # the library, or another command
 
 
 def _without_remedy(report: Report) -> str:
@@ -768,7 +805,7 @@ def _without_remedy(report: Report) -> str:
     loudest = _by_level(report.findings)[0]
     if loudest.level == "info":
         return "nothing: what fired are observations"
-    return f"read on: jacdiag explain {loudest.code}"
+    return f"the page of {loudest.code} says what helps"
 
 
 def _could_measure_more(report: Report) -> bool:

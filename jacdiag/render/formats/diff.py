@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from jacdiag.records.number_format import between, three
+from jacdiag.render.content.columns import DIFF_COLUMNS, figure_words
 from jacdiag.render.content.sentences import legible
 from jacdiag.render.formats.markdown import escaped, table_row
 
-HEAD = ("depth", "part", "figure", "A", "B", "B / A", "")
+HEAD = tuple(column.title for column in DIFF_COLUMNS)
 
 
 class PairLike(Protocol):
@@ -49,7 +50,7 @@ def _row(pair: PairLike) -> tuple[str, ...]:
     if pair.parts:
         mark = "◀"
     first, second = _cell(pair, pair.old, pair.a), _cell(pair, pair.new, pair.b)
-    return depth, pair.part, pair.figure, first, second, ratio, mark
+    return depth, pair.part, figure_words(pair.figure), first, second, ratio, mark
 
 
 def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) -> str:
@@ -76,12 +77,12 @@ def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) ->
 def verdict(pairs: Sequence[PairLike]) -> str:
     """Return one sentence: which figure differs first, and how many do."""
     if not pairs:
-        return "nothing in one has a counterpart in the other"
+        return "nothing in one model has a counterpart in the other"
 
     # 1. The figures that differ.
     different = [pair for pair in pairs if pair.parts]
     if not different:
-        return f"no figure of {len(pairs)} differs beyond its interval"
+        return f"none of {len(pairs)} figures differs beyond its interval"
 
     # 2. The first of them, without control characters in its name.
     counts = f"{len(different)} of {len(pairs)} figures differ"
@@ -94,8 +95,8 @@ def _first_difference(pair: PairLike) -> str:
     # 1. Where.
     where = "outside the layers"
     if pair.depth is not None:
-        where = f"at depth {pair.depth}"
-    text = f"they differ first {where}: {pair.part} {pair.figure}"
+        where = f"in layer {pair.depth}"
+    text = f"they differ first {where}: {pair.part} {figure_words(pair.figure)}"
 
     # 2. The values, unless neither has one.
     if pair.old or pair.new:

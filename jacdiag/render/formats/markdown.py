@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from jacdiag.records import Report
 from jacdiag.render.content.severity import SIGNS
-from jacdiag.render.content.sublayer_table import Grid, SublayerColumn
+from jacdiag.render.content.sublayer_table import Grid, SublayerColumn, explain_marks
 from jacdiag.render.view import CostView, ReplayView, VerdictView, build_view
 
 _SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
@@ -30,10 +30,11 @@ def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> st
         f"### {_SIGNS[verdict.word]} {verdict.word.upper()}: {escaped(verdict.headline)}",
         "\n".join(escaped(" · ".join(line)) + "  " for line in view.header.lines),
         _table(view.rows),
-        bullets(view.notes),
+        bullets(filter(None, [explain_marks(view.rows, view.rows.columns), *view.notes])),
         _verdict(verdict),
         _replay(view.replay),
         "**What to do**\n\n" + bullets(view.actions),
+        f"**Next** {_code(view.next_step.command)} {escaped(view.next_step.purpose)}",
         _cost(view.cost),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -107,7 +108,10 @@ def _verdict(verdict: VerdictView) -> str:
         code = ""
         if line.code:
             code = f" `{line.code}`"
-        rows.append(f"| **{escaped(line.label)}** | {status} | {escaped(line.text)}{code} |")
+        label = ""
+        if line.label:
+            label = f"**{escaped(line.label)}**"
+        rows.append(f"| {label} | {status} | {escaped(line.text)}{code} |")
     return "\n".join(rows)
 
 
@@ -130,7 +134,11 @@ def _cost(cost: CostView) -> str:
     text = f"**Cost** {escaped(cost.text)}"
     if not cost.command:
         return text  # the library was called
-    # Two quotes around code let it hold one.
-    if "`" in cost.command:
-        return f"{text} · again: `` {cost.command} ``"
-    return f"{text} · again: `{cost.command}`"
+    return f"{text} · again: {_code(cost.command)}"
+
+
+def _code(text: str) -> str:
+    """Return a text set as code; two quotes around it let it hold one."""
+    if "`" in text:
+        return f"`` {text} ``"
+    return f"`{text}`"

@@ -11,7 +11,7 @@ _INDENT = " " * 27  # below the first line of a note's text
 
 
 def render(report: Report) -> str:
-    """Return the gate's screen: a line per finding, what was clean, the outcome with its price.
+    """Return the gate's screen: a line per finding, what was clean, the outcome, the next command.
 
     Args:
         report: of `jacdiag gate`.
@@ -45,6 +45,7 @@ def render(report: Report) -> str:
         over = f" over {gate.seeds} seeds"
     seconds = gate.seconds or 0.0
     lines.append(f"gate: {gate.outcome}{over} in {seconds:.3g} s  ({view.header.name})")
+    lines.append(f"next: {view.next_step.text}")
     return "\n".join(lines) + "\n"
 
 

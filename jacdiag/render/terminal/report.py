@@ -14,7 +14,7 @@ from jacdiag.render.ascii_symbols import spelled
 from jacdiag.render.content.flight_replay import table_lines
 from jacdiag.render.content.sentences import left_out
 from jacdiag.render.content.severity import SIGNS
-from jacdiag.render.content.sublayer_table import Gap, Grid, SublayerColumn
+from jacdiag.render.content.sublayer_table import Gap, Grid, SublayerColumn, explain_marks
 from jacdiag.render.content.verdict import TIED, Line
 from jacdiag.render.view import HeaderView, ReplayView, ReportView, VerdictView, build_view
 
@@ -37,7 +37,7 @@ _DEEPER = " " * 6
 def print_report(
     report: Report, console: Console, *, all_rows: bool = False, sort: str = "depth"
 ) -> None:
-    """Print a report: header, one line per sub-layer, verdict by condition, what to do, cost.
+    """Print a report: header, table, verdict by condition, what to do, next command, cost.
 
     On a terminal, rows that do not fit lose columns and prose is wrapped; piped output has every
     column and no wrapping, whatever the width.
@@ -113,17 +113,21 @@ def _lines(view: ReportView, width: int | None) -> list[Text]:
 
 
 def _table_notes(view: ReportView, columns: list[SublayerColumn]) -> list[str]:
-    """Return the notes below the table, first the one on columns that had no room.
+    """Return the notes below the table: columns without room, marks, figures that are missing.
 
     Args:
         view: of a report.
         columns: those that are shown.
     """
+    notes = view.notes
+    meaning = explain_marks(view.rows, columns)
+    if meaning:
+        notes = [meaning, *notes]
     shown = {column.key for column in columns}
     dropped = [column.title for column in view.rows.columns if column.key not in shown]
     if not dropped or not view.rows.rows:
-        return view.notes
-    return [left_out(dropped), *view.notes]
+        return notes
+    return [left_out(dropped), *notes]
 
 
 # -- header ----------------------------------------------------------------------------------------
@@ -380,12 +384,13 @@ def _replay(replay: ReplayView, width: int | None) -> list[Text]:
 
 
 def _closing(view: ReportView, width: int | None) -> list[Text]:
-    """Return what to do, the cost, and the command that runs the audit again."""
+    """Return what to do, the next command, the cost, and the command that runs it again."""
     lines = []
     label = "What to do"
     for action in view.actions:
         lines += _labelled(label, action, width)
         label = ""  # stands next to the first action alone
+    lines += _labelled("Next", view.next_step.text, width)
     cost = view.cost.text
     if view.cost.command:
         cost += f"   again: {view.cost.command}"

@@ -1,0 +1,199 @@
+"""The next command after a verdict: one line, true for the report that it stands below."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from jacdiag.records import LEVELS, Finding, Report
+from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
+
+_CONDITION_RULES = tuple(FIELD_OF_RULE)
+_ONLY_AUDIT = ("--replay", "--against", "--probes", "--all", "--sort")  # what a gate does not take
+_NARROWER = 5  # how many times narrower the intervals of the next command are
+_MORE_PRODUCTS = 1000  # five times the default
+_TOLERANCE = 0.05  # of a report that does not say
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """A command, and what it does.
+
+    Attributes:
+        command: to type; words in capitals stand for the user's own.
+        purpose: what it does.
+    """
+
+    command: str
+    purpose: str
+
+    @property
+    def text(self) -> str:
+        """The step as one line."""
+        return f"{self.command}   {self.purpose}"
+
+
+def next_step(report: Report) -> NextStep:
+    """Return the command that helps next, after an audit or a gate.
+
+    Args:
+        report: of either tier and state.
+    """
+    # 1. A change that was tried and is enough.
+    if _has_recommended_remedy(report) and not _has_option(report, "--patch"):
+        return _with_options(report, "--patch fix.md", "writes the change as code")
+
+    # 2. What nothing decided.
+    if report.verdict == "unknown" or _gate_setting(report, "exit_code") == 3:
+        return _after_unknown(report)
+
+    # 3. What fired.
+    finding = _loudest(report)
+    if finding is not None:
+        return _after_finding(report, finding)
+    if report.verdict == "observed":
+        return _after_observed(report)
+
+    # 4. Nothing to change.
+    if "gate" in report.settings:
+        return _after_passed_gate(report)
+    return _after_passed_audit(report)
+
+
+# -- one verdict each ------------------------------------------------------------------------------
+def _after_finding(report: Report, finding: Finding) -> NextStep:
+    """Return what helps against the loudest warning or error."""
+    is_random_probe = finding.code == "JD903" and report.probe is not None
+    if is_random_probe and report.probe is not None:
+        if report.probe.tokens == "random pixels":
+            return _with_options(report, "--inputs FACTORY", "probes the model with real images")
+        return _with_options(report, "--tokens FILE", "probes the model with real text")
+    return NextStep(f"jacdiag explain {finding.code}", "says what the rule checks and what helps")
+
+
+def _after_unknown(report: Report) -> NextStep:
+    """Return what lets rules decide."""
+    # 1. Weights without a model.
+    if report.tier == "weights" and not _has_option(report, "--model"):
+        return _with_options(report, "--model FACTORY", "measures the model that FACTORY builds")
+
+    # 2. A gate without time.
+    if _gate_setting(report, "budget_ran_out"):
+        return _with_options(report, "--budget SECONDS", "gives the gate more time")
+
+    # 3. Intervals that lie across a threshold.
+    if _has_interval_across_threshold(report):
+        tolerance = float(report.settings.get("tol") or _TOLERANCE) / _NARROWER
+        options = f"--tol {tolerance:g}"
+        if not _has_option(report, "--max-products"):
+            options += f" --max-products {_MORE_PRODUCTS}"
+        return _with_options(report, options, "asks for narrower intervals")
+
+    # 4. No rule that judges the model applied, or nothing could be measured.
+    for code in ("JD904", "JD901"):
+        if any(finding.code == code for finding in report.findings):
+            return NextStep(f"jacdiag explain {code}", "says why nothing was decided")
+    return NextStep("jacdiag rules", "lists which rules apply to which models")
+
+
+def _after_observed(report: Report) -> NextStep:
+    """Return how a trained model can be judged: by comparison."""
+    if "gate" in report.settings:
+        return _with_options(report, "--baseline FILE", "compares it with recorded figures")
+    return _with_options(
+        report, "--against EARLIER", "compares it with an earlier checkpoint or report"
+    )
+
+
+def _after_passed_gate(report: Report) -> NextStep:
+    """Return how a gate that passed is used from now on."""
+    # 1. A baseline was written: the same command without that option reads it.
+    words = _words(report)
+    if "--write-baseline" in words:
+        words.remove("--write-baseline")
+        return NextStep(shlex.join(words), "compares a later version with this baseline")
+
+    # 2. There is none yet.
+    if not _has_option(report, "--baseline"):
+        options = "--baseline init.json --write-baseline"
+        return _with_options(report, options, "records this init for later gates")
+
+    # 3. It runs where changes are reviewed.
+    if not _has_option(report, "--format"):
+        return _with_options(report, "--format github", "marks findings in a pull request")
+    return NextStep("jacdiag rules", "lists what the gate checks")
+
+
+def _after_passed_audit(report: Report) -> NextStep:
+    """Return how to keep a clean init, or to look closer at a trained model."""
+    # 1. A trained model.
+    if report.state == "trained":
+        if _has_option(report, "--html"):
+            return NextStep("jacdiag explain columns", "says what each figure means")
+        return _with_options(report, "--html report.html", "writes the report for a browser")
+
+    # 2. An init, gated with the options of the audit if a gate takes them all.
+    words = _words(report)
+    is_for_gate = not any(_names_option(word, _ONLY_AUDIT) for word in words)
+    gate = "jacdiag gate SOURCE"
+    if words[:2] == ["jacdiag", "audit"] and is_for_gate:
+        gate = shlex.join(["jacdiag", "gate", *words[2:]])
+    command = f"{gate} --baseline init.json --write-baseline"
+    return NextStep(command, "records this init, so that later changes are compared with it")
+
+
+# -- the command that gave the report --------------------------------------------------------------
+def _words(report: Report) -> list[str]:
+    """Return the words of the command that gave the report; [] if a program called the library."""
+    command = str(report.settings.get("command") or "")
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []  # a report of another program may hold anything
+
+
+def _with_options(report: Report, options: str, purpose: str) -> NextStep:
+    """Return the command that gave the report, with further options."""
+    command = shlex.join(_words(report))
+    if not command:
+        command = "jacdiag audit SOURCE"
+    return NextStep(f"{command} {options}", purpose)
+
+
+def _has_option(report: Report, option: str) -> bool:
+    """Return whether the command that gave the report has an option."""
+    return any(_names_option(word, (option,)) for word in _words(report))
+
+
+def _names_option(word: str, options: tuple[str, ...]) -> bool:
+    """Return whether a word is one of some options, as in "--tol" or "--tol=0.1"."""
+    return word.partition("=")[0] in options
+
+
+# -- what the report says --------------------------------------------------------------------------
+def _has_recommended_remedy(report: Report) -> bool:
+    return any(remedy.recommended for remedy in report.remedies)
+
+
+def _gate_setting(report: Report, key: str) -> Any:
+    """Return what a gate recorded under a key; None for an audit."""
+    return report.settings.get("gate", {}).get(key)
+
+
+def _loudest(report: Report) -> Finding | None:
+    """Return the first of the loudest findings that are a warning or an error."""
+    loud = [finding for finding in report.findings if at_least(finding.level, "warning")]
+    return max(loud, key=lambda finding: LEVELS.index(finding.level), default=None)
+
+
+def _has_interval_across_threshold(report: Report) -> bool:
+    """Return whether narrower intervals can decide a rule about norms."""
+    open_codes = open_rules(report)
+    for code in _CONDITION_RULES:
+        if code not in open_codes:
+            continue
+        field = FIELD_OF_RULE[code]
+        if any(is_across(report, row, field) for row in report.sublayers):
+            return True
+    return False

@@ -1,0 +1,142 @@
+"""The next command after a verdict is true for the report that it stands below."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from render import synthetic
+from render.test_remedies import GOOD, POOR, with_remedies
+
+from jacdiag.records import AgainstRecord, Finding, Interval, Report, RuleResult
+from jacdiag.render.content.next_step import next_step
+from jacdiag.render.formats import markdown
+from jacdiag.render.terminal.gate import render as gate_screen
+from jacdiag.render.view import build_view
+
+pytestmark = pytest.mark.check("jacdiag audit", "jacdiag gate")
+
+
+def called(report: Report, command: str, **gate: Any) -> Report:
+    """A report of another command; with settings of a gate if some are given."""
+    settings = {**report.settings, "command": command}
+    if gate:
+        settings["gate"] = {"exit_code": 0, "seeds": 1, "seconds": 1.0, **gate}
+    return dataclasses.replace(report, settings=settings)
+
+
+def of(report: Report) -> str:
+    return next_step(report).command
+
+
+def test_a_remedy_that_is_enough_is_written_as_code_once() -> None:
+    report = with_remedies(POOR, GOOD)
+    again = str(report.settings["command"])
+    assert of(report) == f"{again} --patch fix.md"
+    assert of(called(report, f"{again} --patch fix.md")) == "jacdiag explain JD102"
+    assert of(with_remedies(POOR)) == "jacdiag explain JD102"  # none is enough
+
+
+def test_a_warning_or_an_error_is_explained_the_loudest_first() -> None:
+    assert of(synthetic.broken()) == "jacdiag explain JD906"
+    warning = Finding("JD102", "warning", [], "small")
+    error = Finding("JD103", "error", [], "large")
+    report = dataclasses.replace(synthetic.vanilla(), findings=[warning, error], verdict="fail")
+    assert of(report) == "jacdiag explain JD103"
+
+
+def test_an_observation_alone_is_nothing_to_explain() -> None:
+    info = Finding("JD403", "info", [], "grows")
+    report = dataclasses.replace(synthetic.clean(), findings=[info], verdict="pass")
+    assert "explain" not in of(report)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "option"), [("random", "--tokens FILE"), ("random pixels", "--inputs FACTORY")]
+)
+def test_a_trained_model_on_random_input_needs_real_input(tokens: str, option: str) -> None:
+    base = synthetic.trained()
+    assert base.probe is not None
+    finding = Finding("JD903", "warning", [], "probed with random tokens")
+    report = dataclasses.replace(
+        base,
+        findings=[finding],
+        verdict="warn",
+        probe=dataclasses.replace(base.probe, tokens=tokens),
+    )
+    assert of(report).endswith(option)
+
+
+def test_weights_alone_need_the_model() -> None:
+    report = dataclasses.replace(synthetic.weights_tier(), verdict="unknown", findings=[])
+    assert of(report).endswith(" --model FACTORY")
+
+
+def test_an_interval_across_a_threshold_is_measured_narrower() -> None:
+    rules = [RuleResult("JD103", "unknown", 1, "amplification")]
+    rows = [dataclasses.replace(row) for row in synthetic.clean(2).sublayers]
+    rows[0] = dataclasses.replace(rows[0], branch_norm=Interval(10.0, 9.0, 11.0, 0.999))
+    settings = {**synthetic.vanilla().settings, "thresholds": synthetic.THRESHOLDS, "tol": 0.05}
+    report = dataclasses.replace(
+        synthetic.clean(2), sublayers=rows, rules=rules, verdict="unknown", settings=settings
+    )
+    assert of(report).endswith("--tol 0.01 --max-products 1000")
+    given = called(report, "jacdiag audit a.pt --max-products=5000")
+    assert of(given) == "jacdiag audit a.pt --max-products=5000 --tol 0.01"
+
+    # The same report with an interval on one side: no narrower one decides anything.
+    rows[0] = dataclasses.replace(rows[0], branch_norm=Interval(5.0, 4.9, 5.1, 0.999))
+    assert "--tol" not in of(dataclasses.replace(report, sublayers=rows))
+
+
+def test_a_model_that_no_rule_judges_is_told_why() -> None:
+    finding = Finding("JD904", "warning", [], "no rule applied")
+    report = dataclasses.replace(synthetic.clean(), findings=[finding], rules=[], verdict="unknown")
+    assert of(report) == "jacdiag explain JD904"
+
+
+def test_a_trained_model_is_compared_with_an_earlier_one() -> None:
+    report = dataclasses.replace(synthetic.trained(), findings=[], verdict="observed")
+    again = str(report.settings["command"])
+    assert of(report) == f"{again} --against EARLIER"
+    gated = called(report, "jacdiag gate a.pt", exit_code=0)
+    assert of(gated) == "jacdiag gate a.pt --baseline FILE"
+    against = AgainstRecord("earlier.pt", "trained", compared=24)
+    compared = dataclasses.replace(report, verdict="pass", against=against)
+    assert "--against" not in of(compared).removeprefix(again)
+
+
+def test_a_clean_init_is_recorded_for_a_gate_with_the_same_options() -> None:
+    report = called(synthetic.clean(), "jacdiag audit build.py:model --seq 64 --plot 'my gain.png'")
+    keep = "--baseline init.json --write-baseline"
+    assert of(report) == f"jacdiag gate build.py:model --seq 64 --plot 'my gain.png' {keep}"
+    # A gate takes no --probes, and a report of the library has no command.
+    for command in ("jacdiag audit build.py:model --probes 3", ""):
+        assert of(called(synthetic.clean(), command)) == f"jacdiag gate SOURCE {keep}"
+
+
+def test_a_gate_that_passed_writes_a_baseline_then_reads_it_then_runs_in_ci() -> None:
+    report = called(synthetic.clean(), "jacdiag gate build.py:model", exit_code=0)
+    write = of(report)
+    assert write == "jacdiag gate build.py:model --baseline init.json --write-baseline"
+    read = of(called(report, write, exit_code=0))
+    assert read == "jacdiag gate build.py:model --baseline init.json"
+    assert of(called(report, read, exit_code=0)) == f"{read} --format github"
+    assert of(called(report, f"{read} --format github", exit_code=0)) == "jacdiag rules"
+
+
+def test_a_gate_without_time_gets_more() -> None:
+    report = called(synthetic.clean(), "jacdiag gate m.py:f", exit_code=3, budget_ran_out=True)
+    assert of(report) == "jacdiag gate m.py:f --budget SECONDS"
+    in_time = called(synthetic.clean(), "jacdiag gate m.py:f", exit_code=3, budget_ran_out=False)
+    assert "--budget" not in of(in_time)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "clean", "post", "trained", "undecided", "broken"])
+def test_every_screen_ends_with_one_next_command(name: str) -> None:
+    report: Report = getattr(synthetic, name)()
+    text = build_view(report).next_step.text
+    assert text.startswith("jacdiag ") and "\n" not in text
+    assert gate_screen(report).splitlines()[-1] == f"next: {text}"
+    assert markdown.render(report).count("**Next**") == 1
