@@ -56,7 +56,7 @@ def sites(invocation: CommandInvocation, source: str, output_format: str, **give
 
     A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or
     jacdiag.toml, its shortcut by the module that is given it, its branch by the module that returns
-    it ("PATH:in" and "PATH:out" say which end is meant; "*" is one part of a path, the same in
+    it ("PATH:in" and "PATH:out" name the end; "*" is one part of a path, the same in
     both):
 
     \b

@@ -52,7 +52,7 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
     ways = []
     if any(map(_is_not_finite, unmeasured)):
         hidden = "them" if len(unmeasured) > 1 else "it"
-        ways.append(f"NaN or Inf hides {hidden} whatever is spent: {_mend(context)}")
+        ways.append(f"NaN or Inf hides {hidden}, and more products do not help: {_mend(context)}")
 
     # 2. The others have an interval, which may be too wide.
     if len(unmeasured) < len(names):
@@ -88,7 +88,7 @@ def _mend(context: RuleContext) -> str:
         return "find the call that makes it"
 
     assert isinstance(broken, list)
-    return f"mend {list_names(broken)}"
+    return f"repair {list_names(broken)}"
 
 
 def _uncovered(context: RuleContext, rule: Rule) -> CheckOutcome:
@@ -283,7 +283,7 @@ def _replay(context: RuleContext, rule: Rule) -> CheckOutcome:
 
     # The sub-layers whose replay differs.
     where = list(errors)
-    what = f"J^T w of {list_names(where)} differs from the whole model's; its figures are not used"
+    what = f"the replayed gradient of {list_names(where)} differs from the whole model's; its figures are not used"
     level = context.level(rule, "warning")
     finding = Finding(rule.code, level, where, what, {"errors": errors}, rule.summary)
     return CheckOutcome(matched, [finding])

@@ -71,7 +71,7 @@ def _why_no_chance(report: Report, curve: RiskCurve, value: float) -> str:
     # 2. So must the warm-up, if the chance hangs on it.
     warmup = report.plan.warmup
     if curve.by_warmup and warmup is None:
-        return "the chance hangs on the warm-up, which is not known (--warmup)"
+        return "the chance depends on the warm-up, which is not known (--warmup)"
 
     # 3. The runs must have covered such a model and plan.
     values = {"lr": report.plan.lr, "warmup": warmup, **_measures(report, value)}

@@ -392,7 +392,10 @@ def _end_to_end(network: NetworkRecord, gain: Interval) -> str:
     spread = network.over_probes.get("end_to_end")
     if spread is not None:
         text += f" ({spread} over {len(spread.estimates)} probes)"
-    return f"{text}: the most by which a small change of the first shortcut grows up to the top"
+    return (
+        f"{text}: the largest factor by which a small change of the first shortcut grows on its "
+        "way to the top"
+    )
 
 
 def _not_reached(product_log: float, gain: Interval) -> str:

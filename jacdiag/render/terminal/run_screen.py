@@ -456,7 +456,7 @@ def _map_key(cells: GainCells, width: int) -> list[str]:
     key += _wrapped(f"‖J‖ {' '.join(sizes)}", width)
 
     # 3. The marks.
-    marks = f"+{TIED}-: by a factor {cells.factor:g} off its last 8 ▲{TIED}●: a rule fired"
+    marks = f"+{TIED}-: a factor {cells.factor:g} above or below its last 8 ▲{TIED}●: a rule fired"
     if width < _NARROW:
         marks = f"+{TIED}-: factor{TIED}{cells.factor:g} ▲{TIED}●: rule"
     key += _wrapped(marks, width)

@@ -81,7 +81,7 @@ def _finding(
     names = parameters_of(drawn)
     what = f"{names_of(drawn)} were drawn, and {zero[0].parameter} of the same name is zero"
     evidence = {"parameters": names, "zero": parameters_of(zero)}
-    fix = f"set {names[0]} and the others to zero too, or leave this rule out if it is meant"
+    fix = f"set {names[0]} and the others to zero too, or ignore this rule if that is intended"
     level = context.level(rule, "warning")
     return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 

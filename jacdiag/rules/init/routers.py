@@ -323,7 +323,7 @@ def _finding(context: RuleContext, rule: Rule, routers: Routers) -> Finding:
     what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
     fix = (
         f"draw {names_of(routers.members)} with std {plain(routers.usual_std)}, as the matrices "
-        "that read the same stream, or pin a contract that says what is meant"
+        "that read the same stream, or pin a contract with the std that you want"
     )
 
     # 3. The finding.

@@ -59,7 +59,7 @@ def _steps_finding(
         "softplus, after other inits"
     )
     if family in PUBLISHED_CONSTANT:
-        what += f"; the code of {family} in transformers writes them so"
+        what += f"; the code of {family} in transformers writes these values"
         level = "info"
         fix = ""
 

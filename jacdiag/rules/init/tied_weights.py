@@ -29,14 +29,14 @@ def _words(tie: TieRecord) -> tuple[str, str]:
     """Return what is said of a tie, and what to do."""
     # 1. One tensor where two are meant.
     if tie.shared:
-        what = f"{tie.by} is false, and the head reads {tie.embedding} all the same"
+        what = f"{tie.by} is false, but the head reads {tie.embedding}"
         return what, f"set {tie.by} to true, or give the head a tensor of its own"
 
     # 2. Two tensors where one is meant. Their values may agree until the first step.
     values = "different values"
     if tie.equal:
         values = "the same values at this moment"
-    what = f"{tie.by} is true, and {tie.head} and {tie.embedding} are two tensors with {values}"
+    what = f"{tie.by} is true, but {tie.head} and {tie.embedding} are two tensors with {values}"
     fix = (
         f"tie them after the last move or init ({tie.head} = {tie.embedding}), or set {tie.by} to "
         "false"

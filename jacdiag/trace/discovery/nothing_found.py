@@ -50,7 +50,7 @@ def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceE
     if cuts and not is_meant:
         hint = (
             f"add the {cuts[0].operand} itself, without the detach; "
-            "if the detach is meant, freeze what lies before it"
+            "if the detach is intended, freeze what lies before it"
         )
     return TraceError(
         "no residual sub-layer was found", got="\n".join(lines), hint=hint, parameters=lost
