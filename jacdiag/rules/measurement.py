@@ -283,7 +283,10 @@ def _replay(context: RuleContext, rule: Rule) -> CheckOutcome:
 
     # The sub-layers whose replay differs.
     where = list(errors)
-    what = f"the replayed gradient of {list_names(where)} differs from the whole model's; its figures are not used"
+    what = (
+        f"the replayed gradient of {list_names(where)} differs from the whole model's; its figures "
+        "are not used"
+    )
     level = context.level(rule, "warning")
     finding = Finding(rule.code, level, where, what, {"errors": errors}, rule.summary)
     return CheckOutcome(matched, [finding])
