@@ -120,7 +120,9 @@ def _next_command(comparison: Comparison, a: str, args: list[str]) -> str:
         a: the first model, as on the command line.
         args: of this command.
     """
-    # 1. Nothing was compared.
+    # 1. Nothing was compared. A report is no model to look at.
+    if not comparison.pairs and Path(a).suffix == ".json":
+        return "jacdiag sites SOURCE   lists the sub-layers and weights of a model"
     if not comparison.pairs:
         return f"{shlex.join(['jacdiag', 'sites', a])}   lists what was found in the first model"
 

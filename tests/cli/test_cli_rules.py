@@ -116,3 +116,42 @@ def test_light_commands_are_fast(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert done.returncode == 0 and time.perf_counter() - begun < 2.0
+
+
+def test_explain_columns_has_every_title_with_its_rules_and_thresholds(jd: Run) -> None:
+    from jacdiag.render.content.columns import COLUMNS, DIFF_COLUMNS
+
+    done = jd("explain", "Columns")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    for column in (*COLUMNS, *DIFF_COLUMNS):
+        assert column.title in lines
+    for word in ("symbol: ", "formula: ", "unit: ", "good: ", "read by: JD103"):
+        assert f"  {word}" in done.out
+
+
+@pytest.mark.parametrize("name", ["branch norm", "branch_norm", " Branch Norm "])
+def test_explain_one_column_by_title_or_key(jd: Run, name: str) -> None:
+    done = jd("explain", name)
+    assert (done.code, done.out.splitlines()[0]) == (0, "branch norm")
+
+
+def test_explain_a_rule_by_its_name(jd: Run) -> None:
+    assert jd("explain", "large-shortcut").out == jd("explain", "JD102").out
+
+
+def test_explain_alone_lists_what_can_be_explained(jd: Run) -> None:
+    from jacdiag.render.content.columns import COLUMNS
+
+    done = jd("explain")
+    assert (done.code, done.err) == (0, "")
+    words = " ".join(done.out.split())
+    for topic in (*CODES, "columns", *(column.title for column in COLUMNS)):
+        assert topic in words
+
+
+def test_explain_an_unknown_word_names_the_list_of_topics(jd: Run) -> None:
+    done = jd("explain", "banana")
+    assert (done.code, done.out) == (2, "")
+    assert "nothing to explain is called 'banana'" in done.err
+    assert "`jacdiag explain` lists every topic" in done.err

@@ -357,3 +357,35 @@ def test_gradients_that_vanish_or_explode_break_nothing(norms: list[float] | Non
     )
     assert (depth is None) == (norms is None)
     assert depth is None or not {"e^nan", "e^inf"} & set(depth.text.replace(",", " ").split())
+
+
+def test_a_product_that_the_network_does_not_reach_is_called_a_bound() -> None:
+    base = synthetic.vanilla(2)
+    assert base.network is not None
+    gain = Interval(65.0, 64.0, 68.0, 0.999)
+    texts = {}
+    for log in (11.7, 4.3):  # far above the end-to-end gain, and near it
+        network = dataclasses.replace(base.network, end_to_end=gain, gain_product_log=log)
+        found = lines.verdict_lines(dataclasses.replace(base, network=network))
+        place = next(k for k, line in enumerate(found) if line.label == "whole network")
+        assert found[place].text.startswith("end-to-end gain 64.0 to 68.0: the largest factor")
+        texts[log] = found[place + 1].text
+    assert "(an upper bound that the network does not reach)" in texts[11.7]
+    assert "upper bound" not in texts[4.3]
+
+
+def test_each_finding_of_a_rule_has_a_line_and_the_label_stands_once() -> None:
+    findings = [
+        Finding("JD102", "info", [], "partly met in layer 1 (of 2): small"),
+        Finding("JD102", "warning", [], "very small"),
+    ]
+    report = dataclasses.replace(with_conditions("met", "not met"), findings=findings)
+    found = [line for line in lines.verdict_lines(report) if line.code == "JD102"]
+    assert [(line.label, line.status, line.level) for line in found] == [
+        ("large shortcut", "not met", "warning"),
+        ("", "", "info"),
+    ]
+    # The outcome stands next to the sentence, and is not said twice.
+    partly = dataclasses.replace(with_conditions("met", "partly"), findings=findings[:1])
+    [line] = [line for line in lines.verdict_lines(partly) if line.code == "JD102"]
+    assert (line.status, line.text) == ("partly met", "in layer 1 (of 2): small")
