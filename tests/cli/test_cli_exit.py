@@ -185,7 +185,7 @@ def test_version_works_without_torch(jd: Run, monkeypatch: pytest.MonkeyPatch) -
         (["audit"], "missing argument 'SOURCE'"),
         (["audit", "a.pt", "b.pt"], "unexpected extra argument"),
         (["audit", "a.pt", "--fial-on", "never"], "no such option"),
-        (["explain"], "missing argument 'CODE'"),
+        (["live"], "missing argument 'RUN'"),
     ],
 )
 def test_usage_errors_exit_2_before_any_audit(

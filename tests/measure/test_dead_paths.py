@@ -71,9 +71,9 @@ def test_low_precision_has_a_reason_and_still_a_stream() -> None:
     report = audited(models.decoder().bfloat16())
     assert report.network is not None and report.network.gradient_norms is not None
     assert report.network.backward is not None and report.network.backward.dead == []
-    assert "raised" in report.network.backward.notes["embedding_norm"]
+    assert "converted" in report.network.backward.notes["embedding_norm"]
     assert all(
-        row.gradient_norm is None and "raised" in row.notes["gradient_norm"]
+        row.gradient_norm is None and "converted" in row.notes["gradient_norm"]
         for row in report.sublayers
     )
 

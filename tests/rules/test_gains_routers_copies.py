@@ -186,7 +186,7 @@ def test_the_sentence_says_which_layer_what_it_holds_and_what_the_others_hold() 
     model = build()
     fill(model, nn.init.zeros_, "layers.2.norm2.weight")
     [finding] = judge(model)
-    assert finding.what == "layers.*.norm2 (1 of 6, layer 2) holds 0; the others hold 1.00"
+    assert finding.what == "layers.*.norm2 (1 of 6, in layer 2) holds 0; the others hold 1.00"
     assert finding.where == ["layers.2.mlp"]
 
 

@@ -144,7 +144,7 @@ def test_one_layer_is_another_rule() -> None:
     scale(subject, 1.5, "model.layers.2.mlp.up_proj.weight")
     report = contract(subject)
     [one] = findings(report, "JD205")
-    assert "(1 of 4, layer 2)" in one.what and not findings(report, "JD202")
+    assert "(1 of 4, in layer 2)" in one.what and not findings(report, "JD202")
     assert one.where == ["model.layers.2.mlp"]
 
 
