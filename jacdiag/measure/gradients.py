@@ -212,8 +212,8 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
         return [], "the weights are read from the file call by call"
     if skeleton.light:
         reason = (
-            "the weights are converted to the audit's precision call by call; their gradients would "
-            "need a converted copy of the model"
+            "the weights are converted to the precision of the audit call by call; their gradients "
+            "would need a converted copy of the model"
         )
         return [], reason
 
