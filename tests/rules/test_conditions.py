@@ -311,7 +311,8 @@ def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(
             f"the paper states it for pre-norm; this model has {words}",
         )
     lines = {line.label: line for line in verdict_lines(made)}
-    assert words in lines["small sub-layers"].text and "σ_x" not in lines["large shortcut"].text
+    assert words in lines["small sub-layers"].text
+    assert "shortcut std" not in lines["large shortcut"].text
     looked = lines["looked at"].text
     assert ("9.26 at h.1.attn" in looked) == (out is not None)
     assert ("the norm after the sum" in looked) == (placement == "post")
