@@ -284,7 +284,7 @@ def by_stratum(report: BacktestReport) -> list[str]:
 def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str], list[str]]:
     """Return the figures and the trivial classifiers of one stratum, the best first.
 
-    Each is a text such as "0.93 branch gain". A figure times the learning rate is left out, for it
+    Each is a text such as "0.93 branch norm". A figure times the learning rate is left out, for it
     ranks runs of the same learning rate as the figure does.
     """
     # 1. The scores, from the best to the worst.

@@ -156,7 +156,7 @@ def findings(layers: int) -> list[Finding]:
             level="warning",
             where=shortcut[:2],
             what=(
-                "branch gain 22.0 at transformer.h.0.attn; 10 and more is far from what the "
+                "branch norm 22.0 at transformer.h.0.attn; 10 and more is far from what the "
                 "published recipes give"
             ),
             evidence={"branch_norm": 22.0},

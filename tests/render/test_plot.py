@@ -513,7 +513,7 @@ def test_kinds_are_told_apart_in_grey_and_without_green_cones() -> None:
 def test_what_has_no_place_on_the_scale_is_said() -> None:
     assert {"no finite value", "attention", "FFN"} <= set(texts(draw(synthetic.broken())))
     assert "no finite value" not in texts(draw(ODD["zeros"]))
-    assert {"every branch gain is 0", "0"} <= set(texts(draw(ODD["zeros"])))
+    assert {"every branch norm is 0", "0"} <= set(texts(draw(ODD["zeros"])))
     assert "nothing could be measured" in texts(draw(ODD["no sub-layers"]))
     top = draw(ODD["no upper ends"]).axes[0]
     tallest = max(y for band in corners(top) for _, y in band)

@@ -64,7 +64,7 @@ def test_a_panel_is_there_only_if_its_data_is() -> None:
     assert set(titles(draw_run(run))) == {
         "loss",
         "gradient norm",
-        "branch gain ‖J‖",
+        "branch norm ‖J‖",
         "learning rate",
         "update / weight norm",
         "shortcut std",
@@ -293,7 +293,7 @@ def test_several_runs_are_drawn_over_each_other() -> None:
         "c: 300 steps",
     ]
     assert "b: not finite from 150, 51 steps" in words(panel)
-    assert "largest over sub-layers" in words(panel_of(figure, "branch gain ‖J‖"))
+    assert "largest over sub-layers" in words(panel_of(figure, "branch norm ‖J‖"))
     with pytest.raises(UsageError, match="b: a run without a step"):
         draw_run({"a": runs["a"], "b": RunLog()})
 

@@ -393,7 +393,7 @@ def headline(report: Report) -> str:
     Args:
         report: of either tier and state.
     """
-    # 1. Weights alone have bounds, no branch gain.
+    # 1. Weights alone have bounds, no branch norm.
     if report.tier == "weights":
         return _weights_headline(report)
 

@@ -266,7 +266,7 @@ def _instead(report: Report) -> Line | None:
 
 
 def _judged_branch_gain(report: Report) -> str:
-    """Return the worst branch gain, and whether a rule judges it; "" if none was measured."""
+    """Return the worst branch norm, and whether a rule judges it; "" if none was measured."""
     worst = worst_branch(report)
     if worst is None:
         return ""
@@ -313,7 +313,7 @@ def _against(report: Report) -> Line | None:
     if against is None:
         return None
 
-    # 1. The branch gains that changed.
+    # 1. The branch norms that changed.
     branches = [change for change in against.changes if change.figure == "branch_norm"]
     grew = sum(change.grew for change in branches)
     text = (
@@ -439,7 +439,7 @@ def _over_probes(report: Report) -> Line | None:
     verdicts = Counter(probes["verdicts"]).most_common()
     listed = ", ".join(f"{verdict} at {times} of {count}" for verdict, times in verdicts)
 
-    # 2. The branch gains, by sub-layer.
+    # 2. The branch norms, by sub-layer.
     spreads = {}
     for row in report.sublayers:
         if "branch_norm" in row.over_probes:
@@ -459,7 +459,7 @@ def _over_probes(report: Report) -> Line | None:
 
 
 def _worst_of_each_probe(spreads: dict[str, ProbeSpread]) -> list[float]:
-    """Return the largest branch gain of each probe; a probe without one is left out."""
+    """Return the largest branch norm of each probe; a probe without one is left out."""
     by_probe = zip(*(spread.estimates for spread in spreads.values()), strict=True)
     worst = []
     for values in by_probe:
@@ -590,7 +590,7 @@ def _ladder(rungs: list[dict[str, Any]], yours: float) -> str:
 
     Args:
         rungs: inits of other models.
-        yours: the worst branch gain of this model.
+        yours: the worst branch norm of this model.
     """
     steps = [(yours, _YOURS)]
     for rung in rungs:

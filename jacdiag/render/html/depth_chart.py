@@ -171,7 +171,7 @@ def charts_of(depth: DepthView) -> list[Chart]:
     # 1. The gains, or the bound if nothing was run.
     title, limits = "the paper's bound, less 1, over depth", []
     if depth.measured:
-        title, limits = "branch gain ‖J‖ over depth", depth.gain_limits
+        title, limits = "branch norm ‖J‖ over depth", depth.gain_limits
     absent = tuple(depth.missing)
     panels = [_Panel(f"{title} {_UNIT}", depth.gains, limits, [], absent=absent)]
 

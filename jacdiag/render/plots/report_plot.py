@@ -1,4 +1,4 @@
-"""The picture of a report: branch gain over depth, and below it the two conditions of the paper.
+"""The picture of a report: branch norm over depth, and below it the two conditions of the paper.
 
 No label stands among the data, so that none covers a line: names, thresholds and signs stand to the
 right of their panel, and the worst branch above it.
@@ -162,13 +162,13 @@ def draw(report: Report) -> Figure:
 
 # -- what is in the panels -------------------------------------------------------------------------
 def _gain_panel(depth: DepthView) -> _Panel:
-    """Return the upper panel: branch gains, or the paper's bound if nothing was run."""
+    """Return the upper panel: branch norms, or the paper's bound if nothing was run."""
     figure = "the paper's bound, less 1"
     if depth.measured:
-        figure = "branch gain ‖J‖"
+        figure = "branch norm ‖J‖"
     reason = "nothing could be measured"
     if depth.zeros:
-        reason = "every branch gain is 0"
+        reason = "every branch norm is 0"
     signs = [("x", "no finite value", depth.missing), ("v", "0", depth.zeros)]
     limits = []
     if depth.measured:

@@ -53,7 +53,7 @@ _RAW = 0.35  # opacity of what was measured, under its mean
 _TITLES = {
     "loss": "loss",
     "gradient": "gradient norm",
-    "gain": "branch gain ‖J‖",
+    "gain": "branch norm ‖J‖",
     "lr": "learning rate",
     "update": "update / weight norm",
     "shortcut": "shortcut std",
@@ -589,7 +589,7 @@ def _lost_words(lost: NDArray[np.float64]) -> str:
 
 
 def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) -> None:
-    """Draw the branch gains of one run: depth downwards, steps to the right."""
+    """Draw the branch norms of one run: depth downwards, steps to the right."""
     from matplotlib.colors import LogNorm
 
     # 1. The cells.
