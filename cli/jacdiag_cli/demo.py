@@ -44,7 +44,10 @@ def demo(invocation: CommandInvocation) -> int:
     arguments = [DEMO_SOURCE]
     of_audit = CommandInvocation(["audit", *arguments], invocation.interrupts, invocation.team)
     assert isinstance(audit, Configured)
-    with audit.make_context("audit", arguments, config=ConfigFile(), obj=of_audit) as context:
+    parent = click.get_current_context().parent  # its settings are those of every command
+    with audit.make_context(
+        "audit", arguments, parent, config=ConfigFile(), obj=of_audit
+    ) as context:
         audit.invoke(context)
 
     # 3. What comes next.

@@ -21,7 +21,7 @@ def commands() -> dict[str, click.Command]:
 def command_page(name: str) -> str:
     """Return the page of a command: usage, help text, and a table of its options."""
     command = commands()[name]
-    context = click.Context(command, info_name=name, parent=click.Context(cli, info_name="jacdiag"))
+    context = _context(name)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     rows = [_row(param, context) for param in command.params if isinstance(param, click.Option)]
     parts = [f"# jacdiag {name}", f"```text\n{usage}\n```", _prose(command)]
@@ -50,10 +50,16 @@ def options_table(names: list[str]) -> str:
     rows = []
     for name in names:
         if name in params:
-            context = click.Context(commands()["audit"])
+            context = _context("audit")
             _, text, default = _cells(params[name], context)
             rows.append(f"| `{name}` | {text} | {default} |")
     return "\n".join(["| key | what it does | default |", "|---|---|---|", *rows])
+
+
+def _context(name: str) -> click.Context:
+    """Return the context of a command below `jacdiag`, whose settings it has."""
+    parent = click.Context(cli, info_name="jacdiag", **cli.context_settings)
+    return click.Context(commands()[name], info_name=name, parent=parent)
 
 
 def _prose(command: click.Command) -> str:

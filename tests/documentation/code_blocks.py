@@ -97,7 +97,9 @@ def check_options(words: list[str]) -> None:
     if len(words) == 1 or words[1].startswith("-"):
         return
     command = cli.commands[words[1]]
-    context = click.Context(command, info_name=words[1])
+    # The settings of the parent count: click keeps the names of the help option.
+    parent = click.Context(cli, **cli.context_settings)
+    context = click.Context(command, info_name=words[1], parent=parent)
     command.make_parser(context).parse_args(words[2:])
 
 

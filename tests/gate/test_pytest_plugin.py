@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -284,7 +285,7 @@ def test_the_workflow_that_tries_the_action_uses_its_inputs_and_outputs() -> Non
     assert set(use["with"]) <= set(action()["inputs"])
     assert set(re.findall(r"steps\.gate\.outputs\.([\w-]+)", text)) <= set(action()["outputs"])
     command = [*use["with"]["args"].split(), use["with"]["source"]]
-    cli.commands["gate"].make_context("gate", command)
+    cli.commands["gate"].make_context("gate", command, click.Context(cli, **cli.context_settings))
     assert (ROOT / use["with"]["source"].partition(":")[0]).is_file()
 
 
