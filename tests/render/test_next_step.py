@@ -140,3 +140,19 @@ def test_every_screen_ends_with_one_next_command(name: str) -> None:
     assert text.startswith("jacdiag ") and "\n" not in text
     assert gate_screen(report).splitlines()[-1] == f"next: {text}"
     assert markdown.render(report).count("**Next**") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "state", "is_offered"),
+    [
+        ({"format": "huggingface", "path": "my folder"}, "init", True),
+        ({"format": "huggingface", "path": "my folder"}, "trained", False),
+        ({"format": "torch", "path": "model.pt"}, "init", False),
+    ],
+)
+def test_fresh_model_is_offered_for_a_folder_whose_weights_stay_in_their_files(
+    source: dict[str, str], state: str, is_offered: bool
+) -> None:
+    report = dataclasses.replace(synthetic.vanilla(2), source=source, state=state, remedies=[])
+    command = next_step(report).command
+    assert (command == "jacdiag audit 'hf:my folder' --patch fix.md") == is_offered

@@ -194,7 +194,7 @@ def test_the_header_names_model_probe_and_plan() -> None:
         "GPT, 12 layers, width 768, 124M parameters (99.8% covered)",
         "init, pre-norm",
     ]
-    assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
+    assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 special or unused ids not drawn"
     assert second[1:] == [
         "float32 on cpu",
         "24 sub-layers, each interval at 99.9%",

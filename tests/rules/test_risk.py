@@ -93,7 +93,7 @@ def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> 
     [
         (10, 0.4249),
         (100, 0.0688),
-        (None, "hangs on the warm-up"),
+        (None, "depends on the warm-up"),
         (9, "warm-up 9, 10 to 1,000 were run"),
         (0, "warm-up 0"),
     ],

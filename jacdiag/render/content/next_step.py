@@ -8,6 +8,7 @@ from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Report
 from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
+from jacdiag.rules.remedy_targets import aims
 
 _CONDITION_RULES = tuple(FIELD_OF_RULE)
 _ONLY_AUDIT = ("--replay", "--against", "--probes", "--all", "--sort")  # what a gate does not take
@@ -69,7 +70,21 @@ def _after_finding(report: Report, finding: Finding) -> NextStep:
         if report.probe.tokens == "random pixels":
             return _with_options(report, "--inputs FACTORY", "probes the model with real images")
         return _with_options(report, "--tokens FILE", "probes the model with real text")
+    if _is_folder_without_remedies(report):
+        source = shlex.quote(f"hf:{report.source['path']}")
+        command = f"jacdiag audit {source} --patch fix.md"
+        return NextStep(command, "tries remedies on a fresh model of this config")
     return NextStep(f"jacdiag explain {finding.code}", "says what the rule checks and what helps")
+
+
+def _is_folder_without_remedies(report: Report) -> bool:
+    """Return whether an init in a Hugging Face folder asks for a remedy and none was tried.
+
+    Its weights stay in their files, and a remedy is tried on a copy in memory.
+    """
+    if report.source.get("format") != "huggingface" or report.state != "init":
+        return False
+    return bool(aims(report)) and not report.remedies
 
 
 def _after_unknown(report: Report) -> NextStep:

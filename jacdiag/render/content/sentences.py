@@ -251,7 +251,7 @@ def _probe_words(report: Report) -> str:
 
     # What limits it.
     if probe.excluded_rows:
-        text += f", {plural(probe.excluded_rows, 'dead row')} left out"
+        text += f", {plural(probe.excluded_rows, 'special or unused id')} not drawn"
     if probe.off_distribution:
         text += ", off-distribution"
     probes = report.settings.get("probes")
