@@ -146,6 +146,16 @@ def test_rule_that_fired_is_explained_and_no_other_is() -> None:
     assert not re.findall(r'id="rule-', report_page(synthetic.clean(2)))
 
 
+def test_page_does_not_say_that_conditions_hold_which_are_not_met() -> None:
+    clean = synthetic.clean(2)
+    report = dataclasses.replace(
+        clean,
+        verdict="pass",
+        conditions=dataclasses.replace(clean.conditions, large_shortcut="partly"),
+    )
+    assert "conditions hold" not in report_page(report)
+
+
 def test_numbers_sort_by_value() -> None:
     page = report_page(synthetic.vanilla(2))
     keys = re.findall(r'data-key="([^"]*)"', page)

@@ -5,16 +5,25 @@ The screen of the gate, the comment of a pull request and every format for machi
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Level, Report
+from jacdiag.render.content.command_line import without_options
 from jacdiag.render.content.sentences import legible, plural
 
 NOT_COMPARED = (
     "a trained model that was compared with nothing: no rule tells it from a wrecked one "
     "(jacdiag audit --against EARLIER, or jacdiag gate --baseline FILE)"
 )
+# Options of a gate that do not belong to the command that writes its baseline again.
+_WEAKENING = ("--contract-only", "--write-baseline")
+_NOT_OF_A_BASELINE = (
+    *("--seeds", "--budget", "--remedies"),
+    *("--format", "--json", "--plot", "--html", "--patch"),
+)
+_DEFAULT_SEEDS = 3
 _SHOWN = 4  # sentences of one rule; the rest are counted
 _OUTCOMES = {0: "PASS", 1: "FAIL", 3: "UNDECIDED"}  # by the gate's exit code
 
@@ -287,8 +296,10 @@ def _accept_command(report: Report) -> str:
     if "JD110" not in fired:
         return ""
 
-    # 2. The command of the gate, with the option that writes.
+    # 2. The command of the gate, without what would make the baseline weaker: it is measured in
+    #    full, over as many seeds as before.
     command = str(report.settings.get("command") or "jacdiag gate SOURCE --baseline FILE")
-    if "--write-baseline" in command:
-        return command
-    return f"{command} --write-baseline"
+    words = without_options(shlex.split(command), flags=_WEAKENING, valued=_NOT_OF_A_BASELINE)
+    if report.baseline is not None and report.baseline.seeds != _DEFAULT_SEEDS:
+        words += ["--seeds", str(report.baseline.seeds)]
+    return shlex.join([*words, "--write-baseline"])

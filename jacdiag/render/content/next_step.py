@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Report
+from jacdiag.render.content.command_line import without_options
 from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
 from jacdiag.rules.remedy_targets import aims
 
@@ -95,7 +96,8 @@ def _after_unknown(report: Report) -> NextStep:
 
     # 2. A gate without time.
     if _gate_setting(report, "budget_ran_out"):
-        return _with_options(report, "--budget SECONDS", "gives the gate more time")
+        words = without_options(_words(report), valued=["--budget"])
+        return NextStep(f"{shlex.join(words)} --budget SECONDS", "gives the gate more time")
 
     # 3. Intervals that lie across a threshold.
     if _has_interval_across_threshold(report):

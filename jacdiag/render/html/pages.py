@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent / "templates"
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(?:e[+-]?\d+)?", re.IGNORECASE)
 _WORDS_OF_VERDICT = {
-    "pass": "both conditions hold, and no rule fired",
-    "warn": "a rule fired with a warning",
-    "fail": "a rule fired with an error",
-    "unknown": "an interval lies across a threshold, so that a rule could not decide",
-    "observed": "a trained model was measured and compared with nothing",
+    "pass": "rules applied, and nothing above info fired",
+    "warn": "a warning fired",
+    "fail": "an error fired",
+    "unknown": "a rule is undecided, a norm could not be measured, or no rule applied",
+    "observed": "a trained model that is compared with nothing",
 }
 
 
