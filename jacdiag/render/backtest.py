@@ -19,7 +19,7 @@ from jacdiag.records.backtest import (
     Ranking,
 )
 from jacdiag.records.output_file import write_output
-from jacdiag.render.plots.depth_curves import INK, PALE
+from jacdiag.render.content.depth_curves import INK, PALE
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jacdiag.records import Report, Verdict
+from jacdiag.render.content.depth_view import DepthView, build_depth_view
 from jacdiag.render.content.flight_replay import ReplayTable, replay_facts, replay_table
 from jacdiag.render.content.grouped_findings import GateView, build_gate_view
 from jacdiag.render.content.next_step import NextStep, next_step
@@ -24,7 +25,6 @@ from jacdiag.render.content.sentences import (
 )
 from jacdiag.render.content.sublayer_table import Grid, build
 from jacdiag.render.content.verdict import Line, cost, footnotes, to_do, verdict_lines
-from jacdiag.render.plots.depth_curves import DepthView, build_depth_view
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 from render import synthetic
 
 from jacdiag.records import Report
+from jacdiag.render.content.depth_view import build_depth_view
 from jacdiag.render.html.depth_chart import HEIGHT, WIDTH, Chart, charts_of
 from jacdiag.render.html.pages import report_page
-from jacdiag.render.plots.depth_curves import build_depth_view
 
 KINDS: dict[str, Callable[[int], Report]] = {
     name: getattr(synthetic, name)

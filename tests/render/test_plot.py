@@ -26,7 +26,7 @@ from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
 from jacdiag.records import AgainstRecord, Finding, Interval, Report
-from jacdiag.render.plots.depth_curves import LOOKS, _layer_words, shown_names
+from jacdiag.render.content.depth_curves import LOOKS, shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
@@ -303,10 +303,10 @@ def test_a_condition_that_is_met_in_part_is_not_called_not_met() -> None:
         return draw(report).axes[2].texts[-1].get_text().replace("\n", " ")
 
     partly, failed = finding(names[3:8], 3.87), finding(names[:3], 8.64)
-    words = "not met in layers 0, 1, partly met in layers 2, 3 (of 6)"
+    words = "not met in layers 0 and 1, partly met in layers 2 and 3 (of 6)"
     assert title(failed, partly) == f"Large shortcut: {words}"
     assert title(partly) == "Large shortcut: partly met in layers 1 to 3 (of 6)"
-    assert title(failed) == "Large shortcut: not met in layers 0, 1 (of 6)"
+    assert title(failed) == "Large shortcut: not met in layers 0 and 1 (of 6)"
 
 
 def test_a_title_of_two_lines_has_room() -> None:
@@ -315,7 +315,7 @@ def test_a_title_of_two_lines_has_room() -> None:
     finding = Finding("JD102", "warning", where, "small", {"threshold": 3.0})
     partly = Finding("JD101", "info", [row.name for row in base.sublayers], "partly", {})
     report = dataclasses.replace(base, findings=[finding, partly])
-    assert "and 38 more" in draw(report).axes[2].texts[-1].get_text()
+    assert "and 36 more" in draw(report).axes[2].texts[-1].get_text()
     assert_within(report)
 
 
@@ -345,13 +345,6 @@ def test_targets_of_cores_are_those_of_their_kind() -> None:
     } <= {text.get_text() for text in cores.texts}
     heights = sorted(y for y, *others in (drawn(line)[1] for line in cores.lines) if others == [y])
     assert heights == pytest.approx([1.91, 4.05, 9.42])
-
-
-def test_layers_in_words() -> None:
-    assert _layer_words([3]) == "layer 3"
-    assert _layer_words([0, 1]) == "layers 0, 1"
-    assert _layer_words([0, 1, 2, 5, 7, 8, 9, 11]) == "layers 0 to 2, 5, 7 to 9, 11"
-    assert _layer_words([0, 2, 4, 6, 8, 10]) == "layers 0, 2, 4, 6 and 2 more"
 
 
 def test_thresholds_are_drawn_where_the_report_has_them() -> None:

@@ -11,14 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jacdiag.records.number_format import between, three
-from jacdiag.render.plots.depth_curves import (
-    LOOKS,
-    ConditionPanel,
-    DepthCurve,
-    DepthView,
-    Threshold,
-    extent,
-)
+from jacdiag.render.content.condition_panels import ConditionPanel
+from jacdiag.render.content.depth_curves import LOOKS, DepthCurve, Threshold, extent
+from jacdiag.render.content.depth_view import DepthView
 from jacdiag.render.plots.text_layout import moved_apart
 
 Scale = Callable[[float], float]

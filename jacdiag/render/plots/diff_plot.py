@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jacdiag.records.number_format import three
 from jacdiag.records.output_file import write_output
+from jacdiag.render.content.depth_curves import INK, LOOKS, PALE
 from jacdiag.render.content.sentences import legible
 from jacdiag.render.formats.diff import PairLike, verdict
-from jacdiag.render.plots.depth_curves import INK, LOOKS, PALE
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 from jacdiag.render.plots.text_layout import fit_headline, shorten, text_width
 

@@ -16,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 from jacdiag.records import Report
 from jacdiag.records.number_format import spoken
 from jacdiag.records.output_file import write_output
+from jacdiag.render.content.condition_panels import ConditionPanel
+from jacdiag.render.content.depth_curves import INK, PALE, DepthCurve, Threshold, extent
+from jacdiag.render.content.depth_view import DepthView
 from jacdiag.render.content.sentences import confidence_words
-from jacdiag.render.plots.depth_curves import (
-    INK,
-    PALE,
-    ConditionPanel,
-    DepthCurve,
-    DepthView,
-    Threshold,
-    extent,
-)
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 from jacdiag.render.plots.text_layout import (
     SideLabel,

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.records.output_file import write_output
 from jacdiag.records.run_log import RunLog
+from jacdiag.render.content.depth_curves import INK, PALE
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
-from jacdiag.render.plots.depth_curves import INK, PALE
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 from jacdiag.render.plots.run_heatmap import Heat, heat_of
 from jacdiag.render.plots.run_series import (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jacdiag.render.plots.depth_curves import INK
+from jacdiag.render.content.depth_curves import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
