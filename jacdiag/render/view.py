@@ -6,6 +6,7 @@ the gate's screen and the picture lay the view out; none of them reads the repor
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from jacdiag.records import Report, Verdict
@@ -66,10 +67,17 @@ class ReplayView:
 
 @dataclass(frozen=True)
 class CostView:
-    """What the audit cost, and the command that runs it again ("" if that is not known)."""
+    """What the audit cost.
+
+    Attributes:
+        text: in one line.
+        command: that runs the audit again; "" if it is not known.
+        phases: name and seconds of each phase, the longest first.
+    """
 
     text: str
     command: str
+    phases: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class ReportView:
         gate: the result of the gate, one note for each rule.
         depth: curves over depth, for the picture.
         report_notes: the notes of the audit itself.
+        settings: of the audit, each as a name and a text.
     """
 
     header: HeaderView
@@ -105,6 +114,7 @@ class ReportView:
     gate: GateView
     depth: DepthView
     report_notes: list[str]
+    settings: list[tuple[str, str]]
 
 
 def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -> ReportView:
@@ -131,10 +141,11 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
         next_step=next_step(report),
         remedies=remedied(report),
         remedy_document=document(report),
-        cost=CostView(cost(report), str(report.settings.get("command") or "")),
+        cost=_cost(report),
         gate=build_gate_view(report),
         depth=build_depth_view(report),
         report_notes=report.notes,
+        settings=_settings(report),
     )
 
 
@@ -146,6 +157,25 @@ def _header(report: Report) -> HeaderView:
         why_state=why_state(report),
         lines=header(report),
     )
+
+
+def _cost(report: Report) -> CostView:
+    return CostView(
+        text=cost(report),
+        command=str(report.settings.get("command") or ""),
+        phases=sorted(report.cost.phases.items(), key=lambda phase: -phase[1]),
+    )
+
+
+def _settings(report: Report) -> list[tuple[str, str]]:
+    """Return the settings as texts; what is no text stands as JSON."""
+    settings = []
+    for name, value in report.settings.items():
+        text = value
+        if not isinstance(value, str):
+            text = json.dumps(value, ensure_ascii=False, default=str)
+        settings.append((name, text))
+    return settings
 
 
 def _replay(report: Report, *, all_rows: bool) -> ReplayView | None:

@@ -59,10 +59,7 @@ class RuleContext:
         Returns:
             None if it does not, or if the report has no contract.
         """
-        is_for_this_state = self.report.state in rule.states
-        if not is_for_this_state:
-            return None
-        return self.report.contract
+        return self.report.contract if self._is_for_this_state(rule) else None
 
     def judgement_for(self, rule: Rule) -> Judgement | None:
         """Return the judgement of the weights, if a rule applies to a model of this state.
@@ -73,10 +70,11 @@ class RuleContext:
         Returns:
             None if it does not, or if the report has no contract.
         """
-        is_for_this_state = self.report.state in rule.states
-        if not is_for_this_state:
-            return None
-        return self.judgement
+        return self.judgement if self._is_for_this_state(rule) else None
+
+    def _is_for_this_state(self, rule: Rule) -> bool:
+        """Return whether a rule applies to a model of this state, init or trained."""
+        return self.report.state in rule.states
 
     @property
     def distrusted(self) -> Mapping[str, str]:

@@ -10,6 +10,8 @@ from render import synthetic
 from jacdiag.records import FiguresRecord, Finding
 from jacdiag.render.content.grouped_findings import build_gate_view
 
+GATE = "jacdiag gate build.py:model --baseline init.json"
+
 
 def accept_command(command: str, seeds: int = 3) -> str:
     """Return what a gate that its baseline refused tells to run."""
@@ -26,15 +28,15 @@ def accept_command(command: str, seeds: int = 3) -> str:
     ["--contract-only", "--seeds 1", "--seeds=1", "--budget 3 --format github", "--html a.html"],
 )
 def test_options_that_would_weaken_the_baseline_are_left_out(options: str) -> None:
-    command = accept_command(f"jacdiag gate build.py:model --baseline init.json {options}")
-    assert command == "jacdiag gate build.py:model --baseline init.json --write-baseline"
+    command = accept_command(f"{GATE} {options}")
+    assert command == f"{GATE} --seeds 3 --write-baseline"
 
 
 def test_options_that_belong_to_the_model_and_the_probe_stay() -> None:
-    command = "jacdiag gate build.py:model --baseline init.json --seq 64 --model-args '{\"n\": 2}'"
-    assert accept_command(command) == f"{command} --write-baseline"
+    command = f"{GATE} --seq 64 --model-args '{{\"n\": 2}}'"
+    assert accept_command(command) == f"{command} --seeds 3 --write-baseline"
 
 
 def test_seeds_are_those_of_the_baseline() -> None:
-    command = accept_command("jacdiag gate build.py:model --baseline init.json --seeds 1", seeds=20)
+    command = accept_command(f"{GATE} --seeds 1", seeds=20)
     assert "--seeds 20" in command

@@ -23,7 +23,6 @@ _NOT_OF_A_BASELINE = (
     *("--seeds", "--budget", "--remedies"),
     *("--format", "--json", "--plot", "--html", "--patch"),
 )
-_DEFAULT_SEEDS = 3
 _SHOWN = 4  # sentences of one rule; the rest are counted
 _OUTCOMES = {0: "PASS", 1: "FAIL", 3: "UNDECIDED"}  # by the gate's exit code
 
@@ -300,6 +299,6 @@ def _accept_command(report: Report) -> str:
     #    full, over as many seeds as before.
     command = str(report.settings.get("command") or "jacdiag gate SOURCE --baseline FILE")
     words = without_options(shlex.split(command), flags=_WEAKENING, valued=_NOT_OF_A_BASELINE)
-    if report.baseline is not None and report.baseline.seeds != _DEFAULT_SEEDS:
+    if report.baseline is not None:
         words += ["--seeds", str(report.baseline.seeds)]
     return shlex.join([*words, "--write-baseline"])

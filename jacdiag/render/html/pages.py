@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from markupsafe import Markup
 
 from jacdiag._version import __version__
 from jacdiag.records import Report
+from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.sentences import legible
 from jacdiag.render.content.severity import SIGNS
 from jacdiag.render.content.sublayer_table import Grid
 from jacdiag.render.html.depth_chart import charts_of
@@ -90,8 +91,6 @@ def report_page(report: Report) -> str:
         rows=_rows(view.rows, brief),
         folded=len(view.rows.rows) - len(brief),
         remedies=_remedies(view),
-        settings=_settings(report),
-        phases=sorted(report.cost.phases.items(), key=lambda item: -item[1]),
         rules=_rule_texts(codes),
         is_gate=view.gate.command == "gate",
     )
@@ -130,7 +129,6 @@ def comparison_page(
         notes: why figures may differ for a reason outside the models.
         names: of the two models.
     """
-    from jacdiag.render.content.sentences import legible
     from jacdiag.render.formats.diff import HEAD, rows
 
     return _render(
@@ -176,31 +174,47 @@ def run_page(runs: dict[str, RunLog], picture: bytes) -> str:
         runs: name -> log.
         picture: of the runs, as SVG.
     """
-    from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
-    from jacdiag.render.content.sentences import legible
-
-    entries = []
+    sections = [_run_section(name, run) for name, run in runs.items()]
     codes: list[str] = []
-    for name, run in runs.items():
-        alerts = [legible(dict(row)) for row in alerts_of_run(run)]
-        findings = [legible(dict(row)) for row in report_at_start(run)]
-        codes += [str(row["code"]) for row in [*alerts, *findings]]
-        entries.append(
-            {
-                "name": legible(name),
-                "header": legible(dict(run.header)),
-                "last_step": run.steps[-1]["step"] if run.steps else None,
-                "alerts": alerts,
-                "findings": findings,
-                "ended": legible(dict(run.ended)) if run.ended else None,
-            }
-        )
+    for section in sections:
+        codes += [str(row["code"]) for row in [*section.alerts, *section.findings]]
     return _render(
         "run.html.j2",
-        title=" and ".join(entry["name"] for entry in entries),
-        runs=entries,
+        title=" and ".join(section.name for section in sections),
+        runs=sections,
         picture=_inline_svg(picture),
         rules=_rule_texts(codes),
+    )
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What a page says of one run.
+
+    Attributes:
+        name: of the run.
+        header: the first line of its log.
+        last_step: the number of the last step; None without one.
+        alerts, findings: lines of the log with code, level, step and what.
+    """
+
+    name: str
+    header: dict[str, Any]
+    last_step: int | None
+    alerts: list[dict[str, Any]]
+    findings: list[dict[str, Any]]
+
+
+def _run_section(name: str, run: RunLog) -> RunSection:
+    last_step = None
+    if run.steps:
+        last_step = run.steps[-1]["step"]
+    return RunSection(
+        name=legible(name),
+        header=legible(dict(run.header)),
+        last_step=last_step,
+        alerts=[legible(dict(row)) for row in alerts_of_run(run)],
+        findings=[legible(dict(row)) for row in report_at_start(run)],
     )
 
 
@@ -232,19 +246,6 @@ def _remedies(view: ReportView) -> Markup:
         return Markup("")
     _title, _, text = view.remedy_document.partition("\n")
     return to_html(text)
-
-
-def _settings(report: Report) -> list[tuple[str, str]]:
-    """Return the settings of the audit as texts."""
-    from jacdiag.render.content.sentences import legible
-
-    settings = []
-    for name, value in report.settings.items():
-        text = value
-        if not isinstance(value, str):
-            text = json.dumps(value, ensure_ascii=False, default=str)
-        settings.append((str(legible(str(name))), str(legible(text))))
-    return settings
 
 
 def _rule_texts(codes: Sequence[str]) -> dict[str, dict[str, Any]]:
