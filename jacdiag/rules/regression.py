@@ -312,7 +312,10 @@ def _growth_finding(
         level_above = "warning" if level == "info" else level
         what += f" ({level_above} above {plain(limit)})"
     if len(group) > 1:
-        what += f"; {len(group)} of {against.compared} branches grew to this level"
+        how_far = f"beyond the {level}"
+        if level == "info":
+            how_far = "without a warning"
+        what += f"; {len(group)} of {against.compared} branches grew {how_far}"
 
     # 3. The evidence.
     changes = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from jacdiag_cli.main import main
 
+from jacdiag.rules.thresholds import load_thresholds
 from scripts.docs.repository_files import ROOT
 
 LAB = ROOT / "examples" / "spike_lab" / "results"
@@ -246,3 +247,11 @@ def test_the_plain_command_gives_the_counts_and_figures_of_the_page(
     assert value.match(printed[3])[0] == value.match(written[3])[0]  # type: ignore[index]
     assert printed[0].startswith("80 runs, 28 went wrong")
     assert "80 runs, of which 28 went wrong" in page("docs/how-to/predict-runs.md")
+
+
+@pytest.mark.parametrize("name", ["checkpoint_growth", "growth_from_init"])
+def test_page_on_comparing_names_the_thresholds_of_growth(name: str) -> None:
+    limits = load_thresholds().limits(name, "pre")
+    assert f"{limits.info:g} and {limits.warning:g} times" in page(
+        "docs/how-to/compare-checkpoints.md"
+    )

@@ -66,6 +66,25 @@ def test_growth_on_both_sides_of_each_cut(factor: float, level: str | None, verd
         assert ("go back to the earlier checkpoint" in finding.fix) == (level != "info")
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (2.0, "2 of 4 branches grew without a warning"),
+        (5.0, "2 of 4 branches grew beyond the warning"),
+        (20.0, "2 of 4 branches grew beyond the error"),
+    ],
+)
+def test_several_branches_are_counted_by_how_far_they_grew(factor: float, words: str) -> None:
+    def rows(value: Interval) -> list:
+        two = healthy()
+        two[2], two[3] = (replace(row, branch_norm=value) for row in two[2:4])
+        return two
+
+    made = compared(rows(exact_growth(factor)), rows(Interval.exact(0.5)))
+    (finding,) = findings(made, "JD110")
+    assert finding.what.endswith(words)
+
+
 def test_a_branch_that_was_zero_is_judged_by_what_it_adds() -> None:
     """A zero-initialised branch that learns has grown without limit, and multiplies a gradient by
     little.
