@@ -20,8 +20,8 @@ _COLUMNS = "columns"
 
 
 @click.command(short_help="Explains a rule, or the columns of the tables.")
-@click.argument("topic", required=False)
-def explain(topic: str | None) -> None:
+@click.argument("topic", nargs=-1, metavar="[TOPIC]")
+def explain(topic: tuple[str, ...]) -> None:
     """Explains a rule: what it checks, why that matters (with the equation), an example, a remedy.
 
     TOPIC is the code or the name of a rule, the word "columns" for every column of the tables of
@@ -31,12 +31,17 @@ def explain(topic: str | None) -> None:
     Examples:
       jacdiag explain JD102
       jacdiag explain columns
-      jacdiag explain "branch norm"
+      jacdiag explain branch norm
     """
-    emit(_text_on(topic) + "\n")
+    if not topic:
+        emit(_all_topics() + "\n")
+        return
+
+    # A topic of several words needs no quotes.
+    emit(_text_on(" ".join(topic)) + "\n")
 
 
-def _text_on(topic: str | None) -> str:
+def _text_on(topic: str) -> str:
     """Return what is said about a topic.
 
     Raises:
@@ -44,11 +49,7 @@ def _text_on(topic: str | None) -> str:
     """
     from jacdiag.render.content.columns import find_column
 
-    # 1. The list of all topics.
-    if topic is None:
-        return _all_topics()
-
-    # 2. Columns.
+    # 1. Columns.
     word = topic.strip()
     if word.lower() == _COLUMNS:
         return _all_columns()
@@ -56,7 +57,7 @@ def _text_on(topic: str | None) -> str:
     if column is not None:
         return _column(column)
 
-    # 3. A rule.
+    # 2. A rule.
     return _rule(_code_of(word))
 
 

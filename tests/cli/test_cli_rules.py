@@ -155,3 +155,8 @@ def test_explain_an_unknown_word_names_the_list_of_topics(jd: Run) -> None:
     assert (done.code, done.out) == (2, "")
     assert "nothing to explain is called 'banana'" in done.err
     assert "`jacdiag explain` lists every topic" in done.err
+
+
+def test_topic_of_several_words_needs_no_quotes(jd: Run) -> None:
+    assert jd("explain", "core", "norm").out == jd("explain", "core norm").out
+    assert "‖J_core‖" in jd("explain", "core", "norm").out
