@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.render.plots.depth_curves import INK, PALE
+from jacdiag.render.content.depth_curves import INK, PALE
 
 __all__ = ["INK", "LOOKS", "PALE", "Look", "band", "legend", "logarithmic"]
 
