@@ -98,10 +98,11 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     result = _drawn(plan, index, op, raw_args, raw_kwargs)
 
     # 4. Arguments that were written are given back, and results are new tensors of the device.
-    if plan.returns_arguments:
-        _take_new_sizes(plan, written, raw_args, raw_kwargs)
-        return written[0] if len(written) == 1 else tuple(written)
-    return _results(result, index)
+    if not plan.returned:
+        return _results(result, index)
+    _take_new_sizes(plan, written, raw_args, raw_kwargs)
+    returned = [plan.argument(number, args, kwargs) for number in plan.returned]
+    return returned[0] if len(returned) == 1 else tuple(returned)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class _Plan:
     Attributes:
         name: without namespace and overload.
         arguments: the names of the arguments.
-        written: the numbers of the arguments that the operation writes and returns.
+        written: the numbers of the arguments that the operation writes.
+        returned: the numbers of those that it returns; none if its results are new.
         is_view: the result shares memory with an argument, or nothing but shapes is written.
         draws: it draws random numbers.
         takes_generator: it has an argument for where they come from.
@@ -120,13 +122,10 @@ class _Plan:
     name: str
     arguments: tuple[str, ...]
     written: tuple[int, ...]
+    returned: tuple[int, ...]
     is_view: bool
     draws: bool
     takes_generator: bool
-
-    @property
-    def returns_arguments(self) -> bool:
-        return bool(self.written)
 
     def argument(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return an argument by its number."""
@@ -144,25 +143,25 @@ def _plan_of(op: Any) -> _Plan:
     if plan is not None:
         return plan
 
-    # 1. What is written, and what is returned.
+    # 1. What is written.
     schema = op._schema
     name = schema.name.partition("::")[2]
-    aliases = [result.alias_info for result in schema.returns]
-    returns_written = bool(aliases) and all(x is not None and x.is_write for x in aliases)
-    written = []
+    written: dict[frozenset[str], int] = {}
     for number, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write and returns_written:
-            written.append(number)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written[frozenset(argument.alias_info.before_set)] = number
 
-    # 2. A view.
-    shares = any(x is not None and not x.is_write for x in aliases)
-    is_view = shares or name == "set_"
+    # 2. What of it is returned. A result that shares memory and was not written is a view.
+    aliases = [result.alias_info for result in schema.returns if result.alias_info is not None]
+    is_view = name == "set_" or any(not alias.is_write for alias in aliases)
+    returned = () if is_view else tuple(written[frozenset(x.before_set)] for x in aliases)
 
     arguments = tuple(argument.name for argument in schema.arguments)
     plan = _Plan(
         name=name,
         arguments=arguments,
-        written=() if is_view else tuple(written),
+        written=tuple(written.values()),
+        returned=returned,
         is_view=is_view,
         draws=torch.Tag.nondeterministic_seeded in op.tags,
         takes_generator="generator" in arguments,
@@ -472,6 +471,13 @@ def load_storage(storage: torch.UntypedStorage, location: str) -> torch.UntypedS
     machine().launch()
     machine().wait("uploads")
     return on_device(raw.clone(), index_of(location)).untyped_storage()
+
+
+def clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Return a copy of a storage of any device, as `UntypedStorage.clone` does."""
+    raw = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    raw.set_(storage)  # type: ignore[call-overload]
+    return raw.clone().untyped_storage()
 
 
 def location_of(storage: torch.UntypedStorage) -> str | None:

@@ -10,7 +10,8 @@
 
 In the block torch knows the device as it knows CUDA: `torch.accelerator`, `torch.Event`, autocast,
 `torch.get_device_module` and `torch.manual_seed` answer for it, and an operation whose tensors lie
-on two devices raises. Its numbers are those of the CPU. Switches take abilities away, such as
+on two devices raises. Its numbers are those of the CPU, bit for bit; attention uses the plain
+formula in the block, on the CPU as well. Switches take abilities away, such as
 `float64=False`, `generator=False`, `memory=2**20` and `devices=2`: see `machine.Switches`. A
 non-blocking download gives NaN until the host waits for it, with `synchronize` or with an event.
 
@@ -30,10 +31,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # it makes classes of torch.Event, so it is imported before that is replaced
+
+# They take functions and classes of torch when they are imported, before a block replaces these.
+import torch._decomp.decompositions_for_jvp
+import torch._dynamo
 from accelerator import autocast, device_module, kernels
 from accelerator.machine import NAME, Counts, Machine, Switches, install, is_on, machine
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import backend_registration
 
 __all__ = ["NAME", "Counts", "Switches", "memory_in_use", "pretended_device"]
@@ -113,6 +118,8 @@ def pretended_device(**switches: Any) -> Iterator[Counts]:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         # Parameters are kept when a module moves, and so are ties among them, as on CUDA.
         stack.callback(_keep_parameters, _keep_parameters(True))
+        # The device has torch's plain formula of attention; the CPU uses it too, for equal bits.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if present.switches.devices > 1:
             # Torch starts one thread for backward passes, and looks for one of each device.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -160,7 +167,10 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch, "Event", device_module.Event
     yield torch, "Generator", _Generator
 
-    # 3. Pinned memory.
+    # 3. Storages: torch has no allocator for a backend in Python.
+    yield torch.UntypedStorage, "clone", kernels.clone_storage
+
+    # 4. Pinned memory.
     yield Tensor, "pin_memory", _pin_memory
     yield Tensor, "is_pinned", _is_pinned
     for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor"):
