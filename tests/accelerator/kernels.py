@@ -9,7 +9,7 @@ device, and only kernels come here.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,10 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("device") is not None:
         raw_kwargs["device"] = "cpu"
         raw_kwargs.pop("pin_memory", None)
-    result = _drawn(plan, index, op, raw_args, raw_kwargs)
+    # Torch gives a number for a tensor that it made of a number; only the packet takes it.
+    has_number = any(isinstance(args[k], (int, float, complex)) for k in plan.tensors_of(args))
+    call = op.overloadpacket if has_number else op
+    result = _drawn(plan, index, call, raw_args, raw_kwargs)
 
     # 4. Arguments that were written are given back, and results are new tensors of the device.
     if not plan.returned:
@@ -112,6 +115,7 @@ class _Plan:
     Attributes:
         name: without namespace and overload.
         arguments: the names of the arguments.
+        tensors: the numbers of the arguments that are one tensor.
         written: the numbers of the arguments that the operation writes.
         returned: the numbers of those that it returns; none if its results are new.
         is_view: the result shares memory with an argument, or nothing but shapes is written.
@@ -121,11 +125,18 @@ class _Plan:
 
     name: str
     arguments: tuple[str, ...]
+    tensors: tuple[int, ...]
     written: tuple[int, ...]
     returned: tuple[int, ...]
     is_view: bool
     draws: bool
     takes_generator: bool
+
+    def tensors_of(self, args: Sequence[Any]) -> Iterator[int]:
+        """Yield the numbers of the positional arguments that should be a tensor."""
+        for number in self.tensors:
+            if number < len(args):
+                yield number
 
     def argument(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return an argument by its number."""
@@ -157,9 +168,12 @@ def _plan_of(op: Any) -> _Plan:
     returned = () if is_view else tuple(written[frozenset(x.before_set)] for x in aliases)
 
     arguments = tuple(argument.name for argument in schema.arguments)
+    types = [str(argument.type) for argument in schema.arguments]
+    tensors = tuple(k for k, type_ in enumerate(types) if type_ in ("Tensor", "Optional[Tensor]"))
     plan = _Plan(
         name=name,
         arguments=arguments,
+        tensors=tensors,
         written=tuple(written.values()),
         returned=returned,
         is_view=is_view,
