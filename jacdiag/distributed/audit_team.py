@@ -184,20 +184,26 @@ class Team:
         return self.rank == 0
 
     def device(self, requested: str | None) -> str | None:
-        """Return the device of this rank: each rank of a machine has its own GPU, by LOCAL_RANK.
+        """Return the device of this rank: each rank of a machine has its own, by LOCAL_RANK.
 
-        This is done if no device is named and more than one is visible.
+        This is done if more than one accelerator is visible, and none or only its kind is named.
 
         Args:
             requested: the device that the user named, if any.
         """
-        import torch
+        from jacdiag.sources.accelerators import count_of
+        from jacdiag.sources.device_choice import pick
 
-        is_free = requested in (None, "cuda")
+        # 1. One process alone, or one that was given its device.
         local_rank = os.environ.get("LOCAL_RANK")
-        if not is_free or local_rank is None or torch.cuda.device_count() < 2:
+        if local_rank is None or (requested is not None and ":" in requested):
             return requested
-        return f"cuda:{local_rank}"
+
+        # 2. One of several of the kind.
+        kind = pick(None).type if requested is None else requested
+        if kind == "cpu" or count_of(kind) < 2:
+            return requested
+        return f"{kind}:{local_rank}"
 
     # -- work --------------------------------------------------------------------------------------
     def part(self, items: Sequence[T]) -> Sequence[T]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.records.signal_propagation import AttentionRecord
+from jacdiag.sources.accelerators import in_float64, widest
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tensors import is_float
 from jacdiag.trace.graph.graph import Graph
@@ -175,9 +176,9 @@ class Tally:
         several = keys > 1
 
         # 2. Entropy per query; entr(0) is 0.
-        entropy = torch.special.entr(scores.softmax(-1)).sum(-1).double()
+        entropy = torch.special.entr(scores.softmax(-1)).sum(-1).to(widest(scores.device))
         entropy = entropy.masked_fill(~several, 0.0)
-        self.most += float(keys.clamp_min(1).double().log().sum())
+        self.most += float(in_float64(keys.clamp_min(1)).log().sum())
 
         # 3. One sum per head. Other layouts (grouped heads, heads folded into the batch) count as
         # one head.

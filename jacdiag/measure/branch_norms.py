@@ -22,6 +22,7 @@ from torch import Tensor
 
 from jacdiag.measure.linearization import Linearised, residual_map
 from jacdiag.records.report import Interval
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.spectra import (
     JacobianOperator,
     Operator,
@@ -196,7 +197,7 @@ class Solver:
 
         # The largest gain of each independent index.
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
-        largest = gains.amax(1).double().cpu().numpy()
+        largest = in_float64(gains.amax(1)).cpu().numpy()
         return self._taken(self.one.branch, core, core.upper * largest, "branch_norm")
 
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacdiag.measure.init_distribution import TINY
 from jacdiag.records.structure import TableRecord
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace import Sites
 from jacdiag.trace.graph.graph import STATE, Graph
 
@@ -175,7 +176,7 @@ def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:
     if buffer.is_complex():
         values = torch.view_as_real(buffer.resolve_conj())
     values = values.detach().flatten()
-    numbers = values.double()
+    numbers = in_float64(values)
     finite = numbers[torch.isfinite(numbers)]
     least = most = None
     if finite.numel():
@@ -250,13 +251,13 @@ def narrower_type(values: Tensor) -> str:
         return ""
 
     # 1. At least two long fractions.
-    mantissas, _ = torch.frexp(values.double())
+    mantissas, _ = torch.frexp(in_float64(values))
     is_long = (mantissas * 16) != (mantissas * 16).round()
     if int(is_long.sum()) < 2:
         return ""
 
     # 2. Steps that differ.
-    steps = values.double().diff()
+    steps = in_float64(values).diff()
     is_even = bool(torch.isclose(steps, steps[0], rtol=1e-3, atol=0).all())
     if is_even:
         return ""

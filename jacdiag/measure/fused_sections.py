@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jacdiag.measure.init_distribution import draw_of
 from jacdiag.records.init_contract import FUSED, SectionRecord
+from jacdiag.sources.accelerators import in_float64
 
 # Log-likelihood by which an interleaved layout must beat the plain one. Some twenty layouts are
 # tried, and each gains about one by chance; e^-30 leaves no chance of it.
@@ -208,7 +209,7 @@ def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
     It is the plain one unless another is clearly better.
     """
     # 1. The mean square of each output.
-    squares = torch.cat([piece.double().square().mean(dim=1) for piece in rows.split(1024)])
+    squares = torch.cat([in_float64(piece).square().mean(dim=1) for piece in rows.split(1024)])
     squares = squares.cpu()
 
     # 2. The likeliest layout. The plain one has an advantage.
@@ -280,7 +281,7 @@ def is_sinusoid(table: Tensor) -> bool:
 
     # 1. The squares of each row that is no padding.
     rows = table.detach().reshape(-1, table.shape[-1])
-    sums = rows.double().square().sum(dim=1)
+    sums = in_float64(rows).square().sum(dim=1)
     sums_without_padding = sums[sums > 0]
     if len(sums_without_padding) < 2:
         return False

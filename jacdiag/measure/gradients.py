@@ -17,6 +17,7 @@ from jacdiag.errors import MeasureError
 from jacdiag.measure.attention import CALLS, AttentionWatch, attention_calls
 from jacdiag.records.base import Record
 from jacdiag.records.signal_propagation import AttentionRecord
+from jacdiag.sources.accelerators import widest
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
@@ -365,9 +366,9 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     if flat.is_sparse:
         flat = flat.coalesce().values()
 
-    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    total = torch.zeros((), dtype=widest(flat.device), device=flat.device)
     for part in flat.split(_CHUNK):
-        total += part.double().square().sum()
+        total += part.to(total.dtype).square().sum()
 
     return total
 

@@ -17,6 +17,7 @@ from jacdiag.measure.init_distribution import Draws, FittedDraw, copies_of, piec
 from jacdiag.measure.padding_rows import padding_rows
 from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.weight_roles import (
     ParameterUse,
@@ -547,7 +548,7 @@ def _logits_std(output: Any, vocabulary: int | None) -> float | None:
         return None
 
     # 3. Their std, if they are finite.
-    std = float(logits.detach().double().std(correction=0))
+    std = float(in_float64(logits.detach()).std(correction=0))
     if not math.isfinite(std):
         return None
 

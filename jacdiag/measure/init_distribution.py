@@ -21,6 +21,8 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
+from jacdiag.sources.accelerators import in_float64
+
 ALPHA = 1e-6
 _CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
@@ -185,7 +187,7 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
 
     # 1. The spread of most numbers, from a sample.
     flat = tensor.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)].double()
+    sample = in_float64(flat[:: max(1, flat.numel() // _SAMPLE)])
     centre = sample.median()
     spread = float((sample - centre).abs().median()) / 0.6745  # that of a normal draw of std 1
     limit = _OUTLIER * spread
@@ -199,7 +201,7 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
     total = 0.0
     squares = 0.0
     for piece in rows.split(max(1, _CHUNK // rows.shape[1])):
-        distances = piece.double() - centre
+        distances = in_float64(piece) - centre
         is_far = distances.abs() > limit
         per_row.append(is_far.sum(1).cpu())
         per_column += is_far.sum(0).cpu()
@@ -490,7 +492,7 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     low, high = math.inf, -math.inf
     sums = torch.zeros(4, dtype=torch.float64)
     # Powers are summed around a first guess of the mean, which keeps their digits.
-    shift = float(flat[0, : min(64, flat.shape[1])].double().mean())
+    shift = float(in_float64(flat[0, : min(64, flat.shape[1])]).mean())
 
     # 1. Sums of powers over the pieces.
     for piece in flat.split(rows):
@@ -504,7 +506,7 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
         ends = torch.aminmax(piece)
         low, high = min(low, float(ends.min)), max(high, float(ends.max))
         tiny += _count_tiny(piece)
-        centred = piece.flatten().to(torch.float64, copy=True).sub_(shift)
+        centred = in_float64(piece.flatten(), copy=True).sub_(shift)
         square = centred * centred
         powers = centred.sum(), centred @ centred, square @ centred, square @ square
         sums += torch.stack(powers).cpu()
@@ -680,7 +682,7 @@ def _is_orthogonal(matrix: Tensor) -> bool:
         return False
 
     # Sixteen of them are enough.
-    rows = matrix[: min(16, matrix.shape[0])].double()
+    rows = in_float64(matrix[: min(16, matrix.shape[0])])
     gram = rows @ rows.T
     scale = gram.diagonal().mean()
     expected = scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)

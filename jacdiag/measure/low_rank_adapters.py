@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.records.structure import AdapterRecord
+from jacdiag.sources.accelerators import in_float64
 
 _FIRST = re.compile(r"(^|[._])(lora_(?:embedding_)?)(A|a|down)(?=$|[._])")
 _START = re.compile(r"(^|[._])lora_(?:embedding_)?")
@@ -137,7 +138,7 @@ def _has_right_angles(factor: Tensor) -> bool:
     # 1. The vectors, none of which may be zero.
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    rows = matrix.double()
+    rows = in_float64(matrix)
     lengths = rows.norm(dim=1)
     have_lengths = bool((lengths > 0).all()) and bool(torch.isfinite(lengths).all())
     if not have_lengths:

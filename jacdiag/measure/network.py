@@ -21,6 +21,7 @@ from jacdiag.records.signal_propagation import (
     DeadPath,
     ForwardRecord,
 )
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
@@ -32,7 +33,7 @@ _SAMPLED = 2  # sub-layers whose independent dimensions are looked at: attention
 
 def _norm(tensor: Tensor) -> float:
     """Return the Euclidean norm in float64."""
-    return float(torch.linalg.vector_norm(tensor.detach().double()))
+    return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 
 def end_to_end(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from jacdiag.measure.init_distribution import FittedDraw
+from jacdiag.sources.accelerators import in_float64
 
 _DRAWN = ("normal", "truncated", "uniform")
 # numbers whose order finds the candidates: two draws share it with a chance of 1 to 16! = 2e13
@@ -88,8 +89,8 @@ def _repeats(tensor: Tensor, other: Tensor) -> bool:
         return False
 
     # 2. The factor that fits best, and what is left.
-    own = tensor.detach().reshape(-1)[:count].double()
-    theirs = other.detach().reshape(-1)[:count].double().to(own.device)
+    own = in_float64(tensor.detach().reshape(-1)[:count])
+    theirs = in_float64(other.detach().reshape(-1)[:count]).to(own.device)
     factor = float(own @ theirs) / max(float(theirs @ theirs), 1e-300)
     if factor <= 0:
         return False

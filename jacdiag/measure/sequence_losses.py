@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from jacdiag.errors import MeasureError
 from jacdiag.measure.gradients import loss_input, sum_of_squares
+from jacdiag.sources.accelerators import borrowed_generators
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.tensors import collect_deep
 
@@ -627,17 +628,6 @@ def _has_half_precision(model: nn.Module) -> bool:
     return not types.isdisjoint((torch.float16, torch.bfloat16))
 
 
-def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the numbers of the GPUs that tensors lie on, whose random state is kept."""
-    numbers = set()
-    for tensor in tensors:
-        # Without a number it is the first one.
-        if tensor.device.type == "cuda":
-            numbers.add(tensor.device.index or 0)
-
-    return sorted(numbers)
-
-
 @contextmanager
 def ready_for_gradients(
     model: nn.Module,
@@ -666,14 +656,13 @@ def ready_for_gradients(
     if not parameters:
         unfrozen = floating
         parameters = floating
-    devices = _cuda_devices(parameters)
 
     # 3. Lend it, and put everything back.
     try:
         for parameter in unfrozen:
             parameter.requires_grad_(True)
         lent.eval()
-        with torch.random.fork_rng(devices):
+        with borrowed_generators():
             yield lent, parameters, precision
     finally:
         for parameter in unfrozen:

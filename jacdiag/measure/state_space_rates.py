@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from jacdiag.records.structure import RateRecord
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace import Sites
 from jacdiag.trace.graph.graph import STATE, Graph, Node
 
@@ -79,7 +80,7 @@ def _parent(name: str) -> str:
 
 def decay_of(name: str, logarithm: Tensor) -> RateRecord:
     """Return the record of the logarithm of decay rates."""
-    rates = logarithm.detach().double().exp()
+    rates = in_float64(logarithm.detach()).exp()
     finite = rates[torch.isfinite(rates)]
     broken = int((~torch.isfinite(logarithm)).sum())
     return RateRecord(name, "decay", *_ends(finite), not_finite=broken)
@@ -93,7 +94,7 @@ def time_step_of(name: str, bias: Tensor) -> RateRecord:
         >>> round(record.least, 3), record.usual
         (0.693, 0.0)
     """
-    steps = softplus(bias.detach().double())
+    steps = softplus(in_float64(bias.detach()))
     finite = steps[torch.isfinite(steps)]
     is_usual = (finite >= SHORTEST * (1 - _SLACK)) & (finite <= LONGEST * (1 + _SLACK))
     share = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jacdiag.measure.token_statistics import locate
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace import Sites
 
 _ROWS = 4096  # tokens that are looked at together: no copy of an entire stream is made
@@ -113,7 +114,7 @@ def variance(x: Tensor, feature_dim: int) -> float:
     rows = _tokens(x, feature_dim)
     # Pieces of it, so that no copy of the stream in float64 is made.
     pieces = rows.split(_ROWS)
-    total = sum(float(piece.double().var(-1, correction=0).sum()) for piece in pieces)
+    total = sum(float(in_float64(piece).var(-1, correction=0).sum()) for piece in pieces)
     return total / max(len(rows), 1)
 
 
@@ -140,10 +141,10 @@ def token_cosine(x: Tensor, feature_dim: int) -> float | None:
     itself.
     """
     rows = _tokens(x, feature_dim)
-    total = torch.zeros(rows.shape[-1], dtype=torch.float64, device=x.device)
+    total = in_float64(rows.new_zeros(rows.shape[-1]))
     count = 0
     for part in rows.split(_ROWS):
-        part = part.double()
+        part = in_float64(part)
         norms = part.norm(dim=-1, keepdim=True)
         present = norms.squeeze(-1) > 0
         total += (part[present] / norms[present]).sum(0)

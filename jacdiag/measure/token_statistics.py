@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.records.report import Interval, PerToken, Spread, TokenAt
+from jacdiag.sources.accelerators import in_float64
 
 
 def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | None) -> TokenAt:
@@ -68,7 +69,7 @@ def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None)
         feature_dim: the dimension that holds the features; all others are tokens.
         token_ids: (B, T), to name the extreme tokens.
     """
-    std = x.detach().double().std(dim=feature_dim, correction=0).flatten()
+    std = in_float64(x.detach()).std(dim=feature_dim, correction=0).flatten()
     low, high = int(std.argmin()), int(std.argmax())
     return Spread(
         median=float(std.median()),
@@ -93,7 +94,7 @@ def gain_interval(
         feature_dim: the dimension of x that holds the features.
         token_ids: (B, T), to name the token of the largest gain.
     """
-    flat = gain.detach().double().flatten()
+    flat = in_float64(gain.detach()).flatten()
     top = int(flat.argmax())
     per_token = PerToken(
         median=float(flat.median()),

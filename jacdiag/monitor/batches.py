@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jacdiag.monitor.kept_batches import KeptBatch, KeptBatches
 from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
 from jacdiag.monitor.noise_scale import MicroBatches
+from jacdiag.sources.accelerators import is_capturing
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.trace.execution.precision import map_leaves
 
@@ -230,10 +231,7 @@ def _is_being_recorded() -> bool:
     if _get_proxy_mode()() is not None:  # by make_fx
         return True
 
-    # Without a GPU in use there is no stream to ask.
-    if not torch.cuda.is_initialized():
-        return False
-    return torch.cuda.is_current_stream_capturing()
+    return is_capturing()
 
 
 @cache

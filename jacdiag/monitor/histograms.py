@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
+from jacdiag.sources.accelerators import widest
 
 BINS = 64
 
@@ -50,7 +51,7 @@ def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
         top = 1.0
 
     # 2. The counts. histc leaves out what is not in the range.
-    counts_of_each = [torch.histc(t, BINS, -top, top).double().to(device) for t in flat]
+    counts_of_each = [torch.histc(t, BINS, -top, top).to(device, widest(device)) for t in flat]
     counts = torch.stack(counts_of_each).sum(0)
     bins = [int(count) for count in counts.tolist()]
 

@@ -39,6 +39,7 @@ from jacdiag.monitor.weight_writes import NOTED, WeightWrites
 from jacdiag.records import Finding, Report
 from jacdiag.records.run_log import Alert
 from jacdiag.rules.thresholds import Thresholds
+from jacdiag.sources.accelerators import without_autocast
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.wrappers import has_foreign_hooks
 
@@ -508,9 +509,7 @@ class Measurements:
             stack.enter_context(self.batches.away())
 
         # Autocast would change the precision of what is measured.
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(without_autocast())
         return stack
 
     def _measure(self, sites: Sites, step: int, tracing: float, *, probe: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jacdiag.sources.accelerators import free_device_memory
 from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.trace import Sites
 
@@ -45,7 +46,6 @@ def needed(sites: Sites, weights: int = 0) -> int:
 
 def available(device: torch.device) -> int | None:
     """Return the bytes that are free on a device; None if they cannot be read."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_memory()
+    if device.type == "cpu":
+        return free_host_memory()
+    return free_device_memory(device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.graph.graph import Graph
@@ -199,5 +200,5 @@ def _count_choices(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
 
     # 2. The load of each expert.
     picked = scores.detach().topk(chosen, dim=-1).indices.flatten()
-    load = torch.bincount(picked, minlength=experts).double() / picked.numel()
+    load = in_float64(torch.bincount(picked, minlength=experts)) / picked.numel()
     return Routing(entropy=float(entropy), load=load.tolist())

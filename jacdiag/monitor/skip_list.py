@@ -529,8 +529,7 @@ def _read_for_all_ranks(
 
     # 2. It sends the list, or its error, to the others.
     if _several_ranks():
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else None
-        dist.broadcast_object_list(results, src=0, device=device)
+        dist.broadcast_object_list(results, src=0)
     listed = results[0]
     if isinstance(listed, UsageError):
         raise listed

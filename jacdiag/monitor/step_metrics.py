@@ -19,7 +19,8 @@ from torch import Tensor
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
-from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums, widest
+from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums
+from jacdiag.sources.accelerators import widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
 MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)

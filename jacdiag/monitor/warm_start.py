@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from jacdiag.measure.branch_norms import Solver
+from jacdiag.sources.accelerators import widest
 from jacdiag.spectra import Operator, Solution
-from jacdiag.spectra.interval import PAD
+from jacdiag.spectra.interval import rounding_pad
 
 _PRODUCTS = 4
 
@@ -113,7 +114,7 @@ class WarmSolver(Solver):
         self.products += 2 * rounds
 
         # 2. Raise the bounds, and keep the better vectors.
-        pad = PAD[str(operator.dtype).removeprefix("torch.")]
+        pad = rounding_pad(operator.dtype, operator.device)
         estimate = np.fmax(solution.estimate, best)
         lower = np.fmax(solution.lower, best * (1 - pad))
         upper = np.fmax(solution.upper, estimate)
@@ -134,9 +135,10 @@ class WarmSolver(Solver):
 
 
 def _sizes(rows: Tensor) -> Any:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+    sizes = torch.linalg.vector_norm(rows, dim=1, dtype=widest(rows.device))
+    return sizes.cpu().double().numpy()
 
 
 def _unit(rows: Tensor) -> Tensor:
-    sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device))
     return rows / sizes.clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)

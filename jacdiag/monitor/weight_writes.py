@@ -197,7 +197,7 @@ class WeightWrites:
         Waits for the device.
         """
         # 1. Sort the changes. Equal ones stay in the order of depth.
-        sums = self._read_sums[place].double().cpu()
+        sums = self._read_sums[place].cpu().double()
         changes = _relative_change(sums)
         order = sorted(range(len(changes)), key=lambda k: -round(float(changes[k]), 3))
 

@@ -24,7 +24,8 @@ from jacdiag.pipeline.with_remedies import with_remedies
 from jacdiag.records import FiguresRecord, Report
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import Source
-from jacdiag.sources.device_choice import current, pick
+from jacdiag.sources.accelerators import made_current
+from jacdiag.sources.device_choice import check_precision, pick
 from jacdiag.sources.flight import latest_batch
 from jacdiag.sources.python_source import path_text, source_of
 from jacdiag.trace import Declaration
@@ -238,7 +239,11 @@ def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
     # 2. Open both models before any work, on the device of this rank.
     with enlisted(options.ranks) as ranks, torch.inference_mode(False):
         device = ranks.device(None if options.device is None else str(options.device))
-        with current(pick(device)):
+        picked = pick(device)
+        # A model that was passed stays where it is, and is checked there.
+        if not isinstance(source, nn.Module):
+            check_precision(picked, options.precision)
+        with made_current(picked):
             request = Request(
                 source=_open(source, options),
                 options=replace(options, device=device),

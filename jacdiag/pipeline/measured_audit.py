@@ -60,7 +60,8 @@ from jacdiag.records import (
 from jacdiag.rules import decision_points
 from jacdiag.rules.thresholds import load_healthy
 from jacdiag.sources import Probe, build_probe
-from jacdiag.sources.device_choice import pick
+from jacdiag.sources.accelerators import wait_for
+from jacdiag.sources.device_choice import check_precision, pick
 from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.module_wrappers import plain_name
@@ -240,8 +241,12 @@ class Audit:
 
     def _place(self) -> None:
         """Move a model that was loaded here to the device; one that was passed stays in place."""
-        if self.request.source.owned:
-            self.request.source.to(pick(self.request.options.device))
+        source = self.request.source
+        if source.owned:
+            device = pick(self.request.options.device)
+            check_precision(device, self.request.options.precision, self.model.parameters())
+            source.to(device)
+        check_precision(source.device, self.request.options.precision)
 
     def _build_probe(self, number: int = 0) -> Probe:
         """Return the probe of that number, on the model's device."""
@@ -409,7 +414,7 @@ class Audit:
                 str(self.request.source.device),
                 len(shares) - 1,
                 time.perf_counter() - start,
-                peak_memory_mb(),
+                peak_memory_mb(self.request.source.device),
             )
             with self._phase("wait"):
                 own_share = merged([*shares, Share(uses=[use])])
@@ -685,7 +690,8 @@ class Audit:
         forwards += through * len(measured.records)
 
         # 2. Memory of the rank that took most, and time.
-        peak = max((use.peak_memory_mb for use in measured.uses), default=peak_memory_mb())
+        own_peak = peak_memory_mb(self.request.source.device)
+        peak = max((use.peak_memory_mb for use in measured.uses), default=own_peak)
         seconds = time.perf_counter() - self._started
         return Cost(forwards, measured.products + through, seconds, peak, self._phases)
 
@@ -695,6 +701,8 @@ class Audit:
         start = time.perf_counter()
         try:
             yield
+            # What an accelerator has still to do belongs to this phase.
+            wait_for(self.request.source.device)
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 

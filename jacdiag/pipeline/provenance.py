@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jacdiag._version import __version__
+from jacdiag.sources.accelerators import peak_device_memory
 
 
 def stamp() -> dict[str, Any]:
@@ -19,15 +20,21 @@ def stamp() -> dict[str, Any]:
     return {"created": created, "torch": torch.__version__, "jacdiag": __version__}
 
 
-def peak_memory_mb() -> float:
+def peak_memory_mb(device: torch.device | None = None) -> float:
     """Return the peak of the device's allocator, or of the entire process on a CPU, in MiB.
 
     Linux hands the peak of the parent process down in `ru_maxrss`. The kernel's VmHWM is that of
     the process itself.
+
+    Args:
+        device: that the model runs on; the CPU if not given. The peak of the process stands for
+            that of a device whose allocator does not tell it (MPS, whose memory is the host's).
     """
-    # 1. The device, if this process has used it.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+    # 1. The device.
+    if device is not None:
+        of_device = peak_device_memory(device)
+        if of_device is not None:
+            return of_device / 2**20
 
     # 2. The process, as the kernel has it.
     own_peak = _kernel_peak_kib()

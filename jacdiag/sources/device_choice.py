@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from jacdiag.errors import UsageError
+from jacdiag.sources.accelerators import count_of, has_float64, present_kinds, present_names
 
 
 def pick(wanted: str | torch.device | None) -> torch.device:
-    """Return the device of that name; by default CUDA if there is one, else the CPU.
+    """Return the device of that name, or the best one if none is named.
+
+    The best one is the accelerator of this machine. It is the CPU if there is no accelerator or the
+    accelerator has no float64: intervals are narrower with it.
 
     Args:
         wanted: as torch names devices.
@@ -24,55 +29,70 @@ def pick(wanted: str | torch.device | None) -> torch.device:
     """
     # 1. A name.
     if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _best()
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise UsageError(
-            "no such device", got=f"--device {wanted}", hint="cpu, cuda, cuda:1"
+            "no such device", got=_asked(wanted), hint="one of those, such as --device cpu"
         ) from error
 
     # 2. A device that is there. There is always a CPU.
     if device.type == "cpu":
         return device
-    count = _count(device.type)
+    count = count_of(device.type)
     if not count:
         raise UsageError(
             f"{device.type.upper()} was asked for and is not there",
-            got=f"--device {wanted}",
+            got=_asked(wanted),
             hint="--device cpu",
         )
 
     # 3. One of several, which count from 0.
     if device.index is not None and device.index >= count:
         last = f"{device.type}:{count - 1}"
-        raise UsageError(
-            f"there is no {device}",
-            got=f"--device {wanted}, the last is {last}",
-            hint=f"--device {last}",
-        )
+        raise UsageError(f"there is no {device}", got=_asked(wanted), hint=f"--device {last}")
     return device
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU torch's current one for a while.
-
-    Code that says "cuda" then means it, and its allocator is the one that is read.
+def check_precision(
+    device: torch.device, dtype: torch.dtype | None, tensors: Iterable[Tensor] = ()
+) -> None:
+    """Raise if float64 is needed on a device that has none.
 
     Args:
-        device: any device; only one of CUDA is made the current one.
+        device: where the model runs.
+        dtype: precision of the run; None if it is not chosen.
+        tensors: weights that are there or are moved there.
+
+    Raises:
+        UsageError: the run or a weight is in float64, and the device has none.
+
+    Example:
+        >>> check_precision(torch.device("cpu"), torch.float64)
     """
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    # the CPU has none
-    return nullcontext()
+    # 1. Most devices have float64.
+    if has_float64(device):
+        return
+
+    # 2. This one has none.
+    event = f"{device.type.upper()} has no float64"
+    if dtype is torch.float64:
+        got = f"--device {device} with --dtype float64"
+        raise UsageError(event, got=got, hint="--dtype float32, or --device cpu")
+    if any(tensor.dtype is torch.float64 for tensor in tensors):
+        got = f"a model with float64 weights on --device {device}"
+        raise UsageError(event, got=got, hint="--device cpu, or model.float()")
 
 
-def _count(kind: str) -> int:
-    """Return how many devices of a kind this machine has; 0 if torch has no code for the kind."""
-    backend = getattr(torch, kind, None)
-    available = getattr(backend, "is_available", None)
-    # torch may know the kind, and the machine have none.
-    if backend is None or available is None or not available():
-        return 0
-    return int(backend.device_count())
+def _best() -> torch.device:
+    """Return the accelerator of this machine if it has float64, else the CPU."""
+    for kind in present_kinds():
+        if has_float64(torch.device(kind)):
+            return torch.device(kind)
+    return torch.device("cpu")
+
+
+def _asked(wanted: str | torch.device) -> str:
+    """Return what was asked for, and what there is."""
+    return f"--device {wanted}; this machine has {', '.join(present_names())}"

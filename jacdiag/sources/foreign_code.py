@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from jacdiag.errors import JacdiagError, TraceError
+from jacdiag.sources.accelerators import borrowed_generators, present_kinds
 
 _PACKAGE = Path(__file__).parents[1]  # the folder of jacdiag itself
 _FROZEN = "<frozen"  # file name of the frames of Python's own import machinery
@@ -85,11 +86,10 @@ def _frames_outside(folders: tuple[str, ...], error: BaseException) -> list[trac
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators inside, and restore their states afterwards."""
-    # Without a GPU there are no other generators.
-    devices: list[int] = []
-    if torch.cuda.is_available():
-        devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
+    """Seed torch's generators inside, and restore their states afterwards.
+
+    Code may put its tensors on any accelerator that is there, and draw them there.
+    """
+    with borrowed_generators(present_kinds()):
         torch.manual_seed(seed)
         yield

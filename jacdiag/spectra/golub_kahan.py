@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacdiag.sources.accelerators import widest
 from jacdiag.spectra.interval import Array
 from jacdiag.spectra.operator import Operator, Way
 
@@ -109,8 +110,9 @@ class Bidiagonalisation:
             self.products += 1
             differs = bool(self.operator.pull(probe).abs().max() > 0)
         else:
-            inner = (self.v.double() * pulled.double()).sum(1).cpu().numpy()
-            size = torch.linalg.vector_norm(pulled, dim=1, dtype=torch.float64).cpu().numpy()
+            wide = widest(pulled.device)
+            inner = (self.v.to(wide) * pulled.to(wide)).sum(1).cpu().numpy()
+            size = torch.linalg.vector_norm(pulled, dim=1, dtype=wide).cpu().numpy()
             differs = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
         if differs:
             raise RuntimeError(self._adjoint_cause())
@@ -123,8 +125,9 @@ class Bidiagonalisation:
         """
         # 1. Compare J v with the product of a v scaled down.
         small = self.v * _SHRUNK
-        pushed = self.operator.push(self.v).double()
-        scaled = self.operator.push(small).double() / _SHRUNK
+        wide = widest(self.operator.device)
+        pushed = self.operator.push(self.v).to(wide)
+        scaled = self.operator.push(small).to(wide) / _SHRUNK
         self.products += 2
         difference = float((pushed - scaled).abs().max())
         is_linear = difference <= 1e-2 * float(pushed.abs().max())  # False for NaN
@@ -143,7 +146,7 @@ class Bidiagonalisation:
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """Return the norm of a new direction; 0 at a breakdown, which makes the problem exact."""
         # 1. The norm. A problem that is exact gets no further direction.
-        value = norms(w).cpu().numpy()
+        value = norms(w).cpu().double().numpy()
         value[self.exact] = 0.0
 
         # 2. Breakdowns: what is no more than rounding of the largest one.
@@ -172,7 +175,7 @@ _SMALL = 1e-12
 
 
 def norms(w: Tensor) -> Tensor:
-    """Return the norms of the rows of (P, n) in float64.
+    """Return the norms of the rows of (P, n) in the widest type of their device.
 
     Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
     leave its range.
@@ -180,13 +183,13 @@ def norms(w: Tensor) -> Tensor:
     # 1. By chunks.
     if w.shape[1] and w.shape[1] % _CHUNK == 0:
         chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
-        sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=torch.float64)
+        sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
         is_in_range = (sizes > _SMALL) & (sizes < 1 / _SMALL)
         if bool(is_in_range.all()):
             return sizes
 
-    # 2. In float64.
-    exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    # 2. In the widest type.
+    exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=widest(w.device))
     return exact
 
 

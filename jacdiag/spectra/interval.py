@@ -26,12 +26,37 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from jacdiag.sources.accelerators import has_float64
 
 Array = NDArray[np.float64]
 
 # Relative rounding of an entire solve; the ends are moved outwards by it.
 PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
+# The same on a device without float64, where norms and inner products of vectors are rounded in
+# float32, too. A sum of a million terms in pairs is off by 20 eps, 2e-6. The order of sums of such
+# a device is not documented, so the pad is five times as wide.
+PAD_WITHOUT_FLOAT64 = 5e-4
+
+
+def rounding_pad(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the relative rounding of an entire solve, by which the ends are moved outwards.
+
+    Args:
+        dtype: of the products, float32 or float64.
+        device: where they run.
+
+    Example:
+        >>> rounding_pad(torch.float32, torch.device("cpu"))
+        0.0001
+        >>> rounding_pad(torch.float32, torch.device("mps"))
+        0.0005
+    """
+    if not has_float64(device):
+        return PAD_WITHOUT_FLOAT64
+    return PAD[str(dtype).removeprefix("torch.")]
 
 
 def bidiagonal(alphas: Array, betas: Array) -> Array:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms
-from jacdiag.spectra.interval import PAD, Array, ritz_values, upper_ends
+from jacdiag.spectra.interval import Array, ritz_values, rounding_pad, upper_ends
 from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
@@ -169,7 +169,7 @@ class _Run:
         self.operator, self.decide = question.operator, question.decide
         self.tol, self.max_products, self.early = tol, max_products, early
         if pad is None:
-            pad = PAD[str(self.operator.dtype).removeprefix("torch.")]
+            pad = rounding_pad(self.operator.dtype, self.operator.device)
         self.lanczos = Bidiagonalisation(self.operator, question.generator)
         self.ends = Ends(self.lanczos, eps, pad)
         self.stop: Stop | None = None
@@ -245,11 +245,11 @@ def inherited(
         confidence: probability with which they hold.
         tol: relative width that counts as converged.
     """
-    pad = PAD[str(operator.dtype).removeprefix("torch.")]
+    pad = rounding_pad(operator.dtype, operator.device)
     unit = vectors / norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1).to(
         vectors
     )
-    reached = norms(operator.push(unit)).cpu().numpy()
+    reached = norms(operator.push(unit)).cpu().double().numpy()
     low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
     nothing = np.zeros((len(reached), 0))
     return Solution(

@@ -41,6 +41,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import backend_registration
 
+from jacdiag.sources.accelerators import has_float64
+
 __all__ = ["NAME", "Counts", "Switches", "memory_in_use", "pretended_device"]
 
 
@@ -111,6 +113,7 @@ def pretended_device(**switches: Any) -> Iterator[Counts]:
     before, was_on = machine(), is_on()
     present = Machine(Switches(**switches))
     install(present, on=True)
+    has_float64.cache_clear()
 
     # 2. What torch answers for no backend in Python.
     with ExitStack() as stack:
@@ -129,6 +132,7 @@ def pretended_device(**switches: Any) -> Iterator[Counts]:
         finally:
             present.pending.clear()
             install(before, on=was_on)
+            has_float64.cache_clear()
 
 
 def _keep_parameters(on: bool) -> bool:

@@ -255,7 +255,8 @@ def _plain_state(state: RandomState) -> dict[str, Any]:
     numpy = [state.numpy[0], torch.from_numpy(state.numpy[1].astype("int64")), *state.numpy[2:]]
     return {
         "cpu": state.cpu,
-        "cuda": list(state.cuda),
+        "cuda": list(state.accelerators.get("cuda", ())),
+        "accelerators": {kind: list(states) for kind, states in state.accelerators.items()},
         "numpy": numpy,
         "python": _tuples_as_lists(state.python),
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace.discovery.norms_by_structure import looks_like_norm
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.replay import Replayer
@@ -462,14 +463,14 @@ class Anatomist:
         last = x.dim() - 1
         for dim, centred in itertools.product(range(last, -1, -1), (True, False)):
             # 1. x with the features last, centred or not.
-            base = x.double().movedim(dim, -1)
+            base = in_float64(x).movedim(dim, -1)
             if dim != last and base.shape != z.shape:
                 continue
             if centred:
                 base = base - base.mean(-1, keepdim=True)
 
             # 2. The number per token that fits best.
-            flat = z.double().reshape(base.shape)
+            flat = in_float64(z).reshape(base.shape)
             gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
 
             # 3. Whether it fits.
@@ -484,7 +485,7 @@ def _ignores_scale(normalise: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
     x is made so large that the eps of a norm does not count.
     """
-    unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()
+    unit = 2.0**12 / in_float64(x).square().mean().sqrt().clamp_min(1e-30).item()
     large = normalise(x * unit)
     twice_as_large = normalise(x * (unit * 2))
     return _close(large, twice_as_large, 1e-3)
@@ -493,7 +494,7 @@ def _ignores_scale(normalise: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Return whether two tensors are finite and equal to a relative tolerance, and not zero."""
     # 1. NaN and Inf are equal to nothing.
-    a, b = a.double(), b.double()
+    a, b = in_float64(a), in_float64(b)
     are_finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
     if not are_finite:
         return False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tensors import collect, tensors_in
@@ -77,7 +78,7 @@ def _checksum(t: Tensor) -> float:
         return 0.0
 
     # 2. The sum.
-    flat = torch.nan_to_num(t.detach().double()).flatten()
+    flat = torch.nan_to_num(in_float64(t.detach())).flatten()
     weights = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
     return float((flat * weights).sum())
 

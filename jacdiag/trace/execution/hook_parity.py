@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.precision import map_leaves
@@ -117,8 +118,8 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False
 
     # In float64, so that the norms do not overflow.
-    a = torch.nan_to_num(a.detach().double())
-    b = torch.nan_to_num(b.detach().double())
+    a = torch.nan_to_num(in_float64(a.detach()))
+    b = torch.nan_to_num(in_float64(b.detach()))
     return bool((a - b).norm() <= tolerance * b.norm() + 1e-12)
 
 
@@ -159,4 +160,4 @@ def _norm_if_float(tensor: Tensor) -> float:
         return 0.0
 
     # In float64, so that it does not overflow.
-    return float(torch.nan_to_num(tensor.detach().double()).norm())
+    return float(torch.nan_to_num(in_float64(tensor.detach())).norm())

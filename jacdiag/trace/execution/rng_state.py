@@ -13,6 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacdiag.sources.accelerators import (
+    RandomStates,
+    read_random_states,
+    restore_random_states,
+    seed_generators,
+)
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -22,25 +29,21 @@ class RandomState:
     """
 
     cpu: Tensor
-    cuda: tuple[Tensor, ...]
+    accelerators: RandomStates
     numpy: Any
     python: Any
 
     @classmethod
     def now(cls) -> RandomState:
         """Return the present state."""
-        # Asking a device for its state would start CUDA.
-        cuda: tuple[Tensor, ...] = ()
-        if torch.cuda.is_initialized():
-            cuda = tuple(torch.cuda.get_rng_state_all())
-        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
+        accelerators = read_random_states()
+        return cls(torch.get_rng_state(), accelerators, _numpy_state(), random.getstate())
 
     def restore(self) -> None:
         """Put every generator back to this state."""
         _NUMPY_STATES.clear()
         torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
+        restore_random_states(self.accelerators)
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
 
@@ -55,16 +58,22 @@ class RandomState:
             return False
 
         # 2. Torch's, on each device.
-        devices = (self.cpu, *self.cuda)
-        devices_of_other = (other.cpu, *other.cuda)
-        if len(devices) != len(devices_of_other):
+        if self.accelerators.keys() != other.accelerators.keys():
             return False
-        if not all(map(torch.equal, devices, devices_of_other)):
-            return False
+        of_each = {"cpu": (self.cpu,), **self.accelerators}
+        of_each_other = {"cpu": (other.cpu,), **other.accelerators}
+        for kind, states in of_each.items():
+            if not _are_equal(states, of_each_other[kind]):
+                return False
 
         # 3. numpy's: its key is an array, the other fields are numbers.
         has_same_key = np.array_equal(self.numpy[1], other.numpy[1])
         return has_same_key and bool(self.numpy[2:] == other.numpy[2:])
+
+
+def _are_equal(states: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Return whether the devices of one kind have the same states."""
+    return len(states) == len(others) and all(map(torch.equal, states, others))
 
 
 _MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
@@ -120,6 +129,6 @@ def another_draw() -> None:
 
     Call it inside `borrowed` only, which undoes it.
     """
-    torch.manual_seed(0x1E5)
+    seed_generators(0x1E5)
     np.random.seed(0x1E5)  # noqa: NPY002
     random.seed(0x1E5)
