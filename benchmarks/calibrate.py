@@ -5,9 +5,8 @@ For each figure, `a` is the largest value among the recipes that meet a conditio
 worst-sub-layer value among those that do not. "Met" ends a third of the way from a to b on a log
 scale, "not met" begins at two thirds.
 
-    python benchmarks/calibrate.py              all sizes, writes
-    benchmarks/results/calibration.json (about 10 minutes) python benchmarks/calibrate.py --quick
-    the smallest size, prints only
+    python benchmarks/calibrate.py            about 10 minutes; writes results/calibration.json
+    python benchmarks/calibrate.py --quick    the smallest size; prints only
 """
 
 from __future__ import annotations

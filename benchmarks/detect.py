@@ -8,9 +8,8 @@ alert after it is held against the step at which the loss itself shows it: the m
 stands 0.3 above their rolling median of 201 steps (a batch of 256 tokens scatters by 0.23, such a
 mean by 0.07), or one loss by 2. Each fault is put into runs of three seeds.
 
-    python benchmarks/detect.py            about 45 minutes; prints, and writes
-    benchmarks/results/detect.json python benchmarks/detect.py --quick    one healthy run of 600
-    steps and every fault once; prints only
+    python benchmarks/detect.py            about 45 minutes; prints, and writes results/detect.json
+    python benchmarks/detect.py --quick    a healthy run of 600 steps, every fault once; prints only
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ A fault counts as found in time within 10 steps if the loss shows it by then: a 
 the median of the last 201, or the mean of ten losses 0.3 above it. A fault that the loss does not
 show has two rounds of statistics, the first one after it and the next.
 
-    python benchmarks/faults.py                  half an hour on one core; writes
-    benchmarks/results/faults.json python benchmarks/faults.py --only Lightning one of the runs; the
-    others stay as they are in the results python benchmarks/faults.py --quick          two
-    positions; prints only python benchmarks/faults.py --recorded       the recorded runs of the
-    lab, young parts too: false alarms only
+    python benchmarks/faults.py                     half an hour; writes results/faults.json
+    python benchmarks/faults.py --only Lightning    one of the runs; the results of others stay
+    python benchmarks/faults.py --quick             two positions; prints only
+    python benchmarks/faults.py --recorded          recorded runs of the lab: false alarms only
 """
 
 from __future__ import annotations

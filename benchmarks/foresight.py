@@ -9,9 +9,8 @@ chance's interval above which the rule speaks. It tells the share of divergences
 is not a chance of the other, so the two are also held side by side at as many false alarms, each at
 the limit that is best for it.
 
-    python benchmarks/foresight.py             seven minutes; prints, and writes
-    benchmarks/results/foresight.json python benchmarks/foresight.py --quick     one grid and three
-    limits; prints only
+    python benchmarks/foresight.py            seven minutes; writes results/foresight.json
+    python benchmarks/foresight.py --quick    one grid and three limits; prints only
 """
 
 from __future__ import annotations

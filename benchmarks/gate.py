@@ -2,9 +2,9 @@
 12-layer model.
 
     python benchmarks/gate.py recipes --sizes 6x256 --seeds 20
-    python benchmarks/gate.py recipes --sizes 24x1024 --seeds 10 --first 10      ten more, beside
-    the ten that are there python benchmarks/gate.py unchanged --seeds 100 python benchmarks/gate.py
-    time
+    python benchmarks/gate.py recipes --sizes 24x1024 --seeds 10 --first 10    ten more seeds
+    python benchmarks/gate.py unchanged --seeds 100
+    python benchmarks/gate.py time
 
 Each part updates its own entry of benchmarks/results/gate.json.
 """

@@ -1,7 +1,7 @@
 """Measures mainstream inits as transformers builds them, and writes the ladder that a report shows.
 
-python benchmarks/ladder.py            writes jacdiag/rules/healthy.toml and
-benchmarks/results/ladder.json python benchmarks/ladder.py --quick    smallest width, prints only
+python benchmarks/ladder.py            writes jacdiag/rules/healthy.toml and results/ladder.json
+python benchmarks/ladder.py --quick    the smallest width; prints only
 """
 
 from __future__ import annotations

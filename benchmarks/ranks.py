@@ -5,9 +5,8 @@ same round: of the audit itself (its own clock, from the model in memory to the 
 whole command (import, reading the file, torchrun). Needs two cores that are free: what else ran is
 written down as the load before each run.
 
-    python benchmarks/ranks.py            about 20 minutes; prints, and writes
-    benchmarks/results/ranks.json python benchmarks/ranks.py --quick    a small shape, under a
-    minute; prints only
+    python benchmarks/ranks.py            about 20 minutes; prints, and writes results/ranks.json
+    python benchmarks/ranks.py --quick    a small shape, under a minute; prints only
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ For each shape and failing recipe: an audit with remedies, then the text of its 
 run on models of seeds that no remedy was tried on, each judged by the gate. The price of the trials
 is set against the audit alone.
 
-    python benchmarks/remedies.py                                  6x256 and 24x256, about a quarter
-    of an hour python benchmarks/remedies.py --sizes 6x1024 --seeds 2         other shapes; each
-    updates its own entry python benchmarks/remedies.py --quick                          one small
-    shape; prints only
+    python benchmarks/remedies.py            6x256 and 24x256, about a quarter of an hour
+    python benchmarks/remedies.py --sizes 6x1024 --seeds 2    each shape updates its own entry
+    python benchmarks/remedies.py --quick    one small shape; prints only
 """
 
 from __future__ import annotations

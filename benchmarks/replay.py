@@ -6,10 +6,10 @@ whether or not a live rule fires, so that the replay is measured and not the rul
 checkpoint is replayed, and the verdict is counted by fault and by where the checkpoint is: long
 before the fault, right before it, after it.
 
-    python benchmarks/replay.py            about 20 minutes; prints, and writes
-    benchmarks/results/replay.json python benchmarks/replay.py --quick    one seed; prints only
-    python benchmarks/replay.py --default  with the batches that a watch keeps by itself,
-    log_every=10; prints only
+    python benchmarks/replay.py              about 20 minutes; writes results/replay.json
+    python benchmarks/replay.py --quick      one seed; prints only
+    python benchmarks/replay.py --default    the batches that a watch keeps by itself, log_every=10;
+                                             prints only
 """
 
 from __future__ import annotations

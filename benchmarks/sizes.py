@@ -7,9 +7,11 @@ float64 truth, and svds, which cannot be stopped, is given the loosest tolerance
 
     python benchmarks/sizes.py               sizes with T d up to 200,000; writes results/sizes.json
     python benchmarks/sizes.py --most inf    all sizes, d up to 2048 and T up to 1024; those in the
-    file are kept python benchmarks/sizes.py --again       those in the file too python
-    benchmarks/sizes.py --without svd_lowrank    an hour less at the largest size, where it takes
-    300 products python benchmarks/sizes.py --quick       one small size, seconds; prints only
+                                             file are kept
+    python benchmarks/sizes.py --again       those in the file too
+    python benchmarks/sizes.py --without svd_lowrank    an hour less at the largest size, where it
+                                                        takes 300 products
+    python benchmarks/sizes.py --quick       one small size, seconds; prints only
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
 Everything is measured in one run, each contest in rounds that take turns, and the ratios are
 medians over rounds. How the peers are favoured stands in `_peers.py`.
 
-    python benchmarks/spectral.py            about 10 minutes; prints, and writes
-    benchmarks/results/spectral.json python benchmarks/spectral.py --quick    a small shape,
-    seconds; prints only
+    python benchmarks/spectral.py            about 10 minutes; writes results/spectral.json
+    python benchmarks/spectral.py --quick    a small shape, seconds; prints only
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ to pay to run the model at all. Every step runs in a process of its own, so that
 peak of resident memory.
 
     python benchmarks/stream.py                  makes the folder (13.5 GB), about 25 minutes;
-    writes the results python benchmarks/stream.py --quick          a small shape, seconds; prints
-    only python benchmarks/stream.py --folder DIR     where the folder is, or is to be made
-    (default: in the system's /tmp) python benchmarks/stream.py --only decide    one of the two
-    audits; the other's figures stay as they are
+                                                 writes results/stream.json
+    python benchmarks/stream.py --quick          a small shape, seconds; prints only
+    python benchmarks/stream.py --folder DIR     where the folder is, or is to be made (default: in
+                                                 the system's /tmp)
+    python benchmarks/stream.py --only decide    one of the two audits; the other's figures stay
 """
 
 from __future__ import annotations

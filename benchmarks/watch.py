@@ -5,10 +5,10 @@ Contestants take turns within a round, each with plain steps of its own right be
 and what is given is the median over rounds of (with / without - 1). The watch also keeps its own
 account (the time inside its hooks), which does not drown in the noise of a machine that is shared.
 
-    python benchmarks/watch.py            about 30 minutes; prints, and writes
-    benchmarks/results/watch.json python benchmarks/watch.py --quick    a small shape, seconds;
-    prints only python benchmarks/watch.py --steps    steps of about 14 ms and 60 ms only, about 20
-    minutes; see _step_sizes.py
+    python benchmarks/watch.py            about 30 minutes; prints, and writes results/watch.json
+    python benchmarks/watch.py --quick    a small shape, seconds; prints only
+    python benchmarks/watch.py --steps    steps of about 14 ms and 60 ms only, about 20 minutes;
+                                          see _step_sizes.py
 """
 
 from __future__ import annotations

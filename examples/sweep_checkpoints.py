@@ -5,9 +5,10 @@ Each checkpoint is audited once and is a line of the output; a sweep that was st
 Public series publish their steps as revisions of one repository (Pythia, OLMo, Amber ...); with
 network and `pip install 'jacdiag[hf]'`:
 
-    python examples/sweep_checkpoints.py --repo EleutherAI/pythia-160m --revision step0 --out
-    pythia.jsonl python examples/sweep_checkpoints.py step0=ckpt/0.pt step1000=ckpt/1000.pt --out
-    mine.jsonl python examples/sweep_checkpoints.py --out pythia.jsonl --rungs "Pythia 160M"
+    python examples/sweep_checkpoints.py --repo EleutherAI/pythia-160m --revision step0 \\
+        --out pythia.jsonl
+    python examples/sweep_checkpoints.py step0=ckpt/0.pt step1000=ckpt/1000.pt --out mine.jsonl
+    python examples/sweep_checkpoints.py --out pythia.jsonl --rungs "Pythia 160M"
 
 The last prints the untrained checkpoints as rungs for jacdiag/rules/healthy.toml; send them in.
 """

@@ -1,7 +1,7 @@
 """Watches a model sharded with fully_shard (FSDP2), or with DDP: the norms are those of the whole,
 rank 0 writes.
 
-torchrun --nproc-per-node 2 examples/watch_fsdp.py [STEPS] [ddp]
+    torchrun --nproc-per-node 2 examples/watch_fsdp.py [STEPS] [ddp]
 """
 
 from __future__ import annotations

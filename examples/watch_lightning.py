@@ -1,7 +1,7 @@
 """Watches a Lightning Trainer by a callback; TensorBoard gets the figures too, where it is
 installed.
 
-python examples/watch_lightning.py [STEPS]
+    python examples/watch_lightning.py [STEPS]
 """
 
 from __future__ import annotations

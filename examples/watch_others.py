@@ -1,7 +1,7 @@
 """Watches loops and models of other libraries: Fabric, litgpt's GPT, x-transformers, torchtitan's
 optimizers.
 
-python examples/watch_others.py [STEPS] [fabric | litgpt | x-transformers | torchtitan]
+    python examples/watch_others.py [STEPS] [fabric | litgpt | x-transformers | torchtitan]
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Watches a plain training loop: gradient accumulation, clipping, a checkpoint that the log goes on
 from.
 
-python examples/watch_plain.py [STEPS]       then: jacdiag live runs/plain, jacdiag plot runs/plain
+    python examples/watch_plain.py [STEPS]
+
+Then: `jacdiag live runs/plain`, `jacdiag plot runs/plain`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     python -m examples.reproduce_spike_no_more figure2 --out out/paper             one part
     python -m examples.reproduce_spike_no_more all --out out/paper --jobs 2        everything
-    python -m examples.reproduce_spike_no_more all --out /tmp/paper --quick        a minute or two:
-    does it work?
+    python -m examples.reproduce_spike_no_more all --out /tmp/paper --quick        minutes
 
 Each part says first what time it will take, and writes PART.json, PART.md and PART.png. The same
 seeds give the same numbers on the same machine.
