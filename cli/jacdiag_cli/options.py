@@ -52,13 +52,17 @@ class JsonObject(click.ParamType):
 
 
 class Device(click.ParamType):
-    """A device as torch names it; whether it is there is found out when it is used."""
+    """A device as torch names it: its kind, and a number if there are several.
+
+    Any kind will do, because backends bring kinds of their own. Whether the device is there is
+    found out when it is used, and the error says what is there.
+    """
 
     name = "device"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the device's name, checked for its form alone."""
-        if not re.fullmatch(r"(cpu|cuda|xpu|mps)(:\d+)?", str(value)):
+        if not re.fullmatch(r"[a-z]\w*(:\d+)?", str(value)):
             self.fail(f"{value!r} is no device. Examples: cpu, cuda, cuda:1", param, ctx)
         return str(value)
 
@@ -170,7 +174,7 @@ PROBE = [
     click.option(
         "--device",
         type=Device(),
-        show_default="cuda if there, else cpu",
+        show_default="the accelerator if it has float64, else cpu",
         help="Where products run.",
     ),
     click.option(

@@ -94,13 +94,15 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     import torch
 
     from jacdiag.sources import build_probe, load
-    from jacdiag.sources.device_choice import pick
+    from jacdiag.sources.device_choice import check_precision, pick
     from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 
     # 1. The model.
     check_one_probe(tokens=given["tokens"], input_factory=given["inputs"])
     device = pick(given["device"])
+    dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
+    check_precision(device, dtype)
     loaded = load(
         source,
         **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")},
@@ -111,6 +113,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
             got=loaded.why_weights or None,
             hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
         )
+    check_precision(device, dtype, loaded.model.parameters())
     loaded.to(device)
 
     # 2. What the model is run on.
@@ -120,7 +123,6 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
         probe = probe.to(device)
 
     # 3. One forward, recorded.
-    dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
     weights = loaded.weights
     with probe.suspected():

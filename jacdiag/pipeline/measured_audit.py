@@ -60,13 +60,14 @@ from jacdiag.records import (
 from jacdiag.rules import decision_points
 from jacdiag.rules.thresholds import load_healthy
 from jacdiag.sources import Probe, build_probe
-from jacdiag.sources.accelerators import wait_for
+from jacdiag.sources.accelerators import has_float64, wait_for
 from jacdiag.sources.device_choice import check_precision, pick
 from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of
+from jacdiag.spectra.interval import PAD, PAD_WITHOUT_FLOAT64
 from jacdiag.trace import Sites, Sublayer, sites
 from jacdiag.trace.discovery.nothing_found import nothing_found
 from jacdiag.trace.execution.tensors import collect_deep
@@ -179,6 +180,7 @@ class Audit:
             )
 
         # 3. Note what the dataflow hides, and end if it shows no sub-layer.
+        self._notes += self._precision_notes()
         self._notes += self.sites.notes
         self._notes += [f"hidden from the dataflow: {line}" for line in self.sites.hidden]
         self._notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
@@ -247,6 +249,17 @@ class Audit:
             check_precision(device, self.request.options.precision, self.model.parameters())
             source.to(device)
         check_precision(source.device, self.request.options.precision)
+
+    def _precision_notes(self) -> list[str]:
+        """Return what a device without float64 makes different; nothing for any other."""
+        device = self.request.source.device
+        if has_float64(device):
+            return []
+        wide, usual = PAD_WITHOUT_FLOAT64, PAD["float32"]
+        return [
+            f"{device.type} has no float64: norms of vectors are summed in float32, and each end "
+            f"of an interval is moved outwards by {wide:.2%} (by {usual:.2%} with float64)"
+        ]
 
     def _build_probe(self, number: int = 0) -> Probe:
         """Return the probe of that number, on the model's device."""

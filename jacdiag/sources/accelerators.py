@@ -34,10 +34,12 @@ def module_of(kind: str) -> Any | None:
         >>> module_of("cpu").__name__
         'torch.cpu'
     """
+    # `torch.get_device_module` does the same, and keeps what it found first.
     try:
-        return torch.get_device_module(kind)
-    except (RuntimeError, AttributeError):
+        torch.device(kind)
+    except RuntimeError:
         return None
+    return getattr(torch, kind, None)
 
 
 def count_of(kind: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, TraceError
+from jacdiag.sources.device_choice import check_precision
 from jacdiag.sources.foreign_code import model_code, own_frames
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.python_source import check_module
@@ -71,6 +72,7 @@ def sites(
     Raises:
         TraceError: the forward raises (the model's own error is the cause), or nothing could be
             recorded.
+        UsageError: float64 on a device that has none.
 
     Example:
         >>> import torch, jacdiag
@@ -132,6 +134,8 @@ class Tracer:
         self.dtype = dtype
         if torch.float64 in dtypes:
             self.dtype = torch.float64
+        device = device_of((args, kwargs))
+        check_precision(device, self.dtype)
 
         # 3. The copy that is run. Without values the model itself cannot be run to see what it
         # computes: then the copy keeps its hooks.
@@ -141,7 +145,7 @@ class Tracer:
             self.model,
             keep_hooks=has_hooks and not self.compares_with_model,
             weights=weights,
-            device=device_of((args, kwargs)),
+            device=device,
         )
         self.args, self.kwargs = prepared(self.model, args, kwargs, self.dtype)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from jacdiag.sources.accelerators import module_of
 from jacdiag.trace.execution.tensors import is_finite
 from jacdiag.trace.graph.ops import OUTLINE_QUESTIONS
 
@@ -110,8 +111,10 @@ class Stored(Mapping[str, Tensor]):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if attribute == "device":
             return self.device
-        if attribute in ("is_cuda", "is_cpu"):
-            return self.device.type == attribute.removeprefix("is_")
+        kind = attribute.removeprefix("is_")
+        asks_for_kind = attribute.startswith("is_") and module_of(kind) is not None
+        if asks_for_kind:
+            return self.device.type == kind
 
         # 2. What the outline alone is: a tensor without numbers.
         if attribute in _PLACE:
