@@ -40,7 +40,7 @@ Run = Callable[..., Done]
         (["--warmup", "1.5"], "--warmup"),
         (["--clip", "0"], "--clip"),
         (["--beta2", "1"], "--beta2"),
-        (["--device", "gpu"], "--device"),
+        (["--device", "0"], "--device"),
         (["--device", "cuda:x"], "--device"),
         (["--model-args", "{"], "--model-args"),
         (["--model-args", "[1]"], "--model-args"),

@@ -287,6 +287,7 @@ def test_each_rank_its_own_gpu(
     """A rank that is shown one GPU only (as by Slurm's --gpus-per-task) takes that one."""
     import torch
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setenv("LOCAL_RANK", local)
     assert together(1, lambda team: team.device(wanted)) == [picked]
