@@ -1,226 +1,202 @@
-"""On one GPU, under 10 minutes: is a product right, what do TF32 and bfloat16 do to it, how fast is
-a whole audit.
+"""Everything that was never run on an accelerator, in one command and under 10 minutes.
 
-Every row is checked against CPU float64 where it can be; a row that is wrong fails the script.
-Products in TF32 and in bfloat16 are made here by hand: the library makes float32 ones whatever the
-process allows.
+Is a product right, what do TF32 and bfloat16 do to it, how often does the host wait, how fast is an
+audit, what does a watch cost beside trainscope and wandb.watch, and do the tests that need CUDA
+pass? What a smaller card or a missing library does not allow is left out with a sentence. A row
+that is wrong fails the script.
 
-    python benchmarks/gpu.py            on CUDA; prints, and writes benchmarks/results/gpu.json
-    python benchmarks/gpu.py --quick    small shapes on any device, seconds; prints only
+    python benchmarks/gpu.py                 on the accelerator; prints, and writes results/gpu.json
+    python benchmarks/gpu.py --quick         small shapes on any device, the CPU too; prints only
+    python benchmarks/gpu.py --device xpu    on another device than the first one
+    python benchmarks/gpu.py --only audit    one part, or several; prints only
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.util
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import jacdiag
-from jacdiag.sources import gpt
-from jacdiag.sources.factory import seeded
-from jacdiag.spectra.interval import PAD
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks._gpu import correctness, overhead, speed  # noqa: E402
+from benchmarks._gpu.bench import Case, NotHereError, Row, run_cases  # noqa: E402
+from benchmarks._gpu.shapes import (  # noqa: E402
+    BILLION,
+    GPT2,
+    SEVEN_BILLION,
+    SMALL,
+    TOY,
+    Shape,
+)
+from jacdiag.errors import JacdiagError  # noqa: E402
+from jacdiag.sources import accelerators  # noqa: E402
+from jacdiag.sources.device_choice import pick  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
-SMALL = {"n_layer": 2, "n_embd": 128, "n_head": 2, "vocab_size": 512, "block_size": 64}
-GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50304, "block_size": 1024}
-# 6.6e9 parameters
-WIDE = {"n_layer": 32, "n_embd": 4096, "n_head": 32, "vocab_size": 32000, "block_size": 512}
-ONE_LAYER = {**GPT2, "n_layer": 1, "block_size": 128}
-LIMITS = {"GPT-2 124M, B 4, T 1024": 10.0, "7B, B 1, T 512": 60.0}
-
-
-def built(
-    sizes: dict[str, int], batch: int, device: str, dtype: torch.dtype = torch.float32
-) -> tuple[Any, Tensor]:
-    with seeded(0), torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = gpt.build("gpt2", **sizes).eval()
-        finally:
-            torch.set_default_dtype(before)
-        ids = torch.randint(sizes["vocab_size"], (batch, sizes["block_size"]))
-    return model, ids
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+SECONDS = 570.0
+PARTS = ("products", "intervals", "waits", "tests", "audit", "watch")
 
 
-@contextmanager
-def allowed(mode: str) -> Iterator[None]:
-    """Float32 products in TF32 ("high") or not ("highest")."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(mode)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How large the parts are.
 
-
-def pulled(fn: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        _, pull = torch.func.vjp(fn, x)  # type: ignore[misc]
-        return pull(w.to(x))[0].detach().double().cpu()
-
-
-def rounding(sizes: dict[str, int], device: str) -> list[dict[str, Any]]:
-    """Relative error of J^T w in each precision, beside CPU float64, for attention and FFN of the
-    first layer.
+    Attributes:
+        exact: shape that is compared with float64 on the CPU.
+        audited: shapes whose audits are timed.
+        watched: shapes whose training steps are timed with and without watchers.
+        product: rows of the square matrices whose product gives the rate.
+        rounds, steps: of each contestant in a training loop.
+        with_tests: the tests that need CUDA run, too.
     """
-    model, ids = built(sizes, 2, "cpu")
-    sites = jacdiag.sites(model, ids)
-    rows = []
-    for part, norm in (("attn", "ln_1"), ("mlp", "ln_2")):
-        block = model.transformer["h"][0]
-        x = sites.named(f"transformer.h.0.{part}").shortcut
-        w = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-        def run(
-            dtype: torch.dtype,
-            where: str,
-            mode: str = "highest",
-            b: Any = block,
-            p: str = part,
-            n: str = norm,
-            at: Tensor = x,
-            along: Tensor = w,
-        ) -> Tensor:
-            moved = copy.deepcopy(b).to(where, dtype)
-            with allowed(mode):
-                return pulled(
-                    lambda v: getattr(moved, p)(getattr(moved, n)(v)), at.to(where, dtype), along
-                )
-
-        truth = run(torch.float64, "cpu")
-        made = {"float32": run(torch.float32, device), "bfloat16": run(torch.bfloat16, device)}
-        if device == "cuda":  # a CPU has no TF32
-            made["TF32"] = run(torch.float32, device, "high")
-        for name, found in made.items():
-            error = float((found - truth).norm() / truth.norm())
-            rows.append(
-                {
-                    "branch": part,
-                    "products": name,
-                    "error": error,
-                    "inside_the_pad": error <= PAD["float32"],
-                }
-            )
-    return rows
+    exact: Shape
+    audited: tuple[Shape, ...]
+    watched: tuple[Shape, ...]
+    product: int
+    rounds: int
+    steps: int
+    with_tests: bool = True
 
 
-def same_intervals(sizes: dict[str, int], device: str) -> bool:
-    """Whether the intervals of a device's audit hold the estimates of a CPU float64 audit of the
-    same model.
+FULL = Plan(
+    exact=SMALL,
+    audited=(GPT2, SEVEN_BILLION),
+    watched=(GPT2, BILLION),
+    product=8192,
+    rounds=3,
+    steps=6,
+)
+QUICK = Plan(
+    exact=SMALL,
+    audited=(SMALL,),
+    watched=(SMALL,),
+    product=512,
+    rounds=2,
+    steps=2,
+    with_tests=False,
+)
+SMALLEST = Plan(
+    exact=TOY, audited=(TOY,), watched=(TOY,), product=16, rounds=1, steps=1, with_tests=False
+)
+
+
+def cases_of(plan: Plan, device: torch.device) -> list[Case]:
+    """Return what is measured, the cheap and the important first."""
+    # 1. Correctness.
+    cases = correctness.cases_of(plan.exact, device)
+    between_logs = partial(overhead.waits_between_logs, plan.exact, device)
+    cases.append(Case("waits", "watch: waits of the host between logs", between_logs))
+    if plan.with_tests:
+        cases.append(Case("tests", "pytest -m cuda", partial(cuda_tests, device)))
+
+    # 2. Speed.
+    for shape in plan.audited:
+        timed: Callable[[], Row] = partial(speed.audit_time, shape, device, plan.product)
+        name = f"{shape.name}, B {shape.batch}, T {shape.length}"
+        cases.append(Case("audit", name, timed, shape.bytes_to_audit))
+    for shape in plan.watched:
+        for watcher in overhead.watchers():
+            timed = partial(overhead.overhead, shape, device, watcher, plan.rounds, plan.steps)
+            name = f"{shape.name}: {watcher.name}"
+            cases.append(Case("watch", name, timed, shape.bytes_to_train))
+    return cases
+
+
+def cuda_tests(device: torch.device) -> Row:
+    """Run the tests that need CUDA.
+
+    Raises:
+        NotHereError: there is no CUDA, or no pytest.
     """
-    model, ids = built(sizes, 2, "cpu")
-    here = jacdiag.audit(copy.deepcopy(model).to(device), ids.to(device), state="init")
-    truth = jacdiag.audit(model.double(), ids, state="init", dtype="float64", tol=1e-4)
-    pairs = [
-        (a.branch_norm, b.branch_norm) for a, b in zip(here.sublayers, truth.sublayers, strict=True)
-    ]
-    return all(
-        a is not None and b is not None and a.lower <= b.estimate <= a.upper for a, b in pairs
+    # 1. What they need.
+    if device.type != "cuda":
+        raise NotHereError(f"they need CUDA, and the device is of kind {device.type}")
+    if importlib.util.find_spec("pytest") is None:
+        raise NotHereError("pytest is not installed")
+
+    # 2. Run them in a process of their own.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/monitor"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        print(done.stdout, done.stderr, file=sys.stderr)
+    return Row(
+        part="tests",
+        what="pytest -m cuda",
+        figure=lines[-1] if lines else "no output",
+        passes=done.returncode == 0,
+        numbers={"exit_code": done.returncode, "output": lines[-20:]},
     )
 
 
-def matmul_rate(device: str, size: int) -> float:
-    """Float32 operations per second of a plain square product."""
-    a = torch.randn(size, size, device=device)
-    times = []
-    for _ in range(5):
-        _wait(device)
-        begun = time.perf_counter()
-        a @ a
-        _wait(device)
-        times.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(times)
-
-
-def audited(
-    name: str, sizes: dict[str, int], batch: int, device: str, dtype: torch.dtype, rate: float
+def measure(
+    plan: Plan, device: torch.device, only: tuple[str, ...] = PARTS, seconds: float = SECONDS
 ) -> dict[str, Any]:
-    """One whole audit: seconds, and the share of the matrix-product rate that its products reach.
+    """Measure the parts on a device, print the table and return the results.
 
-    A product with a sub-layer's Jacobian is counted as two operations per weight and token,
-    attention scores left out: 24 d^2 a layer and token, half of it for each sub-layer on the
-    average.
+    Args:
+        plan: how large they are.
+        device: where they run.
+        only: the parts.
+        seconds: after which nothing goes on.
     """
-    model, ids = built(sizes, batch, device, dtype)
-    _wait(device)
-    begun = time.perf_counter()
-    report = jacdiag.audit(model, ids, state="init")
-    _wait(device)
-    seconds = time.perf_counter() - begun
-    assert report.cost is not None
-    operations = report.cost.forward_equivalents * 12 * sizes["n_embd"] ** 2 * ids.numel()
+    begun = time.monotonic()
+    module = accelerators.module_of(device.type)
+    name = getattr(module, "get_device_name", lambda _: device.type)
+    with accelerators.made_current(device):
+        cases = [case for case in cases_of(plan, device) if case.part in only]
+        about = {
+            "device": str(device),
+            "name": "cpu" if device.type == "cpu" else name(device),
+            "torch": torch.__version__,
+        }
+        print(", ".join(about.values()))
+        rows = run_cases(cases, device, seconds)
     return {
-        "what": name,
-        "seconds": round(seconds, 2),
-        "limit": LIMITS.get(name),
-        "share_of_matmul_rate": round(operations / seconds / rate, 3),
-        "converged": all(
-            r.branch_norm is not None and r.branch_norm.converged for r in report.sublayers
-        ),
-        "phases": {k: round(v, 2) for k, v in report.cost.phases.items()},
+        **about,
+        "seconds": round(time.monotonic() - begun, 1),
+        "rows": [asdict(row) for row in rows],
     }
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="small shapes on any device; nothing is written"
-    )
+    parser.add_argument("--quick", action="store_true", help="small shapes; nothing is written")
+    parser.add_argument("--device", help="as torch names it (default: the first accelerator)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.quick:
-        print("no CUDA device here; --quick runs small shapes on the CPU")
+
+    # 1. The device.
+    kinds = accelerators.present_kinds()
+    try:
+        device = pick(args.device or (kinds[0] if kinds else "cpu"))
+    except JacdiagError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if device.type == "cpu" and not args.quick:
+        print("no accelerator is here; --quick runs small shapes on the CPU")
         return 0
-    rate = matmul_rate(device, 512 if args.quick else 8192)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "float32_matmul_per_second": rate,
-        "rounding": rounding(SMALL if args.quick else ONE_LAYER, device),
-        "intervals_hold": same_intervals(SMALL, device),
-    }
-    shapes = (
-        [("small", SMALL, 2, torch.float32)]
-        if args.quick
-        else [
-            ("GPT-2 124M, B 4, T 1024", GPT2, 4, torch.float32),
-            ("7B, B 1, T 512", WIDE, 1, torch.bfloat16),
-        ]
-    )
-    result["audits"] = [
-        audited(name, sizes, batch, device, dtype, rate) for name, sizes, batch, dtype in shapes
-    ]
-    wrong = not result["intervals_hold"]
-    for row in result["rounding"]:
-        wrong |= row["products"] == "float32" and not row["inside_the_pad"]
-        verdict = "inside the pad" if row["inside_the_pad"] else "refused: more than the pad"
-        print(
-            f"{row['branch']:5s} J^T w in {row['products']:9s} error {row['error']:.1e}   {verdict}"
-        )
-    print(f"intervals hold the CPU float64 norms: {'yes' if result['intervals_hold'] else 'NO'}")
-    for row in result["audits"]:
-        wrong |= not row["converged"]
-        limit = "" if row["limit"] is None else f" (at most {row['limit']:g})"
-        share = row["share_of_matmul_rate"]
-        print(f"{row['what']:25s} {row['seconds']:7.2f} s{limit}   {share:.1%} of the product rate")
-    if not args.quick:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+    # 2. The parts.
+    result = measure(QUICK if args.quick else FULL, device, tuple(args.only))
+    is_whole = tuple(args.only) == PARTS
+    if is_whole and not args.quick:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    wrong = [row["what"] for row in result["rows"] if row["passes"] is False]
+    if wrong:
+        print("wrong: " + "; ".join(wrong))
     return 1 if wrong else 0
 
 
