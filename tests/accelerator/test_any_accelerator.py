@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerator.pretended import NAME, memory_in_use, pretended_device
-from torch import Tensor
+from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.monitor import probe_memory
 from jacdiag.pipeline.provenance import peak_memory_mb
+from jacdiag.records.report import Report
+from jacdiag.records.run_log import read_run
 from jacdiag.sources import accelerators
 from jacdiag.sources.device_choice import pick
 from jacdiag.sources.foreign_code import seeded
@@ -175,13 +179,18 @@ def test_nothing_is_cast_where_autocast_is_put_off() -> None:
 
 
 # -- precision -------------------------------------------------------------------------------------
+@cache
+def of_cpu() -> tuple[Report, Report]:
+    """Return the audits in float64 and in float32 on the CPU."""
+    exact = jacdiag.audit(tiny().double(), ids(), state="init", tol=1e-4)
+    return exact, jacdiag.audit(tiny(), ids(), state="init")
+
+
 @pytest.mark.parametrize("float64", [True, False])
 def test_an_audit_there_holds_the_norms_of_the_cpu(float64: bool) -> None:
-    model = tiny()
-    exact = jacdiag.audit(copy.deepcopy(model).double(), ids(), state="init", tol=1e-4)
-    here = jacdiag.audit(model, ids(), state="init")
+    exact, here = of_cpu()
     with pretended_device(float64=float64) as counts:
-        there = jacdiag.audit(copy.deepcopy(model).to(NAME), ids().to(NAME), state="init")
+        there = jacdiag.audit(tiny().to(NAME), ids().to(NAME), state="init")
     assert counts.mixed == 0
 
     says_so = [note for note in there.notes if "has no float64" in note]
@@ -215,3 +224,62 @@ def test_a_model_or_a_run_in_float64_is_refused_where_there_is_none() -> None:
             jacdiag.sites(tiny().to(NAME), ids().to(NAME), dtype=torch.float64)
         with pytest.raises(UsageError, match="a model with float64 weights"):
             jacdiag.audit(lambda: tiny().double(), inputs=ids(), device=NAME)
+
+
+# -- a watch ---------------------------------------------------------------------------------------
+def watched(device: str, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Return the gradient norms and the intervals of a short watched run."""
+    model, tokens = tiny().to(device).train(), ids().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options: dict[str, Any] = {"every": 2, "stats_every": 1, "log_every": 2}
+    with jacdiag.watch(
+        model, optimizer, log_dir=folder, quiet=True, strict=True, **options
+    ) as watch:
+        for _ in range(3):
+            _, loss = model(tokens, tokens)
+            loss.backward()
+            optimizer.step()
+            watch.step(loss)
+            optimizer.zero_grad()
+    run = read_run(folder)
+    sublayers = [row["report"]["sublayers"] for row in run.probes]
+    return [row["grad_norm_post"] for row in run.steps], [s["core_norm"] for s in sublayers[-1]]
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_a_watch_there_has_the_norms_of_the_cpu(float64: bool, tmp_path: Path) -> None:
+    with pretended_device(float64=float64, generator=float64) as counts:
+        on_cpu = watched("cpu", tmp_path / "cpu")
+        there = watched(NAME, tmp_path / "there")
+    assert counts.mixed == 0
+    assert there[0] == pytest.approx(on_cpu[0], rel=1e-6)
+    for ours, of_cpu in zip(there[1], on_cpu[1], strict=True):
+        assert ours["lower"] == pytest.approx(of_cpu["lower"], rel=1e-3)
+        assert ours["lower"] <= of_cpu["estimate"] <= ours["upper"]
+
+
+def test_an_outline_says_on_which_kind_of_device_its_weight_is() -> None:
+    model = tiny().to("meta")
+    parameters = tiny().named_parameters(remove_duplicate=False)
+    weights = {name: parameter.detach() for name, parameter in parameters}
+    seen: dict[str, bool] = {}
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor) -> Any:
+            weight = self.model.transformer["wte"].weight
+            kinds = ("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_sparse")
+            seen.update({kind: getattr(weight, kind) for kind in kinds})
+            return self.model(tokens)
+
+    jacdiag.sites(Asks(), ids(), weights={f"model.{name}": w for name, w in weights.items()})
+    assert seen == {
+        "is_cpu": True,
+        "is_cuda": False,
+        "is_xpu": False,
+        "is_mps": False,
+        "is_sparse": False,
+    }
