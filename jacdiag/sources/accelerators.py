@@ -1,8 +1,8 @@
-"""Accelerators that torch knows: which are here, and what a process may ask of each of them.
+"""Accelerators that torch knows: which are here, and what each of them can do.
 
 An accelerator has a module of functions: `torch.cuda`, `torch.xpu`, `torch.mps`, or that of another
 vendor's backend. No two modules have the same functions, and `torch.accelerator` has most of them
-only in recent versions of torch. Every question is therefore asked in this file, of the module.
+only in recent versions of torch. So the modules are called, and from this file alone.
 """
 
 from __future__ import annotations
@@ -74,10 +74,9 @@ def kinds_in_use() -> list[str]:
     kinds = []
     for kind in _known_kinds():
         module = module_of(kind)
-        # That of MPS cannot tell.
-        has_started = getattr(module, "is_initialized", None) or getattr(
-            module, "is_available", None
-        )
+        has_started = getattr(module, "is_initialized", None)
+        if has_started is None:  # MPS cannot tell
+            has_started = getattr(module, "is_available", None)
         if has_started is not None and has_started():
             kinds.append(kind)
     return kinds

@@ -94,5 +94,5 @@ def _best() -> torch.device:
 
 
 def _asked(wanted: str | torch.device) -> str:
-    """Return what was asked for, and what there is."""
+    """Return what was requested, and what there is."""
     return f"--device {wanted}; this machine has {', '.join(present_names())}"
