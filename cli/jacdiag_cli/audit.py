@@ -44,7 +44,8 @@ def audit(invocation: CommandInvocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
 
     SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
-    (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
+    (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of a config: a
+    folder, a JSON file, or a kind of model such as hf:gpt2.
 
     The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown"
     exits 0; at init it comes with a warning, which --fail-on warning makes 1. A trained model

@@ -249,7 +249,8 @@ def _from_config(name: str, opening: _Opening) -> Source:
     opening.check_no_key(name)
     config = name.removeprefix("hf:")
     model = huggingface.from_config(config, opening.model_args or {}, opening.seed)
-    return Source(model, {"format": "hf-config", "factory": name}, name, fresh=True)
+    info = {"format": "hf-config", "factory": name}
+    return Source(model, info, name, fresh=True, notes=huggingface.describe_config(config))
 
 
 def _from_factory(name: str, opening: _Opening) -> Source:

@@ -207,6 +207,8 @@ def test_fields_of_the_config_can_be_changed(tmp_path: Path) -> None:
     [
         ("hf:", {}, "config"),
         ("hf:nowhere", {}, "no such config"),
+        ("hf:gpt-2", {}, "no such config"),
+        ("hf:some/model", {}, "no such config"),
         ("hf:empty", {}, "has no config.json"),
         ("hf:here", {"n_layers_of_mine": 2}, "has no 'n_layers_of_mine'"),
         ("hf:here", {"n_head": 5}, "transformers cannot build"),
@@ -220,3 +222,63 @@ def test_a_config_that_cannot_be_used(
     model().config.save_pretrained(tmp_path / "here")
     with pytest.raises(SourceError, match=said):
         load(spec, model_args=args)
+
+
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32}
+
+
+def test_a_kind_of_model_is_built_with_its_default_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load("hf:gpt2", model_args=SMALL)
+    built: Any = loaded.model
+    assert built.config.n_positions == hf.GPT2Config().n_positions
+    assert built.config.n_layer == 1
+    assert loaded.fresh
+    assert "the default config of this kind of model" in loaded.notes[0]
+
+
+def test_a_file_named_like_a_kind_of_model_is_read_before_the_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hf.GPT2Config(n_positions=77, **SMALL).save_pretrained(tmp_path / "gpt2")
+    loaded = load("hf:gpt2")
+    built: Any = loaded.model
+    assert built.config.n_positions == 77
+    assert loaded.notes == []
+
+
+def test_a_config_of_the_hub_cache_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf.GPT2Config(n_positions=77, **SMALL).save_pretrained(tmp_path)
+    asked = []
+
+    def cached(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    loaded = load("hf:someone/a-model")
+    built: Any = loaded.model
+    assert built.config.n_positions == 77
+    assert ("someone/a-model", "config.json") in asked
+    assert "in the local Hub cache" in loaded.notes[0]
+
+
+def test_a_kind_that_is_nearly_right_is_suggested() -> None:
+    with pytest.raises(SourceError) as error:
+        load("hf:lama")
+    assert "hf:llama" in (error.value.hint or "")
+
+
+def test_a_fresh_model_larger_than_the_free_memory_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jacdiag.sources.formats.huggingface.free_host_memory", lambda: 10_000)
+    with pytest.raises(SourceError, match="does not fit into memory"):
+        load("hf:gpt2", model_args=SMALL)
+    monkeypatch.setattr("jacdiag.sources.formats.huggingface.free_host_memory", lambda: None)
+    assert load("hf:gpt2", model_args=SMALL).model is not None

@@ -83,7 +83,7 @@ def read_config(
 
     Args:
         transformers: the module.
-        path: a folder or a JSON file.
+        path: a folder, a JSON file, or a kind of model, whose default config is taken.
         trust: whether code that the folder brings may run.
         overrides: fields to change; `model_type` names the kind of model.
         names: of the weights, from which the kind of model is inferred where the config does not
@@ -96,7 +96,10 @@ def read_config(
         SourceError: it cannot be read, or the kind of model is not known.
     """
     file = path / "config.json" if path.is_dir() else path
-    data = _json_of(file)
+    if not file.exists() and is_kind(transformers, str(path)):
+        data = {"model_type": str(path)}
+    else:
+        data = _json_of(file)
     changes = dict(overrides or {})
 
     # 1. The kind of model: as asked for, as written, or inferred.
@@ -119,6 +122,11 @@ def read_config(
             raise SourceError(f"{type(config).__name__} has no '{key}'", hint=hint)
         setattr(config, key, value)
     return HFConfig(config, _method(quantised), notes)
+
+
+def is_kind(transformers: Any, name: str) -> bool:
+    """Return whether a name is that of a kind of model, such as "gpt2" or "llama"."""
+    return name in transformers.CONFIG_MAPPING
 
 
 def _set_kind(

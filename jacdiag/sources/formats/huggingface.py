@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.hf_config import (
     candidate_classes,
     default_class,
+    is_kind,
     named_class,
     read_config,
 )
 from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
 from jacdiag.sources.formats.refused_folders import listing, refuse_without_weights
 from jacdiag.sources.formats.weight_files import quantised_names, refuse_quantised, weight_files
+from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.load_weights import TieConflict, attach, fit
 from jacdiag.sources.meta_build import empty_parameters
@@ -606,10 +609,11 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
-    """Build a randomly initialised model from a folder with config.json, or from a JSON file.
+    """Build a randomly initialised model of a config.
 
     Args:
-        spec: the folder or the file.
+        spec: a folder with config.json, a JSON file, a model of the local Hub cache, or a kind of
+            model that transformers knows.
         overrides: fields of the config to change.
         seed: of the initialisation.
 
@@ -617,12 +621,14 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
         The model.
 
     Raises:
-        SourceError: there is no such config, or transformers cannot build its model.
+        SourceError: there is no such config, transformers cannot build its model, or the model does
+            not fit into memory.
     """
     path = config_path(spec)
     transformers = _transformers(path)
     config = read_config(transformers, path, False, overrides).value
     kind = named_class(transformers, config) or default_class(transformers, config)
+    _check_fits(kind, config, path)
     try:
         with seeded(seed), _quiet():
             return _builder_of(kind)(config, attn_implementation="eager")
@@ -633,21 +639,103 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
 
 
 def config_path(spec: str) -> Path:
-    """Return the folder or file that `hf:CONFIG` names.
+    """Return the folder or file that `hf:CONFIG` names, or the kind of model that it names.
+
+    The Hub is not asked. A config that was downloaded before is found in its cache.
+
+    Args:
+        spec: with or without `hf:`.
+
+    Returns:
+        A path that exists, or one that is the name of a kind of model of transformers.
 
     Raises:
-        SourceError: it is not there, or is a folder without config.json.
+        SourceError: there is no such config, or it is a folder without config.json.
     """
-    path = Path(spec.removeprefix("hf:"))
+    name = spec.removeprefix("hf:")
+    path = Path(name)
     if not path.exists():
-        raise SourceError(
-            f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine"
-        )
+        return _known_config(name)
 
     # A folder with weights alone.
     if path.is_dir() and not is_folder(path):
         raise SourceError(f"'{path}' has no config.json", got=listing(path))
     return path
+
+
+def describe_config(spec: str) -> list[str]:
+    """Return a note on a config that is no file of the user's, else nothing.
+
+    Args:
+        spec: as for `config_path`.
+    """
+    name = spec.removeprefix("hf:")
+    if Path(name).exists():
+        return []
+
+    # The same order as in `_known_config`.
+    path = config_path(spec)
+    if path.exists():
+        return [f"hf:{name}: the config in the local Hub cache, with a fresh init"]
+    version = _transformers(path).__version__
+    return [f"hf:{name}: the default config of this kind of model in transformers {version}"]
+
+
+def _known_config(name: str) -> Path:
+    """Return the config of a name that is no file: one in the Hub's cache, or a kind of model.
+
+    Raises:
+        SourceError: it is neither.
+    """
+    hint = "hf:FOLDER or hf:config.json on this machine, or a kind of model, as in hf:gpt2"
+    error = SourceError(f"no such config: '{name}'", hint=hint)
+    if not name:
+        raise error
+    try:
+        transformers = _transformers(Path(name))
+    except SourceError as missing:
+        raise error from missing
+
+    # 1. A model that was downloaded before.
+    with contextlib.suppress(ValueError, ImportError):  # no name that the Hub could have
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+
+    # 2. A kind of model.
+    if is_kind(transformers, name):
+        return Path(name)
+    near = get_close_matches(name, list(transformers.CONFIG_MAPPING.keys()), n=3)
+    if near:
+        hint = f"did you mean {' or '.join('hf:' + kind for kind in near)}? {hint}"
+        raise SourceError(f"no such config: '{name}'", hint=hint)
+    raise error
+
+
+def _check_fits(kind: Any, config: Any, path: Path) -> None:
+    """Raise SourceError if a fresh model of a config is larger than the free memory."""
+    free = free_host_memory()
+    if free is None:
+        return
+
+    # A model without memory says how large it is. Where it cannot be built, the real one says why.
+    try:
+        empty = _empty(kind, config, False, path)
+    except SourceError:
+        return
+    parameters = list(empty.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    if size <= free:
+        return
+    count = sum(parameter.numel() for parameter in parameters)
+    raise SourceError(
+        f"the model of '{path}' does not fit into memory",
+        got=f"{count / 1e9:.3g}B parameters, {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free",
+        hint="""fewer layers, as in --model-args '{"num_hidden_layers": 2}' """
+        "(the name of the field differs between kinds)",
+    )
 
 
 def _transformers(path: Path) -> Any:
