@@ -3,43 +3,73 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
+
+    from jacdiag.records import Report
 
 
 class Bar:
-    """A `jacdiag.pipeline.options.Progress` drawn by rich; without a display it does nothing."""
+    """A `jacdiag.pipeline.options.Progress` without a display: it only listens for a Ctrl-C."""
 
-    def __init__(self, display: Progress | None, text: str, heed: Callable[[], None]) -> None:
-        self.display, self.heed = display, heed
-        self.task = None if display is None else display.add_task(text, total=None)
+    def __init__(self, heed: Callable[[], None]) -> None:
+        self.heed = heed
+
+    def start(self, _total: float, _text: str) -> None:
+        """Say how much work there is."""
+        self.heed()
+
+    def advance(self, _units: float, _text: str) -> None:
+        """Some of the work is done."""
+        self.heed()
+
+    def stop(self) -> None:
+        """End the work."""
+
+
+class DrawnBar(Bar):
+    """A `jacdiag.pipeline.options.FirstLookProgress` that rich draws on a terminal."""
+
+    def __init__(self, console: Console, text: str, heed: Callable[[], None]) -> None:
+        super().__init__(heed)
+        self.first_look: list[str] = []
+        self.display = _display(console, self.first_look)
+        self.task = self.display.add_task(text, total=None)
 
     def start(self, total: float, text: str) -> None:
         """Say how much work there is.
 
         The estimate begins to count here, also after an earlier `stop`.
         """
-        self.heed()
-        if self.display is None or self.task is None:
-            return
+        super().start(total, text)
         self.display.start()
         self.display.reset(self.task, total=total, description=text)
 
     def advance(self, units: float, text: str) -> None:
         """Some of the work is done; `text` says on what."""
-        self.heed()
-        if self.display is None or self.task is None:
-            return
+        super().advance(units, text)
         self.display.update(self.task, advance=units, description=text)
 
     def stop(self) -> None:
         """End the work: the bar goes away, for the table says what there is to say."""
-        if self.display is not None:
-            self.display.stop()
+        self.display.stop()
+
+    def show_first_look(self, report: Report) -> None:
+        """Show below the bar how the conditions come out, until the table says it.
+
+        Args:
+            report: judged, of what is known so far.
+        """
+        from jacdiag.render.content.first_look import first_look_lines
+
+        self.first_look[:] = first_look_lines(report)
+        self.heed()
+        self.display.refresh()
 
 
 @contextmanager
@@ -51,9 +81,22 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
         heed: asked at every step, so that a Ctrl-C that was swallowed is not lost.
     """
     if not sys.stderr.isatty():
-        yield Bar(None, text, heed)
+        yield Bar(heed)
         return
     from rich.console import Console
+
+    drawn = DrawnBar(Console(stderr=True), text, heed)
+    with drawn.display:
+        yield drawn
+
+
+def _display(console: Console, below: Iterable[str]) -> Progress:
+    """Return a display of a task, with lines of text below it.
+
+    Args:
+        console: that it is drawn on.
+        below: the lines, read anew each time.
+    """
     from rich.progress import (
         BarColumn,
         Progress,
@@ -71,13 +114,19 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
             known = task.total is not None and task.time_remaining is not None
             return super().render(task).append(" left") if known else Text()
 
-    display = Progress(
+    class WithLines(Progress):
+        """A display of tasks, with lines of text below them."""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            for line in below:
+                yield Text(line)
+
+    return WithLines(
         SpinnerColumn(),
         TextColumn("{task.description:<36.36}", markup=False),
         BarColumn(24),
         Left(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     )
-    with display:
-        yield Bar(display, text, heed)

@@ -74,6 +74,16 @@ def measure_group(
             linearised.release()
 
 
+def describe_unmeasured(site: Sublayer, token_ids: Tensor | None) -> SublayerRecord:
+    """Return the record of a finite sub-layer as it is known before any norm is measured.
+
+    Args:
+        site: the sub-layer; unlike `measure_group`, nothing of it is set.
+        token_ids: (B, T) ids of the probe, to name tokens.
+    """
+    return _plain(site, token_ids, ())
+
+
 def _is_expected(error: Exception) -> bool:
     """Return whether an error says that one sub-layer cannot be measured."""
     # The weights could not be read: nothing that follows could be.

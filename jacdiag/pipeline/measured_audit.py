@@ -42,9 +42,9 @@ from jacdiag.measure.network import (
 from jacdiag.measure.nonfinite_weights import non_finite_state
 from jacdiag.measure.stream_statistics import forward_record
 from jacdiag.measure.structure import with_structure
-from jacdiag.measure.sublayer_norms import measure_group
+from jacdiag.measure.sublayer_norms import describe_unmeasured, measure_group
 from jacdiag.measure.weight_statistics import weight_stats
-from jacdiag.pipeline.options import DEFAULT_CONFIDENCE
+from jacdiag.pipeline.options import DEFAULT_CONFIDENCE, FirstLookProgress
 from jacdiag.pipeline.provenance import peak_memory_mb, stamp
 from jacdiag.pipeline.request import Request
 from jacdiag.records import (
@@ -139,6 +139,7 @@ class Audit:
         self._notes = list(request.source.notes)
         self._family: Family | None = None
         self._stats: dict[str, WeightStats | None] = {}
+        self._first_look = Share()
 
     def run(self) -> Report:
         """Measure the model and return the report, not yet judged."""
@@ -208,10 +209,13 @@ class Audit:
         measured = Share()
         network = None
         if self.sites.deterministic and self.request.options.products:
+            self._show_first_look(checks)
             measured = self._measure(checks)
             measured = self._with_flow(measured)
             network = self._network(measured)
-        return self._report(measured, network, checks)
+        with self._phase("contract"):
+            contract = self._contract(measured.records)
+        return self._report(measured, network, contract, checks)
 
     def _check_weights(self) -> dict[str, Any]:
         """Look for weights that are not finite; return the first checks of the report."""
@@ -393,6 +397,49 @@ class Audit:
         options = self.request.shared_by_ranks() | facts
         return fingerprint(skeleton.root, weights, tensors, options, plan)
 
+    # -- a first look ------------------------------------------------------------------------------
+    def _show_first_look(self, checks: dict[str, Any]) -> None:
+        """Show how the conditions come out as soon as that is known, if the display can.
+
+        The norms are measured twice then: until the rules are decided, and to their width. The
+        second measurement begins anew, so that its figures are those of an audit without a display.
+
+        Args:
+            checks: of the report.
+        """
+        progress = self.request.options.progress
+        is_shared = self.request.ranks.size > 1
+        if not isinstance(progress, FirstLookProgress) or is_shared or self.broken:
+            return
+
+        # 1. One forward tells the shortcuts.
+        with self._phase("first look"):
+            token_ids = self.probe.token_ids
+            known = Share([describe_unmeasured(site, token_ids) for site in self.sites])
+            progress.show_first_look(self._judged_look(known, checks))
+        if self.request.options.decide:
+            return
+
+        # 2. The norms, until the rules are decided.
+        groups = self.sites.by_shortcut()
+        progress.start(len(groups), "first look")
+        try:
+            with self._phase("first look"):
+                effort = replace(self._effort(), early=True)
+                measured = Share()
+                for members in groups:
+                    share = self._measure_sublayers(members, effort, self._weight_std)
+                    measured = merged([measured, share])
+                    progress.advance(1, members[0].name)
+                self._first_look = measured
+                progress.show_first_look(self._judged_look(measured, checks))
+        finally:
+            progress.stop()
+
+    def _judged_look(self, measured: Share, checks: dict[str, Any]) -> Report:
+        """Return a judged report of what is known so far; the init contract is left out."""
+        return self.request.judged(self._report(measured, None, None, checks))
+
     # -- measuring ---------------------------------------------------------------------------------
     def _measure(self, checks: dict[str, Any]) -> Share:
         """Do this rank's jobs, and return the results of all ranks.
@@ -455,10 +502,29 @@ class Audit:
 
     def _jobs(self) -> list[Job]:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
-        # 1. How far each norm is solved.
+        # 1. One job for each shortcut. Its cost is that of the weights in its products.
         options = self.request.options
         outlines = self.sites.skeleton.outlines
-        effort = Effort(
+        effort = self._effort()
+        jobs = []
+        for members in self.sites.by_shortcut():
+            cost = 0
+            for site in members:
+                cost += sum(outlines[name].numel() for name in site.products)
+            run = partial(self._measure_sublayers, members, effort, self._weight_figures)
+            jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
+
+        # 2. The entire network. With --decide its end-to-end norm is left out.
+        if not self.broken:
+            share_of_time = 0.1 if options.decide else 0.4
+            units = len(self.sites) * share_of_time
+            jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
+        return jobs
+
+    def _effort(self) -> Effort:
+        """Return how far each norm is solved."""
+        options = self.request.options
+        return Effort(
             options.tol,
             self.confidence,
             options.max_products,
@@ -467,28 +533,15 @@ class Audit:
             early=options.decide,
         )
 
-        def measure_sublayers(members: list[Sublayer]) -> Share:
-            """Measure the sub-layers of one shortcut, and count the products that were spent."""
-            records = measure_group(
-                members, effort, self.probe.token_ids, self.state, self._weight_figures
-            )
-            return Share(records, sum(_count_products(record) for record in records))
-
-        # 2. One job for each shortcut. Its cost is that of the weights in its products.
-        jobs = []
-        for members in self.sites.by_shortcut():
-            cost = 0
-            for site in members:
-                cost += sum(outlines[name].numel() for name in site.products)
-            run = partial(measure_sublayers, members)
-            jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
-
-        # 3. The entire network. With --decide its end-to-end norm is left out.
-        if not self.broken:
-            share_of_time = 0.1 if options.decide else 0.4
-            units = len(self.sites) * share_of_time
-            jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
-        return jobs
+    def _measure_sublayers(
+        self,
+        members: list[Sublayer],
+        effort: Effort,
+        figures: Callable[[str], WeightStats | None],
+    ) -> Share:
+        """Measure the sub-layers of one shortcut, and count the products that were spent."""
+        records = measure_group(members, effort, self.probe.token_ids, self.state, figures)
+        return Share(records, sum(_count_products(record) for record in records))
 
     def _measure_network(self) -> Share:
         """Measure the entire network: the gradient at every depth, and the end-to-end norm."""
@@ -578,24 +631,30 @@ class Audit:
         if name in self._stats:
             return self._stats[name]
 
-        # The std is known from the draw. No rule reads the norm.
-        draw = self._draws.of(name)
-        self._stats[name] = weight_stats(
-            name,
-            self.sites.skeleton.params[name],
-            norm=not self.request.options.decide,
-            std=None if draw is None else draw.std,
-        )
+        # No rule reads the norm.
+        self._stats[name] = self._measure_weight(name, norm=not self.request.options.decide)
         return self._stats[name]
+
+    def _weight_std(self, name: str) -> WeightStats | None:
+        """Return the figures of a weight without its norm, which takes time."""
+        return self._measure_weight(name, norm=False)
+
+    def _measure_weight(self, name: str, *, norm: bool) -> WeightStats | None:
+        """Return the figures of a weight; its std is known from the draw."""
+        draw = self._draws.of(name)
+        std = None if draw is None else draw.std
+        return weight_stats(name, self.sites.skeleton.params[name], norm=norm, std=std)
 
     # -- the report --------------------------------------------------------------------------------
     def _report(
-        self, measured: Share, network: NetworkRecord | None, checks: dict[str, Any]
+        self,
+        measured: Share,
+        network: NetworkRecord | None,
+        contract: ContractRecord | None,
+        checks: dict[str, Any],
     ) -> Report:
         """Return the report, not yet judged."""
         model = self._model_record()
-        with self._phase("contract"):
-            contract = self._contract(model, measured.records)
         off_distribution = self.state == "trained" and self.probe.record.is_random
         return Report(
             source=self.request.source.info,
@@ -632,9 +691,10 @@ class Audit:
             vocabulary=self.request.source.vocab_size,
         )
 
-    def _contract(self, model: ModelRecord, records: list[SublayerRecord]) -> ContractRecord | None:
+    def _contract(self, records: list[SublayerRecord]) -> ContractRecord | None:
         """Return the init contract as the weights show it, and what it says of the structure."""
         options = self.request.options
+        model = self._model_record()
         decayed = None
         if options.optimizer is not None:
             decayed = decayed_by(self.model, options.optimizer)
@@ -699,14 +759,16 @@ class Audit:
         """Return what the audit cost."""
         # 1. Work. A product of the entire network runs every branch.
         through = measured.through.products if measured.through else 0
-        forwards = sum(record.cost or 0.0 for record in measured.records)
+        records = [*measured.records, *self._first_look.records]
+        forwards = sum(record.cost or 0.0 for record in records)
         forwards += through * len(measured.records)
+        products = measured.products + self._first_look.products + through
 
         # 2. Memory of the rank that took most, and time.
         own_peak = peak_memory_mb(self.request.source.device)
         peak = max((use.peak_memory_mb for use in measured.uses), default=own_peak)
         seconds = time.perf_counter() - self._started
-        return Cost(forwards, measured.products + through, seconds, peak, self._phases)
+        return Cost(forwards, products, seconds, peak, self._phases)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -59,6 +59,14 @@ class Progress(Protocol):
 
     def stop(self) -> None:
         """Take the display away."""
+
+
+@runtime_checkable
+class FirstLookProgress(Progress, Protocol):
+    """A display that also shows what is known before every norm is measured to its width."""
+
+    def show_first_look(self, report: Report) -> None:
+        """Show a judged report that is not complete: its norms are wide, or not measured yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
