@@ -78,7 +78,7 @@ def test_one_forward_decides_the_shortcut_and_nothing_else() -> None:
     _, looks = shown()
     assert looks[0].conditions == Conditions(small_sublayers="unknown", large_shortcut="not met")
     (line,) = first_look_lines(looks[0])
-    assert line == "first look: large shortcut not met; small sub-layers comes next"
+    assert line == "first look: large shortcut not met; small sub-layers not measured yet"
 
 
 def test_the_second_look_has_the_conditions_of_the_report() -> None:
