@@ -123,9 +123,6 @@ def pretended_device(**switches: Any) -> Iterator[Counts]:
         stack.callback(_keep_parameters, _keep_parameters(True))
         # The device has torch's plain formula of attention; the CPU uses it too, for equal bits.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if present.switches.devices > 1:
-            # Torch starts one thread for backward passes, and looks for one of each device.
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
             yield present.counts
             present.finish_copies()
@@ -174,11 +171,30 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # 3. Storages: torch has no allocator for a backend in Python.
     yield torch.UntypedStorage, "clone", kernels.clone_storage
 
-    # 4. Pinned memory.
+    # 4. Torch starts one thread for backward passes, and looks for one of each device.
+    if machine().switches.devices > 1:
+        for owner in (torch.autograd, torch.autograd.graph):
+            backward = _on_this_thread(owner._engine_run_backward)
+            yield owner, "_engine_run_backward", backward
+
+    # 5. Pinned memory.
     yield Tensor, "pin_memory", _pin_memory
     yield Tensor, "is_pinned", _is_pinned
     for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor"):
         yield torch, name, _with_pinned_memory(getattr(torch, name))
+
+
+def _on_this_thread(run_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward pass without threads of its own.
+
+    It is said for each pass: torch forgets it at every `inference_mode`.
+    """
+
+    def run_here(*args: Any, **options: Any) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return run_backward(*args, **options)
+
+    return run_here
 
 
 def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:

@@ -58,14 +58,19 @@ class Raisings:
         if _is_zero(saved):
             return partial(torch.zeros, saved.size(), dtype=saved.dtype, device=saved.device)
 
-        # 2. So is a raised tensor, when it is needed.
+        # 2. An operation may keep its own result. To return that would tie the graph to itself, and
+        # nothing would ever free it: torch puts the graph back when it unpacks.
+        if saved.requires_grad:
+            return saved.detach()
+
+        # 3. A raised tensor is made again too, when it is needed.
         entry = None
         if self._low is not None:
             entry = self._low.get(saved.untyped_storage().data_ptr())
-        if entry is None or saved.requires_grad:
+        if entry is None:
             return saved
 
-        # 3. Another tensor may have the memory of one that is gone.
+        # 4. Another tensor may have the memory of one that is gone.
         raised, again = entry
         if raised() is None:
             return saved
