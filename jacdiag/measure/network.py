@@ -55,14 +55,16 @@ def end_to_end(
     if not groups:
         return None
 
-    # 1. The map from the first shortcut to the stream's end.
+    # 1. The map from the first shortcut to the stream's end. The end of a model that lies on several
+    # devices is brought to the device of the start.
     replayer = sites.replayer
     source = replayer.spot_of(groups[0].shortcut, 0)
     segment = replayer.segment(0, source, replayer.spot_of(end_of(sites), 0))
     first = sites[groups[0].sites[0]]
+    device = first.shortcut.device
     generator = torch.Generator().manual_seed(seed)
     with replayer.whole_graph():
-        operator = JacobianOperator(segment, first.shortcut, batch_dims=())
+        operator = JacobianOperator(lambda x: segment(x).to(device), first.shortcut, batch_dims=())
 
     # 2. The dimensions over which it is made of independent problems.
     members = chain.from_iterable(group.sites for group in groups)

@@ -167,7 +167,8 @@ class Tracer:
         """
         try:
             graph, output = record(skeleton, self.args, self.kwargs, self.dtype)
-        except SourceError:  # the weights could not be read, which is not the model's doing
+        except (SourceError, torch.OutOfMemoryError, MemoryError):
+            # The weights could not be read, or memory is too small: not the model's doing.
             raise
         except Exception as error:
             hint = None

@@ -19,11 +19,13 @@ class Switches:
     """What the device can do.
 
     Attributes:
-        devices: how many there are. With two or more, backward passes run on the calling thread.
+        devices: how many there are.
         float64: False raises for tensors of float64, as MPS does.
         generator: False leaves the device without a `torch.Generator` and without a readable state
             of its random numbers. It still draws.
         memory: bytes of each device. An allocation beyond it raises `torch.OutOfMemoryError`.
+        threads: True runs backward passes on a thread of their own, as on CUDA. It needs one
+            device.
         lag: how many operations the host launches before an event counts as reached.
     """
 
@@ -31,6 +33,7 @@ class Switches:
     float64: bool = True
     generator: bool = True
     memory: int = 2**34
+    threads: bool = False
     lag: int = 8
 
 

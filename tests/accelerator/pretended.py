@@ -16,8 +16,9 @@ formula in the block, on the CPU as well. Switches take abilities away, such as
 non-blocking download gives NaN until the host waits for it, with `synchronize` or with an event.
 
 What it does not show: time; a missing wait of one stream for another; `torch.compile` and graphs.
-A bare "pretended" means index 0 in `Tensor.to`, whichever device is the current one. With one
-device a backward pass runs on a thread of its own, as on CUDA.
+A bare "pretended" means index 0 in `Tensor.to`, whichever device is the current one. An error that
+a Python hook raises inside a backward pass ends the process: torch asks this backend for a stream
+while the error is on its way. An error of a kernel is raised as usual.
 
 Needs torch 2.10 or newer. After the first block of a process `torch.accelerator` names this device,
 and says outside of a block that it is not available.
@@ -171,11 +172,9 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # 3. Storages: torch has no allocator for a backend in Python.
     yield torch.UntypedStorage, "clone", kernels.clone_storage
 
-    # 4. Torch starts one thread for backward passes, and looks for one of each device.
-    if machine().switches.devices > 1:
-        for owner in (torch.autograd, torch.autograd.graph):
-            backward = _on_this_thread(owner._engine_run_backward)
-            yield owner, "_engine_run_backward", backward
+    # 4. Backward passes.
+    for owner in (torch.autograd, torch.autograd.graph):
+        yield owner, "_engine_run_backward", _backward_of(owner._engine_run_backward)
 
     # 5. Pinned memory.
     yield Tensor, "pin_memory", _pin_memory
@@ -184,17 +183,18 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         yield torch, name, _with_pinned_memory(getattr(torch, name))
 
 
-def _on_this_thread(run_backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the backward pass without threads of its own.
+def _backward_of(run_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward pass, on the calling thread unless the switch says otherwise.
 
-    It is said for each pass: torch forgets it at every `inference_mode`.
+    Torch has one thread for a backend in Python, and looks for one of each device. The switch is
+    set for each pass, because torch forgets it at every `inference_mode`.
     """
 
-    def run_here(*args: Any, **options: Any) -> Any:
-        with torch.autograd.set_multithreading_enabled(False):
+    def run(*args: Any, **options: Any) -> Any:
+        with torch.autograd.set_multithreading_enabled(machine().switches.threads):
             return run_backward(*args, **options)
 
-    return run_here
+    return run
 
 
 def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ def ids() -> Tensor:
 
 
 # -- the same numbers ------------------------------------------------------------------------------
-def test_training_on_the_device_gives_the_same_bits_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("threads", [False, True])
+def test_training_on_the_device_gives_the_same_bits_as_on_the_cpu(threads: bool) -> None:
     def train(device: str, **options: Any) -> list[Tensor]:
         model = tiny().to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
@@ -39,7 +41,7 @@ def test_training_on_the_device_gives_the_same_bits_as_on_the_cpu() -> None:
             optimizer.zero_grad()
         return [p.detach().cpu() for p in model.parameters()]
 
-    with pretended_device():
+    with pretended_device(threads=threads):
         for options in ({}, {"foreach": True}, {"fused": True}):
             pairs = zip(train("cpu", **options), train(NAME, **options), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -193,6 +195,17 @@ def test_each_device_runs_its_own_backward_pass() -> None:
             model(ids().to(f"{NAME}:1"), ids().to(f"{NAME}:1"))[1].backward()
         assert {p.grad.device.index for p in model.parameters() if p.grad is not None} == {1}
         assert memory_in_use(0) == 0 < memory_in_use(1)
+
+
+def test_a_backward_pass_can_run_on_a_thread_of_its_own() -> None:
+    for threads in (False, True):
+        with pretended_device(threads=threads):
+            seen: list[int] = []
+            x = torch.ones(2, device=NAME, requires_grad=True)
+            y = x.exp()
+            y.register_hook(lambda _: seen.append(threading.get_ident()))  # noqa: B023
+            y.sum().backward()
+            assert (seen[0] != threading.get_ident()) is threads
 
 
 def test_a_device_without_float64_raises_for_it() -> None:
