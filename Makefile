@@ -17,7 +17,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Bytecode is kept: each of the programs that tests start would compile the package for a second.
 TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help audit check test test-long lint docs bench initbench lab coverage real-models trainers fuzz matrix release-check clean
+.PHONY: help audit check test test-long lint docs bench accelerator initbench lab coverage real-models trainers fuzz matrix release-check clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make docs      the site, in out/site; a broken link or anchor is an error'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
+	@echo 'make accelerator  how often the host waits for an accelerator, counted on a pretended one (seconds); results in benchmarks/results'
 	@echo 'make initbench  init bugs of public trackers, how many are found and located (5 minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were predicted (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
@@ -65,6 +66,10 @@ bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	set -e; for script in $(filter-out $(APART) benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+
+accelerator: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accelerator.py
 
 initbench: .venv/.installed-dev
 	@mkdir -p benchmarks/results

@@ -55,8 +55,8 @@ def end_to_end(
     if not groups:
         return None
 
-    # 1. The map from the first shortcut to the stream's end. The end of a model that lies on several
-    # devices is brought to the device of the start.
+    # 1. The map from the first shortcut to the stream's end. If a model lies on several devices,
+    # the end is brought to the device of the start.
     replayer = sites.replayer
     source = replayer.spot_of(groups[0].shortcut, 0)
     segment = replayer.segment(0, source, replayer.spot_of(end_of(sites), 0))

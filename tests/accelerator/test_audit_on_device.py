@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from accelerator.machine import machine
-from accelerator.pretended import NAME, Counts, memory_in_use, pretended_device
-from accelerator.specimens import Elsewhere, figures, ids, tiny
 from torch import Tensor
 
 import jacdiag
+from accelerator.machine import machine
+from accelerator.pretended import NAME, Counts, memory_in_use, pretended_device
+from accelerator.specimens import Elsewhere, figures, ids, tiny
 from jacdiag.gate import gate
 
 FIRST, SECOND = f"{NAME}:0", f"{NAME}:1"
@@ -68,6 +68,7 @@ def test_low_precision_is_raised_on_the_device(counts: Counts) -> None:
     assert figures(on_device) == figures(on_cpu)
 
 
+@pytest.mark.long
 def test_two_models_are_compared_on_the_device(counts: Counts) -> None:
     def run(device: str) -> jacdiag.Report:
         other = tiny("scaled-embed").to(device)

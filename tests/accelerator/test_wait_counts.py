@@ -1,0 +1,83 @@
+"""How often the host waits for an accelerator: the limits, and the file of the counts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from accelerator.pretended import pretended_device
+from benchmarks import accelerator
+
+TOO_MANY_WAITS = "the solver reads its coefficients on the host at every step"
+TOO_MANY_OPERATIONS = "the watch reduces each group by itself"
+
+
+@cache
+def audit() -> dict[str, Any]:
+    with pretended_device() as counts:
+        return accelerator.count_audit(counts)
+
+
+@cache
+def watch(name: str) -> dict[str, Any]:
+    with pretended_device() as counts:
+        return accelerator.count_watch(counts, **accelerator.OPTIMIZERS[name])
+
+
+SHORT = ("adamw", "accumulation")
+NAMES = [
+    name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
+    for name in accelerator.OPTIMIZERS
+]
+
+
+@pytest.mark.xfail(strict=True, reason=TOO_MANY_WAITS)
+def test_an_audit_waits_once_a_product_and_thirty_times_a_sub_layer() -> None:
+    assert audit()["waits"] <= audit()["waits_allowed"]
+    assert audit()["waits_per_product"] <= accelerator.WAITS_PER_PRODUCT
+    assert audit()["waits_per_sublayer_beyond"] <= accelerator.WAITS_PER_SUBLAYER
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_watch_does_not_wait_between_logs(name: str) -> None:
+    assert watch(name)["waits_between_logs"] == 0
+    assert watch(name)["uploads_from_pageable_memory_between_logs"] == 0
+
+
+@pytest.mark.xfail(strict=True, reason=TOO_MANY_OPERATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_watch_launches_few_operations_a_step(name: str) -> None:
+    assert watch(name)["operations_per_step"] <= watch(name)["operations_allowed"]
+
+
+def test_nothing_mixes_devices() -> None:
+    assert audit()["mixed_operations"] == watch("adamw")["mixed_operations"] == 0
+
+
+def test_a_wait_in_a_step_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prove that the tests above can fail."""
+    from jacdiag.monitor.training_watch import Watch
+
+    step = Watch.step
+
+    def waiting_step(self: Any, loss: Any, **options: Any) -> None:
+        float(loss.detach())
+        step(self, loss, **options)
+
+    monkeypatch.setattr(Watch, "step", waiting_step)
+    with pretended_device() as counts:
+        row = accelerator.count_watch(counts)
+    assert row["waits_between_logs"] == accelerator.STEPS - accelerator.FIRST_STEPS
+
+
+def test_the_file_has_every_count_within_its_limits() -> None:
+    recorded = json.loads(accelerator.RESULTS.read_text(encoding="utf-8"))
+    assert recorded["watch"].keys() == accelerator.OPTIMIZERS.keys()
+    assert recorded["audit"].keys() == {"default", "decide"}
+    for row in (*recorded["audit"].values(), *recorded["watch"].values()):
+        assert row["mixed_operations"] == 0
+    for row in recorded["watch"].values():
+        assert row["waits_between_logs"] == 0
