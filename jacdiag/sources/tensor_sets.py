@@ -5,14 +5,16 @@ Other sets hold the state of an optimizer, or a moving average of the weights.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,27 +33,25 @@ USUAL_KEYS = (
     "weights",
 )
 
-# What the optimizers of torch and transformers store for each parameter, by their names for it.
-_MOMENTS = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "momentum_buffer",
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "square_avg",
-        "acc_delta",
-        "exp_inf",
-        "exp_avg_slow",
-        "exp_avg_diff",
-    }
+# What optimizers store for each parameter, by names that no weight has.
+_MOMENTS = re.compile(
+    r"(max_)?exp_(avg|inf|hessian)\w*|momentum_buffer|square_avg|acc_delta|mu_product"
 )
-_MOMENTS_AND_STEP = _MOMENTS | {"step"}
+# Names that a weight may have too. They are moments next to one of the companions.
+# Adagrad, Rprop, RMSprop and ASGD of torch; its Adafactor; schedule-free; bitsandbytes.
+_PLAIN_MOMENTS = frozenset(
+    "sum prev step_size grad_avg ax eta mu row_var col_var variance z "
+    "state1 state2 qmap1 qmap2 absmax1 absmax2".split()
+)
+_COMPANIONS = frozenset({"step", "qmap1"})
 _ROLES = frozenset(
     "generator discriminator actor critic policy value student teacher target".split()
 )
-_NOT_A_NETWORK = ("optim", "sched", "scaler", "rng", "loss", "criterion", "metric")
+# Words of a key. As parts of words they mean nothing: "lossless", "parametric", "optimus".
+_NOT_A_NETWORK = frozenset(
+    "optim optims optimizer optimizers optimiser optimisers sched scheduler schedulers lrscheduler "
+    "scaler scalers gradscaler rng loss losses criterion criteria criterions metric metrics".split()
+)
 _SECOND_WORDS = frozenset(
     "ema swa shadow average averaged polyak teacher target reference ref frozen momentum".split()
 )
@@ -203,6 +203,10 @@ class _Search:
                 step = _label(node, child, position)
                 inner += self.collect(child.value, _joined(key, step), depth + 1)
 
+        # Some programs save arrays in place of tensors.
+        if not tensors:
+            tensors = _tensors_of_arrays(children)
+
         # 4. Decide whether this container is one set, or holds several.
         return _combine(key, tensors, inner)
 
@@ -284,6 +288,29 @@ class _Child(NamedTuple):
     value: Any
 
 
+def _tensors_of_arrays(children: Iterable[_Child]) -> dict[str, Tensor]:
+    """Return arrays of NumPy as tensors by name; none if no array is a matrix of weights.
+
+    Random states and lists of losses are arrays too, of one dimension.
+    """
+    # 1. The arrays.
+    arrays = {}
+    for child in children:
+        if child.name is not None and isinstance(child.value, np.ndarray):
+            arrays[child.name] = child.value
+    if not any(array.ndim >= 2 and array.dtype.kind == "f" for array in arrays.values()):
+        return {}
+
+    # 2. As tensors. Those of objects or of text are none.
+    tensors = {}
+    for name, array in arrays.items():
+        if array.dtype.kind in "fiub":
+            native = array.astype(array.dtype.newbyteorder("="))
+            with contextlib.suppress(TypeError):
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(native))
+    return tensors
+
+
 def _contents(node: Any) -> Any:
     """Return what a stub was given in place of the stub; anything else as it is."""
     if not isinstance(node, Stub):
@@ -343,13 +370,18 @@ def _is_optimizer(node: Mapping[Any, Any]) -> bool:
     if isinstance(node.get("param_groups"), list | tuple):
         return True
 
-    # 2. The state of one parameter.
-    return any(isinstance(value, Tensor) for value in _moments_in(node))
+    # 2. The state of one parameter. The keys of a mapping may be of any type.
+    names = set()
+    for key, value in node.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            names.add(key)
+    if any(map(_MOMENTS.fullmatch, names)):
+        return True
 
-
-def _moments_in(node: Mapping[Any, Any]) -> list[Any]:
-    """Return what a mapping has under the names of moments. Its keys may be of any type."""
-    return [value for key, value in node.items() if isinstance(key, str) and key in _MOMENTS]
+    # 3. The same under plain names, with nothing else next to them.
+    has_companion = not _COMPANIONS.isdisjoint(node)
+    has_moment = not _PLAIN_MOMENTS.isdisjoint(names)
+    return has_companion and has_moment and names <= _PLAIN_MOMENTS | _COMPANIONS
 
 
 def _all_tensors(children: list[_Child]) -> dict[str, Any]:
@@ -529,8 +561,8 @@ def _kind(key: str, entries: Mapping[str, Any]) -> TensorSetKind:
         return TensorSetKind.OTHER
 
     # 2. The key may say that it is no network.
-    last = key.rpartition(".")[2].lower()
-    if any(word in last for word in _NOT_A_NETWORK):
+    last = key.rpartition(".")[2]
+    if not _words(last).isdisjoint(_NOT_A_NETWORK):
         return TensorSetKind.OTHER
 
     # 3. Or an average. `torch.optim.swa_utils.AveragedModel` saves a counter.
@@ -556,7 +588,7 @@ def _moment_names(entries: Mapping[str, Any]) -> set[str]:
     names = set()
     for name in entries:
         owner, _, last = name.rpartition(".")
-        if owner in owners and last in _MOMENTS_AND_STEP:
+        if owner in owners and _is_of_state(last):
             names.add(name)
 
     # 2. What else stands under "optimizer." or "state.", if most of it is moments.
@@ -572,12 +604,26 @@ def _heads(names: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _owners_of_moments(names: Iterable[str]) -> set[str]:
+def _is_of_state(last: str) -> bool:
+    """Return whether the last part of a name is a moment's, or that of what stands next to one."""
+    if last in _PLAIN_MOMENTS or last in _COMPANIONS:
+        return True
+    return _MOMENTS.fullmatch(last) is not None
+
+
+def _owners_of_moments(names: Collection[str]) -> set[str]:
     """Return the names of the parameters that have moments: "state.0" of "state.0.exp_avg"."""
     owners = set()
     for name in names:
         owner, _, last = name.rpartition(".")
-        if last in _MOMENTS:
+        # 1. By a name that no weight has.
+        if _MOMENTS.fullmatch(last):
+            owners.add(owner)
+        if last not in _PLAIN_MOMENTS or not owner:
+            continue
+
+        # 2. By a plain name, next to a companion.
+        if any(f"{owner}.{companion}" in names for companion in _COMPANIONS):
             owners.add(owner)
     return owners
 

@@ -369,3 +369,67 @@ def test_the_key_of_an_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     assert main(["audit", path, "--key", "nope"]) == 2
     assert "nothing under the key 'nope'" in capsys.readouterr().err
+
+
+# -- words inside keys -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "key", ["lossless_net", "charngram", "parametric_model", "optimus", "upscaler", "schedulable"]
+)
+def test_words_inside_keys_are_no_reason_either(tmp_path: Path, key: str) -> None:
+    path = save(tmp_path / "w.pt", {key: weights(), "ema": halved()})
+    source = opened(path)
+    assert is_model(source) and source.info["key"] == key
+    assert source.info["others"] == [f"ema (moving average, {len(weights())} tensors)"]
+
+
+@pytest.mark.parametrize("key", ["loss", "lossFn", "GradScaler", "lr_scheduler", "rng_states"])
+def test_keys_that_name_something_else(tmp_path: Path, key: str) -> None:
+    held = {key: {"weight": torch.ones(3, 3)}, "net": weights()}
+    source = opened(save(tmp_path / "w.pt", held))
+    assert is_model(source)
+    assert source.info["others"] == [f"{key} (other tensors, 1 tensor)"]
+
+
+def state_of(kind: str, weight: Tensor) -> dict[str, Any]:
+    """Return what an optimizer stores for one parameter."""
+    step = torch.tensor(3.0)
+    quantised = weight.to(torch.uint8)
+    states: dict[str, dict[str, Any]] = {
+        "Adagrad": {"step": step, "sum": weight},
+        "Rprop": {"step": step, "prev": weight, "step_size": weight},
+        "Adafactor": {"step": step, "row_var": weight, "col_var": weight},
+        "ASGD": {"step": step, "eta": step, "mu": step, "ax": weight},
+        "AdaBelief": {"exp_avg": weight, "exp_avg_var": weight},
+        "CAME": {"exp_avg": weight, "exp_avg_res_row": weight},
+        "bitsandbytes": {"step": 3, "state1": quantised, "qmap1": torch.ones(256)},
+    }
+    return states[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["Adagrad", "Rprop", "Adafactor", "ASGD", "AdaBelief", "CAME", "bitsandbytes"]
+)
+def test_moments_of_every_optimizer_are_no_weights(tmp_path: Path, kind: str) -> None:
+    states = {name: state_of(kind, weight) for name, weight in weights().items()}
+    path = save(tmp_path / "w.pt", {"policy": weights(), "states": states})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.where == "policy"
+    assert ["optimizer state" in other for other in checkpoint.others] == [True]
+
+    # Alone, they are no weights either, in a tree and by dotted names.
+    flat = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            flat[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    for held in (states, flat):
+        with pytest.raises(SourceError, match="state of an optimizer only"):
+            open_checkpoint(save(tmp_path / "o.pt", held))
+
+
+def test_weights_that_are_called_as_moments_are(tmp_path: Path) -> None:
+    held = {"net": {"sum": torch.ones(3, 3), "z": torch.ones(3, 3)}, "step": 3}
+    assert open_checkpoint(save(tmp_path / "a.pt", held)).state.keys() == {"sum", "z"}
+
+    # A count next to other weights makes no optimizer of them.
+    held = {"step": torch.tensor(3.0), "sum": torch.ones(3, 3), "proj": torch.ones(3, 3)}
+    assert "proj" in open_checkpoint(save(tmp_path / "b.pt", {"net": held})).state
