@@ -481,7 +481,11 @@ class Report(Record):
             NewerSchemaError: the report is of a newer schema version.
             ValueError: the text is no JSON, or it is no report.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        # brackets in brackets without end
+        except RecursionError as error:
+            raise ValueError("the text nests too deep for a report") from error
         if not isinstance(data, Mapping):
             raise ValueError("a report is a JSON object")
         check_schema(data, cls._document)

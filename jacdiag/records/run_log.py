@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, UsageError
 from jacdiag.records.base import Record
 from jacdiag.records.report import Level
 
@@ -253,7 +253,7 @@ def _light_step(row: dict[str, Any]) -> dict[str, Any]:
     return light
 
 
-def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
+def read_run(path: str | bytes | os.PathLike[str], *, light: bool = False) -> RunLog:
     """Read a run log, or the one in a folder.
 
     Args:
@@ -262,12 +262,16 @@ def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
 
     Raises:
         SourceError: there is none, or it was written by a newer version.
+        UsageError: it is no path.
 
     Example:
         >>> read_run("runs/a/run.jsonl").column("loss")              # doctest: +SKIP
         [4.1, 4.0]
     """
-    file = Path(path)
+    if not isinstance(path, str | bytes | os.PathLike):
+        got = f"type {type(path).__name__}"
+        raise UsageError("a run is read from a path", got=got, hint="text or a pathlib.Path")
+    file = Path(os.fsdecode(path))
     if file.is_dir():
         file = file / RUN_FILE
 
@@ -316,7 +320,7 @@ def _decode_line(line: bytes) -> dict[str, Any] | None:
     """Return a line of a log; None if it is no JSON object."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
     # Another JSON value is no line of a log.
@@ -347,7 +351,7 @@ def to_line(kind: str, row: Mapping[str, Any]) -> bytes:
     values = {key: plain(value) for key, value in row.items()}
     data = {"v": RUN_SCHEMA_VERSION, "type": kind, **values}
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    return text.encode() + b"\n"
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def plain(value: Any) -> Any:

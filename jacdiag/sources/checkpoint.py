@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.formats import safetensors_file, torch_file
+from jacdiag.sources.formats.json_files import read_json
 from jacdiag.sources.formats.refused_formats import check_format
 from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.lora_adapters import adapter_names, take_base_model
 from jacdiag.sources.optimizer_state import optimizer_stepped
-from jacdiag.sources.tensor_sets import Candidate, find_candidates, split_flat
+from jacdiag.sources.tensor_sets import Candidate, count_tensors, find_candidates, split_flat
 from jacdiag.sources.unusable_tensors import check_chosen, check_contents
 from jacdiag.sources.weights_choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 
@@ -38,6 +39,7 @@ _STEP_KEYS = (
     "steps",
     "iter",
 )
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST_JSON = 1 << 26
 # How the names of files with weights begin.
 _USUAL_NAMES = ("model", "pytorch_model", "adapter_model", "consolidated")
@@ -148,7 +150,9 @@ class Contents:
 
         # 3. Refuse what is no weights.
         check_chosen(self.path, choice.entries, fitted=fitted)
-        _check_weights(self.path, self.described, choice.entries)
+        _check_weights(self.path, choice.entries)
+        if model is None:
+            _check_real(self.path, choice.entries)
         return self._checkpoint(choice, fills_model=model is not None)
 
     def _base_models(self, model: nn.Module | None) -> tuple[list[Candidate], list[str]]:
@@ -263,11 +267,11 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether a file is in the format of safetensors, by its suffix or else its bytes."""
-    if path.suffix in SUFFIXES:
-        return path.suffix == ".safetensors"
-    # any other suffix says nothing
-    return safetensors_file.is_safetensors(path)
+    """Return whether a file is in the format of safetensors, by its bytes or else its suffix."""
+    if safetensors_file.is_safetensors(path):
+        return True
+    # A file of torch.save may be called so; a damaged file is what its suffix says.
+    return path.suffix == ".safetensors" and not torch_file.is_torch_file(path)
 
 
 def _safetensors_contents(path: Path) -> Contents:
@@ -304,8 +308,8 @@ def trainer_step(folder: Path) -> int | None:
         # a file that is larger is not of transformers
         if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
             return None
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = read_json(path)
+    except (OSError, SourceError):
         return None
 
     # It may be a file of another make.
@@ -327,12 +331,14 @@ def _metadata_step(metadata: Mapping[str, str]) -> int | None:
 
 def _check_file(path: Path) -> None:
     """Raise unless a path is a file that can be read and is in a format that is known."""
+    # 1. Its bytes say what it is, whatever its name.
     _check_readable(path)
+    if safetensors_file.is_safetensors(path) or torch_file.is_torch_file(path):
+        return
+
+    # 2. If they do not, it may be of another format, or damaged.
     check_format(path)
     if path.suffix in SUFFIXES:
-        return
-    # Without such a suffix, its bytes must say what it is.
-    if torch_file.is_torch_zip(path) or safetensors_file.is_safetensors(path):
         return
     hints = {
         ".py": f"a factory in it: {path}:CALLABLE",
@@ -351,8 +357,7 @@ def _check_readable(path: Path) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
-        raise SourceError(f"no such file or folder: '{path}'", hint=hint) from None
+        raise SourceError(f"no such file or folder: '{path}'", hint=_hint_if_absent(path)) from None
     except OSError as error:
         raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
 
@@ -367,6 +372,22 @@ def _check_readable(path: Path) -> None:
     # 3. It holds something.
     if status.st_size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
+
+
+def _hint_if_absent(path: Path) -> str:
+    """Return what to try if nothing is at a path."""
+    # 1. A link is there, as in a cache that was copied in part.
+    if path.is_symlink():
+        return f"it is a link to '{path.readlink()}', which is not there: copy or download it again"
+
+    # 2. A name as models have them on the Hub, of which no part is here.
+    is_hub_name = _HUB_NAME.fullmatch(str(path)) is not None
+    if is_hub_name and not path.parent.exists():
+        return (
+            "nothing is downloaded; if it is a name on the Hugging Face Hub: "
+            f"hf download {path} --local-dir DIR, then give DIR"
+        )
+    return "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
 
 
 def _no_weights(path: Path, described: str) -> SourceError:
@@ -397,11 +418,22 @@ def _weights_next_to(path: Path) -> list[str]:
     return sorted(names)
 
 
-def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> None:
+def _check_real(path: Path, weights: Mapping[str, Any]) -> None:
+    """Raise if all weights are complex numbers, which only their module says how to use."""
+    if any(tensor.dtype.is_floating_point for tensor in weights.values()):
+        return
+    raise SourceError(
+        f"'{path}' holds complex numbers, and nothing can be said of them without their module",
+        got=count_tensors(len(weights)),
+        hint="--model FACTORY builds the module",
+    )
+
+
+def _check_weights(path: Path, weights: Mapping[str, Any]) -> None:
     """Raise if chosen tensors hold no numbers of a network."""
     # 1. Integers alone are no weights.
     if not any(_is_inexact(tensor.dtype) for tensor in weights.values()):
-        raise _no_weights(path, described)
+        raise _only_integers(path, weights)
 
     # 2. Neither are shapes.
     empty = [name for name, tensor in weights.items() if _is_empty(tensor)]
@@ -414,6 +446,22 @@ def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> No
             ),
             hint="save the model from where its weights are",
         )
+
+
+def _only_integers(path: Path, weights: Mapping[str, Any]) -> SourceError:
+    """Return the error for tensors that hold integers and nothing else."""
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    described = f"{count_tensors(len(weights))} of {', '.join(sorted(types))}"
+    error = _no_weights(path, described)
+    # Random states and token ids are vectors.
+    if any(len(tensor.shape) >= 2 for tensor in weights.values()):
+        error = SourceError(
+            f"'{path}' holds no weights in floating point",
+            got=described,
+            hint="if they are packed weights, audit the checkpoint that was quantised; token ids "
+            "are given with --tokens",
+        )
+    return error
 
 
 def _is_inexact(dtype: Any) -> bool:

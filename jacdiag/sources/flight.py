@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 
 from jacdiag.errors import SourceError, one_line
 from jacdiag.records.run_log import RUN_FILE, RunLog, parsed, read_run
+from jacdiag.sources.formats.json_files import read_json
 
 _ABOUT, _STEPS, _LATEST = "about.json", "steps.jsonl", "batch.pt"
 _RUNNING = re.compile(r"running-batch-(\d+)-at-(\d+)\.pt")
@@ -207,11 +207,11 @@ def _about(path: Path) -> dict[str, Any]:
         SourceError: there is no such file, or it cannot be read.
     """
     try:
-        about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        about = read_json(path / _ABOUT)
+    except SourceError as error:
         hint = "it is flight-STEP in the log_dir"
         raise SourceError(
-            f"'{path}' is no folder of a flight recorder", got=one_line(error), hint=hint
+            f"'{path}' is no folder of a flight recorder", got=error.got or error.what, hint=hint
         ) from error
     if not isinstance(about, dict):
         return {}

@@ -184,6 +184,12 @@ def _check_precision(
 
     # 2. Say what it has.
     kinds = sorted({str(state[name].dtype).removeprefix("torch.") for name in quantised})
+    if all(state[name].is_complex() for name in quantised):
+        raise SourceError(
+            f"weights in {where} are complex numbers, those of the model are real",
+            got="\n".join(_listed("such", quantised)),
+            hint="--model with the module that was saved, whose parameters are complex too",
+        )
     raise SourceError(
         f"weights in {where} are quantised: stored as {', '.join(kinds)}, read only together "
         "with its scales",

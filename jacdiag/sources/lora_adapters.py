@@ -9,7 +9,14 @@ from typing import Any
 
 from jacdiag.sources.tensor_sets import Candidate
 
-_LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+# LoRA of PEFT, of diffusers and of kohya; then LoHa, LoKr, IA3, OFT, VeRA and prompts.
+_LORA = re.compile(
+    r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector|up|down|mid)(\.|$)"
+    r"|(^|[._])lora\.(up|down)(\.|$)"
+    r"|^lora_(unet|te\d?|transformer)_.*\.(alpha|dora_scale)$"
+    r"|(^|\.)(hada_[wt][12]\w*|lokr_[wt][12]\w*|ia3_l|oft_[rR]|boft_[Rs]|vera_lambda_[bd])(\.|$)"
+    r"|(^|\.)prompt_embeddings(\.|$)"
+)
 _BASE = ".base_layer."
 _ORIGINAL = ".original_module."
 _TRAINED = re.compile(r"\.modules_to_save\.[^.]+\.")
@@ -17,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 def adapter_names(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors that belong to a LoRA adapter.
+    """Return the names of tensors that belong to an adapter: LoRA, its relatives, or a prompt.
 
     Args:
         names: of tensors.

@@ -100,7 +100,13 @@ def path_text(given: Any) -> str:
     if not isinstance(given, str | bytes | os.PathLike):
         raise UsageError("a path is expected", got=kind_of(given), hint="text or a pathlib.Path")
 
-    return os.fsdecode(given)
+    try:
+        return os.fsdecode(given)
+    # a PathLike of somebody else's
+    except TypeError as error:
+        raise UsageError(
+            "a path is expected", got=str(error), hint="text or a pathlib.Path"
+        ) from error
 
 
 def kind_of(value: Any) -> str:

@@ -235,7 +235,11 @@ def _source_text(source: Any) -> str:
         hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
         raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
 
-    name = os.fsdecode(source)
+    try:
+        name = os.fsdecode(source)
+    # a PathLike of somebody else's
+    except TypeError as error:
+        raise SourceError("this names no source", got=str(error), hint="a path as text") from error
     # no file can have such a name
     if "\0" in name or not name.strip():
         hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.errors import ProbeError, one_line
+from jacdiag.errors import ProbeError, SourceError, one_line
+from jacdiag.sources.formats.json_files import read_json
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.source import Source
 
@@ -332,8 +333,8 @@ def _places(source: Source) -> Iterator[Any]:
 def _settings(folder: Path) -> dict[str, Any]:
     """Return the tokenizer_config.json of a folder; nothing if it cannot be read."""
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        settings = read_json(folder / "tokenizer_config.json")
+    except SourceError:
         return {}
     # JSON may be anything
     if not isinstance(settings, dict):

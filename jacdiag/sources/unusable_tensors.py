@@ -20,6 +20,8 @@ _GATHER = (
 )
 _DEEPSPEED = ("ds_version", "ds_config", "param_shapes")
 _DEQUANTISE = "audit the checkpoint that was quantised, or dequantise it to bfloat16 and save that"
+# Names that diffusers and kohya's scripts give, and PEFT does not.
+_FOR_DIFFUSERS = re.compile(r"(^|[._])lora[._](up|down|mid)(\.|$)|^lora_(unet|te\d?|transformer)_")
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int16)
 _SCALES = re.compile(
     r"(^|[._])(weight_scale(_inv|_2)?|scale_inv|SCB|absmax|quant_state|quant_map|nested_absmax|qzeros|g_idx|zero_point"
@@ -191,17 +193,25 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
     if str(entry.dtype).startswith(("torch.qint", "torch.quint")):
         return True
 
-    # 2. A matrix of 8 bits. Scales and step counts are vectors or single numbers.
+    # 2. Floating point of 8 bits. Single numbers may be counts.
+    if entry.dtype.is_floating_point:
+        return len(entry.shape) > 0 and bool(entry.dtype.itemsize < 2)
+
+    # 3. A matrix of 8-bit integers. Zero points are vectors.
     if len(entry.shape) < 2:
         return False
-    if entry.dtype.is_floating_point:
-        return bool(entry.dtype.itemsize < 2)
     if entry.dtype == torch.int8:
         return True
 
-    # 3. Other integers may be indices or masks: by their names, next to scales.
-    is_packed = has_scales and entry.dtype in _INTEGERS
-    return is_packed and _is_named_as_weight(name)
+    # 4. Other integers may be indices or masks: by their names, next to scales.
+    if entry.dtype not in _INTEGERS:
+        return False
+    return _is_named_as_packed(name) or (has_scales and _is_named_as_weight(name))
+
+
+def _is_named_as_packed(name: str) -> bool:
+    """Return whether the last part of a name is one that only packed weights have."""
+    return name.rpartition(".")[2] in ("qweight", "weight_packed")
 
 
 def _is_named_as_weight(name: str) -> bool:
@@ -251,15 +261,43 @@ def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
 
 
 def _check_adapter(path: Path, entries: Mapping[str, Any]) -> None:
-    """Raise if most tensors belong to a LoRA adapter."""
+    """Raise if most tensors belong to an adapter."""
     lora = adapter_names(entries)
     # A base model with an adapter has more tensors of its own.
     if len(lora) <= len(entries) / 2:
         return
     names = clipped(", ".join(lora), _SHOWN)
     raise SourceError(
-        f"'{path}' holds a LoRA adapter, which changes a base model and is no model by itself",
+        f"'{path}' holds {_kind_of_adapter(lora)}, which changes a base model and is no model by "
+        "itself",
         got=f"{len(lora)} of {len(entries)} tensors are of the adapter: {names}",
-        hint="merge it first: peft.PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
-        ".merge_and_unload().save_pretrained('merged'), then audit the folder merged",
+        hint=_way_to_merge(lora),
+    )
+
+
+def _kind_of_adapter(names: Sequence[str]) -> str:
+    """Return what an adapter is, by the names of its tensors."""
+    # Only LoRA has its own name in those of its tensors.
+    if any("lora" in name for name in names):
+        return "a LoRA adapter"
+    return "an adapter"
+
+
+def _way_to_merge(names: Sequence[str]) -> str:
+    """Return how to make a model of an adapter and its base, by the library that saved it."""
+    # 1. A prompt goes before the input, and changes no weight.
+    if any("prompt_embeddings" in name for name in names):
+        return "audit the base model: a learned prompt changes none of its weights"
+
+    # 2. Files for diffusers and its tools.
+    if any(map(_FOR_DIFFUSERS.search, names)):
+        return (
+            "merge it first: pipeline.load_lora_weights(FILE), pipeline.fuse_lora(), then save and "
+            "audit the part of the pipeline that it changes"
+        )
+
+    # 3. PEFT.
+    return (
+        "merge it first: peft.PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
+        ".merge_and_unload().save_pretrained('merged'), then audit the folder merged"
     )

@@ -7,10 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jacdiag.errors import SourceError
 from jacdiag.sources.foreign_code import own_frames
+from jacdiag.sources.formats.json_files import read_json
 
 # Names of weights that belong to one kind of model only, bare or with the prefix of its heads.
 # Names that several kinds share (Llama's and Mistral's, RoBERTa's and XLM-RoBERTa's) are not here.
@@ -183,10 +184,7 @@ def _json_of(file: Path) -> dict[str, Any]:
     Raises:
         SourceError: it cannot be read, or holds something else than an object.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SourceError(f"cannot read '{file}'", got=str(error)) from error
+    data = read_json(file)
     if not isinstance(data, dict):
         raise SourceError(
             f"'{file}' is no config of transformers", got=f"a JSON {type(data).__name__}"
@@ -219,10 +217,33 @@ def _check_known(transformers: Any, data: Mapping[str, Any], path: Path, trust: 
             f"the model in '{path}' brings its own code",
             hint="--trust-pickle lets it run; or give --model FACTORY",
         )
+    hint = "a newer transformers, or --model FACTORY"
+    # The class may be one that is known, under a name of the folder's own for its kind.
+    by_class = _kind_by_class(transformers, data)
+    if by_class is not None:
+        change = json.dumps({"model_type": by_class.kind})
+        hint = f"if {by_class.name} is its class, --model-args '{change}'; else {hint}"
     raise SourceError(
-        f"transformers {transformers.__version__} does not know model_type '{kind}'",
-        hint="a newer transformers, or --model FACTORY",
+        f"transformers {transformers.__version__} does not know model_type '{kind}'", hint=hint
     )
+
+
+class _KindByClass(NamedTuple):
+    """A kind of model, and the class of it that a config names."""
+
+    kind: str
+    name: str
+
+
+def _kind_by_class(transformers: Any, data: Mapping[str, Any]) -> _KindByClass | None:
+    """Return the kind of the first class that a config names and transformers knows."""
+    for name in _names_in(data.get("architectures")):
+        cls = getattr(transformers, name, None)
+        config_class = getattr(cls, "config_class", None)
+        kind = getattr(config_class, "model_type", "")
+        if kind:
+            return _KindByClass(kind, name)
+    return None
 
 
 def _infer(
@@ -230,12 +251,9 @@ def _infer(
 ) -> tuple[str, str]:
     """Return the kind of model, and what it was inferred from."""
     # 1. The classes that the config names.
-    for name in _names_in(data.get("architectures")):
-        cls = getattr(transformers, name, None)
-        config_class = getattr(cls, "config_class", None)
-        kind = getattr(config_class, "model_type", "")
-        if kind:
-            return kind, f"architectures ({name})"
+    by_class = _kind_by_class(transformers, data)
+    if by_class is not None:
+        return by_class.kind, f"architectures ({by_class.name})"
 
     # 2. The names of the weights, if only one kind has such names.
     fitting = _kinds_by_names(names)

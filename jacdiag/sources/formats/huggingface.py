@@ -35,6 +35,7 @@ from jacdiag.sources.load_weights import TieConflict, attach, fit
 from jacdiag.sources.meta_build import empty_parameters
 
 _SHOWN = 5
+_MOST_LAYERS = 1000  # that may share their weights
 _HINT = (
     "config.json must be that of the weights; or --model FACTORY builds the model that was saved"
 )
@@ -214,6 +215,8 @@ def load_stored(
             f"config.json has a {config.quantised}, but the weights are stored in floating point"
         )
 
+    _check_depth(config.value, stored)
+
     # 2. An empty model of the class that the config names, or that the weights fit.
     kind = _class_for(transformers, config.value, stored)
     model = _empty(kind, config.value, trust_pickle, config_path)
@@ -245,6 +248,21 @@ def load_stored(
     if naming.initialised:
         notes.append(f"not in the files, set by transformers: {_listed(naming.initialised)}")
     return Loaded(model, facts, None, notes)
+
+
+def _check_depth(config: Any, stored: StoredState) -> None:
+    """Raise if a config has so many layers that to build them would take minutes or more.
+
+    A layer has weights of its own, or shares those of another one, as in ALBERT.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= _MOST_LAYERS + len(stored.tensors):
+        return
+    raise SourceError(
+        f"the config of '{stored.where}' is not that of its weights",
+        got=f"{layers:,} layers, and {len(stored.tensors):,} tensors in the files",
+        hint=_HINT,
+    )
 
 
 def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Loaded:

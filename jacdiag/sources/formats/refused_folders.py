@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from jacdiag.errors import SourceError, printable
+from jacdiag.sources.formats.json_files import read_json
 from jacdiag.sources.formats.weight_files import weight_files
 
 _SHOWN = 5
@@ -27,6 +27,9 @@ _OTHER_FORMATS = {
     ),
 }
 # What a training run saves next to its weights.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# How the names of files without weights begin that a trainer saves.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "sampler")
 _STATE_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
 
 # The error for one kind of folder; None for a folder of another kind.
@@ -36,7 +39,7 @@ _ErrorOf = Callable[[Path], SourceError | None]
 # -- by what was expected --------------------------------------------------------------------------
 def refuse_without_weights(path: Path) -> SourceError:
     """Return the error for a folder that has a config.json but no weights of PyTorch."""
-    special = _first_error(path, _adapter, _parent, _other_format)
+    special = _first_error(path, _adapter, _parent, _absent_weights, _named_weights, _other_format)
     if special is not None:
         return special
     return SourceError(
@@ -124,12 +127,46 @@ def _adapter(path: Path) -> SourceError | None:
     )
 
 
+def _absent_weights(path: Path) -> SourceError | None:
+    """Return the error for a folder in which the weights are a link that leads nowhere."""
+    broken = [file for file in sorted(path.iterdir()) if _is_broken_link(file)]
+    broken = [file for file in broken if file.suffix in _WEIGHT_SUFFIXES]
+    if not broken:
+        return None
+    first = broken[0]
+    return SourceError(
+        f"the weights of '{path}' are a link to a file that is not there",
+        got=f"{printable(first.name)} leads to {printable(str(first.readlink()))}",
+        hint="download the folder again, or copy it with its links followed (cp -rL)",
+    )
+
+
+def _is_broken_link(path: Path) -> bool:
+    """Return whether a path is a link that leads nowhere."""
+    return path.is_symlink() and not path.exists()
+
+
+def _named_weights(path: Path) -> SourceError | None:
+    """Return the error for a folder whose weights have a name that transformers does not use."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
+    # What a trainer saves next to the weights has the same suffixes.
+    files = [file for file in files if file.is_file() and not file.name.startswith(_NO_WEIGHTS)]
+    if not files:
+        return None
+    names = ", ".join(printable(file.name) for file in files[:_SHOWN])
+    return SourceError(
+        f"'{path}' has a config.json, and its weights are not under a usual name",
+        got=names,
+        hint=f"{files[0]} --model hf:{path}",
+    )
+
+
 def _base_of(path: Path) -> str:
     """Return the name of the model that an adapter changes, as its config has it."""
     try:
-        data = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        data = read_json(path / "adapter_config.json")
         return printable(str(data["base_model_name_or_path"]))[:200]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SourceError, KeyError, TypeError):
         return "not named"
 
 

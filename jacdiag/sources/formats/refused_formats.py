@@ -23,11 +23,17 @@ _BY_SUFFIX = {
     ".pb": ("a graph of TensorFlow", _TORCH_WAY),
     ".engine": ("an engine of TensorRT", _TORCH_WAY),
     ".pdparams": ("a file of PaddlePaddle", _TORCH_WAY),
+    ".mlmodel": ("a model of Core ML", _TORCH_WAY),
+    ".nemo": ("an archive of NeMo", "unpack it (tar -xf), and audit the .ckpt in it"),
+    ".mar": ("an archive of TorchServe", "unzip it, and audit the checkpoint in it"),
 }
+_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".zip", ".7z", ".rar")
 _TORCHSCRIPT = (".jit", ".ts", ".torchscript")
 
 # First bytes.
 _GGUF = (b"GGUF", b"ggml", b"ggjt", b"lmgg", b"tjgg")
+_LFS = b"version https://git-lfs"
+_WEB_PAGE = (b"<!doctype html", b"<html")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -49,13 +55,37 @@ def check_format(path: Path) -> None:
     _check_suffix(path)
 
 
+def check_downloaded(path: Path, head: bytes) -> None:
+    """Raise if a file holds a note or a web page in the place of what it is called.
+
+    Args:
+        path: the file.
+        head: its first bytes.
+
+    Raises:
+        SourceError: it does; the message says how to get the file itself.
+    """
+    if head.startswith(_LFS):
+        raise SourceError(
+            f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull"
+        )
+    if head.lstrip().lower().startswith(_WEB_PAGE):
+        raise SourceError(
+            f"'{path}' is a web page, not the file itself",
+            hint="the download was answered with a page: download it again, logged in if need be",
+        )
+
+
 def _check_head(path: Path, head: bytes) -> None:
     """Raise if the first bytes of a file are those of another format."""
-    # 1. Formats of other libraries.
+    # 1. What is left by a download that failed.
+    check_downloaded(path, head)
+
+    # 2. Formats of other libraries.
     if head.startswith(_GGUF):
         raise _refused(
             path,
-            "a GGUF file of llama.cpp",
+            "a GGUF or GGML file of llama.cpp",
             "audit the checkpoint that it was converted from; transformers turns many back: "
             f"from_pretrained(FOLDER, gguf_file='{path.name}').save_pretrained('checkpoint')",
         )
@@ -67,7 +97,7 @@ def _check_head(path: Path, head: bytes) -> None:
     if head[4:8] == b"TFL3":
         raise _refused(path, *_BY_SUFFIX[".tflite"])
 
-    # 2. Arrays of NumPy, which torch can save.
+    # 3. Arrays of NumPy, which torch can save.
     if head.startswith(b"\x93NUMPY"):
         way = f"torch.save({{'weight': torch.from_numpy(numpy.load('{path.name}'))}}, 'weights.pt')"
         raise _refused(path, "one array of NumPy", way)
@@ -113,10 +143,18 @@ def _check_suffix(path: Path) -> None:
     name, suffix = path.name, path.suffix
     if suffix in _TORCHSCRIPT:
         raise torchscript(path)
+    if suffix == ".pt2":
+        raise exported_program(path)
     if suffix in _BY_SUFFIX:
         raise _refused(path, *_BY_SUFFIX[suffix])
 
-    # 2. Parts of a checkpoint that are not its weights.
+    # 2. Compressed files and archives, whatever is in them.
+    if suffix in _ARCHIVES:
+        raise _refused(
+            path, "a compressed file or an archive", "unpack it, and name the checkpoint in it"
+        )
+
+    # 3. Parts of a checkpoint that are not its weights.
     if name.endswith(".index.json"):
         raise _refused(
             path, "the index of a checkpoint in shards", f"audit the folder: {path.parent}"
@@ -129,7 +167,7 @@ def _check_suffix(path: Path) -> None:
         way = "its weights are in model.safetensors or pytorch_model.bin of the same folder"
         raise _refused(path, "the random states of a run with accelerate", way)
 
-    # 3. Formats that can hold weights, and are read from files of torch.save only.
+    # 4. Formats that can hold weights, and are read from files of torch.save only.
     if suffix in (".pkl", ".pickle"):
         raise _refused(path, "a pickle", "save the state dict with torch.save, as a .pt file")
     if suffix in (".npz", ".npy"):
@@ -145,6 +183,15 @@ def torchscript(path: Path) -> SourceError:
     return SourceError(
         f"'{path}' is a TorchScript archive, which holds code besides weights", hint=way
     )
+
+
+def exported_program(path: Path) -> SourceError:
+    """Return the error for a program of torch.export."""
+    way = (
+        f"torch.save(torch.export.load('{path.name}').state_dict, 'weights.pt'), then weights.pt "
+        "with --model FACTORY"
+    )
+    return _refused(path, "a program of torch.export", way)
 
 
 def _refused(path: Path, what: str, way: str) -> SourceError:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import SourceError, printable
+from jacdiag.sources.formats.file_names import name_in_utf8
+from jacdiag.sources.formats.refused_formats import check_downloaded
 from jacdiag.sources.lazy_tensors import failed
 
 _DTYPES = {
@@ -107,9 +109,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         # names a tensor whose dtype torch does not have
         _header(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with name_in_utf8(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             names = file.keys()  # the handle is no mapping
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {key: file.get_tensor(key) for key in names}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
@@ -153,18 +155,20 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     from safetensors import safe_open
 
     # 1. The library's own check of the header: sizes, order, overlap, the file's length.
-    with safe_open(path, framework="pt", device="cpu"):
+    with path.open("rb") as file:
+        check_downloaded(path, file.read(64))
+    with name_in_utf8(path) as name, safe_open(name, framework="pt", device="cpu"):
         pass
 
     # 2. The header itself, which the library does not hand out.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
+    for key, entry in header.items():
+        if key == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise _unreadable(path, name, entry["dtype"])
+            raise _unreadable(path, key, entry["dtype"])
     return length, header
 
 

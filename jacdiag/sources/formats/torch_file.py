@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from jacdiag.errors import SourceError, one_line
+from jacdiag.sources.formats.file_names import name_in_utf8
 from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
-from jacdiag.sources.formats.refused_formats import torchscript
+from jacdiag.sources.formats.refused_formats import check_downloaded, exported_program, torchscript
 
 # First bytes: of a zip, and of pickles with protocol 2 to 5.
 _ZIP = b"PK\x03\x04"
+# The number at the start of the old format: torch.serialization.MAGIC_NUMBER, in a pickle.
+_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 # In errors of torch about a file that ends too early.
@@ -52,8 +55,23 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         raise SourceError(f"cannot read '{path}'", got=one_line(error), hint=hint) from error
 
 
-def is_torch_zip(path: Path) -> bool:
-    """Return whether a file, whatever its name, is a zip that torch.save wrote."""
+def is_torch_file(path: Path) -> bool:
+    """Return whether torch.save wrote a file, whatever its name: as a zip, or in its old format."""
+    # 1. The old format begins with a number that torch knows it by.
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return False
+    if head.startswith(_PICKLES):
+        return _MAGIC in head
+
+    # 2. A zip has the pickle of torch.
+    return head.startswith(_ZIP) and _is_torch_zip(path)
+
+
+def _is_torch_zip(path: Path) -> bool:
+    """Return whether a zip is one that torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -72,13 +90,16 @@ def _load(
     path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool
 ) -> tuple[Any, list[str]]:
     """Return what a file holds, and the names of the classes that became stubs."""
-    with warnings.catch_warnings():
+    # torch reads a file called .safetensors as one, whatever it holds
+    is_misnamed = path.suffix == ".safetensors"
+    naming = name_in_utf8(path, without_suffix=is_misnamed)
+    with warnings.catch_warnings(), naming as name:
         # of source code that torch could not find for a stub, of old storages
         warnings.simplefilter("ignore")
         if trust_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped), []
+            return torch.load(name, map_location="cpu", weights_only=False, mmap=zipped), []
         content = torch.load(
-            path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module
+            name, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module
         )
         return content, guard.unread
 
@@ -149,11 +170,9 @@ def _check(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(64)
 
+    check_downloaded(path, head)
+
     # 1. The zip format.
-    if head.startswith(b"version https://git-lfs"):
-        raise SourceError(
-            f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull"
-        )
     if head.startswith(_ZIP):
         _check_zip(path)
         return True
@@ -185,6 +204,8 @@ def _check_zip(path: Path) -> None:
     names = _entries(path)
     if _has_entry(names, "/constants.pkl"):
         raise torchscript(path)
+    if _has_entry(names, "/archive_format"):
+        raise exported_program(path)
     if not _has_entry(names, "data.pkl"):
         raise SourceError(
             f"'{path}' is a zip, but not one of torch.save",

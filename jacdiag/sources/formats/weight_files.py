@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from jacdiag.errors import SourceError, one_line, printable
+from jacdiag.sources.formats.json_files import read_json
 
 _SHOWN = 5
 # In the order in which transformers looks for them.
@@ -142,10 +142,10 @@ def _names_in_index(index: Path) -> list[str]:
     Raises:
         SourceError: it cannot be read, or names a file outside its folder.
     """
+    content = read_json(index)
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
         names = sorted(set(content["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise SourceError(f"cannot read '{index}'", got=one_line(error)) from error
     for name in names:
         # a file elsewhere is none of this folder's
@@ -170,8 +170,12 @@ def quantised_names(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _is_quantised(tensor: Any) -> bool:
-    """Return whether a tensor is a matrix of 8-bit numbers."""
-    return len(tensor.shape) > 1 and tensor.dtype in _QUANTISED
+    """Return whether a tensor holds 8-bit numbers: a matrix of integers, or floating point."""
+    if tensor.dtype not in _QUANTISED:
+        return False
+    # vectors of integers may be counts
+    least = 1 if tensor.dtype.is_floating_point else 2
+    return len(tensor.shape) >= least
 
 
 def refuse_quantised(path: Path, method: str, names: Sequence[str]) -> SourceError:

@@ -151,6 +151,10 @@ def is_finite(tensor: Tensor) -> bool:
     real = tensor
     if tensor.is_complex():
         real = torch.view_as_real(tensor)
+
+    # Nothing is computed with numbers of 8 bits.
+    if real.element_size() < 2:
+        real = real.float()
     least, largest = torch.aminmax(real)
     return bool(torch.isfinite(least)) and bool(torch.isfinite(largest))
 
