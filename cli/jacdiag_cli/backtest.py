@@ -10,7 +10,7 @@ import click
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured, current
-from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
+from jacdiag_cli.output_files import any_on_stdout, encoded, plan_outputs, say_written, write_data
 from jacdiag_cli.report_files import check_html
 from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, room, show
 
@@ -291,15 +291,15 @@ def _write_files(
     # 1. What each holds. Without a curve, --write-risk is refused before any file is written.
     data: dict[str, bytes] = {}
     if "--write-risk" in files:
-        data["--write-risk"] = _risk(report, files["--write-risk"]).encode()
+        data["--write-risk"] = encoded(_risk(report, files["--write-risk"]))
     if "--json" in files:
-        data["--json"] = (report.to_json() + "\n").encode()
+        data["--json"] = encoded(report.to_json() + "\n")
     if "--markdown" in files:
-        data["--markdown"] = layout.markdown(report).encode()
+        data["--markdown"] = encoded(layout.markdown(report))
     if "--html" in files:
         from jacdiag.render.html.pages import backtest_page
 
-        data["--html"] = backtest_page(report, lead).encode()
+        data["--html"] = encoded(backtest_page(report, lead))
 
     # 2. Write them in the order of the options; the picture and the runs write themselves.
     for option, path in files.items():

@@ -12,7 +12,7 @@ import click
 from jacdiag_cli.audit_options import audit_options
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
-from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
+from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_text
 from jacdiag_cli.report_files import check_html
 from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room, show
 
@@ -169,7 +169,7 @@ def _write_page(comparison: Comparison, path: str, names: tuple[str, str]) -> No
 
     pairs: Any = comparison.pairs
     page = comparison_page(pairs, verdict(pairs), comparison.notes, names)
-    write_data(path, page.encode())
+    write_text(path, page)
 
 
 def _write_picture(comparison: Comparison, path: str, names: tuple[str, str]) -> None:

@@ -82,6 +82,19 @@ def write_data(path: str, data: bytes) -> None:
     say_written(path)
 
 
+def write_text(path: str, text: str) -> None:
+    """Write an output of text in UTF-8 and say so.
+
+    A file name in it may hold bytes that are no UTF-8. They are written as escapes of JSON.
+    """
+    write_data(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """Return text in UTF-8; what has no UTF-8 becomes an escape, such as \\udcff."""
+    return text.encode(errors="backslashreplace")
+
+
 def say_written(path: str) -> None:
     """Say `wrote FILE` on stderr, if it was.
 
@@ -90,7 +103,9 @@ def say_written(path: str) -> None:
     from jacdiag.records.output_file import written
 
     if path in written:
-        say(f"wrote {printable(path)}")
+        # a line end in the name would look like a line of ours
+        name = printable(path).replace("\n", "\\n")
+        say(f"wrote {name}")
 
 
 def _check_apart(outputs: Mapping[str, str]) -> None:

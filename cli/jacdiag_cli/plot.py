@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import SourceError, UsageError
-from jacdiag_cli.output_files import plan_outputs, say_written, write_data
+from jacdiag_cli.output_files import plan_outputs, say_written, write_text
 from jacdiag_cli.report_files import check_html
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _draw_runs(
         from jacdiag.render.html.pages import run_page
 
         page = run_page(logs, picture_of_run(drawn, ".svg", options))
-        write_data(html_file, page.encode())
+        write_text(html_file, page)
 
 
 def _run_name(path: Path, paths: list[Path]) -> str:
@@ -216,4 +216,4 @@ def _draw_report(path: Path, target: str | None, html_file: str | None) -> None:
     if html_file is not None:
         from jacdiag.render.html.pages import report_page
 
-        write_data(html_file, report_page(report).encode())
+        write_text(html_file, report_page(report))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.output_files import plan_outputs, say_written, write_data
+from jacdiag_cli.output_files import plan_outputs, say_written, write_text
 
 if TYPE_CHECKING:
     from jacdiag.records import Report
@@ -87,7 +87,7 @@ def _check_markdown(path: str) -> None:
 def write_report_files(report: Report, files: Mapping[str, str]) -> None:
     """Write the report, the picture, the page and the remedies, and say so for each."""
     if "--json" in files:
-        write_data(files["--json"], (report.to_json() + "\n").encode())
+        write_text(files["--json"], (report.to_json() + "\n"))
     if "--plot" in files:
         from jacdiag.render.plots import report_plot
 
@@ -96,11 +96,11 @@ def write_report_files(report: Report, files: Mapping[str, str]) -> None:
     if "--html" in files:
         from jacdiag.render.html.pages import report_page
 
-        write_data(files["--html"], report_page(report).encode())
+        write_text(files["--html"], report_page(report))
     if "--patch" in files:
         from jacdiag.render.content.remedies import document
 
-        write_data(files["--patch"], document(report).encode())
+        write_text(files["--patch"], document(report))
 
 
 def machine_text(report: Report, output_format: str) -> str:

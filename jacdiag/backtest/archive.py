@@ -119,7 +119,7 @@ def encoded(runs: Iterable[Run], path: Path) -> bytes:
         runs: to pack.
         path: its ending says whether the file is compressed.
     """
-    data = pack(runs).encode()
+    data = pack(runs).encode(errors="backslashreplace")
     if not path.name.endswith(".gz"):
         return data
 

@@ -79,7 +79,7 @@ def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None
     from jacdiag.records.output_file import write_output
 
     text = json.dumps(figures.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_output(path, (text + "\n").encode())
+    write_output(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> None:

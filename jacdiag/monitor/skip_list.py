@@ -157,7 +157,9 @@ def append_line(path: str, entry: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    line = json.dumps(plain(entry), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(plain(entry), allow_nan=False, ensure_ascii=False)
+    # a path may hold bytes that are no UTF-8
+    line = text.encode(errors="backslashreplace") + b"\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:

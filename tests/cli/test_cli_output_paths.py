@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -196,3 +197,15 @@ def test_plot_does_not_write_over_what_it_draws(jd: Run, report: str, tmp_path: 
 def test_replay_with_another_probe(jd: Run, stub: Stub) -> None:
     done = jd("audit", "c.pt", "--replay", "flight-3", "--tokens", "t.npy")
     assert done.code == 2 and "the probe is given twice" in done.err and stub.calls == 0
+
+
+def test_names_that_are_no_utf8_or_hold_a_line_end(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    """A name on Linux is any bytes. What is written of it stays JSON."""
+    odd = os.fsdecode(b"r\xff.json")
+    stub.report = dataclasses.replace(stub.report, source={"path": odd})
+    done = jd("audit", "c.pt", "--json", odd, "--html", "p.html", "--plot", "g.svg")
+    assert done.code == 0 and "wrote r\\udcff.json" in done.err.splitlines()
+    assert json.loads((tmp_path / odd).read_bytes())["source"]["path"] == odd
+
+    done = jd("audit", "c.pt", "--json", "a\nwrote b.json")
+    assert done.code == 0 and done.err.splitlines() == ["wrote a\\nwrote b.json"]
