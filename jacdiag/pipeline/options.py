@@ -267,6 +267,7 @@ def _check_types(options: AuditOptions) -> None:
             raise UsageError(f"{name} is of the wrong type", got=kind_of(value), hint=expected)
 
     # 2. Those with a type or a list of values of their own.
+    check("key", str, "the dotted path of the weights in the file, as text")
     check("tokens", str | bytes | os.PathLike, "a path, as text or a pathlib.Path")
     if options.state is not None and options.state not in STATES:
         hint = f"one of {', '.join(STATES)}, or None"

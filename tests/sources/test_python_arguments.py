@@ -16,6 +16,7 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import JacdiagError, ProbeError, SourceError, TraceError, UsageError
 from jacdiag.gate import gate, read_baseline
+from jacdiag.records.run_log import read_run
 from jacdiag.sources import factory, load
 from jacdiag.sources.gpt import build
 
@@ -257,3 +258,28 @@ def test_relative_imports_name_the_module(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as other:
         factory.build(f"{tmp_path}/plain.py:model")
     assert other.value.hint is None
+
+
+class WrongPathlike:
+    """An object whose path is no text."""
+
+    def __fspath__(self) -> Any:
+        return 3
+
+
+def test_a_path_that_is_none_is_named_by_every_reader(tmp_path: Path) -> None:
+    with pytest.raises(JacdiagError, match="path is expected"):
+        jacdiag.audit(WrongPathlike())  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="names no source"):
+        load(WrongPathlike())  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a run is read from a path"):
+        read_run(None)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="cannot read the run log"):
+        read_run(os.fsencode(tmp_path / "none"))
+
+
+def test_a_key_that_is_no_text(tmp_path: Path) -> None:
+    torch.save({"net": tiny().state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="key is of the wrong type"):
+        jacdiag.audit(tmp_path / "w.pt", key=5)  # type: ignore[arg-type]
+    assert jacdiag.audit(tmp_path / "w.pt", key="net").tier == "weights"
