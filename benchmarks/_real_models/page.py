@@ -14,7 +14,7 @@ _COLUMNS = (
     "sub-layers",
     "counted by hand",
     "opened with",
-    "seconds",
+    "CPU seconds",
     "peak MB",
     "result",
 )
