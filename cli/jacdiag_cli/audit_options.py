@@ -116,7 +116,7 @@ def _read_contract(path: str | None) -> dict[str, Any] | None:
     # 2. A file of its own, with or without the table's name.
     try:
         data = tomllib.loads(toml_text(Path(path)))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
     table = data.get("contract", data)
     is_table = isinstance(table, dict)

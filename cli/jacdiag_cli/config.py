@@ -79,7 +79,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     # 1. All that the file holds.
     try:
         data = tomllib.loads(toml_text(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read '{path}'",
+            got=f"it is no UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}",
+            hint="save it as UTF-8 without BOM",
+        ) from error
+    except (tomllib.TOMLDecodeError, OSError, RecursionError) as error:
         raise UsageError(f"cannot read '{path}'", got=str(error)) from error
     if path.name == "jacdiag.toml":
         return data

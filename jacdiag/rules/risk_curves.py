@@ -37,7 +37,7 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
     try:
         data = tomllib.loads(_text_of(path))
         curves = _curves_of(data)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN
         ) from error

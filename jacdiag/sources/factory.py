@@ -119,6 +119,12 @@ def _resolve_name(spec: str) -> Callable[..., Any]:
         if not hasattr(value, part):
             raise SourceError(f"'{place}' has no '{name}'", hint=_candidates(place, value, part))
         value = getattr(value, part)
+    if isinstance(value, nn.Module):
+        raise SourceError(
+            f"'{spec}' is a model, and a function that builds one is needed",
+            got=f"type {type(value).__name__}",
+            hint=f"def build(): return {name}, then {place}:build",
+        )
     if not callable(value):
         got = f"type {type(value).__name__}"
         raise SourceError(

@@ -440,8 +440,11 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
     vocab = source.vocab_size
     assert vocab is not None
     if not path.is_file():
+        what = f"no such token file: '{path}'"
+        if path.exists():
+            what = f"'{path}' is a folder or a device, not a file of tokens"
         raise ProbeError(
-            f"no such token file: '{path}'",
+            what,
             hint=f"{_READABLE}; without it the probe is random tokens",
         )
 

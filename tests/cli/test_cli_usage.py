@@ -63,6 +63,15 @@ def test_a_byte_order_mark_is_named(jd: Run, tmp_path: Path, name: str) -> None:
     assert name in done.err and "byte order mark (BOM)" in done.err and "without BOM" in done.err
 
 
+@pytest.mark.parametrize("name", ["pyproject.toml", "jacdiag.toml"])
+def test_a_configuration_in_another_encoding(jd: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"# caf\xe9\nseq = 8\n")
+    done = jd("audit", "x.pt")
+    assert done.code == 2 and "byte 0xe9 at position 5" in done.err and "UTF-8" in done.err
+    (tmp_path / name).write_text("seq = " + "[" * 5_000)
+    assert jd("audit", "x.pt").code == 2
+
+
 def test_a_byte_order_mark_in_a_contract_is_named(jd: Run, factory: str, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('W_O = "0.02"\n', encoding="utf-8-sig")
     done = jd("audit", f"{factory}build", "--seq", "4", "--contract", "c.toml")

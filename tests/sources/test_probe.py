@@ -91,7 +91,7 @@ def spoil(folder: Path) -> None:
     ("name", "said"),
     [
         ("missing.npy", "no such token file"),
-        ("folder.npy", "no such token file"),
+        ("folder.npy", "is a folder or a device"),
         ("text.csv", "is no token file"),
         ("none", "is no token file"),
         ("text.npy", "cannot read tokens"),

@@ -283,3 +283,17 @@ def test_a_key_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="key is of the wrong type"):
         jacdiag.audit(tmp_path / "w.pt", key=5)  # type: ignore[arg-type]
     assert jacdiag.audit(tmp_path / "w.pt", key="net").tier == "weights"
+
+
+def test_a_model_in_a_file_is_no_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate builds the model with several seeds, so that a function is needed."""
+    monkeypatch.chdir(tmp_path)
+    text = "from torch import nn\nnet = nn.Linear(3, 3)\n"
+    (tmp_path / "built.py").write_text(text)
+    with pytest.raises(SourceError, match="is a model, and a function that builds one") as caught:
+        load("built.py:net")
+
+    # What the hint says works.
+    line, source = str(caught.value.hint).split(", then ")
+    (tmp_path / "built.py").write_text(f"{text}{line}\n")
+    assert isinstance(load(source).model, nn.Linear)
