@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jacdiag.errors import UsageError
+from jacdiag.errors import JacdiagError, UsageError, printable
 from jacdiag_cli.audit import warn_of_trust
 from jacdiag_cli.audit_options import audit_options, read_profile, rule_options
 from jacdiag_cli.config import Configured, current
@@ -32,7 +33,7 @@ from jacdiag_cli.report_files import form_of, machine_text, plan_report_files, w
 from jacdiag_cli.streams import CommandInvocation, emit, model_output, say, show
 
 if TYPE_CHECKING:
-    from jacdiag.records import Report
+    from jacdiag.records import FiguresRecord, Report
 
 
 @click.command(
@@ -106,11 +107,33 @@ def gate(invocation: CommandInvocation, source: str, **given: Any) -> int:
 
     # 3. Write and print the result.
     if new_baseline is not None:
+        losses = _losses(new_baseline, outcome.figures)
         write_baseline(new_baseline, outcome.figures)
         say_written(new_baseline)
+        for loss in losses:
+            say(f"  {printable(loss)}")
     write_report_files(outcome.report, files)
     _show(outcome.report, given["output_format"], aside=any_on_stdout(files))
     return outcome.exit_code
+
+
+def _losses(path: str, figures: FiguresRecord) -> list[str]:
+    """Return what a baseline that is written again holds no more, a sentence each.
+
+    Args:
+        path: of the file, not yet written.
+        figures: that are written.
+    """
+    from jacdiag.comparison.baseline_coverage import describe_losses
+    from jacdiag.gate import read_baseline
+
+    if not Path(path).is_file():
+        return []
+    try:
+        earlier = read_baseline(path)
+    except JacdiagError:
+        return []  # nothing to compare with stood there
+    return describe_losses(figures, earlier)
 
 
 def _check(given: Mapping[str, Any]) -> None:

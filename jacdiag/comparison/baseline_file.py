@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jacdiag.comparison.baseline_coverage import ModelSize, describe_size, differs_in_size
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records import SCHEMA_VERSION, FiguresRecord
 from jacdiag.sources.python_source import path_text
@@ -102,4 +103,25 @@ def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> N
         f"the baseline '{path}' is of another model",
         got=f"{before.model}, {before.layers} layers; now {now.model}, {now.layers} layers",
         hint="--write-baseline writes one of this model",
+    )
+
+
+def check_same_size(now: ModelSize, before: ModelSize) -> None:
+    """Raise if a baseline is of a model of another depth or width.
+
+    Args:
+        now: the size of the model that is checked.
+        before: that of the baseline.
+
+    Raises:
+        UsageError: no figure of one size says anything about the other.
+    """
+    if not differs_in_size(now, before):
+        return
+
+    raise UsageError(
+        "the baseline is of another model size",
+        got=f"{describe_size(before)}; now {describe_size(now)}",
+        hint="build the model in the size of the baseline (--model-args), or write a baseline of "
+        "this size with --write-baseline",
     )

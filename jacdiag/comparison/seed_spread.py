@@ -176,6 +176,7 @@ def _weights(report: Report) -> dict[str, dict[str, object]]:
             "lower": weight.lower,
             "upper": weight.upper,
             "value": value,
+            "shape": list(weight.shape),
         }
 
     return draws

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from jacdiag.comparison.baseline_coverage import describe_uncompared
 from jacdiag.comparison.baseline_file import check_comparable, read_baseline
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.errors import UsageError
@@ -230,6 +231,7 @@ def run_gate(
         "seconds": time.perf_counter() - runs.started,
         "fail_on": fail_on,
         "baseline": None if baseline is None else str(baseline),
+        "not_compared": _not_compared(merged, before),
     }
     settings = {
         **merged.settings,
@@ -513,6 +515,24 @@ def _worst_result(rule: RuleResult, reports: Sequence[Report]) -> RuleResult:
     worst = min(results, key=lambda other: _STATUSES.index(other.status))
     note = rule.note or worst.note
     return RuleResult(rule.code, worst.status, rule.matched, rule.name, note)
+
+
+def _not_compared(report: Report, before: FiguresRecord | None) -> list[str]:
+    """Return what a comparison with a baseline does not cover, a sentence each; [] without one.
+
+    Args:
+        report: of all seeds, with its figures.
+        before: those of the baseline.
+    """
+    if before is None or report.figures is None:
+        return []
+
+    # The rule that compares may be left out.
+    codes = {rule.code for rule in report.rules}
+    if "JD110" not in codes:
+        return ["nothing was compared with the baseline: JD110 is not among the selected rules"]
+    is_traced = report.tier == "measured"
+    return describe_uncompared(report.figures, before, is_traced=is_traced)
 
 
 def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int:

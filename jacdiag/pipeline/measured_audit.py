@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from jacdiag.comparison.baseline_file import check_same_size
 from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
@@ -166,7 +167,6 @@ class Audit:
         self._place()
         self.probe = self._build_probe()
         self._build_further_probes()
-        self._check_baseline()
 
         # 2. Record one forward, and find the sub-layers in it.
         options = self.request.options
@@ -187,6 +187,7 @@ class Audit:
         self._notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
         if not self.sites:
             raise nothing_found(self.sites, self._frozen())
+        self._check_baseline()
         self._traced = True
 
     def _run(self) -> Report:
@@ -304,22 +305,27 @@ class Audit:
         check_varied([self.probe, *self.further], options.input_factory)
 
     def _check_baseline(self) -> None:
-        """Raise if the baseline was measured with a different probe.
+        """Raise if the baseline is of another model size, or was measured with a different probe.
 
         Results would differ for that reason alone.
         """
-        # 1. Without products no figure depends on the probe.
         baseline = self.request.baseline
-        if baseline is None or not self.request.options.products:
+        # An earlier model is compared by its own report, which is checked when it is read.
+        if baseline is None or self.request.against is not None:
             return
 
-        # 2. `jacdiag.gate` says that a baseline is of another model.
+        # 1. `jacdiag.gate` says that a baseline is of another model.
         names = {name for name, _ in self.model.named_parameters()}
         is_of_another_model = baseline.weights and names.isdisjoint(baseline.weights)
         if is_of_another_model:
             return
 
-        # 3. The two probes.
+        # 2. The two sizes.
+        check_same_size(model_record(self.model, self.sites), baseline)
+
+        # 3. The two probes. Without products no figure depends on them.
+        if not self.request.options.products:
+            return
         facts = facts_of(self.probe.record, str(self.request.options.dtype))
         differing = parting(facts, baseline.probe)
         if differing:

@@ -175,8 +175,8 @@ class FiguresRecord(Record):
             for one seed.
         sublayers: name -> figure -> [lower, median, upper]: between these a figure lies for another
             seed.
-        weights: name -> {"role", "family", "std", "lower", "upper", "value"}; `value` that of a
-            constant.
+        weights: name -> {"role", "family", "std", "lower", "upper", "value", "shape"}; `value` that
+            of a constant; no `shape` in baselines from before it was kept.
         probe: {"batch", "seq", "tokens", "dtype"} that the figures of sub-layers were measured
             with; {} if none were, and in baselines from before it was kept.
     """

@@ -123,7 +123,8 @@ def build_gate_view(report: Report) -> GateView:
     if gate.get("seconds") is not None:
         seconds = float(gate["seconds"])
     baseline_day = None
-    if report.baseline is not None:
+    is_compared = any(rule.code == "JD110" for rule in report.rules)
+    if report.baseline is not None and is_compared:
         baseline_day = report.baseline.created[:10]
 
     # 2. What an audit has, too.
@@ -261,12 +262,16 @@ def _outcome(report: Report) -> str:
 
 
 def _reservations(report: Report) -> list[str]:
-    """Return whether no rule applied, or a trained model was only observed."""
+    """Return what the outcome does not say by itself, one sentence each."""
     lines = []
-    if report.settings.get("gate", {}).get("rule_applied") is False:
+    gate = report.settings.get("gate", {})
+    if gate.get("rule_applied") is False:
         lines.append("no rule applied, so nothing can pass (jacdiag explain JD904)")
     if report.verdict == "observed":
         lines.append(NOT_COMPARED)
+
+    # The names in them are those of somebody's model.
+    lines += [legible(str(line)) for line in gate.get("not_compared", ())]
     return lines
 
 
