@@ -16,6 +16,7 @@ from jacdiag.comparison.baseline_coverage import describe_uncompared
 from jacdiag.comparison.baseline_file import check_comparable, read_baseline
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.errors import UsageError
+from jacdiag.gate.init_lines import CodeLine, InitLines
 from jacdiag.gate.source_location import located
 from jacdiag.measure.family_confidence import Family
 from jacdiag.pipeline.audit import run_audit
@@ -214,7 +215,8 @@ def run_gate(
     merged = _merge([judged, *reports[1:]])
 
     # 3. Decide. What is undecided, or what no rule was applied to, is never a pass.
-    findings = located(with_fixes(merged.findings, merged.remedies), runs.model, _spec(source))
+    fixed = with_fixes(merged.findings, merged.remedies)
+    findings = located(fixed, runs.model, _spec(source), lines=runs.lines)
     undecided = sorted({rule.code for rule in merged.rules if rule.status == "unknown"})
     applied = measurement.applied(merged, {rule.code: rule for rule in merged.rules})
     may_not_pass = bool(undecided) or runs.ran_out or not applied
@@ -312,6 +314,7 @@ class _Runs:
 
     Attributes:
         model: of the first seed.
+        lines: of the user's code, that drew its weights.
         started: when the first began.
         notes: for the report.
         same_weights: whether two seeds gave the same weights.
@@ -338,6 +341,7 @@ class _Runs:
         self.ran_out = False
         self.notes: list[str] = []
         self.model: nn.Module | None = None
+        self.lines: dict[str, CodeLine] = {}
 
     def run(self, seeds: Iterable[int]) -> list[Report]:
         """Audit the model of each seed.
@@ -359,9 +363,10 @@ class _Runs:
                 break
 
             # 2. Audit the model of this seed.
-            loaded = self._open(seed)
-            if self.model is None:
-                self.model = loaded.model
+            if reports:
+                loaded = self._open(seed)
+            else:
+                loaded = self._open_first(seed)
             reports.append(self._audit_until_decided(loaded, seed))
 
             # 3. A file, or a module in memory, holds one set of weights.
@@ -376,6 +381,15 @@ class _Runs:
                 )
                 return reports[:1]
         return reports
+
+    def _open_first(self, seed: int) -> Source:
+        """Return the model of the first seed, and note which lines drew its weights."""
+        with InitLines(Path.cwd()) as lines:
+            loaded = self._open(seed)
+        self.model = loaded.model
+        if loaded.model is not None:
+            self.lines = lines.of(loaded.model)
+        return loaded
 
     def _open(self, seed: int) -> Source:
         """Return the model of a seed."""

@@ -1,4 +1,4 @@
-"""What a baseline of another size, or with other names, is compared with, and what is said of it."""
+"""What is said of a baseline of another size, with other names, or that is written again."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def test_the_same_figures_leave_nothing_to_say() -> None:
     ("now", "said"),
     [
         (other(sublayers={}), "the norms of 1 sub-layer in the baseline were not compared"),
-        (other(sublayers={"new": {}, **NORMS}), "1 sub-layer not in the baseline, and not compared"),
+        (
+            other(sublayers={"new": {}, **NORMS}),
+            "1 sub-layer not in the baseline, and not compared",
+        ),
         (other(weights={}), "1 weight of the baseline not in the model: h.0.mlp.weight"),
         (other(parameters=300), "the model has 300 parameters, that of the baseline 256"),
         (other(sublayers={"h.0.mlp": {}}), "not compared: branch norm of h.0.mlp"),

@@ -51,9 +51,9 @@ def test_a_broken_one_is_named_with_its_line(run: Any) -> None:
     broken = ("--model-args", '{"broken": true}', *FAST, "--fail-on", "warning", "--select", "JD2")
     code, out, _ = run("net.py:model", *broken)
     lines = Path("net.py").read_text().splitlines()
-    line = next(k for k, text in enumerate(lines, 1) if text.startswith("class MLP"))
+    line = next(k for k, text in enumerate(lines, 1) if "nn.init.normal_(p" in text)
     assert code == 1
-    assert "h.*.mlp.c_proj (4 of 4): std 0.0200" in out and f"net.py:{line}" in out
+    assert "h.*.mlp.c_proj (4 of 4): std 0.0200" in out and f"net.py:{line}\n" in out
     assert "gate: FAIL" in out
 
 

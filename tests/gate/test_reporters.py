@@ -20,6 +20,7 @@ from jacdiag.gate import gate
 from jacdiag.gate.source_location import located
 from jacdiag.records import Finding, Report
 from jacdiag.render.content import grouped_findings as folded
+from jacdiag.render.content.next_step import next_step
 from jacdiag.render.formats import github, junit, sarif
 from jacdiag.render.formats import pr_comment as comment
 from jacdiag.rules import RULES
@@ -167,12 +168,71 @@ def test_locations_fall_back_to_the_factory(tmp_path: Path) -> None:
     assert one.evidence["location"] == {
         "file": "net.py",
         "line": 1 + next(k for k, line in enumerate(lines) if line.startswith("def model")),
+        "what": "factory",
+        "name": "model",
     }
     (tmp_path / "config.json").write_text("{}")
     [one] = located([finding], None, f"hf:{tmp_path}", tmp_path)
-    assert one.evidence["location"] == {"file": "config.json", "line": 1}
+    assert one.evidence["location"] == {
+        "file": "config.json",
+        "line": 1,
+        "what": "file",
+        "name": "",
+    }
     [one] = located([finding], None, "nowhere.at:all", tmp_path)
     assert "location" not in one.evidence
+
+
+def with_place(report: Report, **place: Any) -> Report:
+    """Return a report whose one finding is shown at a place."""
+    finding = Finding("JD203", "warning", ["h.0.mlp"], "too large", {"location": place})
+    return replace(report, findings=[finding])
+
+
+def rendered(report: Report) -> list[str]:
+    """Return a report in every format that shows places."""
+    return [form.render(report) for form in (github, junit, sarif, comment)]
+
+
+def test_a_place_is_said_to_be_no_more_exact_than_it_is(report: Report) -> None:
+    at_class = with_place(report, file="m.py", line=7, what="class", name="MLP")
+    assert all("class MLP" in text for text in rendered(at_class))
+    at_draw = with_place(report, file="m.py", line=9, what="draw", name="h.0.mlp.weight")
+    assert not any("shown at" in text or "class MLP" in text for text in rendered(at_draw))
+    assert "file=m.py,line=9," in github.render(at_draw)
+    assert 'file="m.py" line="9"' in junit.render(at_draw)
+
+    # Of a file alone no line is named.
+    at_file = with_place(report, file="config.json", line=1, what="file", name="")
+    assert "file=config.json,title=" in github.render(at_file)
+    assert 'file="config.json">' in junit.render(at_file)
+    assert "| config.json |" in comment.render(at_file)
+
+
+def test_every_format_says_what_to_do_next(report: Report) -> None:
+    """The rule's page for every finding, and the next command for the report as a whole."""
+    for text in (github.render(report), junit.render(report), sarif.render(report)):
+        for finding in report.findings:
+            assert f"jacdiag explain {finding.code}" in text
+    for text in (junit.render(report), sarif.render(report), comment.render(report)):
+        assert next_step(report).command in text
+
+
+def test_a_changed_figure_comes_with_the_command_that_accepts_it(report: Report) -> None:
+    command = "jacdiag gate net.py:model --baseline init.json"
+    settings = {**report.settings, "command": command}
+    refused = with_place(replace(report, settings=settings))
+    changed = [replace(refused.findings[0], code="JD110", level="error")]
+    for form in (github, junit, sarif):
+        text = form.render(replace(refused, findings=changed))
+        assert f"if the change is meant: {command} --write-baseline" in text
+        assert "--write-baseline" not in form.render(refused)
+
+
+def test_an_undecided_rule_has_a_next_step_in_junit(report: Report) -> None:
+    rules = [replace(rule, status="unknown") for rule in report.rules if rule.code == "JD101"]
+    text = junit.render(replace(report, rules=rules, findings=[]))
+    assert "<error" in text and "jacdiag explain JD101" in text
 
 
 @pytest.mark.parametrize("name", ["github", "sarif", "junit", "markdown", "json"])

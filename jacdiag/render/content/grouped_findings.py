@@ -36,7 +36,10 @@ class Note:
         level: the loudest of its findings' levels.
         sentences: what was found, loudest first; `more` further ones are left out.
         fix: what to do, "" for nothing.
-        file, line: where in the repository; `file` is None if nothing there is known.
+        advice: what to do and the commands that help next, one line each.
+        file, line: where in the repository; `file` is None if nothing there is known, `line` if no
+            line of the file is more to the point than another.
+        shown_at: what stands there, such as "class MLP"; "" for the line that draws the weight.
         names: every weight and sub-layer that it is about.
         fails: the gate fails because of it.
     """
@@ -47,8 +50,10 @@ class Note:
     sentences: tuple[str, ...]
     more: int
     fix: str
+    advice: tuple[str, ...]
     file: str | None
-    line: int
+    line: int | None
+    shown_at: str
     names: tuple[str, ...]
     fails: bool = False
 
@@ -62,10 +67,15 @@ class Note:
 
     @property
     def place(self) -> str:
-        """Return the place as in "model.py:118", or "" if it is not known."""
+        """Return the place as in "model.py:118 (class MLP)", or "" if it is not known."""
         if not self.file:
             return ""
-        return f"{self.file}:{self.line}"
+        place = self.file
+        if self.line is not None:
+            place += f":{self.line}"
+        if self.shown_at:
+            place += f" ({self.shown_at})"
+        return place
 
 
 @dataclass(frozen=True)
@@ -155,11 +165,14 @@ def notes(report: Report) -> list[Note]:
     fail_on = str(report.settings.get("gate", {}).get("fail_on", "error"))
     notes = []
     for code, findings in groups.items():
-        notes.append(_note(code, rule_names.get(code, ""), findings, fail_on))
+        accept = ""
+        if code == "JD110":
+            accept = _accept_command(report)
+        notes.append(_note(code, rule_names.get(code, ""), findings, fail_on, accept))
     return notes
 
 
-def _note(code: str, name: str, findings: list[Finding], fail_on: str) -> Note:
+def _note(code: str, name: str, findings: list[Finding], fail_on: str, accept: str) -> Note:
     """Return the note of one rule.
 
     Args:
@@ -167,6 +180,7 @@ def _note(code: str, name: str, findings: list[Finding], fail_on: str) -> Note:
         name: of the rule.
         findings: at least one.
         fail_on: the least level at which the gate fails.
+        accept: the command that accepts what it found; "" for none.
     """
     # 1. The loudest finding stands for all of them.
     loudest_first = sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
@@ -178,16 +192,25 @@ def _note(code: str, name: str, findings: list[Finding], fail_on: str) -> Note:
     for finding in loudest_first:
         names += [*finding.evidence.get("parameters", ()), *finding.where]
 
-    # 3. The first sentences; the others are counted.
+    # 3. What to do. The rule's page has the rest.
+    fix = _fix(loudest_first)
+    advice = [fix] if fix else []
+    if accept:
+        advice.append(f"if the change is meant: {accept}")
+    advice.append(f"jacdiag explain {code}   says what the rule checks and what helps")
+
+    # 4. The first sentences; the others are counted.
     return Note(
         code=code,
         name=name,
         level=level,
         sentences=tuple(finding.what for finding in loudest_first[:_SHOWN]),
         more=max(0, len(loudest_first) - _SHOWN),
-        fix=_fix(loudest_first),
+        fix=fix,
+        advice=tuple(advice),
         file=location.get("file"),
-        line=int(location.get("line", 1)),
+        line=_line(location),
+        shown_at=_shown_at(location),
         names=tuple(dict.fromkeys(names)),
         fails=_reaches(level, fail_on),
     )
@@ -202,6 +225,23 @@ def _location(findings: list[Finding]) -> dict[str, Any]:
             return location
 
     return {}
+
+
+def _line(location: dict[str, Any]) -> int | None:
+    """Return the line of a place; None if the file alone is known."""
+    is_file_alone = location.get("what") == "file"
+    if is_file_alone or "line" not in location:
+        return None
+    return int(location["line"])
+
+
+def _shown_at(location: dict[str, Any]) -> str:
+    """Return what stands at a place that is less exact than the line of a weight."""
+    kinds = {"class": "class", "factory": "function"}
+    kind = kinds.get(str(location.get("what")))
+    if kind is None:
+        return ""
+    return f"{kind} {location.get('name', '')}".strip()
 
 
 def _fix(findings: list[Finding]) -> str:

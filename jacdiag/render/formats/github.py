@@ -1,4 +1,4 @@
-"""Workflow commands of GitHub Actions: one annotation per rule, at the class of its module."""
+"""Workflow commands of GitHub Actions: one annotation per rule, where the weight is drawn."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def render(report: Report) -> str:
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
         ::error file=model.py,line=118,title=JD203 depth-scaling::h.*.mlp.c_proj (12 of 12)...
+        gate: FAIL: 11 rules clean, 2 not applicable
     """
     gate = build_gate_view(report)
     lines = [_annotation(note) for note in gate.notes]
@@ -37,13 +38,16 @@ def _annotation(note: Note) -> str:
     # 2. Where it is shown, if that is known.
     where = ""
     if note.file:
-        where = f"file={_property(note.file)},line={note.line},"
+        where = f"file={_property(note.file)},"
+    if note.file and note.line is not None:
+        where += f"line={note.line},"
 
-    # 3. What it says.
+    # 3. What it says, what to do, and what is marked if it is not the weight's own line.
     title = _property(f"{note.code} {note.name}")
-    text = note.text
-    if note.fix:
-        text = f"{note.text}\n{note.fix}"
+    lines = [note.text, *note.advice]
+    if note.shown_at:
+        lines.append(f"shown at {note.shown_at}")
+    text = "\n".join(lines)
     return f"::{kind} {where}title={title}::{_data(text)}"
 
 

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from jacdiag.records import Report, RuleResult
 from jacdiag.render.content.grouped_findings import GateView, Note, build_gate_view
+from jacdiag.render.content.next_step import next_step
 from jacdiag.render.content.sentences import source_name
 
 # What XML 1.0 cannot hold.
@@ -34,9 +35,17 @@ def render(report: Report) -> str:
     properties = ElementTree.SubElement(suite, "properties")
     ElementTree.SubElement(properties, "property", {"name": "verdict", "value": report.verdict})
 
+    following = next_step(report).text
+    ElementTree.SubElement(properties, "property", {"name": "next", "value": _clean(following)})
+
     # 2. A case for each rule.
     for rule in report.rules:
         _add_case(suite, rule, notes.get(rule.code))
+
+    # 3. What the outcome does not say by itself.
+    output = ElementTree.SubElement(suite, "system-out")
+    lines = [*gate.reservations, f"next: {following}"]
+    output.text = _clean("\n".join(lines))
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
@@ -81,7 +90,8 @@ def _add_case(suite: ElementTree.Element, rule: RuleResult, note: Note | None) -
     # 2. Rules that did not decide, or did not apply.
     if rule.status == "unknown":
         error = ElementTree.SubElement(case, "error", message="undecided", type="unknown")
-        error.text = _clean(rule.note or _UNDECIDED)
+        reason = rule.note or _UNDECIDED
+        error.text = _clean(f"{reason}\n{_explain(rule.code)}")
         return
     if rule.status == "not-applicable":
         reason = rule.note or "not applicable"
@@ -91,20 +101,27 @@ def _add_case(suite: ElementTree.Element, rule: RuleResult, note: Note | None) -
     # 3. Findings that the gate lets pass.
     if note is not None:
         output = ElementTree.SubElement(case, "system-out")
-        output.text = _clean(f"{note.level}: {note.text}")
+        lines = [f"{note.level}: {note.text}", *note.advice]
+        output.text = _clean("\n".join(lines))
 
 
 def _add_failure(case: ElementTree.Element, note: Note) -> None:
     """Add a failure to a test case, with the place in the repository if it is known."""
     if note.file:
         case.set("file", _clean(note.file))
+    if note.file and note.line is not None:
         case.set("line", str(note.line))
 
     # The message is one sentence; the text below it has them all.
     message = _clean(note.sentences[0])
     failure = ElementTree.SubElement(case, "failure", message=message, type=note.level)
-    lines = filter(None, (note.place, note.text, note.fix))
+    lines = filter(None, (note.place, note.text, *note.advice))
     failure.text = _clean("\n".join(lines))
+
+
+def _explain(code: str) -> str:
+    """Return the command that explains a rule, with what it does."""
+    return f"jacdiag explain {code}   says what the rule checks and what helps"
 
 
 def _clean(text: str) -> str:

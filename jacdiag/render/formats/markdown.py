@@ -34,7 +34,7 @@ def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> st
         _verdict(verdict),
         _replay(view.replay),
         "**What to do**\n\n" + bullets(view.actions),
-        f"**Next** {_code(view.next_step.command)} {escaped(view.next_step.purpose)}",
+        f"**Next** {as_code(view.next_step.command)} {escaped(view.next_step.purpose)}",
         _cost(view.cost),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -134,10 +134,10 @@ def _cost(cost: CostView) -> str:
     text = f"**Cost** {escaped(cost.text)}"
     if not cost.command:
         return text  # the library was called
-    return f"{text} · again: {_code(cost.command)}"
+    return f"{text} · again: {as_code(cost.command)}"
 
 
-def _code(text: str) -> str:
+def as_code(text: str) -> str:
     """Return a text set as code; two quotes around it let it hold one."""
     if "`" in text:
         return f"`` {text} ``"

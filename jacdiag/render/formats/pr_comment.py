@@ -6,7 +6,7 @@ from jacdiag.records import Report
 from jacdiag.records.number_format import three
 from jacdiag.render.content.grouped_findings import FigureChange, Note
 from jacdiag.render.content.sentences import plural
-from jacdiag.render.formats.markdown import bullets, escaped
+from jacdiag.render.formats.markdown import as_code, bullets, escaped
 from jacdiag.render.view import ReportView, build_view
 
 _SIGNS = {"PASS": "✓", "FAIL": "✗", "UNDECIDED": "?"}
@@ -32,6 +32,8 @@ def render(report: Report) -> str:
     ]
     if view.remedies:
         sections.append("**What to do**\n\n" + bullets(view.remedies))
+    step = view.next_step
+    sections.append(f"**Next** {as_code(step.command)} {escaped(step.purpose)}")
     if gate.accept:
         command = gate.accept.replace("```", "")
         sections.append(f"To accept the new figures, run and commit:\n\n```sh\n{command}\n```")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jacdiag.records import Report
 from jacdiag.render.content.grouped_findings import Note, build_gate_view
+from jacdiag.render.content.next_step import next_step
 
 if TYPE_CHECKING:
     from jacdiag.rules.rule import Rule
@@ -24,15 +26,16 @@ _MODULES = 20  # that a result names
 def render(report: Report) -> str:
     """Return a SARIF log with one run.
 
-    Every result has a location relative to the repository's root: the class of the module, the
-    factory's line, or the file of the settings. The fingerprint is made of rule and names, not of
-    figures or lines, so that it stays.
+    Every result has a location relative to the repository's root: the line that draws the weight,
+    the class of the module, the factory's line, or the file of the settings. The fingerprint is
+    made of rule and names, not of figures or lines, so that it stays.
 
     Args:
         report: of `jacdiag gate` or of an audit.
     """
     # 1. What fired, and the rules in the order of the program.
-    notes = build_gate_view(report).notes
+    gate = build_gate_view(report)
+    notes = gate.notes
     rules = _rules_of(notes)
     index = {rule.code: place for place, rule in enumerate(rules)}
 
@@ -46,13 +49,15 @@ def render(report: Report) -> str:
 
     # 3. The run.
     root = {"description": {"text": "the root of the repository"}}
-    run = {
+    run: dict[str, Any] = {
         "tool": {"driver": driver},
         "originalUriBaseIds": {"%SRCROOT%": root},
         "results": [_result(note, index) for note in notes],
         "columnKind": "utf16CodeUnits",
-        "properties": {"verdict": report.verdict},
+        "properties": {"verdict": report.verdict, "next": next_step(report).text},
     }
+    if gate.reservations:
+        run["invocations"] = [_invocation(gate.reservations)]
     log = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=2, ensure_ascii=False) + "\n"
 
@@ -78,6 +83,12 @@ def _descriptor(rule: Rule) -> dict[str, Any]:
     }
 
 
+def _invocation(reservations: Sequence[str]) -> dict[str, Any]:
+    """Return what the outcome does not say by itself, as notifications of the program."""
+    notifications = [{"message": {"text": text}, "level": "note"} for text in reservations]
+    return {"executionSuccessful": True, "toolExecutionNotifications": notifications}
+
+
 def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
     """Return the result of one rule.
 
@@ -94,7 +105,7 @@ def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
         result["level"] = "error"
 
     # 2. What it found, and where.
-    result["message"] = {"text": f"{note.text}\n{note.fix}".strip()}
+    result["message"] = {"text": "\n".join([note.text, *note.advice])}
     result["locations"] = [_location(note)]
     result["partialFingerprints"] = {"jacdiag/v1": _fingerprint(note)}
     return result
@@ -103,9 +114,12 @@ def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
 def _location(note: Note) -> dict[str, Any]:
     """Return a file of the repository and modules of the model."""
     file = {"uri": quote(note.file or _HOME), "uriBaseId": "%SRCROOT%"}
-    location: dict[str, Any] = {
-        "physicalLocation": {"artifactLocation": file, "region": {"startLine": note.line}}
-    }
+    place: dict[str, Any] = {"artifactLocation": file}
+    # Code scanning wants a line; the first one stands for the entire file.
+    place["region"] = {"startLine": note.line or 1}
+    location: dict[str, Any] = {"physicalLocation": place}
+    if note.shown_at:
+        location["message"] = {"text": f"shown at {note.shown_at}"}
     modules = [{"fullyQualifiedName": name, "kind": "module"} for name in note.names[:_MODULES]]
     if modules:
         location["logicalLocations"] = modules
