@@ -78,12 +78,17 @@ def _line_of_draw(
 
 
 def _first_name(finding: Finding) -> str:
-    """Return the first parameter that a finding is about, else its first place; "" for none."""
-    names = [*finding.evidence.get("parameters", ()), *finding.where]
+    """Return the first parameter that a finding is about, else a sub-layer; "" for none."""
+    # 1. A parameter says more than its sub-layer.
+    names = [*finding.evidence.get("parameters", ())]
+
+    # 2. The sub-layer that the sentence names, which need not be the first one.
+    if finding.evidence.get("sublayer"):
+        names.append(finding.evidence["sublayer"])
+
+    names += finding.where
     if not names:
         return ""
-
-    # A parameter says more than its sub-layer.
     return str(names[0])
 
 

@@ -80,7 +80,7 @@ def check_schema(data: Mapping[str, Any], document: str) -> None:
         ...
         jacdiag.records.base.NewerSchemaError: the report was written by a newer jacdiag
         schema_version 2
-        this one reads schema_version 1; update it: pip install --upgrade jacdiag
+        this one reads schema_version 1; update it: install a newer jacdiag
     """
     version = data.get("schema_version")
     if _major_number(version) <= SCHEMA_VERSION:
@@ -88,8 +88,7 @@ def check_schema(data: Mapping[str, Any], document: str) -> None:
     raise NewerSchemaError(
         f"the {document} was written by a newer jacdiag",
         got=f"schema_version {version}",
-        hint=f"this one reads schema_version {SCHEMA_VERSION}; update it: "
-        "pip install --upgrade jacdiag",
+        hint=f"this one reads schema_version {SCHEMA_VERSION}; update it: install a newer jacdiag",
     )
 
 
