@@ -183,6 +183,21 @@ def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
         diagonal: (P, k) diagonal of the Jacobi matrix.
         off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:, j].
     """
+    # Arithmetic on an array of a few numbers takes ten times as long as on a float. A float cannot
+    # be divided by zero, as an array can.
+    if len(x) <= _FEW and off.all():
+        total, d_total, logs = _sums_one_by_one(x, diagonal, off)
+    else:
+        total, d_total, logs = _sums_together(x, diagonal, off)
+    return np.log(total) / 2 + logs, d_total / total
+
+
+_FEW = 16  # problems
+_LARGE = 1e100
+
+
+def _sums_together(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array, Array]:
+    """Return sum_j p_j(x)^2, half its derivative, and the logs of what all p_j were divided by."""
     # p is p_j(x), d its derivative; `before` are those of j - 1.
     p, p_before = np.ones_like(x), np.zeros_like(x)
     d, d_before = np.zeros_like(x), np.zeros_like(x)
@@ -212,7 +227,42 @@ def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
         # 3. The sums.
         total += p * p
         d_total += p * d
-    return np.log(total) / 2 + logs, d_total / total
+    return total, d_total, logs
 
 
-_LARGE = 1e100
+def _sums_one_by_one(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array, Array]:
+    """Return what `_sums_together` does, to the last bit, by the same steps on Python's floats."""
+    rows = zip(x.tolist(), diagonal.tolist(), off.tolist(), strict=True)
+    sums = np.array([_sums_of_one(*row) for row in rows])
+    return sums[:, 0], sums[:, 1], sums[:, 2]
+
+
+def _sums_of_one(x: float, diagonal: list[float], off: list[float]) -> tuple[float, float, float]:
+    """Return the three sums of `_sums_together` for one problem, none of whose `off` is zero."""
+    p, p_before = 1.0, 0.0
+    d, d_before = 0.0, 0.0
+    total, d_total = 1.0, 0.0
+    logs = 0.0
+    off_before = 0.0
+    for diagonal_j, off_j in zip(diagonal, off, strict=True):
+        # 1. The next polynomial.
+        shifted = x - diagonal_j
+        p_next = (shifted * p - off_before * p_before) / off_j
+        d_next = (p + shifted * d - off_before * d_before) / off_j
+        p_before, p = p, p_next
+        d_before, d = d, d_next
+        off_before = off_j
+
+        # 2. It is scaled down where it grows beyond what can be squared.
+        size = max(abs(p), abs(d))
+        if size > _LARGE:
+            p, p_before = p / size, p_before / size
+            d, d_before = d / size, d_before / size
+            total = total / size / size
+            d_total = d_total / size / size
+            logs += float(np.log(size))
+
+        # 3. The sums.
+        total += p * p
+        d_total += p * d
+    return total, d_total, logs

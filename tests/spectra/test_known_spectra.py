@@ -10,7 +10,13 @@ import torch
 
 from jacdiag.spectra import DenseOperator, Stop, top_singular
 from jacdiag.spectra.golub_kahan import Bidiagonalisation
-from jacdiag.spectra.interval import PAD, ritz_values, upper_ends
+from jacdiag.spectra.interval import (
+    PAD,
+    _sums_one_by_one,
+    _sums_together,
+    ritz_values,
+    upper_ends,
+)
 
 SPECTRA: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
     "uniform": lambda k, rng: np.sort(rng.uniform(0, 1, k))[::-1],
@@ -218,6 +224,21 @@ def test_batched_problems_agree_with_svdvals(dtype: torch.dtype) -> None:
     right = solution.right.double()
     stretched = torch.bmm(matrix.double(), right.unsqueeze(2)).norm(dim=1).squeeze(1).numpy()
     assert np.abs(stretched / solution.estimate - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize(("largest", "is_scaled_down"), [(1.0, False), (1e80, True)])
+def test_sums_of_a_few_problems_are_those_of_many_to_the_last_bit(
+    largest: float, is_scaled_down: bool
+) -> None:
+    """Points just above 1 and far above, where the polynomials must be scaled down."""
+    rng = np.random.default_rng(4)
+    x = 1 + largest * rng.uniform(0, 1, 5)
+    diagonal, off = rng.uniform(0, 1, (5, 20)), rng.uniform(1e-12, 1, (5, 20))
+    together = _sums_together(x, diagonal, off)
+    one_by_one = _sums_one_by_one(x, diagonal, off)
+    for expected, found in zip(together, one_by_one, strict=True):
+        assert np.array_equal(expected, found)
+    assert bool((together[2] > 0).any()) == is_scaled_down
 
 
 def test_degenerate_operators_are_exact() -> None:

@@ -46,6 +46,10 @@ class Formula:
     tree: Node
     names: frozenset[str]
 
+    def __hash__(self) -> int:
+        # The text determines the rest, and Python keeps its hash.
+        return hash(self.text)
+
     @classmethod
     def read(cls, text: str) -> Formula:
         """Parse a formula.

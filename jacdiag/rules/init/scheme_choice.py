@@ -105,7 +105,7 @@ def _fits(contract: ContractRecord, weights: Sequence[WeightRecord]) -> Iterable
         for yardstick in _yardsticks(contract, scheme, weights):
             fit = _fit(yardstick, weights)
 
-            # A scheme that says nothing of any matrix has no fit.
+            # A scheme that says nothing of most of the matrices has no fit.
             if fit is None:
                 continue
             if fit.is_enough:
@@ -119,12 +119,14 @@ def _tables_agree(yardstick: Yardstick, weights: Iterable[WeightRecord]) -> bool
 
 
 def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | None:
-    """Return how well a scheme fits; None if it says nothing of any matrix."""
+    """Return how well a scheme fits; None if it fits too few matrices, or says nothing of any."""
     inside: list[bool] = []  # whether each matrix of a sub-layer agrees
+    most_different = _most_that_may_differ(yardstick.scheme, weights)
+    different = 0
     agree = 0
     tables = 0
-    values: set[str] = set()
     inner_values: set[str] = set()
+    outer_values: set[str] = set()
     mismatches_by_pattern: dict[str, list[Mismatch]] = {}
     for weight in weights:
         mismatches = yardstick.mismatches(weight)
@@ -144,15 +146,18 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
             agree += int(agrees)
             if agrees or _is_evidence(weight):
                 inside.append(agrees)
+                different += int(not agrees)
+
+            # Whatever the others are, too few can agree. Most schemes end here.
+            if different > most_different:
+                return None
             if not agrees:
                 mismatches_by_pattern.setdefault(weight.pattern, []).extend(mismatches)
 
         # 3. The values that are explained.
         if agrees:
-            explained = _values_held(yardstick, weight)
-            values |= explained
-            if is_inside:
-                inner_values |= explained
+            explained = inner_values if is_inside else outer_values
+            explained |= _values_held(yardstick, weight)
 
     # 4. A scheme that no matrix follows does not fit.
     if not any(inside):
@@ -160,7 +165,16 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
     share = sum(inside) / len(inside)
     mistakes = _count_mistakes(mismatches_by_pattern)
     mistakes -= _swapped(yardstick, mismatches_by_pattern.values())
+    values = inner_values | outer_values
     return Followed(yardstick, share, agree, mistakes, tables, len(values), len(inner_values))
+
+
+def _most_that_may_differ(scheme: Scheme, weights: Iterable[WeightRecord]) -> float:
+    """Return how many matrices may differ from a scheme that is called the model's own."""
+    least_share = _ENOUGH
+    if not scheme.free:
+        least_share = _HALF
+    return (1 - least_share) * len(with_role(weights, *MATRICES))
 
 
 def _is_evidence(weight: WeightRecord) -> bool:

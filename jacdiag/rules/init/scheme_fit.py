@@ -40,6 +40,8 @@ from jacdiag.rules.init.weight_facts import (
 # One attention draws these alike: by one variant of a formula, never each by another.
 _TOGETHER = ("W_Q", "W_K", "W_V")
 Spread = tuple[float, float]  # interval of a base std, relative
+# What the value of a formula depends on in one model: the formulas, fan_in, fan_out and the layer.
+_Sizes = tuple[tuple[Formula, ...], int | None, int | None, int | None]
 TABLES = ("embedding", "positions", "head")
 # Sub-layers whose matrices a scheme covers; "" in reports from before the kind was kept. Inside a
 # recurrent or convolutional mixer every section has an init of its own.
@@ -144,12 +146,14 @@ class Yardstick:
         stated = [mismatches for mismatches in readings if mismatches is not None]
         return min(stated, key=len, default=None)
 
-    def values(self, weight: WeightRecord) -> dict[Formula, float]:
+    def values(self, weight: WeightRecord) -> Mapping[Formula, float]:
         """Return the values that the scheme states for an entire weight or a section of one."""
         variants = self._variants.get(_attention_of(weight), frozenset[int]())
         return self._values_of(weight, variants)
 
-    def _values_of(self, weight: WeightRecord, variants: Collection[int]) -> dict[Formula, float]:
+    def _values_of(
+        self, weight: WeightRecord, variants: Collection[int]
+    ) -> Mapping[Formula, float]:
         """Return the values of some variants of the formula for queries, keys or values.
 
         All variants count if none is listed.
@@ -168,16 +172,30 @@ class Yardstick:
 
         return counted
 
-    def _known_values(self, weight: WeightRecord) -> dict[Formula, float]:
+    def _known_values(self, weight: WeightRecord) -> Mapping[Formula, float]:
         """Return the values of all formulas for a weight whose variables are known."""
+        # 1. Weights of the same sizes in the same layer have the same values.
+        formulas = self.scheme.of(weight)
+        key = (formulas, weight.fan_in, weight.fan_out, weight.layer)
+        values = self._values_by_sizes.get(key)
+        if values is not None:
+            return values
+
+        # 2. A variable of a formula may not be known for every weight.
         known = variables(self.contract, weight, self.s)
-        values: dict[Formula, float] = {}
-        for formula in self.scheme.of(weight):
-            # A variable of a formula may not be known for every weight.
+        values = {}
+        for formula in formulas:
             value = formula.value(known)
             if value is not None:
                 values[formula] = value
+
+        self._values_by_sizes[key] = values
         return values
+
+    @cached_property
+    def _values_by_sizes(self) -> dict[_Sizes, Mapping[Formula, float]]:
+        """Values of formulas for weights of some sizes in some layer, as far as they were asked."""
+        return {}
 
     @cached_property
     def _variants(self) -> Mapping[str, frozenset[int]]:
@@ -215,9 +233,9 @@ class Yardstick:
 
     def _variants_that_agree(self, weight: WeightRecord) -> Iterator[int]:
         """Yield the places of the formulas whose value a weight has."""
-        known = variables(self.contract, weight, self.s)
+        values = self._known_values(weight)
         for number, formula in enumerate(self.scheme.of(weight)):
-            value = formula.value(known)
+            value = values.get(formula)
             if value is not None and holds(weight, value, self.spread):
                 yield number
 
@@ -273,6 +291,8 @@ class Yardstick:
             return
 
         # 3. As its sections, where they may have values of their own.
+        if not weight.sections:
+            return
         may_differ = sections_have_formulas or self._depends_on_fan_out(weight)
         if not may_differ:
             return
@@ -287,6 +307,9 @@ class Yardstick:
 
     def _has_formulas_for_sections(self, weight: WeightRecord) -> bool:
         """Return whether the scheme states a value for a section that a weight has or may have."""
+        is_one_matrix = not weight.sections and weight.role not in FUSED
+        if is_one_matrix:
+            return False
         roles = {section.role for section in weight.sections}
 
         # A fused matrix may hold sections that its record does not list.
@@ -299,7 +322,9 @@ class Yardstick:
         """Return the pieces that differ; None if the scheme states nothing for any of them."""
         # 1. Queries, keys and values are drawn by one variant of their formula.
         sections = [piece.weight for piece in pieces if piece.section in _TOGETHER]
-        variants = self._usual_variants(sections)
+        variants = frozenset[int]()
+        if sections:
+            variants = self._usual_variants(sections)
 
         # 2. Each piece compared with its values.
         mismatches: list[Mismatch] = []
@@ -340,11 +365,13 @@ class Yardstick:
 
     def _is_allowed_with_any_scheme(self, weight: WeightRecord) -> bool:
         """Return whether embedding, positions or head hold what goes with any scheme."""
-        known = variables(self.contract, weight, self.s)
-        for formula in allowed_with_any_scheme().get(weight.role, ()):
-            value = formula.value(known)
-            if value is not None and holds(weight, value):
-                return True
+        formulas = allowed_with_any_scheme().get(weight.role, ())
+        if formulas:
+            known = variables(self.contract, weight, self.s)
+            for formula in formulas:
+                value = formula.value(known)
+                if value is not None and holds(weight, value):
+                    return True
 
         # Tables may also be so small that they were meant to be.
         return _is_tiny_table(weight)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,17 @@ class Scheme:
                 return self.formulas[key]
 
         # 2. A pattern with wildcards.
-        for key, formulas in self.formulas.items():
-            if _is_pattern(key) and fnmatchcase(weight.parameter, key):
-                return formulas
+        for key in self._patterns:
+            if fnmatchcase(weight.parameter, key):
+                return self.formulas[key]
 
         # 3. Its role.
         return self.formulas.get(weight.role, ())
+
+    @cached_property
+    def _patterns(self) -> list[str]:
+        """Keys that are names or patterns of names, in their order."""
+        return list(filter(_is_pattern, self.formulas))
 
 
 @cache
