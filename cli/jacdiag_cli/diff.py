@@ -19,6 +19,7 @@ from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, mode
 if TYPE_CHECKING:
     from jacdiag.comparison import Comparison
     from jacdiag.records import Report
+    from jacdiag.render.content.compared_models import ComparisonView
 
 _ALWAYS_SHOWN = 4  # columns up to this one stay on a narrow terminal
 _NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
@@ -97,42 +98,69 @@ def diff(
     with model_output():
         from jacdiag.comparison import compare
 
-        comparison = compare(_report(a, given), _report(b, given))
+        first, second = _report(a, given), _report(b, given)
+        comparison = compare(first, second)
     invocation.heed()
+    view = _view(comparison, first, second, (a, b))
 
     # 3. Write the page and the picture, and print the result with the next command.
     if html_file is not None:
-        _write_page(comparison, html_file, (a, b))
+        _write_page(view, html_file)
     if plot_file is not None:
-        _write_picture(comparison, plot_file, (a, b))
+        _write_picture(view, plot_file)
     aside = any_on_stdout(files)
-    _show(comparison, output_format, all_rows, aside=aside)
+    _show(view, output_format, all_rows, aside=aside)
     if output_format == "pretty":
-        show(f"next: {_next_command(comparison, a, invocation.args)}\n", aside=aside)
+        step = _next_command(comparison, (a, b), (first, second), invocation.args)
+        show(f"next: {step}\n", aside=aside)
     return int(comparison.first is not None)
 
 
-def _next_command(comparison: Comparison, a: str, args: list[str]) -> str:
+def _next_command(
+    comparison: Comparison, names: tuple[str, str], reports: tuple[Report, Report], args: list[str]
+) -> str:
     """Return the command that helps next, with what it does.
 
     Args:
         comparison: that was printed.
-        a: the first model, as on the command line.
+        names: of the two models, as on the command line.
+        reports: of the two models.
         args: of this command.
     """
+    from jacdiag.comparison.match import is_off_distribution
+
     # 1. Nothing was compared. A report is no model to look at.
-    if not comparison.pairs and Path(a).suffix == ".json":
+    first, _ = names
+    if not comparison.pairs and Path(first).suffix == ".json":
         return "jacdiag sites SOURCE   lists the sub-layers and weights of a model"
     if not comparison.pairs:
-        return f"{shlex.join(['jacdiag', 'sites', a])}   lists what was found in the first model"
+        return (
+            f"{shlex.join(['jacdiag', 'sites', first])}   lists what was found in the first model"
+        )
 
-    # 2. The figures agree, and are not shown.
+    # 2. Trained models on random tokens. A report that was written keeps its probe.
+    command = shlex.join(["jacdiag", *args])
+    has_random_probe = any(map(is_off_distribution, reports))
+    can_be_measured_again = all(Path(name).suffix != ".json" for name in names)
+    if has_random_probe and can_be_measured_again:
+        option = "--tokens FILE   measures both on real text"
+        if _is_of_pixels(reports):
+            option = "--inputs FACTORY   measures both on real images"
+        return f"{command} {option}"
+
+    # 3. The figures agree, and are not shown.
     is_folded = comparison.first is None and "--all" not in args
     if is_folded:
-        return f"{shlex.join(['jacdiag', *args, '--all'])}   shows the figures that agree too"
+        return f"{command} --all   shows the figures that agree too"
 
-    # 3. A table was shown.
+    # 4. A table was shown.
     return "jacdiag explain columns   says what each figure and column means"
+
+
+def _is_of_pixels(reports: tuple[Report, Report]) -> bool:
+    """Return whether a model was measured on random pixels."""
+    probes = [report.probe for report in reports]
+    return any(probe is not None and probe.tokens == "random pixels" for probe in probes)
 
 
 def _report(source: str, given: dict[str, Any]) -> Report:
@@ -162,55 +190,66 @@ def _builds_its_model(source: str) -> bool:
     return Path(source).is_dir()  # a folder of Hugging Face
 
 
-def _write_page(comparison: Comparison, path: str, names: tuple[str, str]) -> None:
-    """Write the page of a comparison."""
-    from jacdiag.render.formats.diff import verdict
-    from jacdiag.render.html.pages import comparison_page
+def _view(
+    comparison: Comparison, first: Report, second: Report, names: tuple[str, str]
+) -> ComparisonView:
+    """Return what is shown of a comparison.
+
+    Args:
+        comparison: of the two reports.
+        first: report A.
+        second: report B.
+        names: of both, as on the command line.
+    """
+    from jacdiag.render.content.compared_models import build_comparison_view
 
     pairs: Any = comparison.pairs
-    page = comparison_page(pairs, verdict(pairs), comparison.notes, names)
-    write_text(path, page)
+    return build_comparison_view(pairs, comparison.notes, (first, second), names)
 
 
-def _write_picture(comparison: Comparison, path: str, names: tuple[str, str]) -> None:
+def _write_page(view: ComparisonView, path: str) -> None:
+    """Write the page of a comparison."""
+    from jacdiag.render.html.pages import comparison_page
+
+    write_text(path, comparison_page(view))
+
+
+def _write_picture(view: ComparisonView, path: str) -> None:
     """Write the picture of the figures that differ, and say so."""
     from jacdiag.render.plots.diff_plot import save
 
-    pairs: Any = comparison.pairs
-    save(pairs, path, names)
+    save(view, path)
     say_written(path)
 
 
-def _show(comparison: Comparison, output_format: str, all_rows: bool, *, aside: bool) -> None:
+def _show(view: ComparisonView, output_format: str, all_rows: bool, *, aside: bool) -> None:
     """Print a comparison to stdout.
 
     Args:
-        comparison: to show.
+        view: what to show.
         output_format: pretty, json or markdown.
         all_rows: show the figures that do not differ, too.
         aside: stdout is taken by an output file: the table goes to stderr.
     """
-    from jacdiag.render.content.sentences import legible
     from jacdiag.render.formats import diff as layout
 
     # 1. All pairs, for machines.
-    pairs: Any = comparison.pairs
-    notes = comparison.notes
     if output_format == "json":
-        emit(layout.as_json(pairs, notes), "json")
+        emit(layout.as_json(view), "json")
         return
 
     # 2. Those that differ, for people.
-    shown = [pair for pair in pairs if pair.parts or all_rows]
-    verdict = layout.verdict(pairs)
     if output_format == "markdown":
-        emit(layout.markdown(shown, verdict, notes), "markdown")
+        emit(layout.markdown(view, all_rows=all_rows), "markdown")
         return
+    show("\n".join(view.model_lines) + "\n\n", aside=aside)
+    shown = view.shown_pairs(all_rows=all_rows)
     if shown:
         show(grid(_columns(shown), room(stderr=aside)) + "\n", aside=aside)
 
-    # 3. The verdict, and what limits it.
-    lines = [verdict, *(f"note: {legible(note)}" for note in notes)]
+    # 3. What changed, the verdict, and what limits it.
+    lines = [*view.summary.lines, view.verdict]
+    lines += [f"note: {note}" for note in view.notes]
     show("\n".join(lines) + "\n", aside=aside)
 
 

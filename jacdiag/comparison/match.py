@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
-from jacdiag.comparison.probe_facts import drawn_with, parting, spoken
+from jacdiag.comparison.probe_facts import drawn_with, measured_with, parting, spoken
 from jacdiag.errors import UsageError
 from jacdiag.records import Interval, Report, SublayerRecord, WeightRecord
 
@@ -131,6 +131,38 @@ def _notes(a: Report, b: Report) -> Iterable[str]:
             f"the probes differ, and norms may differ by that alone: {spoken(probe_of_a)} of A, "
             f"{spoken(probe_of_b)} of B"
         )
+    yield from _note_on_random_probes(a, b)
+
+
+def _note_on_random_probes(a: Report, b: Report) -> Iterable[str]:
+    """Yield that norms of a trained model were measured with a random probe, if they were."""
+    # 1. The models of which that is true.
+    letters = [letter for letter, report in (("A", a), ("B", b)) if is_off_distribution(report)]
+    if not letters:
+        return
+
+    # 2. What was random, and the option that gives a real probe.
+    verb = "is" if len(letters) == 1 else "are"
+    noun, option = "tokens", "--tokens FILE with real text"
+    probes = (a.probe, b.probe)
+    if any(probe is not None and probe.tokens == "random pixels" for probe in probes):
+        noun, option = "pixels", "--inputs FACTORY with real images"
+    yield (
+        f"{' and '.join(letters)} {verb} trained and measured on random {noun}, unlike the data of "
+        f"the training: norms on real data may differ ({option})"
+    )
+
+
+def is_off_distribution(report: Report) -> bool:
+    """Return whether norms of a trained model were measured with a random probe.
+
+    Args:
+        report: of a model.
+    """
+    if not measured_with(report):
+        return False
+    assert report.probe is not None
+    return report.state == "trained" and report.probe.off_distribution
 
 
 def _place(pair: Pair) -> tuple[float, int, int]:

@@ -35,7 +35,8 @@ def test_figures_that_differ_are_explained_in_plain_words(
     second = written(synthetic.clean(2), tmp_path / "b.json")
     done = jd("diff", first, second)
     assert done.code == 1
-    head, *_, verdict, step = done.out.splitlines()
+    model_a, model_b, _, head, *_, verdict, step = done.out.splitlines()
+    assert model_a.startswith(f"A  {first}") and model_b.startswith(f"B  {second}")
     assert head.split()[0] == "layer" and head.split()[-1] == "differs"
     assert "shortcut std" in done.out and "shortcut_std" not in done.out
     assert verdict.startswith("they differ first ")
@@ -62,3 +63,35 @@ def test_a_model_that_shares_nothing_is_looked_at(jd: Run, first: Path, tmp_path
 def test_machines_get_no_next_line(jd: Run, first: Path) -> None:
     assert "next:" not in jd("diff", first, first, "--format", "markdown").out
     json.loads(jd("diff", first, first, "--format", "json").out)
+
+
+def trained_report(path: Path, tokens: str) -> Path:
+    """Write the report of a trained model that was measured on these tokens."""
+    report = synthetic.trained(2)
+    assert report.probe is not None
+    is_random = tokens == "random"
+    probe = dataclasses.replace(report.probe, tokens=tokens, off_distribution=is_random)
+    source = {**report.source, "step": 1200}
+    return written(dataclasses.replace(report, probe=probe, source=source), path)
+
+
+def test_each_model_is_said_with_step_state_and_probe(jd: Run, first: Path, tmp_path: Path) -> None:
+    second = trained_report(tmp_path / "b.json", "random")
+    done = jd("diff", first, second)
+    head = done.out.splitlines()[:2]
+    assert "step 0, init" in head[0]
+    assert "step 1,200, trained" in head[1] and "random tokens" in head[1]
+    models = json.loads(jd("diff", first, second, "--format", "json").out)["models"]
+    assert [model["step"] for model in models] == [0, 1200]
+    page = jd("diff", first, second, "--format", "markdown").out
+    assert "step 1,200, trained, probe: " in page.splitlines()[3]
+
+
+def test_a_random_probe_of_a_trained_model_is_said(jd: Run, first: Path, tmp_path: Path) -> None:
+    warning = "note: B is trained and measured on random tokens"
+    second = trained_report(tmp_path / "b.json", "random")
+    assert warning in jd("diff", first, second).out
+    # Nothing is said of an initialized model, nor of one that was measured on text.
+    assert "random tokens, unlike" not in jd("diff", first, first).out
+    second = trained_report(tmp_path / "c.json", "text.txt")
+    assert "random tokens, unlike" not in jd("diff", first, second).out

@@ -52,12 +52,19 @@ def test_plot_writes_the_page_of_a_report_next_to_a_picture(tmp_path: Path) -> N
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_diff_writes_every_figure(tmp_path: Path) -> None:
+def test_diff_writes_every_figure_and_its_pictures(tmp_path: Path) -> None:
     first, second, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "diff.html"
     first.write_text(synthetic.vanilla(2).to_json(), encoding="utf-8")
     second.write_text(synthetic.clean(2).to_json(), encoding="utf-8")
     assert main(["diff", str(first), str(second), "--html", str(page)]) == 1
-    assert "Two models compared" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Two models compared" in text
+    assert "branch norm ‖J‖ over depth" in text  # the chart, next to the picture of dumbbells
+    assert text.count("<svg") >= 5
+    assert main(["diff", str(first), str(first), "--html", str(page)]) == 0
+    same = page.read_text(encoding="utf-8")
+    assert "branch norm ‖J‖ over depth" in same and "A ring" not in same
+    assert "Figures that differ</h2>" not in same
 
 
 def test_diff_does_not_write_over_what_it_reads(

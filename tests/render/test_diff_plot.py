@@ -15,9 +15,16 @@ from render.picture_overlaps import overlaps
 from jacdiag.comparison import Comparison, compare
 from jacdiag.comparison.match import Pair
 from jacdiag.errors import JacdiagError
+from jacdiag.render.content.compared_models import ComparisonView, build_comparison_view
 from jacdiag.render.plots.diff_plot import _STYLE, MOST_ROWS, draw, rows_of, save
 
 NAMES = ("main.json", "build.py:model")
+
+
+def view_of(pairs: Any, names: tuple[str, str] = NAMES, *, state: str = "init") -> ComparisonView:
+    """What is shown of pairs; B has that state."""
+    reports = synthetic.vanilla(2), dataclasses.replace(synthetic.vanilla(2), state=state)
+    return build_comparison_view(pairs, [], reports, names)
 
 
 def two(layers: int) -> Comparison:
@@ -53,7 +60,7 @@ def test_no_label_covers_a_line_or_another_label(layers: int) -> None:
 def assert_clear(pairs: Any, names: tuple[str, str]) -> None:
     with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
-        assert overlaps(draw(pairs, names)) == []
+        assert overlaps(draw(view_of(pairs, names))) == []
 
 
 def test_long_and_odd_names_stay_within_the_picture() -> None:
@@ -63,7 +70,7 @@ def test_long_and_odd_names_stay_within_the_picture() -> None:
 
 def test_every_figure_that_differs_has_a_row_with_both_values() -> None:
     comparison = two(4)
-    figure = draw(comparison.pairs, NAMES)
+    figure = draw(view_of(comparison.pairs))
     old = [p.old[1] for p in comparison.parted if p.old]
     new = [p.new[1] for p in comparison.parted if p.new]
     assert list(points(figure, hollow=True).values()) == old
@@ -82,33 +89,55 @@ def test_rows_follow_depth_and_the_most_different_stay() -> None:
     assert [row.depth for row in rows] == sorted(row.depth or 0 for row in rows)
     beyond = len(comparison.parted) - MOST_ROWS
     assert any(
-        f" {beyond} of {len(comparison.parted)} " in t for t in texts(draw(comparison.pairs, NAMES))
+        f" {beyond} of {len(comparison.parted)} " in t
+        for t in texts(draw(view_of(comparison.pairs)))
     )
 
 
+def test_of_a_trained_model_the_branch_norms_stay_though_others_differ_more() -> None:
+    # Forty figures differ more than the one branch norm.
+    weak = dataclasses.replace(pair(41, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0)), figure="branch_norm")
+    pairs = [pair(k, (1.0, 1.0, 1.0), (9.0, 9.0, 9.0)) for k in range(40)] + [weak]
+    assert weak not in rows_of(pairs)
+    assert weak in rows_of(pairs, branch_norms_first=True)
+    first = "Branch norms are drawn first, then the figures that differ most."
+    assert any(first in text for text in texts(draw(view_of(pairs, state="trained"))))
+    assert not any(first in text for text in texts(draw(view_of(pairs))))
+
+
+def test_the_header_says_how_each_kind_changed() -> None:
+    figure = draw(view_of([pair(0, (1.0, 1.5, 2.0), (4.0, 6.0, 8.0))]))
+    kind = (
+        "core norm: 1 grew, of 1; most: layer 0 FFN 1.00 to 2.00 -> 4.00 to 8.00, 4.00 times larger"
+    )
+    assert kind in texts(figure)
+    same = draw(view_of([pair(0, (1.0, 1.5, 2.0), (1.0, 1.5, 2.0), parts=False)]))
+    assert not any(text.startswith("core norm:") for text in texts(same))
+
+
 def test_an_interval_is_drawn_from_end_to_end() -> None:
-    figure = draw([pair(0, (1.0, 1.5, 2.0), (4.0, 5.0, 8.0))], NAMES)
+    figure = draw(view_of([pair(0, (1.0, 1.5, 2.0), (4.0, 5.0, 8.0))]))
     bars = [tuple(line.get_xdata()) for line in figure.axes[0].lines if line.get_linewidth() == 5]
     assert bars == [(1.0, 2.0), (4.0, 8.0)]
 
 
 def test_what_has_no_place_is_said() -> None:
     known, zero = (1.0, 1.5, 2.0), (0.0, 0.0, 0.0)
-    assert "not in B" in texts(draw([pair(0, known, None, b="")], NAMES))
-    assert "B not measured" in texts(draw([pair(0, known, None)], NAMES))
-    assert "A is 0" in texts(draw([pair(0, zero, known)], NAMES))
-    both = draw([pair(0, known, (3.0, 4.0, 5.0)), pair(1, zero, None)], NAMES)
+    assert "not in B" in texts(draw(view_of([pair(0, known, None, b="")])))
+    assert "B not measured" in texts(draw(view_of([pair(0, known, None)])))
+    assert "A is 0" in texts(draw(view_of([pair(0, zero, known)])))
+    both = draw(view_of([pair(0, known, (3.0, 4.0, 5.0)), pair(1, zero, None)]))
     assert "1 of 2 figures that differ have no value above 0 to draw." in texts(both)
-    same = draw([pair(0, known, known, parts=False)], NAMES)
+    same = draw(view_of([pair(0, known, known, parts=False)]))
     assert "nothing to draw" in texts(same)
     assert_clear([pair(0, known, known, parts=False)], NAMES)
 
 
 def test_a_wrong_suffix_is_refused_and_the_same_pairs_make_the_same_bytes(tmp_path: Path) -> None:
-    pairs = two(2).pairs
+    view = view_of(two(2).pairs)
     with pytest.raises(JacdiagError, match=r"\.png, \.svg or \.pdf"):
-        save(pairs, tmp_path / "diff.gif", NAMES)
+        save(view, tmp_path / "diff.gif")
     for name in ("a.svg", "b.svg", "c.png", "d.pdf"):
-        save(pairs, tmp_path / name, NAMES)
+        save(view, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

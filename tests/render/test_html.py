@@ -18,7 +18,7 @@ from render.run_logs import run_log
 import jacdiag
 from jacdiag.comparison import compare
 from jacdiag.records import Finding, Report
-from jacdiag.render.formats.diff import verdict
+from jacdiag.render.content.compared_models import build_comparison_view
 from jacdiag.render.html.markdown_text import to_html
 from jacdiag.render.html.pages import comparison_page, report_page, run_page
 from jacdiag.render.plots.run_plot import picture_of_run
@@ -109,9 +109,9 @@ def test_script_in_a_name_stays_text(name: str) -> None:
 def test_script_in_a_name_stays_text_in_comparison_and_run() -> None:
     first, second = hostile(synthetic.vanilla(2)), hostile(synthetic.clean(2))
     comparison = compare(first, second)
-    notes = [HOSTILE]
-    page = comparison_page(comparison.pairs, verdict(comparison.pairs), notes, (HOSTILE, HOSTILE))
-    assert_harmless(page)
+    names = HOSTILE, HOSTILE
+    view = build_comparison_view(comparison.pairs, [HOSTILE], (first, second), names)
+    assert_harmless(comparison_page(view))
     assert comparison.pairs, "nothing was compared"
 
     run = run_log(300, spike=200)

@@ -24,6 +24,7 @@ __all__ = [
     "model_words",
     "placement_words",
     "plural",
+    "probe_words",
     "read_words",
     "source_name",
     "state_words",
@@ -230,7 +231,7 @@ def _probe(report: Report) -> list[str]:
     if confidence:
         intervals = f"{sublayers}, {confidence}"
     device = _device(report.settings)
-    facts = [f"probe: {_probe_words(report)}", device, intervals, plan]
+    facts = [f"probe: {probe_words(report)}", device, intervals, plan]
     return list(filter(None, facts))
 
 
@@ -243,8 +244,12 @@ def _device(settings: Mapping[str, Any]) -> str:
     return " on ".join(known)
 
 
-def _probe_words(report: Report) -> str:
-    """Return what the model was run on, and what was left out of it."""
+def probe_words(report: Report) -> str:
+    """Return what a model was run on, and what was left out of it.
+
+    Args:
+        report: with a probe.
+    """
     probe = report.probe
     assert probe is not None
     text = _probe_source(report)

@@ -7,10 +7,11 @@ its interval as a text, which a picture file cannot have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jacdiag.records.number_format import between, three
+from jacdiag.render.content.compared_curves import ComparedCurves
 from jacdiag.render.content.condition_panels import ConditionPanel
 from jacdiag.render.content.depth_curves import LOOKS, DepthCurve, Threshold, extent
 from jacdiag.render.content.depth_view import DepthView
@@ -174,7 +175,24 @@ def charts_of(depth: DepthView) -> list[Chart]:
     named = {curve.label for curve in depth.gains}
     panels += [_condition_panel(condition, named) for condition in depth.conditions]
     panels.append(_Panel(f"residual map over depth {_UNIT}", depth.residuals, [], []))
-    return [_build_chart(panel, depth) for panel in panels if panel.curves]
+    return [_build_chart(panel, depth.names, depth.last) for panel in panels if panel.curves]
+
+
+def charts_of_comparison(compared: ComparedCurves) -> list[Chart]:
+    """Return the charts of two models: a chart for each figure of their sub-layers.
+
+    Args:
+        compared: the curves of both models.
+    """
+    charts = []
+    for panel in compared.panels:
+        note = ""
+        if panel.changed:
+            note = "A ring: the intervals of A and B are apart."
+        title = f"{panel.title} over depth {_UNIT}"
+        unlaid = _Panel(title, panel.curves, [], panel.changed, note=note)
+        charts.append(_build_chart(unlaid, compared.names, compared.last))
+    return charts
 
 
 def _condition_panel(condition: ConditionPanel, named: set[str]) -> _Panel:
@@ -203,12 +221,13 @@ def _notes(condition: ConditionPanel) -> list[str]:
     return notes
 
 
-def _build_chart(panel: _Panel, depth: DepthView) -> Chart:
+def _build_chart(panel: _Panel, names: Mapping[float, str], last_place: float) -> Chart:
     """Lay out one panel.
 
     Args:
         panel: with at least one finite value.
-        depth: gives the names of the sub-layers and the end of the depth axis.
+        names: place on the depth axis -> name of the sub-layer.
+        last_place: the end of the depth axis.
     """
     # 1. The range of values. A threshold near the data has a place in it.
     low, high = extent(panel.curves)
@@ -223,7 +242,7 @@ def _build_chart(panel: _Panel, depth: DepthView) -> Chart:
     lowest = bottom
     if panel.absent:
         lowest -= 2 * _FOOT
-    last = max(depth.last, 1.0)
+    last = max(last_place, 1.0)
 
     def at_x(place: float) -> float:
         return round(_LEFT + place / last * (right - _INSET - _LEFT), 1)
@@ -236,7 +255,7 @@ def _build_chart(panel: _Panel, depth: DepthView) -> Chart:
     # 3. The curves.
     lines = []
     for curve in panel.curves:
-        points = _points(curve, depth, at_x, at_y)
+        points = _points(curve, names, at_x, at_y)
         segments = _segments(curve, at_x, at_y)
         lines.append(ChartLine(_style(curve.colour), _dashes(curve), segments, points))
     most_points = max(len(line.points) for line in lines)
@@ -347,7 +366,7 @@ def _dashes(curve: DepthCurve) -> str:
 
 
 # -- geometry --------------------------------------------------------------------------------------
-def _points(curve: DepthCurve, depth: DepthView, at_x: Scale, at_y: Scale) -> list[Point]:
+def _points(curve: DepthCurve, names: Mapping[float, str], at_x: Scale, at_y: Scale) -> list[Point]:
     """Return the finite points of a curve, each with the text that is shown under the mouse."""
     points = []
     for place, x in enumerate(curve.x):
@@ -357,7 +376,7 @@ def _points(curve: DepthCurve, depth: DepthView, at_x: Scale, at_y: Scale) -> li
         low, high = value, value
         if curve.low is not None and curve.high is not None:
             low, high = curve.low[place], curve.high[place]
-        name = depth.names.get(x, "")
+        name = names.get(x, "")
         words = _interval_text(low, value, high)
         if curve.over_tokens:
             words = f"{three(value)} (median to largest token {between(low, high)})"

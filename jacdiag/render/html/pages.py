@@ -21,11 +21,12 @@ from markupsafe import Markup
 
 from jacdiag._version import __version__
 from jacdiag.records import Report
+from jacdiag.render.content.compared_curves import compared_curves
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.content.sentences import legible
 from jacdiag.render.content.severity import SIGNS
 from jacdiag.render.content.sublayer_table import Grid
-from jacdiag.render.html.depth_chart import charts_of
+from jacdiag.render.html.depth_chart import charts_of, charts_of_comparison
 from jacdiag.render.html.markdown_text import to_html
 from jacdiag.render.view import ReportView, build_view
 from jacdiag.rules.page import PAGES, read_page
@@ -33,7 +34,7 @@ from jacdiag.rules.page import PAGES, read_page
 if TYPE_CHECKING:
     from jacdiag.records.backtest import BacktestReport
     from jacdiag.records.run_log import RunLog
-    from jacdiag.render.formats.diff import PairLike
+    from jacdiag.render.content.compared_models import ComparisonView
 
 _FOLDER = Path(__file__).parent / "templates"
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(?:e[+-]?\d+)?", re.IGNORECASE)
@@ -118,30 +119,32 @@ def report_in_notebook(report: Report) -> str:
     )
 
 
-def comparison_page(
-    pairs: Sequence[PairLike], verdict: str, notes: Sequence[str], names: tuple[str, str]
-) -> str:
+def comparison_page(view: ComparisonView) -> str:
     """Return the page of two models compared.
 
     Args:
-        pairs: every pair of figures.
-        verdict: one sentence.
-        notes: why figures may differ for a reason outside the models.
-        names: of the two models.
+        view: of the comparison.
     """
     from jacdiag.render.formats.diff import HEAD, rows
+    from jacdiag.render.plots.diff_plot import picture_of_comparison
 
+    # 1. The pictures: figures over depth, and the figures that differ.
+    picture = Markup("")
+    if view.shown_pairs():
+        picture = _inline_svg(picture_of_comparison(view, ".svg"))
+
+    # 2. The table of all figures.
+    figure_rows = []
+    for pair, cells in zip(view.pairs, rows(view.pairs), strict=True):
+        figure_rows.append((pair.parts, [_cell(str(legible(text))) for text in cells[:-1]]))
     return _render(
         "comparison.html.j2",
-        title=f"{names[0]} and {names[1]}",
-        names=[legible(name) for name in names],
-        verdict=verdict,
-        notes=[legible(note) for note in notes],
+        title=" and ".join(model.name for model in view.models),
+        view=view,
+        charts=charts_of_comparison(compared_curves(view.pairs)),
+        picture=picture,
         titles=HEAD[:-1],
-        rows=[
-            (pair.parts, [_cell(str(legible(text))) for text in cells[:-1]])
-            for pair, cells in zip(pairs, rows(pairs), strict=True)
-        ],
+        rows=figure_rows,
     )
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from jacdiag.records.number_format import three
 from jacdiag.records.output_file import write_output
+from jacdiag.render.content.compared_figures import OUTSIDE, PARTS, Ends, PairLike, change_size
+from jacdiag.render.content.compared_models import ComparedModel, ComparisonView
 from jacdiag.render.content.depth_curves import INK, LOOKS, PALE
 from jacdiag.render.content.sentences import legible
-from jacdiag.render.formats.diff import PairLike, verdict
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
-from jacdiag.render.plots.text_layout import fit_headline, shorten, text_width
+from jacdiag.render.plots.text_layout import fit_headline, fit_lines, shorten, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ _WIDTH, _EDGE, _ROW = 11.5, 0.32, 0.22  # inches
 _BELOW = 0.62  # of the rows, for the axis
 _TEXT = 9.5  # points
 _LONGEST_ROW = 3.6  # inches of what a row is called
-_LONGEST_NAME = 40  # characters of what a model is called
+_LONGEST_NAME = 32  # characters of what a model is called
 _A_COLOUR, _B_COLOUR = LOOKS[1].colour, LOOKS[0].colour
 _AXIS = "gain, norm or std (no unit, log scale); bar: its interval or range"
 _WORDS = {
@@ -37,43 +38,47 @@ _WORDS = {
     "shortcut_std": "shortcut std",
     "end_to_end": "end-to-end gain",
 }
-_PARTS = {"mlp": "FFN", "moe": "MoE"}
-
-Ends = tuple[float, float, float]
 
 
-def save(pairs: Sequence[PairLike], path: str | os.PathLike[str], names: tuple[str, str]) -> None:
+def save(view: ComparisonView, path: str | os.PathLike[str]) -> None:
     """Draw what differs between two models, and write the picture.
 
     The suffix (.png, .svg, .pdf) chooses the format.
 
     Args:
-        pairs: every pair of figures.
+        view: of the comparison.
         path: where to; "-" is stdout.
-        names: what the two models are called.
 
     Raises:
         UsageError: another suffix, or a path that cannot be written to.
     """
-    suffix = check_suffix(path)
-    picture = picture_bytes(lambda: draw(pairs, names), suffix, dpi=_DPI, style=_STYLE)
-    write_output(path, picture)
+    write_output(path, picture_of_comparison(view, check_suffix(path)))
 
 
-def draw(pairs: Sequence[PairLike], names: tuple[str, str]) -> Figure:
+def picture_of_comparison(view: ComparisonView, suffix: str) -> bytes:
+    """Return the picture of what differs between two models.
+
+    Args:
+        view: of the comparison.
+        suffix: of the format: .png, .svg or .pdf.
+    """
+    return picture_bytes(lambda: draw(view), suffix, dpi=_DPI, style=_STYLE)
+
+
+def draw(view: ComparisonView) -> Figure:
     """Build the figure without writing it.
 
     Args:
-        pairs: every pair of figures, in the order of depth.
-        names: what the two models are called.
+        view: of the comparison.
     """
     from matplotlib.figure import Figure
 
     # 1. The rows, and the texts above them.
-    different = [pair for pair in pairs if pair.parts]
-    rows = rows_of(different)
+    different = view.shown_pairs()
+    is_trained = any(model.state == "trained" for model in view.models)
+    rows = rows_of(different, branch_norms_first=is_trained)
     figure = Figure(figsize=(_WIDTH, 4.0), facecolor="white")
-    header = _header(pairs, len(different), rows)
+    header = _header(view, len(different), rows)
 
     # 2. The height of the picture follows from them.
     above = 0.5 + sum(1.5 * size / 72 for _, size, _ in header)
@@ -94,16 +99,18 @@ def draw(pairs: Sequence[PairLike], names: tuple[str, str]) -> Figure:
     axes.set_yticks(range(len(rows)), labels, fontsize=_TEXT, parse_math=False)
 
     # 4. What the two points are.
-    _draw_key(axes, names, rows_height)
+    _draw_key(axes, view.models, rows_height)
     return figure
 
 
 # -- rows ------------------------------------------------------------------------------------------
-def rows_of(different: Sequence[PairLike]) -> list[PairLike]:
+def rows_of(different: Sequence[PairLike], *, branch_norms_first: bool = False) -> list[PairLike]:
     """Return the figures that have a row: by depth, and the largest ratios if there are many.
 
     Args:
         different: the figures that differ, in the order of depth.
+        branch_norms_first: branch norms stay whatever their ratio. Of a trained model they are
+            the figure that is a property of it.
     """
     # 1. Those that have a place on a logarithmic axis.
     drawable = [pair for pair in different if _is_drawable(pair.old) or _is_drawable(pair.new)]
@@ -111,8 +118,13 @@ def rows_of(different: Sequence[PairLike]) -> list[PairLike]:
         return drawable
 
     # 2. The largest ratios; the order of depth stays.
-    by_size = sorted(range(len(drawable)), key=lambda place: -_size(drawable[place]))
-    return [drawable[place] for place in sorted(by_size[:MOST_ROWS])]
+    def rank(place: int) -> tuple[bool, float]:
+        pair = drawable[place]
+        comes_first = branch_norms_first and pair.figure == "branch_norm"
+        return not comes_first, -change_size(pair)
+
+    ranked = sorted(range(len(drawable)), key=rank)
+    return [drawable[place] for place in sorted(ranked[:MOST_ROWS])]
 
 
 def _is_drawable(ends: Ends | None) -> bool:
@@ -120,20 +132,12 @@ def _is_drawable(ends: Ends | None) -> bool:
     return ends is not None and math.isfinite(ends[1]) and ends[1] > 0
 
 
-def _size(pair: PairLike) -> float:
-    """Return by how much a figure differs: the logarithm of its ratio, inf without one."""
-    ratio = pair.ratio
-    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
-        return math.inf
-    return abs(math.log(ratio))
-
-
 def _row_name(pair: PairLike) -> str:
     """Return what a row is called: "layer 3  attention  branch norm"."""
-    where = "outside the layers"
+    where = OUTSIDE
     if pair.depth is not None:
         where = f"layer {pair.depth}"
-    part = _PARTS.get(pair.part, pair.part)
+    part = PARTS.get(pair.part, pair.part)
     text: str = legible(f"{where}  ·  {part}  ·  {_WORDS.get(pair.figure, pair.figure)}")
     return text
 
@@ -163,33 +167,41 @@ def _absence(letter: str, name: str, ends: Ends | None) -> str:
 
 # -- header ----------------------------------------------------------------------------------------
 def _header(
-    pairs: Sequence[PairLike], different: int, rows: Sequence[PairLike]
+    view: ComparisonView, different: int, rows: Sequence[PairLike]
 ) -> list[tuple[str, float, str]]:
     """Return the lines above the rows: text, font size and weight of each."""
-    room = _WIDTH - 2 * _EDGE
     # 1. The verdict.
-    sentence = verdict(pairs)
-    headline = f"{sentence[0].upper()}{sentence[1:]}"
+    room = _WIDTH - 2 * _EDGE
+    headline = f"{view.verdict[0].upper()}{view.verdict[1:]}"
     texts, size = fit_headline(headline, room)
     lines = [(text, size, "bold") for text in texts]
 
-    # 2. What is left out.
-    for text in _left_out(different, rows):
+    # 2. What changed most, by kind of figure.
+    for kind in view.summary.kinds:
+        text = shorten(f"{kind.kind}: {kind.text}", lambda part: text_width(part, _TEXT) <= room)
         lines.append((text, _TEXT, "normal"))
+
+    # 3. What limits the comparison, and what is left out.
+    for text in [*view.notes, *_left_out(different, rows, view)]:
+        parts = fit_lines(text.split(" "), " ", lambda part: text_width(part, _TEXT) <= room, 2)
+        lines += [(part, _TEXT, "normal") for part in parts]
     return lines
 
 
-def _left_out(different: int, rows: Sequence[PairLike]) -> list[str]:
+def _left_out(different: int, rows: Sequence[PairLike], view: ComparisonView) -> list[str]:
     """Return what the picture does not show, one sentence each."""
+    # 1. Nothing, or what has no place on a log scale.
     beyond = different - len(rows)
     if not beyond:
         return []
     if len(rows) < MOST_ROWS:
         return [f"{beyond} of {different} figures that differ have no value above 0 to draw."]
-    return [
-        f"The {len(rows)} figures that differ most are drawn. "
-        f"{beyond} of {different} that differ are left out."
-    ]
+
+    # 2. What differs less.
+    chosen = f"The {len(rows)} figures that differ most are drawn."
+    if rows != rows_of(view.shown_pairs()):
+        chosen = "Branch norms are drawn first, then the figures that differ most."
+    return [f"{chosen} {beyond} of {different} that differ are left out."]
 
 
 def _draw_header(figure: Figure, lines: Sequence[tuple[str, float, str]], height: float) -> None:
@@ -212,16 +224,17 @@ def _draw_header(figure: Figure, lines: Sequence[tuple[str, float, str]], height
         below_top += 1.5 * size / 72
 
 
-def _draw_key(axes: Axes, names: tuple[str, str], rows_height: float) -> None:
+def _draw_key(axes: Axes, models: Sequence[ComparedModel], rows_height: float) -> None:
     """Write above the panel which point is of which model."""
     # It begins at the picture's edge, where the names of the rows do.
     height = 1 + 0.14 / rows_height
     place = axes.get_position()
     begin = (_EDGE / _WIDTH - place.x0) / place.width
     handles: list[Any] = []
-    for letter, name, style in zip("AB", names, _point_styles(), strict=True):
-        text = shorten(str(legible(name)), lambda shorter: len(shorter) <= _LONGEST_NAME)
-        handles += axes.plot([], [], label=f"{letter}: {text}", linestyle="none", **style)
+    for model, style in zip(models, _point_styles(), strict=True):
+        text = shorten(model.name, lambda shorter: len(shorter) <= _LONGEST_NAME)
+        label = ", ".join([f"{model.letter}: {text}", *model.stage])
+        handles += axes.plot([], [], label=label, linestyle="none", **style)
     legend = axes.legend(
         handles=handles,
         loc="center left",

@@ -1,0 +1,177 @@
+"""What changed between two models: by kind of figure, and what changed most in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jacdiag.render.content.columns import figure_words
+from jacdiag.render.content.compared_figures import (
+    OUTSIDE,
+    PARTS,
+    PairLike,
+    change_size,
+    change_words,
+    factor_words,
+    place_words,
+)
+from jacdiag.render.content.sentences import legible, plural
+
+_KINDS = ("branch_norm", "core_norm", "norm_gain", "shortcut_std", "std")
+_KIND_WORDS = {"std": "weight std"}
+_MOST_LAYERS = 12  # that a summary lists, one a line
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """How one kind of figure changed.
+
+    Attributes:
+        kind: "branch norm", "weight std" or another one.
+        text: how many grew and shrank, and which changed most.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The figure of one layer that changed most.
+
+    Attributes:
+        where: "layer 3".
+        what: "FFN core norm".
+        change: "0.36 to 0.38 -> 42.7 to 43.9".
+        factor: "119 times larger".
+    """
+
+    where: str
+    what: str
+    change: str
+    factor: str
+
+
+@dataclass(frozen=True)
+class ChangeSummary:
+    """What changed between two models: a figure counts only if its intervals are apart.
+
+    Attributes:
+        kinds: one for each kind of figure that changed somewhere.
+        layers: what changed most in each layer, in the order of depth.
+        layers_left_out: how many further layers changed less.
+        in_one_alone: how many sub-layers and weights one of the models lacks.
+    """
+
+    kinds: list[KindSummary]
+    layers: list[LayerSummary]
+    layers_left_out: int
+    in_one_alone: int
+
+    @property
+    def lines(self) -> list[str]:
+        """The summary as lines of plain text; none if nothing changed."""
+        lines: list[str] = []
+        # 1. By kind of figure.
+        if self.kinds or self.in_one_alone:
+            lines.append("what changed (both intervals are apart):")
+        width = max((len(kind.kind) for kind in self.kinds), default=0)
+        lines += [f"  {kind.kind:<{width}}  {kind.text}" for kind in self.kinds]
+        if self.in_one_alone:
+            lines.append(f"  in one model alone: {self.in_one_alone} sub-layers or weights")
+
+        # 2. By layer.
+        if self.layers:
+            lines.append("what changed most in each layer:")
+            lines += self._layer_lines()
+        if self.layers_left_out:
+            rest = plural(self.layers_left_out, "further layer")
+            lines.append(f"  {rest} changed less; the table has them")
+        return lines
+
+    def _layer_lines(self) -> list[str]:
+        """Return the layers, a line each, with their words below each other."""
+        rows = [(layer.where, layer.what, layer.change) for layer in self.layers]
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = []
+        for row, layer in zip(rows, self.layers, strict=True):
+            cells = "  ".join(map(str.ljust, row, widths))
+            lines.append(f"  {cells}  {layer.factor}")
+        return lines
+
+
+def summarize_changes(pairs: Sequence[PairLike]) -> ChangeSummary:
+    """Return what changed between two models, by kind of figure and by layer.
+
+    Args:
+        pairs: every pair of figures, in the order of depth.
+    """
+    # 1. The figures that both have, and whose intervals are apart.
+    changed = [pair for pair in pairs if pair.parts and pair.old and pair.new]
+    in_one_alone = [pair for pair in pairs if pair.parts and not (pair.a and pair.b)]
+
+    # 2. By kind.
+    kinds = []
+    for figure in _KINDS:
+        of_kind = [pair for pair in changed if pair.figure == figure]
+        if of_kind:
+            in_both = [p for p in pairs if p.figure == figure and p.old and p.new]
+            words = _KIND_WORDS.get(figure, figure_words(figure))
+            kinds.append(KindSummary(words, _kind_text(of_kind, len(in_both))))
+
+    # 3. By layer: those that changed most, in the order of depth.
+    largest = _largest_by_layer(changed)
+    by_size = sorted(range(len(largest)), key=lambda place: -change_size(largest[place]))
+    shown = [largest[place] for place in sorted(by_size[:_MOST_LAYERS])]
+    return ChangeSummary(
+        kinds=kinds,
+        layers=[_layer_summary(pair) for pair in shown],
+        layers_left_out=len(largest) - len(shown),
+        in_one_alone=len(in_one_alone),
+    )
+
+
+def _kind_text(changed: Sequence[PairLike], total: int) -> str:
+    """Return how many figures of a kind grew and shrank, and which changed most.
+
+    Args:
+        changed: those of the kind whose intervals are apart.
+        total: how many of the kind both models have.
+    """
+    # 1. The counts. A figure that is NaN in one model has done neither.
+    grew, shrank = 0, 0
+    for pair in changed:
+        assert pair.old is not None and pair.new is not None
+        grew += pair.new[1] > pair.old[1]
+        shrank += pair.new[1] < pair.old[1]
+    counts = []
+    for count, verb in ((grew, "grew"), (shrank, "shrank")):
+        if count:
+            counts.append(f"{count} {verb}")
+    lost = len(changed) - grew - shrank
+    if lost:
+        counts.append(f"{lost} not a number in one model")
+
+    # 2. The largest change.
+    most = max(changed, key=change_size)
+    text = f"{' and '.join(counts)}, of {total}; most: {place_words(most)} {change_words(most)}"
+    return f"{text}, {factor_words(most)}"
+
+
+def _largest_by_layer(changed: Sequence[PairLike]) -> list[PairLike]:
+    """Return the pair of each layer that changed most, in the order of the pairs."""
+    largest: dict[int | None, PairLike] = {}
+    for pair in changed:
+        known = largest.get(pair.depth)
+        if known is None or change_size(pair) > change_size(known):
+            largest[pair.depth] = pair
+    return list(largest.values())
+
+
+def _layer_summary(pair: PairLike) -> LayerSummary:
+    """Return the line of a layer about the figure that changed most in it."""
+    where = OUTSIDE
+    if pair.depth is not None:
+        where = f"layer {pair.depth}"
+    what = f"{PARTS.get(pair.part, pair.part)} {figure_words(pair.figure)}"
+    return LayerSummary(where, legible(what), change_words(pair), factor_words(pair))

@@ -1,0 +1,168 @@
+"""One figure of two models, in words: where it is, both values, and by which factor they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from jacdiag.records.number_format import between, three
+from jacdiag.render.content.columns import figure_words
+from jacdiag.render.content.sentences import legible
+
+PARTS = {"mlp": "FFN", "moe": "MoE"}  # what a kind of sub-layer is called in a sentence
+OUTSIDE = "outside the layers"
+
+Ends = tuple[float, float, float]  # lower end, middle, upper end
+
+
+class PairLike(Protocol):
+    """What is shown of a pair (`jacdiag.comparison.Pair`)."""
+
+    depth: int | None
+    part: str
+    figure: str
+    a: str
+    b: str
+    old: Ends | None
+    new: Ends | None
+    parts: bool
+
+    @property
+    def ratio(self) -> float | None:
+        """The figure of B over that of A; None if one is missing, or A's is 0."""
+
+
+# -- one figure ------------------------------------------------------------------------------------
+def place_words(pair: PairLike) -> str:
+    """Return where a figure is: "layer 3 FFN".
+
+    Args:
+        pair: of one figure.
+    """
+    where = OUTSIDE
+    if pair.depth is not None:
+        where = f"layer {pair.depth}"
+    words: str = legible(f"{where} {PARTS.get(pair.part, pair.part)}")
+    return words
+
+
+def ends_words(pair: PairLike, ends: Ends) -> str:
+    """Return one figure of one model.
+
+    A norm is written as its interval, a median with the range around it if that is wide.
+
+    Args:
+        pair: of the figure.
+        ends: of one of the models.
+    """
+    lower, middle, upper = ends
+    if pair.figure.endswith("_norm"):
+        return between(lower, upper)
+    is_wide = lower <= 0 or upper > lower * 1.1
+    if is_wide:
+        return f"{three(middle)} ({between(lower, upper)})"
+    return three(middle)
+
+
+def cell_words(pair: PairLike, ends: Ends | None, name: str) -> str:
+    """Return one figure of one model, or that it has none.
+
+    Args:
+        pair: of the figure.
+        ends: of the model; None without a figure.
+        name: of the part in the model; "" if the model lacks it.
+    """
+    if ends is not None:
+        return ends_words(pair, ends)
+
+    # No figure, of a part that the model has or has not.
+    if name:
+        return "not measured"
+    return "missing"
+
+
+def change_words(pair: PairLike) -> str:
+    """Return both values of a figure: "5.80 to 6.05 -> 39.0 to 40.9".
+
+    Args:
+        pair: of one figure that both models have.
+    """
+    assert pair.old is not None and pair.new is not None
+    return f"{ends_words(pair, pair.old)} -> {ends_words(pair, pair.new)}"
+
+
+def factor_words(pair: PairLike) -> str:
+    """Return by which factor a figure changed: "6.73 times larger".
+
+    Args:
+        pair: of one figure that both models have.
+    """
+    # 1. Values without a ratio.
+    ratio = pair.ratio
+    if ratio is None:
+        return "0 in A"
+    if not math.isfinite(ratio):
+        return "not finite in one model"
+    if ratio == 0:
+        return "0 in B"
+
+    # 2. The larger of the two over the smaller.
+    if ratio >= 1:
+        return f"{three(ratio)} times larger"
+    return f"{three(1 / ratio)} times smaller"
+
+
+def change_size(pair: PairLike) -> float:
+    """Return by how much a figure differs: the logarithm of its ratio, inf without one.
+
+    Args:
+        pair: of one figure.
+    """
+    ratio = pair.ratio
+    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
+        return math.inf
+    return abs(math.log(ratio))
+
+
+# -- all figures -----------------------------------------------------------------------------------
+def verdict(pairs: Sequence[PairLike]) -> str:
+    """Return one sentence: which figure differs first, and how many do.
+
+    Args:
+        pairs: every pair of figures, in the order of depth.
+    """
+    if not pairs:
+        return "nothing in one model has a counterpart in the other"
+
+    # 1. The figures that differ.
+    different = [pair for pair in pairs if pair.parts]
+    if not different:
+        return f"none of {len(pairs)} figures differs beyond its interval"
+
+    # 2. The first of them, without control characters in its name.
+    counts = f"{len(different)} of {len(pairs)} figures differ"
+    sentence: str = legible(f"{_first_difference(different[0])}; {counts}")
+    return sentence
+
+
+def _first_difference(pair: PairLike) -> str:
+    """Return where two models differ first, with both values and the names in both."""
+    # 1. Where.
+    where = "outside the layers"
+    if pair.depth is not None:
+        where = f"in layer {pair.depth}"
+    text = f"they differ first {where}: {pair.part} {figure_words(pair.figure)}"
+
+    # 2. The values, unless neither has one.
+    if pair.old or pair.new:
+        text += f" {cell_words(pair, pair.old, pair.a)} and {cell_words(pair, pair.new, pair.b)}"
+    return f"{text} ({_both_names(pair)})"
+
+
+def _both_names(pair: PairLike) -> str:
+    """Return what both models call a part: one name if they agree."""
+    if pair.a == pair.b:
+        return pair.a
+    first, second = pair.a or "nothing", pair.b or "nothing"
+    return f"{first} and {second}"

@@ -1,0 +1,87 @@
+"""What changed between two models: counted only where both intervals are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jacdiag.comparison.match import Pair, are_apart
+from jacdiag.render.content.changed_figures import summarize_changes
+from jacdiag.render.content.compared_curves import compared_curves
+from jacdiag.render.content.compared_figures import factor_words
+
+
+def pair(depth: int | None, old: Any, new: Any, figure: str = "branch_norm") -> Pair:
+    parts = are_apart(old, new) or old is None or new is None
+    name = f"h.{depth}.mlp"
+    return Pair(depth, "mlp", figure, name if old else "", name if new else "", old, new, parts)
+
+
+def exact(value: float) -> tuple[float, float, float]:
+    return value, value, value
+
+
+def test_intervals_with_a_common_value_are_no_change() -> None:
+    summary = summarize_changes([pair(0, (1.0, 1.1, 1.5), (1.4, 2.0, 2.1))])
+    assert summary.lines == []
+
+
+def test_growth_and_shrinking_are_counted_apart_with_the_largest_change() -> None:
+    pairs = [
+        pair(0, exact(1.0), exact(2.0)),
+        pair(1, exact(1.0), exact(0.1)),
+        pair(2, exact(1.0), exact(1.0)),
+    ]
+    [kind] = summarize_changes(pairs).kinds
+    assert kind.kind == "branch norm"
+    assert kind.text == (
+        "1 grew and 1 shrank, of 3; most: layer 1 FFN 1.00 -> 0.100, 10.0 times smaller"
+    )
+
+
+def test_each_layer_has_the_figure_that_changed_most_in_it() -> None:
+    pairs = [
+        pair(0, exact(1.0), exact(2.0)),
+        pair(0, exact(1.0), exact(8.0), "core_norm"),
+        pair(1, exact(1.0), exact(4.0)),
+        pair(2, exact(1.0), exact(1.0)),
+    ]
+    layers = summarize_changes(pairs).layers
+    assert [(layer.where, layer.what) for layer in layers] == [
+        ("layer 0", "FFN core norm"),
+        ("layer 1", "FFN branch norm"),
+    ]
+
+
+def test_of_many_layers_those_stay_that_changed_most() -> None:
+    pairs = [pair(depth, exact(1.0), exact(2.0 + depth)) for depth in range(20)]
+    summary = summarize_changes(pairs)
+    assert [layer.where for layer in summary.layers] == [f"layer {k}" for k in range(8, 20)]
+    assert "  8 further layers changed less; the table has them" in summary.lines
+    assert not summarize_changes(pairs[:12]).layers_left_out
+
+
+def test_what_one_model_lacks_is_no_growth() -> None:
+    summary = summarize_changes([pair(0, exact(1.0), None)])
+    assert summary.kinds == [] and summary.in_one_alone == 1
+    assert "  in one model alone: 1 sub-layers or weights" in summary.lines
+
+
+def test_a_value_without_a_ratio_has_words() -> None:
+    assert factor_words(pair(0, exact(0.0), exact(1.0))) == "0 in A"
+    assert factor_words(pair(0, exact(1.0), exact(0.0))) == "0 in B"
+    lost = pair(0, exact(1.0), exact(math.nan))
+    assert factor_words(lost) == "not finite in one model"
+    [kind] = summarize_changes([lost]).kinds
+    assert kind.text.startswith("1 not a number in one model, of 1")
+
+
+def test_curves_of_both_models_mark_where_intervals_are_apart() -> None:
+    curves = compared_curves([pair(0, exact(1.0), exact(2.0)), pair(1, exact(1.0), exact(1.0))])
+    [panel] = curves.panels
+    assert [(curve.label, curve.earlier) for curve in panel.curves] == [
+        ("FFN, A", True),
+        ("FFN, B", False),
+    ]
+    assert panel.changed == [(0.0, 2.0)]
+    assert curves.names == {0.0: "h.0.mlp", 1.0: "h.1.mlp"}
