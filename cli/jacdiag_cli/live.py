@@ -13,6 +13,8 @@ from jacdiag.errors import SourceError
 from jacdiag_cli.streams import CommandInvocation, console, emit, interrupted
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from jacdiag.records.run_log import RunLog
     from jacdiag.records.run_state import RunState
 
@@ -66,11 +68,8 @@ def live(
     # 2. One frame, for --once or for a file.
     terminal = console()
     if once or not sys.stdout.isatty():
-        with terminal.capture() as held:
-            height = lines if lines is not None else _FRAME
-            frame_text = screen(follower.run, str(path), terminal.width, height, state=state)
-            terminal.print(frame_text, height=height)
-        emit(held.get())
+        height = lines if lines is not None else _FRAME
+        emit(_single_frame(follower.run, path, terminal, height, state))
         return 0
 
     # 3. A frame whenever the log may have grown.
@@ -99,6 +98,32 @@ def live(
     # how the screen says that one leaves: the code of Ctrl-C, and no error
     except KeyboardInterrupt:
         return interrupted()
+
+
+def _single_frame(
+    run: RunLog, path: Path, terminal: Console, height: int, state: RunState | None
+) -> str:
+    """Return one frame, and below it the alerts that it has no room for.
+
+    Args:
+        run: as far as it has come.
+        path: of its log.
+        terminal: gives the width.
+        height: of the frame, in lines.
+        state: of the run, if it is known.
+    """
+    from jacdiag.render.content.run_flights import flights_of_run
+    from jacdiag.render.terminal.run_screen import full_alerts, screen
+
+    # 1. The frame.
+    with terminal.capture() as held:
+        frame = screen(run, str(path), terminal.width, height, state=state)
+        terminal.print(frame, height=height)
+    text = held.get()
+
+    # 2. What a frame cuts, in full.
+    lines = full_alerts(run, text, flights_of_run(run, path.parent), terminal.width)
+    return text + "".join(f"{line}\n" for line in lines)
 
 
 class Follower:

@@ -11,9 +11,13 @@ import click
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.output_files import plan_outputs, say_written, write_text
 from jacdiag_cli.report_files import check_html
+from jacdiag_cli.streams import say
 
 if TYPE_CHECKING:
+    from jacdiag.records.run_log import RunLog
     from jacdiag.render.plots.run_plot import RunPlot
+
+_MOST_ALERTS = 8  # that are printed
 
 
 @click.command(short_help="Draws runs, or a report, as PNG, SVG, PDF or a page for a browser.")
@@ -154,6 +158,7 @@ def _draw_runs(
 
     # 1. A single run needs no name in its picture.
     logs = {_run_name(path, paths): read_run(path, light=True) for path in paths}
+    folders = {_run_name(path, paths): path.parent for path in paths}
     drawn: Any = logs
     if len(logs) == 1:
         drawn = next(iter(logs.values()))
@@ -163,10 +168,42 @@ def _draw_runs(
         save_run(drawn, target, options)
         say_written(target)
     if html_file is not None:
+        from jacdiag.render.content.run_flights import flights_of_run
         from jacdiag.render.html.pages import run_page
 
-        page = run_page(logs, picture_of_run(drawn, ".svg", options))
+        flights = {name: flights_of_run(logs[name], folders[name]) for name in logs}
+        page = run_page(logs, picture_of_run(drawn, ".svg", options), flights)
         write_text(html_file, page)
+
+    # 3. The alerts, with the command that runs a flight again.
+    for name, log in logs.items():
+        _say_alerts(log, folders[name])
+
+
+def _say_alerts(run: RunLog, folder: Path) -> None:
+    """Print the alerts of a run, each with its flight if one was written.
+
+    Args:
+        run: its log.
+        folder: of the log.
+    """
+    from jacdiag.render.content.run_alerts import alerts_of_run
+    from jacdiag.render.content.run_flights import alert_lines, flights_of_run
+    from jacdiag.render.content.sentences import legible, plural
+
+    # 1. The first few. Observations are in the picture alone.
+    flights = flights_of_run(run, folder)
+    alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
+    for row in alerts[:_MOST_ALERTS]:
+        first, *others = alert_lines(row, flights)
+        say(str(legible(f"alert: {first}")))
+        for line in others:
+            say(str(legible(f"  {line}")))
+
+    # 2. The others.
+    beyond = len(alerts) - _MOST_ALERTS
+    if beyond > 0:
+        say(f"{plural(beyond, 'further alert')}; --html FILE lists them all")
 
 
 def _run_name(path: Path, paths: list[Path]) -> str:

@@ -24,6 +24,7 @@ from jacdiag.render.content.sentences import (
     state_words,
     why_state,
 )
+from jacdiag.render.content.shared_names import with_shown_names
 from jacdiag.render.content.sublayer_table import Grid, build
 from jacdiag.render.content.verdict import Line, cost, footnotes, to_do, verdict_lines
 
@@ -130,7 +131,7 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
         >>> view.verdict.word, view.verdict.headline              # doctest: +SKIP
         ('warn', 'Large shortcut not met, small sub-layers met: worst branch norm 22.4 to 23.3 ...')
     """
-    report = legible(report)
+    report = with_shown_names(legible(report))
     return ReportView(
         header=_header(report),
         rows=build(report, all_rows=all_rows, sort=sort),

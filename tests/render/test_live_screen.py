@@ -235,3 +235,62 @@ def test_the_command_prints_a_frame_as_high_as_asked_for(
     follower.read()
     idle = follower.idle()
     assert idle is not None and idle < 60 and len(follower.run.steps) == 100
+
+
+# -- one probe, and the next one -------------------------------------------------------------------
+def test_a_single_probe_is_a_number_and_no_course_over_time() -> None:
+    once, twice = probed(1.25), probed(1.25, 2.5)
+    middle = column(shown(once), 1)
+    assert "h.0.attn ▒ 1.25" in middle and "one probe, at step 0" in middle
+    assert "+ -" not in middle, "there is no probe before to compare it with"
+    middle = column(shown(twice), 1)
+    assert "▒▒▒" in middle and "2.50" in middle and "steps 0 to 100" in middle
+    assert "+ -" in middle and "one probe" not in middle
+
+
+@pytest.mark.parametrize(
+    ("every", "step"), [(100, "next probe about step 200"), (0.01, "next probe about step 960")]
+)
+def test_the_next_probe_is_said_while_the_run_goes_on(every: float, step: str) -> None:
+    """By 1% of the time: a probe of 2.4 s pays after 240 s of steps that take 0.25 s each."""
+    run = run_log(100, probe_every=100, end=False)
+    run.header["every"] = every
+    if every < 1:
+        run.probes.pop()
+    assert step in column(shown(run, 120, 40), 1)
+
+
+def test_no_next_probe_is_said_if_there_is_none() -> None:
+    ended, never, off = run_log(100), run_log(100, end=False), run_log(100, end=False)
+    never.header["every"] = None
+    off.faults.append({"part": "probe", "error": "", "off": ""})
+    for run in (ended, never, off):
+        assert "next probe" not in shown(run, 120, 40)
+
+
+# -- a frame that is printed once ------------------------------------------------------------------
+def test_once_prints_the_alerts_in_full_below_the_frame(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_log(tmp_path, 300, spike=200)
+    assert main(["live", str(folder), "--once"]) == 0
+    text = " ".join(capsys.readouterr().out.splitlines()[24:])
+    assert text.startswith("alerts in full:")
+    what = "loss 4.9, 3.1 over its median and 44 standard deviations over its mean"
+    assert what in " ".join(text.split())
+    assert "..." not in text
+
+    quiet = write_log(tmp_path / "quiet", 300)
+    assert main(["live", str(quiet), "--once"]) == 0
+    assert "alerts in full" not in capsys.readouterr().out
+
+
+def test_a_shared_layer_has_its_depth_in_the_map_and_in_alerts() -> None:
+    names = ("attention", "attention@2")
+    rows = [{"name": name, "depth": depth} for depth, name in enumerate(names)]
+    run = probed(1.0, 1.0, names=names, sublayers=rows)
+    alert = {"step": 100, "code": "JD504", "level": "warning", "where": ["attention@2"]}
+    run.alerts.append({**alert, "what": "branch norm of attention@2 is 3 times as usual"})
+    text = shown(run, 200, 40)
+    assert "0 attention" in text and "1 attention" in text
+    assert "attention at depth 1 (call 2)" in text and "@" not in text

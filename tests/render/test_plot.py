@@ -26,7 +26,8 @@ from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
 from jacdiag.records import AgainstRecord, Finding, Interval, Report
-from jacdiag.render.content.depth_curves import LOOKS, shown_names
+from jacdiag.render.content.depth_curves import LOOKS
+from jacdiag.render.content.shared_names import shown_names, with_shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
@@ -451,11 +452,12 @@ def test_a_layer_that_is_applied_at_several_depths_is_named_by_its_depth() -> No
     assert "worst: 89.0 to 91.0 at attention at depth 4 (call 5)" in texts(figure)
     assert not any("@" in text for text in texts(figure))
     assert_within(shared(6))
-    assert shown_names(shared(6))["ffn"] == "ffn at depth 0 (call 1)"
+    assert with_shown_names(shared(6)).sublayers[1].name == "ffn at depth 0 (call 1)"
 
     # A name that no other call has stays as it is.
     plain = synthetic.vanilla(2)
-    assert shown_names(plain) == {row.name: row.name for row in plain.sublayers}
+    assert with_shown_names(plain) is plain
+    assert shown_names({"h.0.mlp": 0}) == {"h.0.mlp": "h.0.mlp"}
 
 
 def test_several_placements_and_an_earlier_model_cover_nothing() -> None:

@@ -348,3 +348,29 @@ def test_a_log_read_lightly_draws_the_same_picture(tmp_path: Path) -> None:
 def test_the_made_logs_are_as_a_watch_writes_them() -> None:
     kinds = {json.loads(line)["type"] for line in run_lines(10, spike=5, resume=7)}
     assert kinds == {"run", "price", "step", "stats", "probe", "alert", "resume", "end"}
+
+
+def dots(panel: Any) -> int:
+    """How many points a panel marks."""
+    return sum(len(line.get_xdata()) for line in panel.lines if line.get_marker() == ".")
+
+
+def test_a_line_through_few_points_has_a_dot_at_each() -> None:
+    assert dots(panel_of(draw_run(run_log(200, probe_every=100)), "shortcut std")) == 6
+    assert dots(panel_of(draw_run(run_log(2000, probe_every=100)), "shortcut std")) == 0
+
+
+def test_a_spike_keeps_its_height_though_the_mean_hides_it() -> None:
+    run = run_log(2000, spike=1500)
+    [top] = [max(run.column("loss")[1400:])]
+    figure = draw_run(run, RunPlot(smooth=100))
+    panel = panel_of(figure, "loss")
+    heights = [max(line.get_ydata()) for line in panel.lines if line.get_marker() == "."]
+    assert heights == pytest.approx([top])
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["mean of the last 100 steps", "a step far above the mean"]
+
+    # A healthy run has no such step, and the picture does not speak of one.
+    figure = draw_run(run_log(2000), RunPlot(smooth=100))
+    assert dots(panel_of(figure, "loss")) == dots(panel_of(figure, "gradient norm")) == 0
+    assert len(figure.legends[0].get_texts()) == 1

@@ -6,7 +6,6 @@ The picture of a report and the charts of its page draw them.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from jacdiag.records import Interval, Report, SublayerRecord
@@ -34,7 +33,6 @@ LOOKS = (
     Look("FFN", ("mlp", "moe"), "#d67d22", "s"),
     Look("other", ("mixer", "conv", "other"), "#276f51", "^"),
 )
-_SHARED = re.compile(r"@(?P<call>\d+)(?=$|[:.])")  # of a module that is called several times
 ALL_KINDS = tuple(kind for look in LOOKS for kind in look.kinds)
 
 
@@ -98,33 +96,6 @@ class Threshold:
     value: float
     text: str
     colour: str = INK
-
-
-def shown_names(report: Report) -> dict[str, str]:
-    """Return the name of each sub-layer as a picture has it.
-
-    A module that is applied at several depths is named "attention" at its first call and
-    "attention@5" at its fifth, which is at another depth. A picture writes the depth.
-
-    Args:
-        report: of either tier and state.
-    """
-    # 1. The names that stand for several calls of a module.
-    names = [row.name for row in report.sublayers]
-    shared = {_SHARED.sub("", name) for name in names if _SHARED.search(name)}
-
-    # 2. Each with its depth, and which call it is.
-    shown = {}
-    for row in report.sublayers:
-        shown[row.name] = row.name
-        module = _SHARED.sub("", row.name)
-        if module in shared:
-            call = _SHARED.search(row.name)
-            number = "1"
-            if call:
-                number = call["call"]
-            shown[row.name] = f"{module} at depth {row.depth} (call {number})"
-    return shown
 
 
 def places(report: Report) -> dict[str, float]:

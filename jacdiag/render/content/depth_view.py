@@ -13,11 +13,11 @@ from jacdiag.render.content.depth_curves import (
     is_drawable,
     places,
     residual_curves,
-    shown_names,
     write_threshold,
 )
 from jacdiag.render.content.sentences import worst_branch
 from jacdiag.render.content.severity import drawn_threshold
+from jacdiag.render.content.shared_names import shown_names
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def build_depth_view(report: Report) -> DepthView:
         report: of either tier and state.
     """
     at = places(report)
-    shown = shown_names(report)
+    shown = shown_names({row.name: row.depth for row in report.sublayers})
     return DepthView(
         measured=report.tier == "measured",
         gains=branch_curves(report),

@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jacdiag.records.backtest import BacktestReport
     from jacdiag.records.run_log import RunLog
     from jacdiag.render.content.compared_models import ComparisonView
+    from jacdiag.render.content.run_flights import Flight
 
 _FOLDER = Path(__file__).parent / "templates"
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(?:e[+-]?\d+)?", re.IGNORECASE)
@@ -170,14 +172,21 @@ def backtest_page(report: BacktestReport, lead: int) -> str:
     )
 
 
-def run_page(runs: dict[str, RunLog], picture: bytes) -> str:
+def run_page(
+    runs: dict[str, RunLog],
+    picture: bytes,
+    flights: Mapping[str, Mapping[int, Flight]] = MappingProxyType({}),
+) -> str:
     """Return the page of one run, or of several drawn over each other.
 
     Args:
         runs: name -> log.
         picture: of the runs, as SVG.
+        flights: name -> flights of the run, by the step of the alert.
     """
-    sections = [_run_section(name, run) for name, run in runs.items()]
+    sections = []
+    for name, run in runs.items():
+        sections.append(_run_section(name, run, flights.get(name, {})))
     codes: list[str] = []
     for section in sections:
         codes += [str(row["code"]) for row in [*section.alerts, *section.findings]]
@@ -199,6 +208,7 @@ class RunSection:
         header: the first line of its log.
         last_step: the number of the last step; None without one.
         alerts, findings: lines of the log with code, level, step and what.
+        flights: step of an alert -> lines on its flight.
     """
 
     name: str
@@ -206,9 +216,10 @@ class RunSection:
     last_step: int | None
     alerts: list[dict[str, Any]]
     findings: list[dict[str, Any]]
+    flights: dict[int, list[str]]
 
 
-def _run_section(name: str, run: RunLog) -> RunSection:
+def _run_section(name: str, run: RunLog, flights: Mapping[int, Flight]) -> RunSection:
     last_step = None
     if run.steps:
         last_step = run.steps[-1]["step"]
@@ -218,6 +229,7 @@ def _run_section(name: str, run: RunLog) -> RunSection:
         last_step=last_step,
         alerts=[legible(dict(row)) for row in alerts_of_run(run)],
         findings=[legible(dict(row)) for row in report_at_start(run)],
+        flights={step: legible(flight.lines) for step, flight in flights.items()},
     )
 
 

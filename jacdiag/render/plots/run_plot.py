@@ -50,6 +50,9 @@ _ALERT = {"error": "#b3261e", "warning": "#c77700", "info": PALE}
 _RUNS = ("#17406d", "#d1701c", "#3a8a58", "#8a3a86", "#6b6b6b", "#b3a100", "#2a9db0", "#a33a3a")
 _RAW_OF_SEVERAL = 0.2
 _RAW = 0.35  # opacity of what was measured, under its mean
+_FEW = 12  # points up to which each has a marker: a line through two would hide where they are
+_WITH_PEAKS = ("loss", "gradient")  # the panels that mark steps far above the mean
+_MOST_PEAKS = 200  # that are drawn
 _TITLES = {
     "loss": "loss",
     "gradient": "gradient norm",
@@ -410,18 +413,24 @@ def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str
     if name == "clip":
         _line(panel, values.smoothed(max(curve.window, 20)), curve.colour, 1.6)
     else:
-        _smoothed(panel, values, curve, several, dots=name == "update", plain=name == "lr")
+        _smoothed(panel, values, curve, several, name)
     return ""
 
 
-def _smoothed(
-    panel: Axes, values: Series, curve: _Drawn, several: bool, *, dots: bool, plain: bool
-) -> None:
-    """Draw what was measured, pale, and its mean over it."""
-    has_mean = curve.window > 1 and not plain
+def _smoothed(panel: Axes, values: Series, curve: _Drawn, several: bool, name: str) -> None:
+    """Draw what was measured, pale, and its mean over it.
+
+    Args:
+        panel: where to.
+        values: of the figure.
+        curve: the run.
+        several: there are other runs in the panel.
+        name: of the figure.
+    """
+    has_mean = curve.window > 1 and name != "lr"
 
     # 1. Dots, for a figure that jumps between parameter groups.
-    if dots:
+    if name == "update":
         dotted = values.sampled()
         size = 6
         if dotted.x.size > 100:
@@ -443,7 +452,20 @@ def _smoothed(
     if several:
         pale = _RAW_OF_SEVERAL
     _line(panel, values, curve.colour, 0.7, alpha=pale)
-    _line(panel, values.smoothed(curve.window), curve.colour, 1.8)
+    mean = values.smoothed(curve.window)
+    _line(panel, mean, curve.colour, 1.8)
+    _peaks(panel, values.peaks_over(mean, logarithm=name in _LOG_SCALE), curve.colour)
+
+
+def _peaks(panel: Axes, peaks: Series, colour: str) -> None:
+    """Draw a full dot at each value that stands far above the mean.
+
+    In a mean of many steps a spike of one step is hardly seen, and the pale line under it is thin.
+    """
+    if not peaks.x.size:
+        return
+    shown = peaks.largest(_MOST_PEAKS)
+    panel.plot(shown.x, shown.y, ".", color=colour, ms=5, mew=0, clip_on=False)
 
 
 def _second_gradient(panel: Axes, curve: _Drawn, first: float, last: float) -> bool:
@@ -475,15 +497,23 @@ def _band(panel: Axes, values: Band, curve: _Drawn, several: bool, *, largest: b
 
 
 def _line(panel: Axes, values: Series, colour: str, width: float, alpha: float = 1.0) -> None:
-    """Draw a line, and a dot at each point without a neighbour, which a line would not show."""
+    """Draw a line, and a dot at each point that it would not show.
+
+    These are points without a neighbour, and all points if there are few of them.
+    """
     thin = values.thinned()
     known = np.isfinite(thin.y)
     sides = np.concatenate([[False], known, [False]])
     lonely = known & ~sides[:-2] & ~sides[2:]
     panel.plot(thin.x, thin.y, color=colour, lw=width, alpha=alpha, solid_capstyle="round")
-    if lonely.any():
+
+    # A few points are all marked.
+    marked = lonely
+    if known.sum() <= _FEW:
+        marked = known
+    if marked.any():
         panel.plot(
-            thin.x[lonely], thin.y[lonely], ".", color=colour, alpha=alpha, ms=6, clip_on=False
+            thin.x[marked], thin.y[marked], ".", color=colour, alpha=alpha, ms=6, clip_on=False
         )
 
 
@@ -768,14 +798,31 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
         _name_runs(figure, drawn, room)
         return
     if drawn[0].window > 1:
-        handle = Line2D([], [], color=INK, lw=2.0)
+        handles = [Line2D([], [], color=INK, lw=2.0)]
+        labels = [f"mean of the last {drawn[0].window:,} steps"]
+        if _has_peak(drawn[0]):
+            handles.append(Line2D([], [], color=INK, marker=".", ms=5, mew=0, lw=0))
+            labels.append("a step far above the mean")
         figure.legend(
-            [handle],
-            [f"mean of the last {drawn[0].window:,} steps"],
+            handles,
+            labels,
             loc="outside lower right",
+            ncols=2,
             frameon=False,
             fontsize="small",
         )
+
+
+def _has_peak(curve: _Drawn) -> bool:
+    """Return whether a panel marks a step that stands far above the mean."""
+    for name in _WITH_PEAKS:
+        values = curve.panels.get(name)
+        if not isinstance(values, Series):
+            continue
+        mean = values.smoothed(curve.window)
+        if values.peaks_over(mean, logarithm=name in _LOG_SCALE).x.size:
+            return True
+    return False
 
 
 def _name_runs(figure: Figure, drawn: Sequence[_Drawn], room: int) -> None:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from jacdiag.records.run_log import RunLog, number
 
 Array = NDArray[np.float64]
+_NORMAL = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
+_PEAK = 8.0  # usual deviations that a peak stands above the mean
+_LEAST_PEAK = 0.2  # share of the mean that it stands above it
 _MOST_POINTS = 2000  # per line: more than a picture has columns
 
 
@@ -53,6 +56,38 @@ class Series:
         number_of = counts[ends] - counts[begins]
         means = (sums[ends] - sums[begins]) / np.maximum(number_of, 1)
         return Series(self.x, np.where(finite, means, np.nan), self.lost)
+
+    def peaks_over(self, mean: Series, *, logarithm: bool) -> Series:
+        """Return the values that stand far above a mean.
+
+        They are above it by eight times the usual deviation from it, and by a fifth of it.
+
+        Args:
+            mean: at the same steps.
+            logarithm: compare logarithms, as of a norm; values that are not above 0 are left out.
+        """
+        # 1. How far each value is above the mean.
+        known = np.isfinite(self.y) & np.isfinite(mean.y)
+        if logarithm:
+            known &= (np.nan_to_num(self.y) > 0) & (np.nan_to_num(mean.y) > 0)
+        values, means = self.y[known], mean.y[known]
+        above = values - means
+        if logarithm:
+            above = np.log(values) - np.log(means)
+        if not above.size:
+            return Series(self.x[known], values, np.array([]))
+
+        # 2. What is far beyond the usual: the median, so that peaks do not count.
+        usual = _NORMAL * float(np.median(np.abs(above)))
+        is_peak = (above > _PEAK * usual) & (values - means > _LEAST_PEAK * np.abs(means))
+        return Series(self.x[known][is_peak], values[is_peak], np.array([]))
+
+    def largest(self, most: int) -> Series:
+        """Return the points with the largest values, at most a given count, in their order."""
+        if self.y.size <= most:
+            return self
+        chosen = np.sort(np.argsort(self.y)[-most:])
+        return Series(self.x[chosen], self.y[chosen], self.lost)
 
     def thinned(self, most: int = _MOST_POINTS) -> Series:
         """Return at most a given count of points.

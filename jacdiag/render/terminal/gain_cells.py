@@ -30,11 +30,13 @@ class Cell:
             where a rule fired.
         change: share of that factor that it has changed by, on a log scale: 1 is all of it.
         level: of the rule that fired, or empty.
+        value: the gain.
     """
 
     glyph: str
     change: float = 0.0
     level: str = ""
+    value: float = math.nan
 
     @property
     def style(self) -> str:
@@ -136,14 +138,14 @@ class GainCells:
 
         # 2. What a reader must see comes before the size.
         if level:
-            return Cell(_MARKS[level], change, level)
+            return Cell(_MARKS[level], change, level, value)
         if not math.isfinite(value):
-            return Cell("?", change)
+            return Cell("?", change, value=value)
         if change < 1:
-            return Cell(_shade(value), change)
+            return Cell(_shade(value), change, value=value)
         if ratio > 1:
-            return Cell("+", change)
-        return Cell("-", change)
+            return Cell("+", change, value=value)
+        return Cell("-", change, value=value)
 
     def binned(self, columns: int) -> tuple[list[int], list[dict[str, Cell]]]:
         """Return at most a given count of columns.

@@ -16,10 +16,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from jacdiag.errors import clipped, printable
-from jacdiag.records.number_format import seconds, three
+from jacdiag.records.number_format import ABSENT, seconds, three
 from jacdiag.records.run_log import RunLog, number
 from jacdiag.records.run_state import RunState, RunStatus
+from jacdiag.render.content.next_probe import next_probe_step
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.run_flights import Flight, alert_lines
+from jacdiag.render.content.shared_names import ShownNames, depths_of_shared_names
 from jacdiag.render.content.verdict import TIED
 from jacdiag.render.terminal.gain_cells import CUTS, SHADES, Cell, GainCells, loudest
 
@@ -33,6 +36,8 @@ _NARROW = 22  # columns of the heat map: below, its key is short
 _SILENT = 60.0  # seconds without a line in the log
 _MARKS = {"error": "●", "warning": "▲", "info": "·"}
 _LEAST_PATH = 12  # columns: a shorter end of a path would say nothing
+_GOES_ON = " ..."  # ends a line whose sentence goes on
+_IN_FULL = 8  # alerts that are printed in full below a frame
 _RATE = 50  # steps that steps per second are taken over
 
 
@@ -70,7 +75,7 @@ def screen(
     inside = height - 3
     layout["body"].split_row(
         Layout(Panel(_figures(run, left - 4, inside), title="run", title_align="left"), size=left),
-        Layout(Panel(_gains(cells, middle - 4, inside), title="gain", title_align="left")),
+        Layout(Panel(_gains(run, cells, middle - 4, inside), title="gain", title_align="left")),
         Layout(_right(run, right - 4, height - 1), size=right),
     )
     return layout
@@ -389,15 +394,16 @@ def _cost(run: RunLog, width: int) -> list[str]:
 
 
 # -- middle ----------------------------------------------------------------------------------------
-def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
-    """Return the heat map: depth downwards, time to the right.
+def _gains(run: RunLog, cells: GainCells, width: int, height: int) -> RenderableType:
+    """Return the heat map: depth downwards, time to the right, the last gain as a number.
 
-    What a cell shows does not depend on the run's own range.
+    What a cell shows does not depend on the run's own range. A single probe has one column: a bar
+    over the full width would look like a course over time.
     """
     if not cells.steps:
-        return Text("no probe yet")
+        return Text("\n".join(_wrapped(f"no probe yet{_next_probe(run)}", width)))
 
-    foot = _map_key(cells, width)
+    foot = _map_key(run, cells, width)
     room = max(height - len(foot), 1)
 
     # 1. Rows: several lines for a sub-layer if there is room, several sub-layers in a line if there
@@ -405,27 +411,89 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
     per = max(1, -(-len(cells.names) // room))
     shown = cells.names[::per]
     tall = max(min(room // max(len(shown), 1), _TALLEST_ROW), 1)
-    names = shorten_names(
-        [printable(name) for name in shown], max(width - min(len(cells.steps), width // 2) - 1, 6)
-    )
+    values = _last_gains(cells, per)
+    value_width = max(map(len, values), default=0) + 1
+    for_names = max(width - value_width - min(len(cells.steps), width // 3) - 1, 6)
+    names = shorten_names([printable(name) for name in _labels(run, shown)], for_names)
 
     # 2. Columns: probes, stretched or gathered to the width.
     name_width = max(map(len, names), default=0)
-    space = max(width - name_width - 1, 1)
+    space = max(width - name_width - 1 - value_width, 1)
+    if len(cells.steps) == 1:
+        space = 1
     _, columns = cells.binned(space)
     across = [columns[k * len(columns) // space] for k in range(space)]
 
-    # 3. The cells. The first line of a sub-layer begins with its name.
+    # 3. The cells. The first line of a sub-layer begins with its name and ends with its gain.
     text = Text(no_wrap=True)
     for k, name in enumerate(names):
         members = cells.names[k * per : (k + 1) * per]
+        ends = [values[k].rjust(value_width), *[""] * (tall - 1)]
         heads = [name, *[""] * (tall - 1)]
-        for head in heads:
+        for head, end in zip(heads, ends, strict=True):
             text.append(head.ljust(name_width) + " ")
             _append_cells(text, across, members)
-            text.append("\n")
+            text.append(end + "\n")
     text.append("\n".join(foot))
     return text
+
+
+def _last_gains(cells: GainCells, per: int) -> list[str]:
+    """Return the last gain of each line of the map; the largest if it stands for several.
+
+    Args:
+        cells: of the map.
+        per: sub-layers in a line.
+    """
+    last = cells.rows[-1]
+    texts = []
+    for begin in range(0, len(cells.names), per):
+        members = [last.get(name) for name in cells.names[begin : begin + per]]
+        known = [cell.value for cell in members if cell is not None]
+        lost = [value for value in known if not math.isfinite(value)]
+        text = ABSENT
+        if lost:
+            text = three(lost[0])
+        elif known:
+            text = three(max(known))
+        texts.append(text)
+    return texts
+
+
+def _labels(run: RunLog, names: Sequence[str]) -> list[str]:
+    """Return what the lines of the map are called.
+
+    A module that is applied at several depths is named with its layer, as the table of an audit has
+    it: "4 attention" for the call of `attention` in layer 4.
+    """
+    depths = depths_of_shared_names(_sublayer_depths(run))
+    labels = []
+    for name in names:
+        label = name
+        if name in depths:
+            module, depth = depths[name]
+            label = f"{depth} {module}"
+        labels.append(label)
+    return labels
+
+
+def _sublayer_depths(run: RunLog) -> dict[str, int]:
+    """Return the depth of each sub-layer, as the report of the first probe has it."""
+    if not run.probes:
+        return {}
+    report = run.probes[0].get("report") or {}
+    depths = {}
+    for row in report.get("sublayers") or []:
+        depths[str(row.get("name"))] = int(row.get("depth", 0))
+    return depths
+
+
+def _next_probe(run: RunLog) -> str:
+    """Return when the next probe is due, as the end of a sentence; "" if that is not known."""
+    step = next_probe_step(run)
+    if step is None:
+        return ""
+    return f", next probe about step {step:,}"
 
 
 def _append_cells(text: Text, across: Sequence[Mapping[str, Cell]], members: Sequence[str]) -> None:
@@ -444,18 +512,23 @@ def _append_cells(text: Text, across: Sequence[Mapping[str, Cell]], members: Seq
             text.append(cell.glyph, style=cell.style)
 
 
-def _map_key(cells: GainCells, width: int) -> list[str]:
+def _map_key(run: RunLog, cells: GainCells, width: int) -> list[str]:
     """Return the key below the heat map: its steps, its shades and its marks."""
     # 1. The steps.
-    key = _wrapped(f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}", width)
+    steps = f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}"
+    if len(cells.steps) == 1:
+        steps = f"one probe, at step {cells.steps[0]:,}"
+    key = _wrapped(f"{steps}{_next_probe(run)}", width)
 
     # 2. The shades, each with the gain that it begins at.
     sizes = [f"{SHADES[0]}{TIED}<{CUTS[0]:g}"]
     for shade, cut in zip(SHADES[1:], CUTS, strict=False):
         sizes.append(f"{shade}{TIED}{cut:g}")
-    key += _wrapped(f"‖J‖ {' '.join(sizes)}", width)
+    key += _wrapped(f"‖J‖, a number: the last {' '.join(sizes)}", width)
 
-    # 3. The marks.
+    # 3. The marks: without a probe before there is no change.
+    if len(cells.steps) == 1:
+        return key + _wrapped(f"▲{TIED}●: a rule fired", width)
     marks = f"+{TIED}-: a factor {cells.factor:g} above or below its last 8 ▲{TIED}●: a rule fired"
     if width < _NARROW:
         marks = f"+{TIED}-: factor{TIED}{cells.factor:g} ▲{TIED}●: rule"
@@ -541,7 +614,7 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
     # 1. The report at the start: a quarter of the height at most, then its heads alone.
     start = report_at_start(run)
     if start:
-        lines = _report_lines(start, width)
+        lines = _report_lines(start, width, ShownNames(_sublayer_depths(run)))
         size = min(len(lines) + 2, max(height // 4, 4))
         if size < len(lines) + 2:
             lines = [line for line in lines if line[1] != "dim"]
@@ -588,18 +661,26 @@ def _joined(lines: Sequence[tuple[str, str]], width: int, height: int) -> Render
     return text
 
 
-def _report_lines(rows: Sequence[Mapping[str, Any]], width: int) -> list[tuple[str, str]]:
-    """Return what the first probe found in the model: it did not happen in the run."""
+def _report_lines(
+    rows: Sequence[Mapping[str, Any]], width: int, names: ShownNames
+) -> list[tuple[str, str]]:
+    """Return what the first probe found in the model: it did not happen in the run.
+
+    Args:
+        rows: of the findings.
+        width: of the panel.
+        names: of the sub-layers.
+    """
     lines: list[tuple[str, str]] = []
     for row in rows:
         # 1. The head: how severe, which rule, and the first sub-layer.
         level = str(row.get("level"))
-        where = printable(str((row.get("where") or [""])[0]))
+        where = printable(names.in_text(str((row.get("where") or [""])[0])))
         head = f"{_MARKS.get(level, '·')} {row.get('code')} {_ending(where, max(width - 8, 6))}"
         lines.append((head, _STYLES.get(level, "")))
 
         # 2. The sentence.
-        sentence = printable(str(row.get("what", "")))
+        sentence = printable(names.in_text(str(row.get("what", ""))))
         lines += [(line, "dim") for line in _wrapped(sentence, width)]
     return lines
 
@@ -644,6 +725,7 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
         return Text("none")
 
     # 1. Three lines for each alert that fits; the sentences share the lines that are left.
+    names = ShownNames(_sublayer_depths(run))
     blocks: list[RenderableType] = []
     shown = list(reversed(alerts))[: max(height // 3, 1)]
     spare = height - 3 * len(shown)
@@ -651,14 +733,15 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
         level = str(row.get("level"))
         mark = _MARKS.get(level, "·")
         style = _STYLES.get(level, "")
-        where = printable(str((row.get("where") or [""])[0]))
+        where = printable(names.in_text(str((row.get("where") or [""])[0])))
 
         # 2. As much of the sentence as there is room for, cut in its last line.
-        text = _wrapped(printable(str(row.get("what", ""))), width) or [""]
+        what = names.in_text(str(row.get("what", "")))
+        text = _wrapped(printable(what), width) or [""]
         room = 1 + max(0, min(spare, len(text) - 1))
         spare -= room - 1
         if room < len(text):
-            text[room - 1] = clipped(f"{text[room - 1]} {text[room]}", width)
+            text[room - 1] = _with_ellipsis(text[room - 1], width)
 
         # 3. Head, sub-layer, sentence.
         head = clipped(f"{mark} {row['code']} at {row['step']:,}", width)
@@ -666,6 +749,61 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
         blocks.append(Text(_ending(where, width), no_wrap=True))
         blocks.append(Text("\n".join(text[:room]), style="dim", no_wrap=True))
     return Group(*blocks)
+
+
+def _with_ellipsis(line: str, width: int) -> str:
+    """Return a line that goes on, marked at its end. Whole words are left out for the mark."""
+    while len(line) + len(_GOES_ON) > width and " " in line:
+        line = line.rpartition(" ")[0]
+    return clipped(line, max(width - len(_GOES_ON), 5)) + _GOES_ON
+
+
+def full_alerts(
+    run: RunLog, frame: str, flights: Mapping[int, Flight], width: int | None
+) -> list[str]:
+    """Return the alerts whose sentence a frame cuts or that have a flight, in full.
+
+    Args:
+        run: as far as it has come.
+        frame: that was printed.
+        flights: of the run, by step.
+        width: to wrap the lines to; None for no limit.
+    """
+    # 1. The newest ones. A frame without room marks what it cuts.
+    alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
+    is_complete = _GOES_ON not in frame and len(alerts) <= 1
+    newest = list(reversed(alerts))[:_IN_FULL]
+    if not newest or (is_complete and not flights):
+        return []
+
+    # 2. Their sentences, wrapped.
+    lines = ["alerts in full:"]
+    names = ShownNames(_sublayer_depths(run))
+    for row in newest:
+        sentence, *on_flight = alert_lines(row, flights)
+        lines += _indented(printable(names.in_text(sentence)), width)
+        # A command is not broken: it is to be copied.
+        lines += [f"    {printable(text)}" for text in on_flight]
+
+    # 3. The others.
+    beyond = len(alerts) - len(newest)
+    if beyond:
+        lines.append(f"  {beyond} earlier; jacdiag plot RUN --html FILE lists them all")
+    return lines
+
+
+def _indented(text: str, width: int | None) -> list[str]:
+    """Return a text in lines that are indented, the first one less."""
+    if width is None:
+        return [f"  {text}"]
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _ending(name: str, width: int) -> str:
