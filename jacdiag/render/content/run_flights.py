@@ -15,7 +15,7 @@ _BATCHES = ("batch.pt", "running-batch-*.pt")  # a flight may have been kept wit
 
 
 @dataclass(frozen=True)
-class Flight:
+class RunFlight:
     """A folder that the flight recorder wrote.
 
     Attributes:
@@ -41,7 +41,7 @@ class Flight:
         return [f"flight: {self.folder}", f"next: {self.command}"]
 
 
-def flights_of_run(run: RunLog, folder: Path) -> dict[int, Flight]:
+def flights_of_run(run: RunLog, folder: Path) -> dict[int, RunFlight]:
     """Return the flights of a run that are there, by the step of the alert.
 
     Args:
@@ -60,11 +60,11 @@ def flights_of_run(run: RunLog, folder: Path) -> dict[int, Flight]:
         name = Path(text.removeprefix(_NOTE)).name
         path = folder / name
         if name and path.is_dir():
-            flights[step] = Flight(str(path), _has_batch(path))
+            flights[step] = RunFlight(str(path), _has_batch(path))
     return flights
 
 
-def flight_of_alert(alert: Mapping[str, Any], flights: Mapping[int, Flight]) -> Flight | None:
+def flight_of_alert(alert: Mapping[str, Any], flights: Mapping[int, RunFlight]) -> RunFlight | None:
     """Return the flight that an alert wrote; None if it wrote none.
 
     Args:
@@ -77,7 +77,7 @@ def flight_of_alert(alert: Mapping[str, Any], flights: Mapping[int, Flight]) -> 
     return flights.get(step)
 
 
-def alert_lines(alert: Mapping[str, Any], flights: Mapping[int, Flight]) -> list[str]:
+def alert_lines(alert: Mapping[str, Any], flights: Mapping[int, RunFlight]) -> list[str]:
     """Return an alert as text: its sentence in full, then lines on its flight if it has one.
 
     Args:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jacdiag.records.backtest import BacktestReport
     from jacdiag.records.run_log import RunLog
     from jacdiag.render.content.compared_models import ComparisonView
-    from jacdiag.render.content.run_flights import Flight
+    from jacdiag.render.content.run_flights import RunFlight
 
 _FOLDER = Path(__file__).parent / "templates"
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(?:e[+-]?\d+)?", re.IGNORECASE)
@@ -175,7 +175,7 @@ def backtest_page(report: BacktestReport, lead: int) -> str:
 def run_page(
     runs: dict[str, RunLog],
     picture: bytes,
-    flights: Mapping[str, Mapping[int, Flight]] = MappingProxyType({}),
+    flights: Mapping[str, Mapping[int, RunFlight]] = MappingProxyType({}),
 ) -> str:
     """Return the page of one run, or of several drawn over each other.
 
@@ -219,7 +219,7 @@ class RunSection:
     flights: dict[int, list[str]]
 
 
-def _run_section(name: str, run: RunLog, flights: Mapping[int, Flight]) -> RunSection:
+def _run_section(name: str, run: RunLog, flights: Mapping[int, RunFlight]) -> RunSection:
     last_step = None
     if run.steps:
         last_step = run.steps[-1]["step"]

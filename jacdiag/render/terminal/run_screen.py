@@ -21,7 +21,7 @@ from jacdiag.records.run_log import RunLog, number
 from jacdiag.records.run_state import RunState, RunStatus
 from jacdiag.render.content.next_probe import next_probe_step
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
-from jacdiag.render.content.run_flights import Flight, alert_lines
+from jacdiag.render.content.run_flights import RunFlight, alert_lines
 from jacdiag.render.content.shared_names import ShownNames, depths_of_shared_names
 from jacdiag.render.content.verdict import TIED
 from jacdiag.render.terminal.gain_cells import CUTS, SHADES, Cell, GainCells, loudest
@@ -759,7 +759,7 @@ def _with_ellipsis(line: str, width: int) -> str:
 
 
 def full_alerts(
-    run: RunLog, frame: str, flights: Mapping[int, Flight], width: int | None
+    run: RunLog, frame: str, flights: Mapping[int, RunFlight], width: int | None
 ) -> list[str]:
     """Return the alerts whose sentence a frame cuts or that have a flight, in full.
 
