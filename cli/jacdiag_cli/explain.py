@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import click
@@ -93,12 +95,45 @@ def _code_of(word: str) -> str:
         if word.lower() == info.name:
             return info.code
 
-    # 2. Its code. The error says what else can be explained.
+    # 2. Its code. The error names the closest topics.
     try:
         return rule(word).code
     except UsageError as error:
-        hint = f"{error.hint}; `jacdiag explain` lists every topic, columns among them"
+        hint = "`jacdiag explain` lists every topic, columns among them"
+        near = _closest_topics(word)
+        if near:
+            hint = f"closest: {', '.join(near)}; {hint}"
         raise UsageError(f"nothing to explain is called '{word}'", hint=hint) from error
+
+
+def _closest_topics(word: str) -> list[str]:
+    """Return the topics whose spelling is closest to a word, at most three.
+
+    Args:
+        word: as the user wrote it.
+    """
+    from jacdiag.render.content.columns import COLUMNS, DIFF_COLUMNS
+    from jacdiag.rules import EVERY
+
+    # 1. All topics, by the spelling that is compared.
+    spellings = {_COLUMNS: _COLUMNS}
+    for column in (*COLUMNS, *DIFF_COLUMNS):
+        spellings[column.title.lower()] = column.title
+    for info in EVERY:
+        spellings[info.name] = info.name
+        spellings[info.code.lower()] = info.code
+
+    # 2. The closest. One word of a longer name counts too.
+    asked = word.lower()
+    near = get_close_matches(asked, spellings, n=3, cutoff=0.6)
+    if not near:
+        near = [spelling for spelling in spellings if _has_similar_word(spelling, asked)][:3]
+    return [spellings[spelling] for spelling in near]
+
+
+def _has_similar_word(spelling: str, word: str) -> bool:
+    """Return whether one of the words of a topic is spelled nearly as a word."""
+    return bool(get_close_matches(word, re.split(r"[ -]", spelling), n=1, cutoff=0.7))
 
 
 # -- columns ---------------------------------------------------------------------------------------

@@ -25,7 +25,10 @@ _LEAST_PAUSE = 10  # times what the last frame took
 @click.command(short_help="Follows a run on a screen: loss, gradient norm, gains, alerts.")
 @click.argument("run")
 @click.option(
-    "--once", is_flag=True, help="Print one frame and leave; so it is where stdout is no terminal."
+    "--once",
+    is_flag=True,
+    help="Print one frame and the alerts in full, and end. This is also what happens if stdout is "
+    "no terminal.",
 )
 @click.option(
     "--refresh",
@@ -47,9 +50,9 @@ def live(
 
     RUN is a run.jsonl, or the folder that holds one.
 
-    Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24. The last
-    line says whether the run goes on, is slow, has ended, or is dead: the process is looked for if
-    it runs on this machine.
+    The command only reads the log. The run does not notice it, and goes on after Ctrl-C. A terminal
+    of 80 x 24 is enough. The last line says whether the run goes on, is slow, has ended, or is dead.
+    To tell a dead run from a slow one, the process must run on this machine.
 
     \b
     Example:
@@ -127,7 +130,7 @@ def _single_frame(
 
 
 class Follower:
-    """A reader of a growing log; only complete lines are taken."""
+    """Read a log that grows. Lines that are not complete yet are left for the next time."""
 
     def __init__(self, path: Path) -> None:
         from jacdiag.records.run_log import read_run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -50,14 +51,13 @@ _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 def sites(invocation: CommandInvocation, source: str, output_format: str, **given: Any) -> None:
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
-    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
-    What was recorded is shown also where there is no sub-layer in it; a line on stderr then says
-    that an audit cannot run.
+    The model runs a few times on the probe, and nothing is measured. SOURCE is the same as for
+    `jacdiag audit`. If no sub-layer is found, the command shows which operations it recorded.
 
-    A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or
-    jacdiag.toml, its shortcut by the module that is given it, its branch by the module that returns
-    it ("PATH:in" and "PATH:out" name the end; "*" is one part of a path, the same in
-    both):
+    A fused operation may hide a sub-layer. Declare such a sub-layer in pyproject.toml or
+    jacdiag.toml. `shortcut` names the module that receives the shortcut. `branch` names the module
+    that returns the branch. "PATH:in" and "PATH:out" choose its input or its output. "*" stands for
+    one part of a path, and is the same in both:
 
     \b
       [tool.jacdiag.sites.attention]
@@ -77,12 +77,15 @@ def sites(invocation: CommandInvocation, source: str, output_format: str, **give
     else:
         emit(_page(data, room()))
     if not data["sublayers"]:
-        way = "see what was recorded"
+        way = "the recorded operations are listed above"
         if data["hidden"]:
-            way = "declare what is hidden, in [tool.jacdiag.sites]"
+            way = "declare the hidden sub-layers in [tool.jacdiag.sites]"
         say(
             f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}"
         )
+    elif output_format == "pretty":
+        command = shlex.join(["jacdiag", "audit", *invocation.args[1:]])
+        emit(f"\nnext: {command}   measures these sub-layers\n")
 
 
 def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
@@ -241,13 +244,17 @@ def _head(data: dict[str, Any]) -> list[str]:
 
 def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
     """Return the table of sub-layers; on a narrow terminal the line of code goes first."""
+    from jacdiag.render.content.shared_names import shown_names
+
+    names = shown_names({row["name"]: row["depth"] for row in rows})
 
     def cells(write: Callable[[dict[str, Any]], str]) -> list[str]:
         return [write(row) for row in rows]
 
     return [
         TableColumn("index", cells(lambda row: str(row["index"])), 6, right=True),
-        TableColumn("sub-layer", cells(lambda row: row["name"])),
+        TableColumn("layer", cells(lambda row: str(row["depth"])), 7, right=True),
+        TableColumn("sub-layer", cells(lambda row: names[row["name"]])),
         TableColumn("kind", cells(lambda row: row["kind"]), 9),
         TableColumn("norm", cells(lambda row: row["placement"]), 8),
         TableColumn("parallel", cells(_both), 5),
@@ -287,8 +294,8 @@ def _nothing(data: dict[str, Any]) -> str:
     calls = ", ".join(f"{name} {count}" for name, count in most_frequent)
     total = sum(data["calls"].values())
     return (
-        "No residual sub-layer was found. Looked for y = a x + f(x) in the dataflow, f with a "
-        "matrix product in it.\n"
+        "No residual sub-layer was found. A sub-layer is a sum y = a x + f(x) in which f has a "
+        "matrix product.\n"
         f"{total} calls were recorded: {calls}\n"
     )
 

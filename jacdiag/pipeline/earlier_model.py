@@ -13,7 +13,7 @@ from jacdiag.comparison import (
     compare_with_earlier,
     read_report,
 )
-from jacdiag.errors import UsageError
+from jacdiag.errors import SourceError, UsageError
 from jacdiag.measure.model_summary import model_record
 from jacdiag.pipeline.measured_audit import Audit
 from jacdiag.pipeline.options import AuditOptions, ModelSource
@@ -23,6 +23,8 @@ from jacdiag.records.report import source_name
 from jacdiag.sources import Source
 from jacdiag.sources.factory import is_factory
 from jacdiag.sources.python_source import path_text, source_of
+
+_MISSING = "no such file"  # how the message begins about a source that is not there
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,19 @@ def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlie
     text = ""
     if isinstance(against, str | bytes | os.PathLike):
         text = path_text(against)
-    path = Path(text)
-    if text.endswith(".json") and path.is_file():
-        return _earlier_report(read_report(path), text)
+    try:
+        path = Path(text)
+        if text.endswith(".json") and path.is_file():
+            return _earlier_report(read_report(path), text)
 
-    # 2. A source to measure.
-    source = _open_source(against, text, options)
+        # 2. A source to measure.
+        source = _open_source(against, text, options)
+    except SourceError as error:
+        # The audited model is a source too: the message says which of the two it is about.
+        hint = error.hint
+        if error.what.startswith(_MISSING):
+            hint = "EARLIER is an earlier checkpoint, or its JSON report (--json FILE)"
+        raise SourceError(f"--against: {error.what}", got=error.got, hint=hint) from error
     if source.model is None:
         hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
         raise UsageError(

@@ -49,6 +49,8 @@ class Remedy:
         size: how much it changes, to compare with other remedies only; the smallest sufficient one
             is recommended.
         keeps_function: meant to leave the function as it is.
+        restores_baseline: draws weights as in the baseline, and nothing else. What the baseline
+            was accepted with is not held against it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Remedy:
     price: str
     size: float
     keeps_function: bool = False
+    restores_baseline: bool = False
 
     def apply(self, model: nn.Module) -> None:
         """Change a model in place."""
@@ -537,7 +540,7 @@ def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
         weights = _as_weights(contract, pattern, group)
         changes.append(target.change_of(weights))
     title = f"initialise {_shown(pattern for pattern, _ in groups)} as in the baseline"
-    return Remedy("baseline", title, tuple(changes), _NEW_INIT, 1.0)
+    return Remedy("baseline", title, tuple(changes), _NEW_INIT, 0.4, restores_baseline=True)
 
 
 def _parameters_named_by(report: Report, code: str) -> list[str]:

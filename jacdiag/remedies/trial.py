@@ -159,7 +159,7 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
     return RemedyRecord(
         remedy.name,
         remedy.title,
-        aims(report),
+        _answered(report, after, remedy),
         remedy.price,
         outlook(report),
         outlook(after),
@@ -201,7 +201,7 @@ def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
         after: of the changed copy.
         remedy: what was changed.
     """
-    aimed = aims(before)
+    aimed = _aims_of(before, remedy)
     if not aimed:
         return False
 
@@ -217,6 +217,27 @@ def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
         return False
 
     return not _newly_broken(before, findings, aimed)
+
+
+def _aims_of(before: Report, remedy: Remedy) -> list[str]:
+    """Return the rules that a remedy is tried against.
+
+    The weights of a baseline were accepted with what else its rules found. So that remedy is tried
+    against the difference from the baseline alone.
+    """
+    aimed = aims(before)
+    if remedy.restores_baseline:
+        return [code for code in aimed if code == "JD110"]
+    return aimed
+
+
+def _answered(before: Report, after: Report, remedy: Remedy) -> list[str]:
+    """Return the rules that a remedy answers: those of a restored baseline that no longer fire."""
+    aimed = aims(before)
+    if not remedy.restores_baseline:
+        return aimed
+    left = outlook(after).fired
+    return [code for code in aimed if code not in left]
 
 
 def _still_broken(findings: Iterable[Finding], aimed: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from jacdiag.rules import (
     risk_at_lr,
     shortcut_factors,
 )
+from jacdiag.rules.baseline_values import with_baseline_values
 from jacdiag.rules.init import (
     computed_tables,
     identical_layers,
@@ -155,7 +156,8 @@ def evaluate(
 
     # 3. Put the report together.
     results = [_result(rule, outcomes[rule.code]) for rule in chosen]
-    findings = [finding for rule in chosen for finding in outcomes[rule.code].findings]
+    fired = [finding for rule in chosen for finding in outcomes[rule.code].findings]
+    findings = with_baseline_values(fired, report)
     return replace(
         report,
         conditions=_conditions(report, outcomes),

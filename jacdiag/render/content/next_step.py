@@ -8,6 +8,7 @@ from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Report
 from jacdiag.render.content.command_line import without_options
+from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
 from jacdiag.rules.remedy_targets import aims
 
@@ -46,18 +47,27 @@ def next_step(report: Report) -> NextStep:
     if _has_recommended_remedy(report) and not _has_option(report, "--patch"):
         return _with_options(report, "--patch fix.md", "writes the change as code")
 
-    # 2. What nothing decided.
+    # 2. Whether a batch or the weights made an alert.
+    if report.replay is not None:
+        advice = replay_advice(report.replay, _words(report))
+        return NextStep(advice.command, advice.purpose)
+    return _after_verdict(report)
+
+
+def _after_verdict(report: Report) -> NextStep:
+    """Return what helps next after the verdict on a model."""
+    # 1. What nothing decided.
     if report.verdict == "unknown" or _gate_setting(report, "exit_code") == 3:
         return _after_unknown(report)
 
-    # 3. What fired.
+    # 2. What fired.
     finding = _loudest(report)
     if finding is not None:
         return _after_finding(report, finding)
     if report.verdict == "observed":
         return _after_observed(report)
 
-    # 4. Nothing to change.
+    # 3. Nothing to change.
     if "gate" in report.settings:
         return _after_passed_gate(report)
     return _after_passed_audit(report)

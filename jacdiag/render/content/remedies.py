@@ -15,6 +15,7 @@ DIALECTS = {
     "megatron": ("Megatron-LM", "sh"),
     "torchtitan": ("torchtitan", "python"),
 }
+_NOT_SELECTED = "not selected"
 _NOT_TRIED = "no remedy was tried: "  # how the audit's note begins that gives the reason
 
 
@@ -262,16 +263,41 @@ def _outcome(remedy: RemedyRecord) -> str:
 
 def _conditions(figures: Outlook) -> str:
     """Return how the two conditions of the paper come out after a remedy."""
-    small, large = figures.small_sublayers, figures.large_shortcut
-    if small != large:
-        return f"small sub-layers {status_words(small)}, large shortcut {status_words(large)}"
-    if small != "not applicable":
-        return f"both conditions {status_words(small)}"
+    # 1. A condition whose rule was not run says nothing.
+    small = _condition_status(figures, "JD101", figures.small_sublayers)
+    large = _condition_status(figures, "JD102", figures.large_shortcut)
+    judged = []
+    if large != _NOT_SELECTED:
+        judged.append(f"large shortcut {status_words(large)}")
+    if small != _NOT_SELECTED:
+        judged.append(f"small sub-layers {status_words(small)}")
 
-    # A model that is not pre-norm is judged by other rules alone.
-    if figures.fired:
-        return "the conditions do not apply"
-    return "no warning or error left"
+    # 2. Both of them alike, or each by itself.
+    if small == large and small not in (_NOT_SELECTED, "not applicable"):
+        return f"both conditions {status_words(small)}"
+    if judged and small != large:
+        return ", ".join(reversed(judged))
+
+    # 3. A model that is not pre-norm, or a choice of rules, is judged by other rules alone.
+    if not figures.fired:
+        return "no warning or error left"
+    if small == _NOT_SELECTED:
+        return "the two conditions were not selected"
+    return "the conditions do not apply"
+
+
+def _condition_status(figures: Outlook, code: str, status: str) -> str:
+    """Return how a condition came out; "not selected" if its rule was not run.
+
+    Args:
+        figures: after a remedy.
+        code: of the rule that judges the condition.
+        status: "unknown" is also that of a condition that nobody judged.
+    """
+    was_run = code in (*figures.undecided, *figures.fired)
+    if status == "unknown" and not was_run:
+        return _NOT_SELECTED
+    return status
 
 
 def _effect_on_function(remedy: RemedyRecord) -> str:

@@ -12,6 +12,7 @@ from jacdiag.records import Interval, Report, SublayerRecord
 from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
 from jacdiag.records.report import source_name
+from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.severity import FIELD_OF_RULE
 
 __all__ = [
@@ -398,6 +399,16 @@ def headline(report: Report) -> str:
     Args:
         report: of either tier and state.
     """
+    text = _headline_of_model(report)
+    if report.replay is None:
+        return text
+
+    # What a replay was run for stands first.
+    return f"{replay_advice(report.replay, []).banner}. {text}"
+
+
+def _headline_of_model(report: Report) -> str:
+    """Return the verdict on the model in one line."""
     # 1. Weights alone have bounds, no branch norm.
     if report.tier == "weights":
         return _weights_headline(report)
@@ -453,7 +464,7 @@ def _comparison(report: Report) -> str:
     against = report.against
     if against is not None:
         return f"; compared with {against.source}"
-    if report.verdict == "observed":
+    if report.verdict == "observed" and report.replay is None:
         return "; nothing to compare it with"
     return ""  # a rule fired, or a profile lets rules decide on a trained model
 

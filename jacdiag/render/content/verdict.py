@@ -22,6 +22,7 @@ from jacdiag.records.number_format import (
 )
 from jacdiag.records.report import PRODUCT_ALONE, Cost, NetworkRecord, ProbeSpread
 from jacdiag.render.content.remedies import remedied
+from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.sentences import (
     condition,
     placement_words,
@@ -736,14 +737,17 @@ def to_do(report: Report) -> list[str]:
     Args:
         report: of either tier and state.
     """
-    # 1. Changes to the model.
-    lines = remedied(report)
+    # 1. What a replay was run for, then changes to the model.
+    lines = []
+    if report.replay is not None:
+        lines.append(replay_advice(report.replay, []).action)
+    lines += remedied(report)
     for text, code in _advice(report).items():
         lines.append(f"{text}   jacdiag explain {code}")
 
     # 2. Without a model to compare it with, the norms of a trained one are not judged.
     is_measured_run = report.state == "trained" and report.tier == "measured"
-    if is_measured_run and report.baseline is None:
+    if is_measured_run and report.baseline is None and report.replay is None:
         lines.append(_offer_comparison(report))
     return lines or [_without_remedy(report)]
 
