@@ -1,9 +1,17 @@
-"""Batched Golub-Kahan-Lanczos bidiagonalisation, reorthogonalised in full."""
+"""Batched Golub-Kahan-Lanczos bidiagonalisation, reorthogonalised in full.
+
+Nothing in a step depends on the value of a coefficient, so that an accelerator is never waited for:
+coefficients, breakdowns and the check of the products stay on the device of the vectors. The host
+reads the coefficients that it has not seen in one download, when it asks for them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jacdiag.sources.accelerators import widest
@@ -18,26 +26,45 @@ class Bidiagonalisation:
 
     A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
     and the problem is frozen, because an invariant subspace has been found.
+
+    Attributes:
+        operator: P matrices A of shape (m, n).
+        v: (P, n), the last direction on the right.
+        u: (P, m), the last direction on the left.
+        right: (P, capacity, n), all directions on the right; what is beyond them is not set.
+        products: how many products were made.
     """
 
     def __init__(self, operator: Operator, generator: torch.Generator | None) -> None:
+        # 1. The start, drawn on the CPU: it has the same digits on every device.
         self.operator = operator
-        shape = (operator.problems, operator.domain)
-        start = torch.randn(shape, generator=generator).to(operator.device, operator.dtype)
+        problems, domain, codomain = operator.problems, operator.domain, operator.codomain
+        start = torch.randn((problems, domain), generator=generator)
+        start = start.to(operator.device, operator.dtype)
         self.v = start / norms(start).unsqueeze(1).to(start)
-        self.u = torch.zeros(
-            operator.problems, operator.codomain, dtype=operator.dtype, device=operator.device
-        )
-        self.right = _stored(self.v.new_empty(operator.problems, 0, operator.domain), 0, self.v)
-        self.left = self.u.new_empty(operator.problems, 0, operator.codomain)
-        self.steps = self.products = 0
-        self.alphas = np.zeros((operator.problems, 0))
-        self.betas = np.zeros((operator.problems, 0))
-        self.exact = np.zeros(operator.problems, dtype=bool)
-        self.scale = np.zeros(operator.problems)
-        largest = max(operator.domain, operator.codomain)
-        self.tiny = 10 * torch.finfo(operator.dtype).eps / 2 * largest**0.5
+        self.u = self.v.new_zeros(problems, codomain)
 
+        # 2. The directions so far.
+        self.right = _stored(self.v.new_empty(problems, 0, domain), 0, self.v)
+        self.left = self.u.new_empty(problems, 0, codomain)
+
+        # 3. The coefficients so far: alpha_1, beta_1, alpha_2, and so on.
+        self.products = 0
+        self._count = 0
+        self._unread: list[Tensor] = []  # each (P,), on the device
+        self._read = np.zeros((problems, 0))
+        self._last = self.v.new_zeros(problems, dtype=widest(operator.device))
+
+        # 4. Breakdowns: the largest coefficient, and which problems are frozen.
+        self._scale = torch.zeros_like(self._last)
+        self._frozen = torch.zeros_like(self._last, dtype=torch.bool)
+        self._exact = np.zeros(problems, dtype=bool)
+        self._tiny = 10 * torch.finfo(operator.dtype).eps / 2 * max(domain, codomain) ** 0.5
+
+        # 5. The check of the first two products, until it was read.
+        self._differs: Tensor | None = None
+
+    # -- products ----------------------------------------------------------------------------------
     def step(self) -> None:
         """Make a product with A and one with A^T."""
         self.advance()
@@ -51,71 +78,154 @@ class Bidiagonalisation:
     @property
     def wanted(self) -> tuple[Way, Tensor]:
         """The next product: which way, and of what."""
-        return ("pull", self.u) if self.betas.shape[1] < self.steps else ("push", self.v)
+        return ("push", self.v) if self._count % 2 == 0 else ("pull", self.u)
+
+    @property
+    def steps(self) -> int:
+        """How many products with A were made; the last product with A^T may be missing."""
+        return (self._count + 1) // 2
 
     def take(self, product: Tensor) -> None:
         """Go on with the product that was `wanted`."""
         self.products += 1
-        if self.betas.shape[1] < self.steps:
-            self._pulled(product)
-        else:
+        if self._count % 2 == 0:
             self._pushed(product)
+        else:
+            self._pulled(product)
 
     def _pushed(self, w: Tensor) -> None:
         """Take w = A v_k: alpha_k and u_k."""
         # 1. Take off what lies along the last u, then along all before it.
-        k = self.steps
+        k = self._count // 2
         if k:
-            w -= self._column(self.betas[:, -1]) * self.u
-        w = _reorthogonalised(w, self.left, k)
+            w -= self._column(self._last) * self.u
+        w, size = _reorthogonalised(w, self.left, k)
 
         # 2. The rest gives the coefficient and the next direction.
-        alpha = self._coefficient(w, last=k >= self.operator.codomain)
-        self.u = self._direction(w, alpha)
+        self.u = self._direction(w, size, is_last=k >= self.operator.codomain)
         self.left = _stored(self.left, k, self.u)
-        self.alphas = np.concatenate([self.alphas, alpha[:, None]], axis=1)
-        self.steps += 1
 
     def _pulled(self, z: Tensor) -> None:
         """Take z = A^T u_k: beta_k and v_{k+1}."""
-        k, alpha = self.steps, self.alphas[:, -1]
+        k = self.steps
         if k == 1:
-            self._check_adjoint(alpha, z)
+            self._differs = self._inner_products_differ(z)
 
         # 1. Take off what lies along the last v, then along all before it.
-        z = z - self._column(alpha) * self.v
-        z = _reorthogonalised(z, self.right, k)
+        z = z - self._column(self._last) * self.v
+        z, size = _reorthogonalised(z, self.right, k)
 
         # 2. The rest gives the coefficient and the next direction.
-        beta = self._coefficient(z, last=k >= self.operator.domain)
-        self.v = self._direction(z, beta)
+        self.v = self._direction(z, size, is_last=k >= self.operator.domain)
         self.right = _stored(self.right, k, self.v)
-        self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
 
-    def _check_adjoint(self, alpha: Array, pulled: Tensor) -> None:
-        """Raise unless <v, A^T u> = alpha = <A v, u>, which costs no product.
+    def _direction(self, w: Tensor, size: Tensor, is_last: bool) -> Tensor:
+        """Return w / |w|, and keep |w| as the next coefficient; 0 in their places at a breakdown.
 
-        If A v = 0, one more product shows whether A^T is 0 too.
+        Args:
+            w: (P, m) or (P, n), what is left of a product.
+            size: (P,), its norm.
+            is_last: it has as many directions before it as the space has.
+        """
+        # 1. Breakdowns: what is no more than rounding of the largest coefficient. The norm of a
+        # product that overflowed is none.
+        self._scale = torch.maximum(self._scale, size.nan_to_num(nan=0.0, posinf=0.0))
+        if is_last:
+            self._frozen = torch.ones_like(self._frozen)
+        else:
+            self._frozen = self._frozen | (size <= self._tiny * self._scale)
+
+        # 2. A problem that is frozen gets no further direction.
+        self._last = size.masked_fill(self._frozen, 0.0)
+        self._unread.append(self._last)
+        self._count += 1
+        return w * self._column(size.reciprocal().masked_fill(self._frozen, 0.0))
+
+    def _column(self, values: Tensor) -> Tensor:
+        return values.to(self.v.dtype).unsqueeze(1)
+
+    # -- what the host knows -----------------------------------------------------------------------
+    @property
+    def reads_are_free(self) -> bool:
+        """Whether the host need not wait for a coefficient."""
+        return self.operator.device.type == "cpu"
+
+    @property
+    def alphas(self) -> Array:
+        """(P, k) coefficients of A V = U B. Reading one downloads all that are new."""
+        self._download()
+        return self._read[:, 0::2]
+
+    @property
+    def betas(self) -> Array:
+        """(P, k - 1) after A v_k, or (P, k) after A^T u_k."""
+        self._download()
+        return self._read[:, 1::2]
+
+    @property
+    def exact(self) -> NDArray[np.bool_]:
+        """(P,) problems with a breakdown: the largest Ritz value is the norm."""
+        self._download()
+        return self._exact
+
+    @property
+    def finite(self) -> bool:
+        """Whether all coefficients are finite."""
+        self._download()
+        return bool(np.isfinite(self._read).all())
+
+    def _download(self) -> None:
+        """Read the coefficients that are new, and the check of the products, in one download.
+
+        Raises:
+            RuntimeError: J u and J^T w do not belong to one matrix.
+        """
+        if not self._unread:
+            return
+
+        # 1. One download.
+        columns = self._unread
+        check, self._differs = self._differs, None
+        if check is not None:
+            columns = [*columns, check.to(columns[0].dtype)]
+        values = torch.stack(columns, dim=1).cpu().double().numpy()
+
+        # 2. The coefficients. Those that are 0 are breakdowns.
+        is_first = self._read.shape[1] == 0
+        new = values[:, : len(self._unread)]
+        self._unread = []
+        self._read = np.concatenate([self._read, new], axis=1)
+        self._exact = self._exact | (new == 0).any(axis=1)
+
+        # 3. The check. If A v = 0, there are no inner products to compare.
+        differs = check is not None and bool(values[:, -1].any())
+        if is_first and not new[:, 0].any():
+            differs = self._pulls_something()
+        if differs:
+            raise RuntimeError(self._adjoint_cause())
+
+    # -- whether the products belong to one matrix -------------------------------------------------
+    def _inner_products_differ(self, pulled: Tensor) -> Tensor:
+        """Return for which problems <v, A^T u> is not alpha = <A v, u>, which costs no product.
 
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and
         A v comes out too small: without this check a wrong norm would be certified.
         """
-        # 1. At such a product the solver stops, and says that it was not finite.
-        if not np.isfinite(alpha).all() or not bool(torch.isfinite(pulled).all()):
-            return
+        # 1. Compare the two inner products.
+        alpha = self._last
+        inner = (self.v.to(alpha.dtype) * pulled.to(alpha.dtype)).sum(1)
+        size = torch.linalg.vector_norm(pulled, dim=1, dtype=alpha.dtype)
+        differs = (inner - alpha).abs() > 1e-3 * torch.maximum(size, alpha)
 
-        # 2. Compare the two inner products.
-        if not alpha.any():
-            probe = torch.ones_like(self.u).cumsum(1).cos()
-            self.products += 1
-            differs = bool(self.operator.pull(probe).abs().max() > 0)
-        else:
-            wide = widest(pulled.device)
-            inner = (self.v.to(wide) * pulled.to(wide)).sum(1).cpu().numpy()
-            size = torch.linalg.vector_norm(pulled, dim=1, dtype=wide).cpu().numpy()
-            differs = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
-        if differs:
-            raise RuntimeError(self._adjoint_cause())
+        # 2. At a product that is not finite the solver stops, and says so.
+        return differs & torch.isfinite(alpha).all() & torch.isfinite(pulled).all()
+
+    def _pulls_something(self) -> bool:
+        """Return whether A^T w is not 0 for some w, by more than underflow; one product."""
+        probe = torch.ones_like(self.u).cumsum(1).cos()
+        self.products += 1
+        largest = self.operator.pull(probe).abs().max()
+        return bool(largest > torch.finfo(largest.dtype).tiny)
 
     def _adjoint_cause(self) -> str:
         """Return why J u and J^T w do not belong to one matrix, as far as it can be known.
@@ -124,10 +234,9 @@ class Bidiagonalisation:
         the way.
         """
         # 1. Compare J v with the product of a v scaled down.
-        small = self.v * _SHRUNK
-        wide = widest(self.operator.device)
-        pushed = self.operator.push(self.v).to(wide)
-        scaled = self.operator.push(small).to(wide) / _SHRUNK
+        start = self.right[:, 0]
+        pushed = self.operator.push(start).to(widest(start.device))
+        scaled = self.operator.push(start * _SHRUNK).to(pushed.dtype) / _SHRUNK
         self.products += 2
         difference = float((pushed - scaled).abs().max())
         is_linear = difference <= 1e-2 * float(pushed.abs().max())  # False for NaN
@@ -143,32 +252,6 @@ class Bidiagonalisation:
         advice = "" if name == "float64" else "; --dtype float64 may hold it"
         return f"{event}: a product leaves the range of {name} on the way{advice}"
 
-    def _coefficient(self, w: Tensor, last: bool) -> Array:
-        """Return the norm of a new direction; 0 at a breakdown, which makes the problem exact."""
-        # 1. The norm. A problem that is exact gets no further direction.
-        value = norms(w).cpu().double().numpy()
-        value[self.exact] = 0.0
-
-        # 2. Breakdowns: what is no more than rounding of the largest one.
-        self.scale = np.maximum(self.scale, np.where(np.isfinite(value), value, self.scale))
-        broken = (value <= self.tiny * self.scale) | last
-        value[broken] = 0.0
-        self.exact |= broken
-        return value
-
-    @property
-    def finite(self) -> bool:
-        """Whether the last coefficients are finite."""
-        has_finite_alphas = np.isfinite(self.alphas[:, -1]).all()
-        return bool(has_finite_alphas and np.isfinite(self.betas[:, -1:]).all())
-
-    def _direction(self, w: Tensor, norm: Array) -> Tensor:
-        inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
-        return w * self._column(inverse)
-
-    def _column(self, values: Array) -> Tensor:
-        return torch.from_numpy(values).to(self.v).unsqueeze(1)
-
 
 _CHUNK = 1024
 _SMALL = 1e-12
@@ -180,17 +263,32 @@ def norms(w: Tensor) -> Tensor:
     Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
     leave its range.
     """
-    # 1. By chunks.
-    if w.shape[1] and w.shape[1] % _CHUNK == 0:
-        chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
-        sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
-        is_in_range = (sizes > _SMALL) & (sizes < 1 / _SMALL)
-        if bool(is_in_range.all()):
-            return sizes
 
-    # 2. In the widest type.
-    exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=widest(w.device))
-    return exact
+    def in_widest_type() -> Tensor:
+        exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=widest(w.device))
+        return exact
+
+    # 1. Rows that are not made of chunks.
+    is_made_of_chunks = w.shape[1] > 0 and w.shape[1] % _CHUNK == 0
+    if not is_made_of_chunks:
+        return in_widest_type()
+
+    # 2. By chunks.
+    chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
+    sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
+    is_in_range = (sizes.clamp(_SMALL, 1 / _SMALL) == sizes).all()  # False for NaN
+    return _choose(is_in_range, sizes, in_widest_type)
+
+
+def _choose(condition: Tensor, if_true: Tensor, otherwise: Callable[[], Tensor]) -> Tensor:
+    """Return `if_true` if the condition holds, else what `otherwise` makes.
+
+    A CPU looks at the condition. For another device the host would have to wait for it, which takes
+    longer than to make both.
+    """
+    if condition.device.type != "cpu":
+        return torch.where(condition, if_true, otherwise())
+    return if_true if bool(condition) else otherwise()
 
 
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
@@ -203,28 +301,32 @@ def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
     return basis
 
 
-def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> Tensor:
-    """Return w by classical Gram-Schmidt against the first k vectors, in one pass or two.
+def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return w by classical Gram-Schmidt against the first k vectors, and its norm.
 
-    The second pass is made if the first took much away.
+    One pass is made, or two if the first took much away.
 
     Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is
     enough where the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart
     1976). One alone is measurably not.
     """
     if k == 0:
-        return w
+        return w, norms(w)
 
-    # Row times matrix is ten times faster on a CPU than matrix times column.
+    # 1. One pass. Row times matrix is ten times faster on a CPU than matrix times column.
     span, row = basis[:, :k], w.unsqueeze(1)
-    before = norms(w)
-    row = torch.baddbmm(row, torch.bmm(row, span.transpose(1, 2)), span, alpha=-1)
+    across = span.transpose(1, 2)
+    taken = torch.bmm(row, across)
+    once = torch.baddbmm(row, taken, span, alpha=-1)
+    size = norms(once.squeeze(1))
 
-    # A second pass, unless the norm did not fall much.
-    if not bool((norms(row.squeeze(1)) >= _MUCH * before).all()):
-        row = torch.baddbmm(row, torch.bmm(row, span.transpose(1, 2)), span, alpha=-1)
-    return row.squeeze(1)
+    # 2. A second pass, unless the norm did not fall below sqrt(1/2) of what it was. By Pythagoras
+    # it did not if what is left is no shorter than what was taken away.
+    is_enough = (size >= torch.linalg.vector_norm(taken, dim=(1, 2), dtype=size.dtype)).all()
+    left = _choose(
+        is_enough, once, lambda: torch.baddbmm(once, torch.bmm(once, across), span, alpha=-1)
+    ).squeeze(1)
+    return left, _choose(is_enough, size, lambda: norms(left))
 
 
-_MUCH = 0.5**0.5
 _SHRUNK = 2.0**-20  # a power of two: scaling by it rounds nothing

@@ -176,16 +176,26 @@ class _Run:
 
     def take(self, product: Tensor) -> None:
         """Go on by one product, and set `stop` if it was the last."""
+        # 1. Look at the coefficients only where they may end the run: an accelerator has to be
+        # waited for. The first product shows whether the map is 0.
         lanczos, ends = self.lanczos, self.ends
         lanczos.take(product)
+        is_first = lanczos.products == 1
+        has_all_steps = lanczos.steps >= min(self.operator.domain, self.operator.codomain)
+        may_end = self._may_end()
+        if not (may_end or is_first or has_all_steps or lanczos.reads_are_free):
+            return
 
-        # The ends are computed only where they may end the run.
-        if lanczos.finite:
-            any_may_decide = self.early and self.decide is not None
-            is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
-            if any_may_decide or is_last or ends.due(self.tol):
-                ends.update()
+        # 2. The ends are computed only where they may end the run.
+        if lanczos.finite and (may_end or bool(lanczos.exact.all())):
+            ends.update()
         self.stop = self._reason_to_stop()
+
+    def _may_end(self) -> bool:
+        """Return whether the ends may be narrow enough now, or the budget is spent."""
+        may_be_decided = self.early and self.decide is not None
+        is_spent = self.lanczos.products >= self.max_products
+        return may_be_decided or is_spent or self.ends.due(self.tol)
 
     def _reason_to_stop(self) -> Stop | None:
         """Return why the run ends here, None if it goes on."""

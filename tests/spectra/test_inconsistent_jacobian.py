@@ -57,3 +57,16 @@ def test_overflow_to_inf_is_no_matter_of_derivatives() -> None:
     assert "float64" in solution.sentence
     wide = JacobianOperator(lambda x: x * 1e30 * 1e30, torch.randn(1, 4, dtype=torch.float64))
     assert top_singular(wide).converged
+
+
+def test_a_backward_that_is_cut_off_entirely_is_no_map_of_norm_zero() -> None:
+    cut_off = JacobianOperator(lambda x: Once.apply(x), torch.randn(1, 4))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        top_singular(cut_off)
+
+
+def test_a_map_of_norm_zero_is_found_with_one_more_product() -> None:
+    constant = JacobianOperator(lambda x: 0 * x, torch.randn(1, 4))
+    solution = top_singular(constant)
+    assert solution.stop is Stop.EXACT and solution.products == 2
+    assert solution.upper[0] == 0
