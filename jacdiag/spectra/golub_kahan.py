@@ -7,8 +7,6 @@ reads the coefficients that it has not seen in one download, when it asks for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,11 +53,12 @@ class Bidiagonalisation:
         self._read = np.zeros((problems, 0))
         self._last = self.v.new_zeros(problems, dtype=widest(operator.device))
 
-        # 4. Breakdowns: the largest coefficient, and which problems are frozen.
-        self._scale = torch.zeros_like(self._last)
+        # 4. Breakdowns: what is no more than rounding of the largest coefficient.
+        self._tiny = 10 * torch.finfo(operator.dtype).eps / 2 * max(domain, codomain) ** 0.5
+        self._least = torch.full_like(self._last, torch.finfo(self._last.dtype).tiny)
         self._frozen = torch.zeros_like(self._last, dtype=torch.bool)
         self._exact = np.zeros(problems, dtype=bool)
-        self._tiny = 10 * torch.finfo(operator.dtype).eps / 2 * max(domain, codomain) ** 0.5
+        self._finite = True
 
         # 5. The check of the first two products, until it was read.
         self._differs: Tensor | None = None
@@ -127,13 +126,11 @@ class Bidiagonalisation:
             size: (P,), its norm.
             is_last: it has as many directions before it as the space has.
         """
-        # 1. Breakdowns: what is no more than rounding of the largest coefficient. The norm of a
-        # product that overflowed is none.
-        self._scale = torch.maximum(self._scale, size.nan_to_num(nan=0.0, posinf=0.0))
+        # 1. Breakdowns. Neither NaN nor Inf is one: no number is less than the least then.
+        self._least = torch.fmax(self._least, size * self._tiny)
+        self._frozen = self._frozen | (size < self._least)
         if is_last:
             self._frozen = torch.ones_like(self._frozen)
-        else:
-            self._frozen = self._frozen | (size <= self._tiny * self._scale)
 
         # 2. A problem that is frozen gets no further direction.
         self._last = size.masked_fill(self._frozen, 0.0)
@@ -148,7 +145,7 @@ class Bidiagonalisation:
     @property
     def reads_are_free(self) -> bool:
         """Whether the host need not wait for a coefficient."""
-        return self.operator.device.type == "cpu"
+        return _is_free_to_read(self._last)
 
     @property
     def alphas(self) -> Array:
@@ -172,7 +169,7 @@ class Bidiagonalisation:
     def finite(self) -> bool:
         """Whether all coefficients are finite."""
         self._download()
-        return bool(np.isfinite(self._read).all())
+        return self._finite
 
     def _download(self) -> None:
         """Read the coefficients that are new, and the check of the products, in one download.
@@ -196,6 +193,7 @@ class Bidiagonalisation:
         self._unread = []
         self._read = np.concatenate([self._read, new], axis=1)
         self._exact = self._exact | (new == 0).any(axis=1)
+        self._finite = self._finite and bool(np.isfinite(new).all())
 
         # 3. The check. If A v = 0, there are no inner products to compare.
         differs = check is not None and bool(values[:, -1].any())
@@ -264,31 +262,20 @@ def norms(w: Tensor) -> Tensor:
     leave its range.
     """
 
-    def in_widest_type() -> Tensor:
-        exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=widest(w.device))
+    # 1. By chunks.
+    sizes = None
+    if w.shape[1] and w.shape[1] % _CHUNK == 0:
+        chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
+        sizes = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
+        is_in_range = (sizes.clamp(_SMALL, 1 / _SMALL) == sizes).all()  # False for NaN
+        if _is_free_to_read(is_in_range) and bool(is_in_range):
+            return sizes
+
+    # 2. In the widest type.
+    exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=widest(w.device))
+    if sizes is None or _is_free_to_read(exact):
         return exact
-
-    # 1. Rows that are not made of chunks.
-    is_made_of_chunks = w.shape[1] > 0 and w.shape[1] % _CHUNK == 0
-    if not is_made_of_chunks:
-        return in_widest_type()
-
-    # 2. By chunks.
-    chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
-    sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
-    is_in_range = (sizes.clamp(_SMALL, 1 / _SMALL) == sizes).all()  # False for NaN
-    return _choose(is_in_range, sizes, in_widest_type)
-
-
-def _choose(condition: Tensor, if_true: Tensor, otherwise: Callable[[], Tensor]) -> Tensor:
-    """Return `if_true` if the condition holds, else what `otherwise` makes.
-
-    A CPU looks at the condition. For another device the host would have to wait for it, which takes
-    longer than to make both.
-    """
-    if condition.device.type != "cpu":
-        return torch.where(condition, if_true, otherwise())
-    return if_true if bool(condition) else otherwise()
+    return torch.where(is_in_range, sizes, exact)
 
 
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
@@ -320,13 +307,26 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]
     once = torch.baddbmm(row, taken, span, alpha=-1)
     size = norms(once.squeeze(1))
 
-    # 2. A second pass, unless the norm did not fall below sqrt(1/2) of what it was. By Pythagoras
-    # it did not if what is left is no shorter than what was taken away.
-    is_enough = (size >= torch.linalg.vector_norm(taken, dim=(1, 2), dtype=size.dtype)).all()
-    left = _choose(
-        is_enough, once, lambda: torch.baddbmm(once, torch.bmm(once, across), span, alpha=-1)
-    ).squeeze(1)
-    return left, _choose(is_enough, size, lambda: norms(left))
+    # 2. That is enough if the norm did not fall below sqrt(1/2) of what it was: by Pythagoras, if
+    # what is left is no shorter than what was taken away. A CPU looks.
+    is_enough = (size >= torch.linalg.vector_norm(taken, dim=(1, 2))).all()
+    if _is_free_to_read(is_enough) and bool(is_enough):
+        return once.squeeze(1), size
+
+    # 3. A second pass.
+    twice = torch.baddbmm(once, torch.bmm(once, across), span, alpha=-1)
+    if not _is_free_to_read(is_enough):
+        twice = torch.where(is_enough, once, twice)
+    left = twice.squeeze(1)
+    return left, norms(left)
+
+
+def _is_free_to_read(flag: Tensor) -> bool:
+    """Return whether the host can look at a flag at once.
+
+    It would have to wait for another device, which takes longer than to compute both alternatives.
+    """
+    return flag.device.type == "cpu"
 
 
 _SHRUNK = 2.0**-20  # a power of two: scaling by it rounds nothing
