@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from jacdiag.sources.accelerators import has_float64
 
 Array = NDArray[np.float64]
+Real = Any  # a number, or an array of one number for each problem
 
 # Relative rounding of an entire solve; the ends are moved outwards by it.
 PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
@@ -176,74 +178,43 @@ _LOWEST, _HIGHEST = (
 def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
     """Return log(sum_j p_j(x)^2) / 2 and its derivative.
 
-    The three-term recurrence that gives them is stable outside the spectrum.
-
     Args:
         x: (P,) points.
         diagonal: (P, k) diagonal of the Jacobi matrix.
         off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:, j].
     """
-    # Arithmetic on an array of a few numbers takes ten times as long as on a float. A float cannot
-    # be divided by zero, as an array can.
-    if len(x) <= _FEW and off.all():
-        total, d_total, logs = _sums_one_by_one(x, diagonal, off)
-    else:
-        total, d_total, logs = _sums_together(x, diagonal, off)
+    # 1. Many problems are solved at once.
+    if len(x) > _FEW:
+        total, d_total, logs = _sum_of_squares(x, list(diagonal.T), list(off.T))
+        return np.log(total) / 2 + logs, d_total / total
+
+    # 2. Few are solved one by one: numbers are added ten times faster than arrays of one number.
+    sums = np.array(
+        [
+            _sum_of_squares(*problem)
+            for problem in zip(x.tolist(), diagonal.tolist(), off.tolist(), strict=True)
+        ]
+    )
+    total, d_total, logs = sums.T
     return np.log(total) / 2 + logs, d_total / total
 
 
-_FEW = 16  # problems
-_LARGE = 1e100
+def _sum_of_squares(x: Real, diagonal: list[Real], off: list[Real]) -> tuple[Real, Real, Real]:
+    """Return sum_j p_j(x)^2 / c^2, half of its derivative, and log c.
 
+    The three-term recurrence that gives the polynomials is stable outside the spectrum.
 
-def _sums_together(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array, Array]:
-    """Return sum_j p_j(x)^2, half its derivative, and the logs of what all p_j were divided by."""
+    Args:
+        x: a point, or (P,) points.
+        diagonal: the k numbers on the diagonal, each as x is.
+        off: the k numbers right of them.
+    """
     # p is p_j(x), d its derivative; `before` are those of j - 1.
-    p, p_before = np.ones_like(x), np.zeros_like(x)
-    d, d_before = np.zeros_like(x), np.zeros_like(x)
-    total, d_total = np.ones_like(x), np.zeros_like(x)
-    logs = np.zeros_like(x)
-    off_before: Array | float = 0.0
-    for j in range(off.shape[1]):
-        # 1. The next polynomial.
-        shifted = x - diagonal[:, j]
-        off_j = off[:, j]
-        p_next = (shifted * p - off_before * p_before) / off_j
-        d_next = (p + shifted * d - off_before * d_before) / off_j
-        p_before, p = p, p_next
-        d_before, d = d, d_next
-        off_before = off_j
-
-        # 2. A problem is scaled down where it grows beyond what can be squared.
-        size = np.maximum(np.abs(p), np.abs(d))
-        if size.max() > _LARGE:
-            scale = np.where(size > _LARGE, size, 1.0)
-            p, p_before = p / scale, p_before / scale
-            d, d_before = d / scale, d_before / scale
-            total = total / scale / scale
-            d_total = d_total / scale / scale
-            logs = logs + np.log(scale)
-
-        # 3. The sums.
-        total += p * p
-        d_total += p * d
-    return total, d_total, logs
-
-
-def _sums_one_by_one(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array, Array]:
-    """Return what `_sums_together` does, to the last bit, by the same steps on Python's floats."""
-    rows = zip(x.tolist(), diagonal.tolist(), off.tolist(), strict=True)
-    sums = np.array([_sums_of_one(*row) for row in rows])
-    return sums[:, 0], sums[:, 1], sums[:, 2]
-
-
-def _sums_of_one(x: float, diagonal: list[float], off: list[float]) -> tuple[float, float, float]:
-    """Return the three sums of `_sums_together` for one problem, none of whose `off` is zero."""
-    p, p_before = 1.0, 0.0
-    d, d_before = 0.0, 0.0
-    total, d_total = 1.0, 0.0
-    logs = 0.0
-    off_before = 0.0
+    one = x * 0.0 + 1.0
+    p, p_before = one, 0.0 * one
+    d, d_before = p_before, p_before
+    total, d_total, log_scale = one, p_before, p_before
+    off_before = p_before
     for diagonal_j, off_j in zip(diagonal, off, strict=True):
         # 1. The next polynomial.
         shifted = x - diagonal_j
@@ -253,16 +224,35 @@ def _sums_of_one(x: float, diagonal: list[float], off: list[float]) -> tuple[flo
         d_before, d = d, d_next
         off_before = off_j
 
-        # 2. It is scaled down where it grows beyond what can be squared.
-        size = max(abs(p), abs(d))
-        if size > _LARGE:
-            p, p_before = p / size, p_before / size
-            d, d_before = d / size, d_before / size
-            total = total / size / size
-            d_total = d_total / size / size
-            logs += float(np.log(size))
+        # 2. All are scaled down where they grow beyond what can be squared.
+        scale = _scale_of(p, d)
+        if scale is not None:
+            p, p_before = p / scale, p_before / scale
+            d, d_before = d / scale, d_before / scale
+            total = total / scale / scale
+            d_total = d_total / scale / scale
+            log_scale = log_scale + np.log(scale)
 
         # 3. The sums.
-        total += p * p
-        d_total += p * d
-    return total, d_total, logs
+        total = total + p * p
+        d_total = d_total + p * d
+    return total, d_total, log_scale
+
+
+def _scale_of(p: Real, d: Real) -> Real | None:
+    """Return what a polynomial and its derivative are to be divided by, None where they are small.
+
+    Of many, those that are small are divided by 1.
+    """
+    # 1. One problem.
+    if isinstance(p, float):
+        size = max(abs(p), abs(d))
+        return size if size > _LARGE else None
+
+    # 2. Many.
+    sizes = np.maximum(np.abs(p), np.abs(d))
+    return np.where(sizes > _LARGE, sizes, 1.0) if sizes.max() > _LARGE else None
+
+
+_LARGE = 1e100
+_FEW = 16
