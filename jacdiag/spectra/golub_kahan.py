@@ -261,7 +261,6 @@ def norms(w: Tensor) -> Tensor:
     Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
     leave its range.
     """
-
     # 1. By chunks.
     sizes = None
     if w.shape[1] and w.shape[1] % _CHUNK == 0:
