@@ -183,8 +183,8 @@ def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
         diagonal: (P, k) diagonal of the Jacobi matrix.
         off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:, j].
     """
-    # 1. Many problems are solved at once.
-    if len(x) > _FEW:
+    # 1. Many problems are solved at once, and those that divide by zero: a float cannot.
+    if len(x) > _FEW or not off.all():
         total, d_total, logs = _sum_of_squares(x, list(diagonal.T), list(off.T))
         return np.log(total) / 2 + logs, d_total / total
 
