@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.sources.accelerators import in_float64, widest
+from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tensors import is_float
 from jacdiag.trace.graph.graph import Graph
@@ -155,12 +156,12 @@ def attention_records(sites: Sites) -> dict[str, AttentionRecord]:
 class Tally:
     """Sums over the rows of scores of one sub-layer."""
 
-    max_logit: float = -math.inf
+    largest: list[Tensor] = field(default_factory=list)  # logit, of each piece that was added
     entropy: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> sum per head
     rows: dict[int, Tensor] = field(default_factory=dict)
     # number of heads -> largest score per head
     tops: dict[int, Tensor] = field(default_factory=dict)
-    most: float = 0.0
+    most: list[Tensor] = field(default_factory=list)  # what the entropies can sum up to
 
     def add(self, scores: Tensor) -> None:
         """Add scores (..., queries, keys) as they enter a softmax over the keys.
@@ -171,14 +172,14 @@ class Tally:
         # 1. Masked keys count for nothing.
         visible = scores > MASKED
         shown = scores.masked_fill(~visible, -math.inf)
-        self.max_logit = max(self.max_logit, float(shown.max()))
+        self.largest.append(shown.max())
         keys = visible.sum(-1)
         several = keys > 1
 
         # 2. Entropy per query; entr(0) is 0.
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1).to(widest(scores.device))
         entropy = entropy.masked_fill(~several, 0.0)
-        self.most += float(in_float64(keys.clamp_min(1)).log().sum())
+        self.most.append(in_float64(keys.clamp_min(1)).log().sum())
 
         # 3. One sum per head. Other layouts (grouped heads, heads folded into the batch) count as
         # one head.
@@ -195,22 +196,42 @@ class Tally:
 
     def record(self) -> AttentionRecord:
         """Return the figures of all rows."""
+        # 1. The largest logit. Every score may be masked.
+        self._download()
         max_logit = None
-        if self.max_logit > -math.inf:
-            max_logit = self.max_logit
+        largest = max(map(float, self.largest), default=-math.inf)
+        if largest > -math.inf:
+            max_logit = largest
+
+        # 2. Over all heads. Rows with a single key have no entropy to compare with.
         rows = sum(int(count.sum()) for count in self.rows.values())
         if not rows:
             return AttentionRecord(max_logit)
 
-        # 1. Over all heads. Rows with a single key have no entropy to compare with.
         total = sum(float(part.sum()) for part in self.entropy.values())
+        most = sum(map(float, self.most))
         share = None
-        if self.most:
-            share = total / self.most
+        if most:
+            share = total / most
 
-        # 2. Head by head.
+        # 3. Head by head.
         lowest, tops = self._lowest_entropy(), self._top_logits()
         return AttentionRecord(max_logit, total / rows, share, lowest, rows, tops)
+
+    def _download(self) -> None:
+        """Bring all figures to the CPU, in one copy."""
+        by_heads = (self.entropy, self.rows, self.tops)
+        figures = [*self.largest, *self.most]
+        for figures_of_heads in by_heads:
+            figures += figures_of_heads.values()
+
+        # They come in the order in which they were sent.
+        arrived = iter(download(figures))
+        self.largest = [next(arrived) for _ in self.largest]
+        self.most = [next(arrived) for _ in self.most]
+        for figures_of_heads in by_heads:
+            for heads in figures_of_heads:
+                figures_of_heads[heads] = next(arrived)
 
     def _only_heads(self) -> int | None:
         """Return the number of heads if it is the same in all calls."""

@@ -18,6 +18,7 @@ from jacdiag.measure.attention import CALLS, AttentionWatch, attention_calls
 from jacdiag.records.base import Record
 from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.sources.accelerators import widest
+from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
@@ -269,11 +270,12 @@ def run_backward(
     # 1. What is done with each point of the stream as the forward meets it.
     leaves: list[Tensor] = []
     squares: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
 
     def enter(value: int, tensor: Tensor) -> Tensor:
         if visit is not None:
             visit(value, tensor)
-        result.activations[value] = norm(tensor.detach())
+        activations[value] = sum_of_squares(tensor.detach())
         out = tensor
         if not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
@@ -311,6 +313,7 @@ def run_backward(
             torch.autograd.backward(loss, inputs=inputs)
 
     # 4. Norms from sums of squares.
+    result.activations = _roots(activations)
     result.norms = _roots(squares)
     result.parameters = _roots(squares_of_parameters)
     return result
@@ -318,7 +321,8 @@ def run_backward(
 
 def _roots(squares: Mapping[_Key, Tensor]) -> dict[_Key, float]:
     """Return the square root of each sum of squares."""
-    return {key: math.sqrt(float(square)) for key, square in squares.items()}
+    sums = download(list(squares.values()))
+    return {key: math.sqrt(float(total)) for key, total in zip(squares, sums, strict=True)}
 
 
 @contextmanager
@@ -371,8 +375,3 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
         total += part.to(total.dtype).square().sum()
 
     return total
-
-
-def norm(tensor: Tensor) -> float:
-    """Return the Euclidean norm, summed in float64."""
-    return math.sqrt(float(sum_of_squares(tensor)))

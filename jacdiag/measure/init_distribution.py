@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import chain, islice, product
 
 import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 from jacdiag.sources.accelerators import in_float64
+from jacdiag.sources.packed_download import download
 
 ALPHA = 1e-6
 _CHUNK = 1 << 18  # in float64 it stays in a core's cache
@@ -334,9 +335,18 @@ def _repeats_a_part(tensor: Tensor) -> bool:
     if tensor.dim() != 2:
         return False
 
-    # Blocks of rows, and then of columns.
+    # 1. Blocks of rows, and then of columns. One row is enough to rule most matrices out.
+    candidates = []
+    flags = []
     for matrix, count in product((tensor, tensor.T), _SHARDS):
-        if _repeats_a_block(matrix, count):
+        length = _length_of_block(matrix, count)
+        if length is not None:
+            candidates.append((matrix, length))
+            flags.append((matrix[0] == matrix[length]).all())
+
+    # 2. The others are compared in full.
+    for (matrix, length), may_repeat in zip(candidates, download(flags), strict=True):
+        if may_repeat and _repeats_a_block(matrix, length):
             return True
 
     return False
@@ -356,18 +366,19 @@ def _repeats_a_matrix(stack: Tensor) -> bool:
     return False
 
 
-def _repeats_a_block(matrix: Tensor, count: int) -> bool:
-    """Return whether a matrix is `count` times the same block of rows."""
-    # 1. Blocks of a single row, or of single numbers, repeat by chance.
+def _length_of_block(matrix: Tensor, count: int) -> int | None:
+    """Return how many rows a block has, if a matrix is made of `count` of them; None if not."""
+    # Blocks of a single row, or of single numbers, repeat by chance.
     rows, columns = matrix.shape
     length, remainder = divmod(rows, count)
     if remainder or length < 2 or columns < 2:
-        return False
+        return None
 
-    # 2. One row is enough to rule most matrices out.
-    if not torch.equal(matrix[0], matrix[length]):
-        return False
+    return length
 
+
+def _repeats_a_block(matrix: Tensor, length: int) -> bool:
+    """Return whether a matrix is the same block of so many rows, repeated."""
     blocks = matrix.split(length)
     return all(torch.equal(blocks[0], block) for block in blocks[1:])
 
@@ -488,13 +499,11 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     rows = max(1, _CHUNK // max(1, flat.shape[1]))
     count = 0
     zero_rows = 0
-    tiny = 0
-    low, high = math.inf, -math.inf
-    sums = torch.zeros(4, dtype=torch.float64)
+    pieces: list[list[Tensor]] = []
     # Powers are summed around a first guess of the mean, which keeps their digits.
-    shift = float(in_float64(flat[0, : min(64, flat.shape[1])]).mean())
+    shift = in_float64(flat[0, : min(64, flat.shape[1])]).mean()
 
-    # 1. Sums of powers over the pieces.
+    # 1. Sums of powers over the pieces, and their ends.
     for piece in flat.split(rows):
         if table:
             not_zero = piece[(piece != 0).any(dim=1)]
@@ -504,22 +513,31 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
             continue
 
         ends = torch.aminmax(piece)
-        low, high = min(low, float(ends.min)), max(high, float(ends.max))
-        tiny += _count_tiny(piece)
         centred = in_float64(piece.flatten(), copy=True).sub_(shift)
         square = centred * centred
         powers = centred.sum(), centred @ centred, square @ centred, square @ square
-        sums += torch.stack(powers).cpu()
+        pieces.append([torch.stack(powers), ends.min, ends.max, _count_tiny(piece)])
         count += piece.numel()
     if not count:
         return Moments(0, 0.0, 0.0, 0.0, 0.0, zero_rows)
 
-    # 2. Central moments from them.
+    # 2. One look at all of them.
+    sums = torch.zeros(4, dtype=torch.float64)
+    tiny = 0
+    low, high = math.inf, -math.inf
+    guess, *figures = download([shift, *chain.from_iterable(pieces)])
+    for place in range(0, len(figures), 4):
+        powers_of_piece, least, largest, tiny_of_piece = figures[place : place + 4]
+        sums += powers_of_piece
+        low, high = min(low, float(least)), max(high, float(largest))
+        tiny += int(tiny_of_piece)
+
+    # 3. Central moments from them.
     m1, m2, m3, m4 = (float(x) / count for x in sums)
     variance = max(m2 - m1 * m1, 0.0)
     fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
     kurtosis = fourth / variance**2 if variance > 0 else 0.0
-    mean = m1 + shift
+    mean = m1 + float(guess)
     return Moments(
         count,
         mean,
@@ -532,17 +550,18 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     )
 
 
-def _count_tiny(piece: Tensor) -> int:
+def _count_tiny(piece: Tensor) -> Tensor:
     """Return how many numbers are closer to zero than `TINY`, and not zero."""
     # The smallest number of float16 is 6e-8.
     if piece.dtype == torch.float16:
-        return 0
+        return torch.tensor(0)
 
-    is_close = piece.abs() < TINY
-    if not bool(is_close.any()):
-        return 0
+    # Zeros are counted only where there is something to count, if a look costs nothing.
+    close = (piece.abs() < TINY).sum()
+    if close.device.type == "cpu" and not bool(close):
+        return close
 
-    return int(is_close.sum() - (piece == 0).sum())
+    return close - (piece == 0).sum()
 
 
 def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> tuple[float, float]:
@@ -687,4 +706,4 @@ def _is_orthogonal(matrix: Tensor) -> bool:
     scale = gram.diagonal().mean()
     expected = scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)
     error = (gram - expected).abs().max()
-    return bool(scale > 0) and bool(error < 1e-3 * scale)
+    return bool((scale > 0) & (error < 1e-3 * scale))

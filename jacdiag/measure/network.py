@@ -22,6 +22,7 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 from jacdiag.sources.accelerators import in_float64
+from jacdiag.sources.packed_download import download
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
@@ -31,9 +32,10 @@ from jacdiag.trace.execution.tap import Spot, Where
 _SAMPLED = 2  # sub-layers whose independent dimensions are looked at: attention and FFN, mostly
 
 
-def _norm(tensor: Tensor) -> float:
+def _norm(tensor: Tensor) -> Tensor:
     """Return the Euclidean norm in float64."""
-    return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
+    size: Tensor = torch.linalg.vector_norm(in_float64(tensor.detach()))
+    return size
 
 
 def end_to_end(
@@ -618,9 +620,11 @@ def _own_pull(site: Any, cotangent: Tensor) -> Tensor:
 
 def _relative(a: Tensor, b: Tensor) -> float:
     """Return the norm of a difference, over the larger of the two norms."""
-    scale = max(_norm(a), _norm(b))
+    numbers = download([_norm(a), _norm(b), _norm(a - b)])
+    first, second, difference = (float(number) for number in numbers)
+    scale = max(first, second)
     has_scale = scale > 0
     if not has_scale:
         return 0.0
 
-    return _norm(a - b) / scale
+    return difference / scale

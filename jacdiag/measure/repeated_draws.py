@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacdiag.measure.init_distribution import FittedDraw
 from jacdiag.sources.accelerators import in_float64
+from jacdiag.sources.packed_download import download
 
 _DRAWN = ("normal", "truncated", "uniform")
 # numbers whose order finds the candidates: two draws share it with a chance of 1 to 16! = 2e13
@@ -45,19 +46,27 @@ def streams_of(
         >>> streams_of({name: draw_of(tensor) for name, tensor in params.items()}, params)
         {'up': 'q'}
     """
-    firsts: dict[tuple[int, ...], list[str]] = {}
-    streams: dict[str, str] = {}
+    # 1. The first numbers of each weight that was drawn.
+    beginnings: dict[str, Tensor] = {}
     for name, draw in found.items():
         tensor = params[name]
-        if not _can_be_compared(tensor, draw):
+        if _can_be_compared(tensor, draw):
+            beginnings[name] = tensor.detach().reshape(-1)[:_FIRST].clone()
+
+    firsts: dict[tuple[int, ...], list[str]] = {}
+    streams: dict[str, str] = {}
+    numbers = download(list(beginnings.values()))
+    for name, beginning in zip(beginnings, numbers, strict=True):
+        # 2. Only weights whose first numbers stand in the same order are compared in full.
+        alike = firsts.setdefault(tuple(beginning.argsort().tolist()), [])
+        if not alike:
+            alike.append(name)
             continue
 
-        # 1. Only weights whose first numbers stand in the same order are compared in full.
-        order = tuple(tensor.detach().reshape(-1)[:_FIRST].argsort().tolist())
-        alike = firsts.setdefault(order, [])
+        tensor = params[name]
         repeated = [other for other in alike if _repeats(tensor, params[other])]
 
-        # 2. A tied weight is the same, and repeats nothing.
+        # 3. A tied weight is the same, and repeats nothing.
         if not repeated:
             alike.append(name)
         elif tensor.data_ptr() != params[repeated[0]].data_ptr():

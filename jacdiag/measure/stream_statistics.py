@@ -10,6 +10,7 @@ from torch import Tensor
 from jacdiag.measure.token_statistics import locate
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
 from jacdiag.sources.accelerators import in_float64
+from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 
 _ROWS = 4096  # tokens that are looked at together: no copy of an entire stream is made
@@ -83,8 +84,9 @@ def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
 
 def _first_not_finite(points: Iterable[tuple[str, Tensor, int]]) -> str | None:
     """Return the name of the first point that holds NaN or Inf."""
-    for name, x, _ in points:
-        is_finite = bool(torch.isfinite(x).all())
+    points = list(points)
+    flags = download([torch.isfinite(x).all() for _, x, _ in points])
+    for (name, _, _), is_finite in zip(points, flags, strict=True):
         if not is_finite:
             return name
 
@@ -114,22 +116,20 @@ def variance(x: Tensor, feature_dim: int) -> float:
     rows = _tokens(x, feature_dim)
     # Pieces of it, so that no copy of the stream in float64 is made.
     pieces = rows.split(_ROWS)
-    total = sum(float(in_float64(piece).var(-1, correction=0).sum()) for piece in pieces)
-    return total / max(len(rows), 1)
+    sums = [in_float64(piece).var(-1, correction=0).sum() for piece in pieces]
+    return sum(map(float, download(sums))) / max(len(rows), 1)
 
 
 def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
     """Return the largest absolute activation and where it is, with the median of all."""
-    # 1. Where it is.
+    # 1. The figures, in one download.
     rows = _tokens(x, feature_dim).abs()
-    token, feature = divmod(int(rows.argmax()), rows.shape[-1])
-    place = locate(token, x.shape, feature_dim, token_ids)
+    where, largest, median = download([rows.argmax(), rows.max(), rows.flatten().median()])
 
-    # 2. How large it is.
-    median = float(rows.flatten().median())
-    return Peak(
-        float(rows[token, feature]), median, feature, place.sequence, place.position, place.token
-    )
+    # 2. Where it is.
+    token, feature = divmod(int(where), rows.shape[-1])
+    place = locate(token, x.shape, feature_dim, token_ids)
+    return Peak(float(largest), float(median), feature, place.sequence, place.position, place.token)
 
 
 def token_cosine(x: Tensor, feature_dim: int) -> float | None:
@@ -142,17 +142,21 @@ def token_cosine(x: Tensor, feature_dim: int) -> float | None:
     """
     rows = _tokens(x, feature_dim)
     total = in_float64(rows.new_zeros(rows.shape[-1]))
-    count = 0
+    present = torch.zeros((), dtype=torch.int64, device=total.device)
     for part in rows.split(_ROWS):
         part = in_float64(part)
         norms = part.norm(dim=-1, keepdim=True)
-        present = norms.squeeze(-1) > 0
-        total += (part[present] / norms[present]).sum(0)
-        count += int(present.sum())
+        # A token that is zero has no direction, and adds nothing.
+        is_zero = norms == 0
+        total += (part / norms.masked_fill(is_zero, 1.0)).sum(0)
+        present += (~is_zero).sum()
+
+    square, number = download([total @ total, present])
+    count = int(number)
     if count < 2:
         return None
 
-    return (float(total @ total) - count) / (count * (count - 1))
+    return (float(square) - count) / (count * (count - 1))
 
 
 def _tokens(x: Tensor, feature_dim: int) -> Tensor:

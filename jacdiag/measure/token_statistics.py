@@ -69,7 +69,7 @@ def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None)
         feature_dim: the dimension that holds the features; all others are tokens.
         token_ids: (B, T), to name the extreme tokens.
     """
-    std = in_float64(x.detach()).std(dim=feature_dim, correction=0).flatten()
+    std = in_float64(x.detach()).std(dim=feature_dim, correction=0).flatten().cpu()
     low, high = int(std.argmin()), int(std.argmax())
     return Spread(
         median=float(std.median()),
@@ -94,7 +94,7 @@ def gain_interval(
         feature_dim: the dimension of x that holds the features.
         token_ids: (B, T), to name the token of the largest gain.
     """
-    flat = in_float64(gain.detach()).flatten()
+    flat = in_float64(gain.detach()).flatten().cpu()
     top = int(flat.argmax())
     per_token = PerToken(
         median=float(flat.median()),
@@ -110,4 +110,4 @@ def _quantile(values: Tensor, q: float) -> float:
 
     It is NumPy's, because torch.quantile raises for more than 16M values.
     """
-    return float(np.quantile(values.cpu().numpy(), q))
+    return float(np.quantile(values.numpy(), q))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -546,7 +546,7 @@ class Audit:
         figures: Callable[[str], WeightStats | None],
     ) -> Share:
         """Measure the sub-layers of one shortcut, and count the products that were spent."""
-        records = measure_group(members, effort, self.probe.token_ids, self.state, figures)
+        records = measure_group(members, effort, self._ids_to_name, self.state, figures)
         return Share(records, sum(_count_products(record) for record in records))
 
     def _measure_network(self) -> Share:
@@ -577,6 +577,12 @@ class Audit:
                 why["end_to_end"] = one_line(error)
         return Share(profile=profile, through=through, dead=dead, why=why)
 
+    @cached_property
+    def _ids_to_name(self) -> torch.Tensor | None:
+        """The ids of the probe on the CPU, to name tokens by them."""
+        token_ids = self.probe.token_ids
+        return None if token_ids is None else token_ids.cpu()
+
     def _frozen(self) -> set[str]:
         """Return the names of the parameters that are frozen in the model that was passed."""
         names = set()
@@ -599,7 +605,7 @@ class Audit:
 
         # 2. The parts, and the whole.
         backward = backward_record(self.sites, measured.profile, measured.dead, missing)
-        forward = forward_record(self.sites, self.probe.token_ids)
+        forward = forward_record(self.sites, self._ids_to_name)
         return network_record(
             self.sites,
             measured.records,

@@ -13,12 +13,14 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from jacdiag.errors import MeasureError
+from jacdiag.sources.packed_download import download
 from jacdiag.spectra.rounding import full_precision
 
 Map = Callable[[Tensor], Tensor]
@@ -322,23 +324,34 @@ def independent_dims(
         return ()
     feature = feature_dim % len(x_shape)
     same_size = {d for d in range(len(x_shape)) if x_shape[d] == y_shape[d]}
-    independent = same_size - {feature}
-    for places in _places_to_look_at(y_shape, independent):
-        # 1. A cotangent on one index of every dimension but the features.
+    candidates = sorted(same_size - {feature})
+
+    # 1. A cotangent for every place, on one index of every dimension but the features.
+    all_places = _places_to_look_at(y_shape, set(candidates))
+    vectors = [
+        torch.randn(y_shape[feature], generator=generator, dtype=torch.float64) for _ in all_places
+    ]
+    uploaded = torch.stack(vectors).to(dtype).to(device)
+
+    # 2. For every place and dimension: whether the pull leaves that index.
+    leaves = []
+    for places, vector in zip(all_places, uploaded, strict=True):
         w = torch.zeros(y_shape, dtype=dtype, device=device)
         index: list[int | slice] = list(places)
         index[feature] = slice(None)
-        spot = tuple(index)
-        w[spot] = torch.randn(w[spot].shape, generator=generator, dtype=torch.float64).to(w)
-
-        # 2. Drop the dimensions along which its pull leaves that index.
+        w[tuple(index)] = vector
         touched = pull(w) != 0
-        for d in list(independent):
+        for d in candidates:
             along = touched.movedim(d, 0).flatten(1).any(1)
-            along[places[d]] = False
-            if bool(along.any()):
-                independent.discard(d)
-    return tuple(sorted(independent))
+            # Not by a write at an index, which would be an upload.
+            leaves.append(along[: places[d]].any() | along[places[d] + 1 :].any())
+
+    # 3. One look at all of them. A dimension is independent if no pull leaves its index.
+    dependent = set()
+    for (_, d), is_left in zip(product(all_places, candidates), download(leaves), strict=True):
+        if is_left:
+            dependent.add(d)
+    return tuple(d for d in candidates if d not in dependent)
 
 
 def _places_to_look_at(shape: torch.Size, candidates: set[int]) -> list[list[int]]:

@@ -209,8 +209,8 @@ class Sublayer:
     @cached_property
     def finite(self) -> bool:
         """Whether the shortcut and the branch are free of NaN and Inf; there have to be values."""
-        is_shortcut_finite = bool(torch.isfinite(self.shortcut).all())
-        return is_shortcut_finite and bool(torch.isfinite(self.value).all())
+        are_finite = torch.isfinite(self.shortcut).all() & torch.isfinite(self.value).all()
+        return bool(are_finite)
 
     @property
     def token_wise(self) -> bool | None:

@@ -495,11 +495,9 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Return whether two tensors are finite and equal to a relative tolerance, and not zero."""
     # 1. NaN and Inf are equal to nothing.
     a, b = in_float64(a), in_float64(b)
-    are_finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-    if not are_finite:
-        return False
+    are_finite = torch.isfinite(a).all() & torch.isfinite(b).all()
 
     # 2. Zeros are equal to everything at no tolerance, and show nothing.
     size = b.norm()
-    is_within_tolerance = bool((a - b).norm() <= tolerance * size)
-    return is_within_tolerance and bool(size > 0)
+    is_within_tolerance = (a - b).norm() <= tolerance * size
+    return bool(are_finite & is_within_tolerance & (size > 0))

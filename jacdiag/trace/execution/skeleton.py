@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.sources.module_wrappers import plain_name, unwrap
+from jacdiag.sources.packed_download import download
 from jacdiag.trace.execution.attributes import Attributes, collect_attribute_tensors, copy_attribute
 from jacdiag.trace.execution.lazy_weights import Stored
-from jacdiag.trace.execution.tensors import is_finite
+from jacdiag.trace.execution.tensors import finite_flag
 from jacdiag.trace.execution.wrappers import (
     is_code,
     original_class,
@@ -179,9 +180,10 @@ class Skeleton:
             return self.stored.non_finite()
 
         # The others are in memory.
+        flags = download([finite_flag(tensor) for tensor in self.params.values()])
         names: list[str] = []
-        for name, tensor in self.params.items():
-            if not is_finite(tensor):
+        for name, is_finite in zip(self.params, flags, strict=True):
+            if not is_finite:
                 names.append(name)
         return names
 

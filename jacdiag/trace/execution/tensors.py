@@ -140,12 +140,17 @@ def is_float(tensor: Tensor) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no number is NaN or Inf.
+    """Return whether no number is NaN or Inf."""
+    return bool(finite_flag(tensor))
+
+
+def finite_flag(tensor: Tensor) -> Tensor:
+    """Return whether no number is NaN or Inf, as a flag on the device of the tensor.
 
     Either shows in the least or the largest number, which one pass finds without a temporary.
     """
     if not is_float(tensor) or not tensor.numel():
-        return True
+        return torch.tensor(True)
 
     # A complex number is two real ones.
     real = tensor
@@ -156,7 +161,7 @@ def is_finite(tensor: Tensor) -> bool:
     if real.element_size() < 2:
         real = real.float()
     least, largest = torch.aminmax(real)
-    return bool(torch.isfinite(least)) and bool(torch.isfinite(largest))
+    return torch.isfinite(least) & torch.isfinite(largest)
 
 
 def storage_of(tensor: Tensor) -> int:
