@@ -226,9 +226,9 @@ class Measurements:
                 return
 
             # 2. Read it.
-            rows, table = self.metrics.read()
             if self.writes is not None:
-                self.writes.keep_read(len(rows))
+                self.writes.settle(self.metrics)
+            rows, table = self.metrics.read()
             self.looks = self.metrics.looks
             if self.together.sharded:
                 table = self._sum_over_ranks(table)

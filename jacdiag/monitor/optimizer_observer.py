@@ -371,7 +371,6 @@ class OptimizerObserver:
             self._holders(),
             len(self.optimizers.leaves),
             metrics.device,
-            metrics.capacity,
         )
         self.measurements.writes = writes
         saved = self.measurements.saved_weights

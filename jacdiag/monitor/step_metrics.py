@@ -216,9 +216,9 @@ class StepMetrics:
         elif places is None:
             self.squares[self.slot].copy_(squares)
         else:
-            self.squares[self.slot].index_copy_(0, self._index_of(places), squares)
+            self.squares[self.slot].index_copy_(0, self.index_of(places), squares)
 
-    def _index_of(self, places: tuple[int, ...]) -> Tensor:
+    def index_of(self, places: tuple[int, ...]) -> Tensor:
         """Return places as a tensor on the device, which each optimizer sends only once."""
         index = self._indices.get(places)
         if index is not None:

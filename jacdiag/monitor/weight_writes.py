@@ -7,19 +7,23 @@ is a write from outside: an init, a checkpoint, an average that was swapped in, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from functools import cache
-from math import gcd
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
+from jacdiag.monitor.parameter_groups import SublayerGroups
 from jacdiag.monitor.step_metrics import WRITTEN, StepMetrics
+from jacdiag.monitor.weight_samples import (
+    DeviceReader,
+    HostReader,
+    Sample,
+    is_readable,
+    make_readers,
+)
 
-SAMPLE = 128  # elements of each matrix
 NOTED = (
     0.01  # relative change from which a write is logged; swaps in bf16 and back are off by 0.004
 )
@@ -27,19 +31,38 @@ _MOST_OPTIMIZERS = 8  # each has its own reading; one optimizer per weight would
 _MOST_NAMED = 20  # weights of one step that the log names
 
 
+@dataclass
+class Gap:
+    """The samples of some weights before and after a gap between two steps.
+
+    Attributes:
+        slot: the row of the step after the gap.
+        part: place of the reader of these weights.
+        before: the samples at the end of the last step.
+        after: those at the beginning of the next one.
+    """
+
+    slot: int
+    part: int
+    before: Tensor
+    after: Tensor
+
+
 class WeightWrites:
     """Compare samples of the weights across the gap between two optimizer steps.
 
-    The samples stay on the device. The weights themselves are held only while a step runs, so that
-    a loop may move or free them in between. Vectors, weights of foreign tensor classes and those on
-    another device are not read. Of a sharded weight the piece of the leading rank is.
+    On a CPU the samples are compared at once, and kept only if they differ. On any other device
+    they stay there, and all gaps since the last look are compared when the figures are read.
+
+    The weights themselves are held only while a step runs, so that a loop may move or free them in
+    between. Vectors, weights of foreign tensor classes and those on another device are not read. Of
+    a sharded weight the piece of the leading rank is.
 
     Args:
         groups: the sub-layers.
         holders: id of a parameter -> the number of the optimizer that updates it.
         count: how many optimizers there are; with more than eight nothing is read.
         device: of the figures.
-        capacity: steps between two looks at the device.
     """
 
     def __init__(
@@ -48,40 +71,47 @@ class WeightWrites:
         holders: Mapping[int, int],
         count: int,
         device: torch.device,
-        capacity: int,
     ) -> None:
         # 1. Which weights are read, and at whose steps.
         self.groups, self.device = groups, device
-        self.parts: dict[int, list[int]] = {}  # optimizer -> places of its members
+        places: dict[int, list[int]] = {}  # optimizer -> places of its members
         if count <= _MOST_OPTIMIZERS:
             for place, member in enumerate(groups.members):
                 holder = holders.get(id(member.parameter))
-                if holder is not None and _is_readable(member, device):
-                    self.parts.setdefault(holder, []).append(place)
+                if holder is not None and is_readable(member, device):
+                    places.setdefault(holder, []).append(place)
+        self.weights_read = sum(map(len, places.values()))
 
-        # 2. What is read of them.
-        # Sums of squares before and after the gap, and of the difference: (steps, 3, parameters).
-        self.sums = torch.zeros(capacity, 3, len(groups.members), device=device)
-        self._read_sums = self.sums[:0]
-        self.before: dict[int, Tensor] = {}  # optimizer -> the sample at the end of its last step
+        # 2. What reads them.
+        self.readers: list[HostReader | DeviceReader] = []
+        self.parts: dict[int, list[int]] = {}  # optimizer -> places of its readers
+        for optimizer, of_optimizer in places.items():
+            readers = make_readers(groups.members, of_optimizer, device)
+            first = len(self.readers)
+            self.parts[optimizer] = list(range(first, first + len(readers)))
+            self.readers += readers
+
+        # 3. What was read of them.
+        self.before: dict[int, Sample] = {}  # part -> the sample at the end of its last step
         self.ended: dict[int, int] = {}  # optimizer -> that step
-        self.views: dict[int, list[Tensor]] = {}
-        self.samplers = {
-            optimizer: [Sampler(groups.members[place]) for place in places]
-            for optimizer, places in self.parts.items()
-        }
-        self.owners: dict[int, Tensor] = {}
+        self.stepping: set[int] = set()
+        self.gaps: list[Gap] = []  # that are still to be compared
+        self._owners: dict[int, Tensor] = {}
+        # Sums of squares before and after the gap, and of the difference: (steps, 3, parameters).
+        self._read_sums = torch.zeros(0)
 
     def begin(self, optimizer: int, metrics: StepMetrics) -> None:
         """Compare the weights with what the last step has left; call before a step."""
-        samplers = self.samplers.get(optimizer)
-        if not samplers:
+        parts = self.parts.get(optimizer)
+        if parts is None:
             return
+        if optimizer in self.stepping:  # the last step was left by an exception
+            for part in parts:
+                self.before.pop(part, None)
+        self.stepping.add(optimizer)
         with torch.no_grad():
-            if optimizer in self.views:  # the last step was left by an exception
-                self.before.pop(optimizer, None)
-            self.views[optimizer] = [sampler.view() for sampler in samplers]
-            self._compare(optimizer, metrics)
+            for part in parts:
+                self._compare(part, self.readers[part].read(), optimizer, metrics)
 
     def look_again(self, metrics: StepMetrics) -> None:
         """Compare once more, inside a step with a closure.
@@ -89,8 +119,9 @@ class WeightWrites:
         Call it after the closure and before the update.
         """
         with torch.no_grad():
-            for optimizer in self.views:
-                self._compare(optimizer, metrics)
+            for optimizer in self.stepping:
+                for part in self.parts[optimizer]:
+                    self._compare(part, self.readers[part].read_again(), optimizer, metrics)
 
     def end(self, optimizer: int, step: int) -> None:
         """Read the weights that a step has left.
@@ -99,18 +130,16 @@ class WeightWrites:
             optimizer: its number.
             step: the number of the step.
         """
-        views = self.views.pop(optimizer, None)
-        if views is None:
+        if optimizer not in self.stepping:
             return
+        self.stepping.remove(optimizer)
 
         with torch.no_grad():
-            samplers = self.samplers[optimizer]
-            # The step may have put another tensor in the place of a weight.
-            if not all(map(Sampler.is_of, samplers, views)):
-                views = [sampler.view() for sampler in samplers]
-
-            self.before[optimizer] = torch.cat(views)
-            self.ended[optimizer] = step
+            for part in self.parts[optimizer]:
+                reader = self.readers[part]
+                self.before[part] = reader.read_again()
+                reader.release()
+        self.ended[optimizer] = step
 
     def state(self) -> dict[str, Tensor]:
         """Return the samples at the end of the last steps, by the names of the weights.
@@ -118,78 +147,117 @@ class WeightWrites:
         Waits for the device.
         """
         samples: dict[str, Tensor] = {}
-        for optimizer, before in self.before.items():
-            samplers = self.samplers[optimizer]
+        for part, before in self.before.items():
+            reader = self.readers[part]
             with torch.no_grad():
-                counts = [len(sampler.view()) for sampler in samplers]
-            for sampler, sample in zip(samplers, before.float().cpu().split(counts), strict=True):
-                samples[sampler.member.name] = sample.clone()
+                counts = reader.counts
+            of_weights = reader.as_tensor(before).float().cpu().split(counts)
+            for member, sample in zip(reader.members, of_weights, strict=True):
+                samples[member.name] = sample.clone()
         return samples
 
     def load(self, samples: Mapping[str, Tensor], step: int) -> None:
         """Go on from the samples of a checkpoint.
 
-        Optimizers whose weights have samples of another size are left out.
+        Weights are left out if one that is read with them has no sample of its size.
 
         Args:
             samples: what `state` returned.
             step: the step that it was made after.
         """
-        for optimizer, samplers in self.samplers.items():
-            # 1. The samples of its weights.
-            saved: list[Tensor] = []
-            for sampler in samplers:
-                if sampler.member.name in samples:
-                    saved.append(samples[sampler.member.name])
+        for optimizer, parts in self.parts.items():
+            for part in parts:
+                reader = self.readers[part]
+                # 1. The samples of its weights.
+                saved: list[Tensor] = []
+                for member in reader.members:
+                    if member.name in samples:
+                        saved.append(samples[member.name])
 
-            # 2. Take them if there is one for each weight, of its size.
-            with torch.no_grad():
-                counts = [len(sampler.view()) for sampler in samplers]
-            if [len(sample) for sample in saved] == counts:
-                self.before[optimizer] = torch.cat(saved).to(self.device)
-                self.ended[optimizer] = step
+                # 2. Take them if there is one for each weight, of its size.
+                with torch.no_grad():
+                    counts = reader.counts
+                if [len(sample) for sample in saved] == counts:
+                    self.before[part] = reader.from_tensor(torch.cat(saved))
+                    self.ended[optimizer] = step
 
     def forget(self) -> None:
         """Compare nothing with what was read so far: a step was made that nobody saw."""
         self.before.clear()
-        self.views.clear()
+        self.stepping.clear()
+        for reader in self.readers:
+            reader.release()
 
-    def _compare(self, optimizer: int, metrics: StepMetrics) -> None:
+    def _compare(self, part: int, after: Sample, optimizer: int, metrics: StepMetrics) -> None:
         """Compare with the last sample, if there is one; the new one takes its place."""
-        before = self.before.pop(optimizer, None)
+        before = self.before.get(part)
         if before is None:
             return
-        views = self.views[optimizer]
-        after = self.before[optimizer] = torch.cat(views)
-        if after.shape != before.shape:
+        self.before[part] = after
+        if after.shape != before.shape or after.dtype != before.dtype:
             return
-        if self.device.type == "cpu" and torch.equal(before, after):
+        reader = self.readers[part]
+        if reader.are_equal(before, after):
             return
-
-        # 1. Sums of squares of each weight's sample.
-        owner = self.owners.get(optimizer)
-        if owner is None or len(owner) != len(after):
-            counts = torch.tensor([len(view) for view in views])
-            owner = torch.tensor(self.parts[optimizer]).repeat_interleave(counts).to(self.device)
-            self.owners[optimizer] = owner
-        before, after = before.float(), after.float()
-        squares = torch.stack([before, after, after - before]).square()
-        sums = torch.zeros_like(self.sums[0]).index_add_(1, owner, squares)
-
-        # 2. Put them into the row at hand, with the largest change.
-        slot = metrics.slot
-        if not metrics.now.written_after:
-            self.sums[slot] = 0
-        self.sums[slot] += sums
-        largest = _relative_change(sums).max().to(metrics.table.dtype)
-        metrics.table[slot, WRITTEN] = torch.fmax(metrics.table[slot, WRITTEN], largest)
+        self.gaps.append(
+            Gap(metrics.slot, part, reader.as_tensor(before), reader.as_tensor(after))
+        )
         metrics.now.written_after = self.ended[optimizer]
 
-    def keep_read(self, rows: int) -> None:
-        """Keep what belongs to the rows that are read now; call when the figures are read."""
-        self._read_sums = self.sums[:rows].clone()
-        if rows < len(self.sums):
-            self.sums[0] = self.sums[rows]
+    def settle(self, metrics: StepMetrics) -> None:
+        """Compare what is left to compare; call before the figures are read.
+
+        The largest change of each row goes into its table. What belongs to the step at hand waits.
+        """
+        # 1. The gaps before the steps that are read.
+        rows = metrics.slot
+        gaps: list[Gap] = []
+        later: list[Gap] = []
+        for gap in self.gaps:
+            gaps_of_row = gaps if gap.slot < rows else later
+            gaps_of_row.append(gap)
+
+        # 2. What is left belongs to the first row, once these are read.
+        for gap in later:
+            gap.slot = 0
+        self.gaps = later
+        if not gaps:
+            return
+
+        # 3. Compare them.
+        with torch.no_grad():
+            self._read_sums = self._sum_squares(gaps, rows, metrics)
+            metrics.table[:rows, WRITTEN] = _relative_change(self._read_sums).amax(dim=1)
+
+    def _sum_squares(self, gaps: Sequence[Gap], rows: int, metrics: StepMetrics) -> Tensor:
+        """Return the sums of squares before, after and of the difference, (rows, 3, parameters)."""
+        members = len(self.groups.members)
+        sums = torch.zeros(rows, 3, members, device=self.device)
+
+        # 1. Gaps of the same weights are compared in one go.
+        alike: dict[tuple[int, int], list[Gap]] = {}
+        for gap in gaps:
+            alike.setdefault((gap.part, len(gap.after)), []).append(gap)
+
+        # 2. Add the squares to the row of the step and the column of the weight.
+        for (part, _), of_part in alike.items():
+            before = torch.stack([gap.before.float() for gap in of_part])
+            after = torch.stack([gap.after.float() for gap in of_part])
+            squares = torch.stack([before, after, after - before], dim=1).square()
+            of_weights = sums.new_zeros(len(of_part), 3, members)
+            of_weights.index_add_(2, self._owners_of(part, squares.shape[-1]), squares)
+            _add_to_rows(sums, [gap.slot for gap in of_part], of_weights, metrics)
+        return sums
+
+    def _owners_of(self, part: int, length: int) -> Tensor:
+        """Return the place of the weight that each element of a sample belongs to."""
+        owners = self._owners.get(part)
+        if owners is None or len(owners) != length:
+            reader = self.readers[part]
+            counts = torch.tensor(reader.counts)
+            owners = torch.tensor(reader.places).repeat_interleave(counts).to(self.device)
+            self._owners[part] = owners
+        return owners
 
     def describe(self, place: int) -> dict[str, Any]:
         """Return the writes of one of the rows read last, the largest first.
@@ -208,7 +276,20 @@ class WeightWrites:
             for k in chosen[:_MOST_NAMED]
         ]
 
-        return {"count": len(chosen), "of": sum(map(len, self.parts.values())), "weights": weights}
+        return {"count": len(chosen), "of": self.weights_read, "weights": weights}
+
+
+def _add_to_rows(sums: Tensor, slots: Sequence[int], added: Tensor, metrics: StepMetrics) -> None:
+    """Add a tensor to each of some rows, which may come twice."""
+    # 1. Mostly one row follows the other, so that no places have to be sent to the device.
+    first = slots[0]
+    following = list(range(first, first + len(slots)))
+    if list(slots) == following:
+        sums[first : first + len(slots)] += added
+        return
+
+    # 2. Any other rows.
+    sums.index_add_(0, metrics.index_of(tuple(slots)), added)
 
 
 def _describe_one(name: str, before: float, after: float, difference: float) -> dict[str, Any]:
@@ -240,76 +321,9 @@ def _relative_change(sums: Tensor) -> Tensor:
     It is 0 for a weight that was not read, or is not finite: another rule checks that.
 
     Args:
-        sums: of squares before, after and of the difference, (3, parameters).
+        sums: of squares before, after and of the difference, (..., 3, parameters).
     """
-    before, after, difference = sums.unbind()
+    before, after, difference = sums.unbind(dim=-2)
     change = difference.sqrt() / torch.minimum(before, after).sqrt()
-    is_known = sums.isfinite().all(dim=0) & (difference > 0)
+    is_known = sums.isfinite().all(dim=-2) & (difference > 0)
     return torch.where(is_known, change, torch.zeros_like(change))
-
-
-def _is_readable(member: GroupMember, device: torch.device) -> bool:
-    """Return whether a weight is a plain matrix on the metrics' device, or a shard of one."""
-    # 1. A tensor of no foreign class, with two dimensions or more.
-    piece = _piece(member)
-    if type(piece) not in (Tensor, torch.nn.Parameter):
-        return False
-    if piece.ndim < 2 or not piece.numel():
-        return False
-
-    # 2. Floats on the device.
-    if not piece.is_floating_point():
-        return False
-    if piece.device != device:
-        return False
-
-    # 3. Without gaps in memory, where a sample is taken at equal distances.
-    if piece.layout is not torch.strided:
-        return False
-    return torch.ops.aten.is_non_overlapping_and_dense.default(piece)
-
-
-def _piece(member: GroupMember) -> Tensor:
-    """Return the tensor that this rank holds; `to_local` would build a new one at each step."""
-    parameter: Any = member.parameter
-    if type(parameter) is torch.nn.Parameter:
-        return parameter
-    piece: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return piece
-
-
-class Sampler:
-    """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
-
-    def __init__(self, member: GroupMember) -> None:
-        self.member = member
-        self._lay_out(_piece(member))
-
-    def view(self) -> Tensor:
-        """Return the elements in the order of memory; the view holds the memory of the weight."""
-        piece = _piece(self.member)
-        if piece.numel() != self.elements:
-            self._lay_out(piece)
-        return piece.as_strided(self.size, self.stride)
-
-    def is_of(self, view: Tensor) -> bool:
-        """Return whether a view shows the weight as it is now.
-
-        An optimizer may have put another tensor in its place.
-        """
-        return _piece(self.member).data_ptr() == view.data_ptr()
-
-    def _lay_out(self, piece: Tensor) -> None:
-        self.elements = piece.numel()
-        count, stride = _sample_layout(self.elements, piece.shape[-1])
-        self.size, self.stride = (count,), (stride,)
-
-
-@cache
-def _sample_layout(elements: int, columns: int) -> tuple[int, int]:
-    """Return how many elements of a matrix are sampled, and how far apart they lie in memory."""
-    # A stride with a factor in common with the columns would never reach some of them.
-    stride = max(elements // SAMPLE, 1)
-    while stride > 1 and gcd(stride, columns) > 1:
-        stride -= 1
-    return min(math.ceil(elements / stride), SAMPLE), stride

@@ -14,6 +14,7 @@ import pytest
 import torch
 from monitor.rig import lines
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
 
 import jacdiag
@@ -354,13 +355,75 @@ def test_weights_are_not_held_between_steps() -> None:
             loss.backward()
             optimizer.step()
             w.step(loss)
-        assert (
-            w.measurements.writes is not None
-            and w.measurements.writes.before
-            and not w.measurements.writes.views
-        )
-        kept = sum(sample.numel() for sample in w.measurements.writes.before.values())
-        assert kept <= 3 * 128
+        writes = w.measurements.writes
+        assert writes is not None and writes.before and not writes.stepping
+        assert sum(map(len, writes.before.values())) <= 3 * 128
+        old = StorageWeakRef(model.up.weight.untyped_storage())
+        model.up.weight.data = model.up.weight.data.clone()
+        assert old.expired()
+
+
+def _move(weight: Tensor) -> None:
+    weight.data = weight.data.clone()
+
+
+def _transpose_memory(weight: Tensor) -> None:
+    weight.data = weight.data.t().contiguous().t()
+
+
+def _free_and_fill_again(weight: Tensor) -> None:
+    values, storage = weight.detach().clone(), weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+    weight.data.copy_(values)
+
+
+@pytest.mark.parametrize("place", [_move, _transpose_memory, _free_and_fill_again])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_weight_that_lies_elsewhere_is_read_there(
+    place: Callable[[Tensor], None], factor: float
+) -> None:
+    def write(model: nn.Module, optimizer: Any) -> None:
+        scale(factor, "up.weight")(model, optimizer)
+        place(model.get_parameter("up.weight"))
+
+    # Other places in memory are other samples, where the elements were put in another order.
+    alerts = train(write)
+    is_reordered = place is _transpose_memory
+    assert [alert.where for alert in alerts] == [["up.weight"]] * (factor != 1.0 or is_reordered)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_changes_its_dtype_between_steps_is_no_write(dtype: torch.dtype) -> None:
+    model = network()
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.to(model.up.weight.dtype)).float()
+
+    def cast(wrapper: nn.Module, optimizer: Any) -> None:
+        model.to(dtype)
+        model.zero_grad()
+
+    assert not train(cast, Cast(), make=lambda m: torch.optim.SGD(m.parameters(), lr=1e-3))
+
+
+def test_a_weight_that_gets_gaps_in_memory_switches_the_part_off_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    def spread(model: nn.Module, optimizer: Any) -> None:
+        model.get_parameter("up.weight").data = torch.ones(24, 32)[:, ::2]
+
+    make = lambda m: torch.optim.SGD(m.parameters(), lr=0.0)  # noqa: E731
+    assert not train(spread, make=make, log_dir=tmp_path, strict=False)
+    (fault,) = lines(tmp_path, "fault")
+    assert fault["part"] == "writes" and "up.weight is no dense tensor" in fault["error"]
+    assert len(lines(tmp_path, "step")) == AT + 2
 
 
 @pytest.mark.parametrize("factor", [None, 1.0, 2.45])
