@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import islice
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ _MOST_CUTS = 8
 
 _WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LOW = (torch.float16, torch.bfloat16)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_DTYPE, _LAYOUT, _IS_CPU = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
 
 
 def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor:
@@ -45,12 +48,22 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
         return torch.tensor(read_square_sums(tensors), dtype=torch.float64)
 
     # 2. On any other device, without waiting for it.
-    dtype = widest(device)
+    return stack_norms(tensors, device).to(widest(device)).square()
+
+
+def stack_norms(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Return the norm of each tensor on a device that is no CPU, 0 for None: (len(tensors),).
+
+    The device is not waited for.
+
+    Args:
+        tensors: of any shapes, dtypes and layouts; sparse ones by their values.
+        device: of the norms.
+    """
     if not tensors:
-        return torch.zeros(0, dtype=dtype, device=device)
+        return torch.zeros(0, device=device)
     with torch.no_grad():
-        norms = _by_kind(tensors, device, _norms)
-        return torch.stack(norms).to(dtype).square()
+        return torch.stack(_by_kind(tensors, device, _norms))
 
 
 def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
@@ -60,38 +73,71 @@ def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
     long as five more of the same, since the step has emptied the caches. So Python numbers are used
     for what they can do.
     """
-    # 1. Cut what is neither small nor large, so that one call takes all of it.
-    pieces: list[Tensor | None] = []
+    # 1. What is not there is 0.
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return [0.0] * len(tensors)
+    squares = _read_squares(present)
+    if len(squares) == len(tensors):
+        return squares
+    following = iter(squares)
+    return [0.0 if tensor is None else next(following) for tensor in tensors]
+
+
+def _read_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the sum of squares of each tensor on a CPU as a number."""
+    # 1. Mostly one call takes all tensors as they are.
+    are_plain = _are_plain_float32(tensors)
+    if are_plain and max(map(Tensor.numel, tensors)) <= _WHOLE:
+        with torch.no_grad():
+            norms = torch._foreach_norm(list(tensors), 2)
+        return [norm * norm for norm in map(Tensor.item, norms)]
+
+    # 2. Cut what is neither small nor large, so that one call takes all of it.
+    pieces: list[Tensor] = []
     counts: list[int] = []
     for tensor in tensors:
         parts = _cut(tensor)
         pieces += parts
         counts.append(len(parts))
 
-    # 2. Sum the squares of each piece.
+    # 3. Sum the squares of each piece.
     with torch.no_grad():
-        norms = _by_kind(pieces, torch.device("cpu"), _norms)
+        if are_plain:
+            norms = _norms(pieces)
+        else:
+            norms = _by_kind(pieces, torch.device("cpu"), _norms)
     squares = [norm * norm for norm in map(Tensor.item, norms)]
 
-    # 3. Add up the pieces of each tensor, if one of them was cut.
+    # 4. Add up the pieces of each tensor, if one of them was cut.
     if len(squares) == len(counts):
         return squares
     following = iter(squares)
     return [sum(islice(following, count)) for count in counts]
 
 
-def _cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
+def _are_plain_float32(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are dense, on the CPU and of float32, as they mostly are.
+
+    Each test is one pass that runs no Python code for each tensor.
+    """
+    if not set(map(type, tensors)) <= _PLAIN_TYPES:
+        return False
+    if set(map(_DTYPE, tensors)) != {torch.float32}:
+        return False
+    return all(map(_IS_CPU, tensors)) and set(map(_LAYOUT, tensors)) == {torch.strided}
+
+
+def _cut(tensor: Tensor) -> Sequence[Tensor]:
     """Cut a tensor into pieces for which one sum in float32 is exact enough.
 
     Small tensors need no cut, and large ones are summed in chunks later: they stay in one piece.
     """
-    if tensor is None:
-        return [tensor]
     is_medium = _WHOLE < tensor.numel() <= _MOST_CUTS * _WHOLE
     if not is_medium:
-        return [tensor]
+        return (tensor,)
     if tensor.layout is not torch.strided or tensor.dtype in _LOW:
-        return [tensor]
+        return (tensor,)
     return _flat(tensor.detach()).split(_WHOLE)
 
 

@@ -9,8 +9,9 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
+from itertools import pairwise
+from operator import attrgetter
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from torch import Tensor
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
-from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums
+from jacdiag.monitor.square_sums import (
+    largest_elements,
+    read_square_sums,
+    square_sums,
+    stack_norms,
+)
 from jacdiag.sources.accelerators import widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
@@ -32,11 +38,15 @@ The rules on updates need eight of each. Two more make up for a first one withou
 """
 _USUAL_EVERY = 4  # steps between two update norms after that
 _ALERT_WINDOWS = 16  # steps with an update norm each, once something has moved the updates
+_GRADIENT, _IS_CPU = attrgetter("grad"), attrgetter("is_cpu")
+_PLAIN_OR_NONE = {Tensor, NoneType}
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
 # Sums of squares of some tensors: a tensor on their device, or numbers if the device is a CPU.
 Sums = Tensor | list[float]
+# The sum of squares of an update and that of the weights that it moved, in the same two forms.
+UpdateSquares = Tensor | tuple[float, float]
 
 
 @dataclass
@@ -85,6 +95,19 @@ class StepRow:
     values: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class GradientsOnDevice:
+    """Norms of the gradients of one optimizer, on their device.
+
+    Attributes:
+        places: of their parameters; None for all.
+        norms: one for each.
+    """
+
+    places: tuple[int, ...] | None
+    norms: Tensor
+
+
 @dataclass
 class StepMetrics:
     """The metrics of the last steps: a table on the device, and the rows of the host.
@@ -98,7 +121,6 @@ class StepMetrics:
         now: the same of the step at hand.
         table: the numbers of each step, (capacity, FIRST).
         squares: the sum of squares of each gradient, (capacity, parameters).
-        weights: a number for each weight that is finite if the weight is, (capacity, parameters).
         looks: how often the host waited for the device.
     """
 
@@ -123,14 +145,18 @@ class StepMetrics:
         self.squares = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
         # NumPy writes numbers faster, to the same memory.
         self._host_squares: Any = self.squares.numpy() if self.is_on_cpu else None
-        self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
+        # row -> the norms of its gradients, which lie on a device until the buffer is read
+        self._norms: dict[int, list[GradientsOnDevice]] = {}
 
         # 3. The row at hand, and what is kept between steps.
         self.now = StepRow()
         self._indices: dict[tuple[int, ...], Tensor] = {}  # places of some parameters -> on device
+        # row -> a number for each weight that is finite if the weight is
+        self._weights: dict[int, Tensor] = {}
         # row -> squares of its gradients before they were clipped
         self._unclipped: dict[int, Tensor] = {}
-        self._read_flags = (self.squares[:0], self.weights[:0])
+        self._read_squares = self.squares[:0]
+        self._read_weights: dict[int, Tensor] = {}
 
     @property
     def slot(self) -> int:
@@ -159,64 +185,74 @@ class StepMetrics:
             before: whether the step has not been made, so that the weights are those that the
                 gradients belong to.
         """
-        # 1. Sum the squares of each gradient.
+        # 1. The gradients of these parameters.
         places: tuple[int, ...] | None = None
         parameters = self.parameters
         if stepping is not None:
             places = tuple(k for k, p in enumerate(parameters) if id(p) in stepping)
             parameters = [parameters[k] for k in places]
-        gradients = [_local_gradient(p) for p in parameters]
-        squares = self.sum_squares(gradients, scale)
-
-        # 2. Look at the weights while they are those of the gradients.
-        if before:
-            self._look_at_weights(squares)
-
-        # 3. Put the sums where they belong in the row at hand.
+        gradients = _local_gradients(parameters)
         if not self.now.has_gradients:
-            self.now.with_gradient = 0
-        self.now.with_gradient += sum(gradient is not None for gradient in gradients)
-        self._put_squares(squares, places)
-        if inf is not None:
-            self.put(INF, inf)
-        self.now.has_gradients = True
+            self._begin_gradients(places)
 
-    def sum_squares(self, gradients: Sequence[Tensor | None], scale: Tensor | None = None) -> Sums:
-        """Return the sum of squares of each gradient, undoing a scale.
-
-        Returns:
-            Numbers on a CPU, else a tensor on the device, (gradients,).
-        """
-        # 1. Numbers on a CPU.
+        # 2. Their squares, and a look at the weights while they are those of the gradients.
         if self.is_on_cpu:
-            sums = read_square_sums(gradients)
-            if scale is None:
-                return sums
-            factor = float(scale) ** 2
-            return [square / factor for square in sums]
-
-        # 2. A tensor on any other device.
-        squares = square_sums(gradients, self.device)
-        if scale is None:
-            return squares
-        return squares / scale.to(self.device, squares.dtype).square()
-
-    def _put_squares(self, squares: Sums, places: tuple[int, ...] | None) -> None:
-        """Put the squares of all parameters, or of those at some places, into the row at hand."""
-        # 1. Parameters of other optimizers count as zero, until these step too.
-        if places is not None and not self.now.has_gradients:
-            self.squares[self.slot].zero_()
-
-        # 2. Numbers on a CPU, or a tensor on any other device.
-        if not isinstance(squares, Tensor):
+            squares = self._host_sums(gradients, scale)
+            if before:
+                self._look_at_host_weights(squares)
             columns: slice | list[int] = slice(None)
             if places is not None:
                 columns = list(places)
             self._host_squares[self.slot, columns] = squares
-        elif places is None:
-            self.squares[self.slot].copy_(squares)
         else:
-            self.squares[self.slot].index_copy_(0, self.index_of(places), squares)
+            norms = self._norms_on_device(gradients, scale)
+            self._norms.setdefault(self.slot, []).append(GradientsOnDevice(places, norms))
+            if before:
+                self._look_at_device_weights()
+
+        # 3. What the host knows of them.
+        self.now.with_gradient += len(gradients) - list(map(type, gradients)).count(NoneType)
+        if inf is not None:
+            self.put(INF, inf)
+        self.now.has_gradients = True
+
+    def _begin_gradients(self, places: tuple[int, ...] | None) -> None:
+        """Begin the row at hand: forget the gradients of a step that was dropped."""
+        self.now.with_gradient = 0
+        self._norms.pop(self.slot, None)
+        # Parameters of other optimizers count as zero, until these step too.
+        if self.is_on_cpu and places is not None:
+            self._host_squares[self.slot] = 0.0
+
+    def _host_sums(
+        self, gradients: Sequence[Tensor | None], scale: Tensor | None = None
+    ) -> list[float]:
+        """Return the sum of squares of each gradient as a number, undoing a scale."""
+        sums = read_square_sums(gradients)
+        if scale is None:
+            return sums
+        factor = float(scale) ** 2
+        return [square / factor for square in sums]
+
+    def _norms_on_device(
+        self, gradients: Sequence[Tensor | None], scale: Tensor | None = None
+    ) -> Tensor:
+        """Return the norm of each gradient on the device, undoing a scale."""
+        stacked = stack_norms(gradients, self.device)
+        if scale is None:
+            return stacked
+        dtype = self.squares.dtype
+        return stacked.to(dtype) / scale.to(self.device, dtype, non_blocking=True)
+
+    def sum_squares(self, tensors: Sequence[Tensor | None]) -> Sums:
+        """Return the sum of squares of each tensor.
+
+        Returns:
+            Numbers on a CPU, else a tensor on the device, (tensors,).
+        """
+        if self.is_on_cpu:
+            return read_square_sums(tensors)
+        return square_sums(tensors, self.device)
 
     def index_of(self, places: tuple[int, ...]) -> Tensor:
         """Return places as a tensor on the device, which each optimizer sends only once."""
@@ -231,25 +267,28 @@ class StepMetrics:
         self._indices[places] = index
         return index
 
-    def _look_at_weights(self, squares: Sums) -> None:
+    def _look_at_host_weights(self, squares: Sequence[float]) -> None:
+        """Note which weights are not finite, once in a row, if a gradient is not finite.
+
+        On a CPU the gradients are known at once.
+        """
+        if self.now.weights_seen or math.isfinite(sum(squares)):
+            return
+        self._look_at_all_weights()
+
+    def _look_at_device_weights(self) -> None:
         """Note which weights are not finite, once in a row.
 
-        The weights are read at every step on a device that may not be waited for. On a CPU, where
-        the gradients are known at once, they are read only if a gradient is not finite.
+        It is done at every step on a device that may not be waited for.
         """
-        if self.now.weights_seen:
+        if self.now.weights_seen or self.now.has_gradients:
             return
-        if self.is_on_cpu:
-            if math.isfinite(sum(squares)):
-                return
-        elif self.now.has_gradients:
-            return
-        self._read_weights()
+        self._look_at_all_weights()
 
-    def _read_weights(self) -> None:
-        """Put a number into the row at hand for each weight, which is finite if the weight is."""
+    def _look_at_all_weights(self) -> None:
+        """Keep a number for each weight, which is finite if the weight is."""
         weights = [_local_weight(p) for p in self.parameters]
-        self.weights[self.slot] = largest_elements(weights, self.device)
+        self._weights[self.slot] = largest_elements(weights, self.device)
         self.now.weights_seen = True
 
     def look_before_update(self) -> None:
@@ -259,12 +298,11 @@ class StepMetrics:
         read only if a gradient is not finite.
         """
         self._unclipped.pop(self.slot, None)
-        gradients = [_local_gradient(p) for p in self.parameters]
-        squares = self.sum_squares(gradients)
-        if self.is_on_cpu and math.isfinite(sum(squares)):
+        squares = self.sum_squares(_local_gradients(self.parameters))
+        if isinstance(squares, list) and math.isfinite(sum(squares)):
             return
         self._unclipped[self.slot] = torch.as_tensor(squares, dtype=self.squares.dtype)
-        self._read_weights()
+        self._look_at_all_weights()
 
     def nonfinite(self) -> tuple[Tensor, Tensor]:
         """Return which gradients and which weights were not finite in the rows read last.
@@ -274,9 +312,15 @@ class StepMetrics:
         Returns:
             Flags of the gradients and flags of the weights, (rows, parameters) each.
         """
-        squares, weights = self._read_flags
+        # 1. The gradients.
         self._count_look()
-        return squares.isfinite().logical_not().cpu(), weights.isfinite().logical_not().cpu()
+        is_bad_gradient = self._read_squares.isfinite().logical_not().cpu()
+
+        # 2. The weights. Those of a row that nobody looked at count as finite.
+        is_bad_weight = torch.zeros_like(is_bad_gradient)
+        for place, weights in self._read_weights.items():
+            is_bad_weight[place] = weights.isfinite().logical_not().cpu()
+        return is_bad_gradient, is_bad_weight
 
     def put(self, column: int, value: Any) -> None:
         """Put a scalar into the row at hand, without waiting for its device.
@@ -308,13 +352,18 @@ class StepMetrics:
         else:
             self.table[self.slot, column] = scalar
 
-    def put_update(self, moved: Tensor | float, weight: Tensor | float) -> None:
-        """Put the sum of squares of an update, and that of the weights that it moved."""
-        if isinstance(moved, Tensor) and isinstance(weight, Tensor):
-            self.table[self.slot, UPDATE : WEIGHT + 1] = torch.stack([moved, weight])
+    def put_update(self, label: str, update: UpdateSquares) -> None:
+        """Put the squares of an update into the row at hand.
+
+        Args:
+            label: of the sub-layer.
+            update: what was measured of it.
+        """
+        self.now.update = label
+        if isinstance(update, Tensor):
+            self.table[self.slot, UPDATE : WEIGHT + 1] = update
         else:
-            self.now.values[UPDATE] = float(moved)
-            self.now.values[WEIGHT] = float(weight)
+            self.now.values[UPDATE], self.now.values[WEIGHT] = update
 
     def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
         """Put the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
@@ -343,10 +392,11 @@ class StepMetrics:
         rows = self.rows
         count, groups = len(rows), len(self.groups.labels)
         if not rows:
-            self._read_flags = (self.squares[:0], self.weights[:0])
+            self._read_squares, self._read_weights = self.squares[:0], {}
             return [], torch.zeros(0, FIRST + groups, dtype=torch.float64)
 
         # 1. Sum the squares of each sub-layer.
+        self._collect_norms(count)
         sums = self.table.new_zeros(count, groups)
         sums.index_add_(1, self.index, self.squares[:count] * self.shares)
 
@@ -374,6 +424,35 @@ class StepMetrics:
         self._empty(count)
         return rows, torch.cat([columns, squares.view(count, groups)], dim=1)
 
+    def _collect_norms(self, count: int) -> None:
+        """Square the norms of the first rows that lie on the device, and put them in place."""
+        # 1. Norms of the same parameters are taken together.
+        rows_of: dict[tuple[int, ...] | None, list[int]] = {}
+        norms_of: dict[tuple[int, ...] | None, list[Tensor]] = {}
+        for row in sorted(self._norms):
+            if row >= count:
+                continue
+            of_row = self._norms.pop(row)
+            # What another optimizer holds counts as zero, until that one steps too.
+            if of_row[0].places is not None:
+                self.squares[row].zero_()
+            for gradients in of_row:
+                rows_of.setdefault(gradients.places, []).append(row)
+                norms_of.setdefault(gradients.places, []).append(gradients.norms)
+
+        # 2. Put their squares into the rows, one after the other if some were left out.
+        for places, rows in rows_of.items():
+            dtype = self.squares.dtype
+            squares = torch.stack([norms.to(dtype) for norms in norms_of[places]]).square()
+            columns = None if places is None else self.index_of(places)
+            for start, stop in _runs_of(rows):
+                target = self.squares[rows[start] : rows[stop - 1] + 1]
+                values = squares[start:stop]
+                if columns is None:
+                    target.copy_(values)
+                else:
+                    target.index_copy_(1, columns, values)
+
     def _count_look(self) -> None:
         if not self.is_on_cpu:
             self.looks += 1
@@ -389,24 +468,38 @@ class StepMetrics:
         for place in range(count):
             if place in self._unclipped:
                 squares[place] = self._unclipped.pop(place)
-        self._read_flags = (squares, self.weights[:count].clone())
+        self._read_squares = squares
+        self._read_weights = {row: w for row, w in self._weights.items() if row < count}
 
         # 2. Keep the row of the step at hand.
-        pending_squares = self._unclipped.pop(count, None)
-        self._unclipped = {}
-        if pending_squares is not None:
-            self._unclipped[0] = pending_squares
-        tables = (self.table, self.squares, self.weights)
+        for by_row in (self._norms, self._weights, self._unclipped):
+            _keep_as_first(by_row, count)
         pending_rows: list[Tensor] = []
         if self.now.has_gradients and count < self.capacity:
-            pending_rows = [table[count].clone() for table in tables]
+            pending_rows = [table[count].clone() for table in (self.table, self.squares)]
 
         # 3. Empty the buffer, and put that row first.
         self.table.fill_(torch.nan)
         self.squares.fill_(torch.nan)
-        self.weights.zero_()
-        for table, pending_row in zip(tables, pending_rows, strict=False):
+        for table, pending_row in zip((self.table, self.squares), pending_rows, strict=False):
             table[0] = pending_row
+
+
+def _keep_as_first(by_row: dict[int, Any], row: int) -> None:
+    """Keep what belongs to one row alone, which becomes the first."""
+    pending = by_row.pop(row, None)
+    by_row.clear()
+    if pending is not None:
+        by_row[0] = pending
+
+
+def _runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where each run of rows that follow each other begins and ends among them."""
+    starts = [0]
+    for place in range(1, len(rows)):
+        if rows[place] != rows[place - 1] + 1:
+            starts.append(place)
+    return list(pairwise([*starts, len(rows)]))
 
 
 def _to_number(value: Any) -> float:
@@ -424,12 +517,13 @@ def _columns(values: Mapping[int, float]) -> list[float]:
     return [values.get(column, math.nan) for column in range(FIRST)]
 
 
-def _local_gradient(parameter: Tensor) -> Tensor | None:
-    """Return what this rank holds of a gradient; None if there is none."""
-    gradient = parameter.grad
-    if gradient is None or type(gradient) is Tensor:
-        return gradient
-    return local(gradient)
+def _local_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return what this rank holds of each gradient; None where there is none."""
+    gradients: list[Tensor | None] = list(map(_GRADIENT, parameters))
+    # Mostly they are plain tensors, which are what this rank holds.
+    if set(map(type, gradients)) <= _PLAIN_OR_NONE:
+        return gradients
+    return [None if gradient is None else local(gradient) for gradient in gradients]
 
 
 def _local_weight(parameter: Tensor) -> Tensor:
@@ -467,9 +561,9 @@ class UpdateTurn:
 
     Several optimizers may hold a part of the sub-layer. A window begins with the first optimizer
     that steps after `Watch.step` and ends with the next `Watch.step`. At its beginning a copy is
-    made of the weights of the sub-layer whose turn it is. What an optimizer moved is summed when
-    its outermost step ends, so that the moves of a wrapper around it count. The copy is then let
-    go.
+    made of the weights of the sub-layer whose turn it is. What an optimizer moved is taken when its
+    outermost step ends, so that the moves of a wrapper around it count. The squares are summed when
+    all of the sub-layer has moved, or when the window ends. The copy is then let go.
 
     Args:
         groups: the sub-layers.
@@ -504,9 +598,9 @@ class UpdateTurn:
         self.chosen: int | None = None
         # place in the group -> the member, and a copy of its weights
         self.before: dict[int, tuple[GroupMember, Tensor]] = {}
-        self.moved: list[Tensor | float] = []  # sums of squares, one for each outermost step
-        # sum of squares of the weights, if all of them were measured in one go
-        self.weight: Tensor | float | None = None
+        # the members that have moved, and how far
+        self.moved: list[tuple[GroupMember, Tensor]] = []
+        self.update: UpdateSquares | None = None  # once all members have moved
         self.stepped: set[int] = set()
         self.opened = False
         self.touched = False
@@ -531,9 +625,8 @@ class UpdateTurn:
             members = self._trained_members(group)
             if any(self._may_move(member, stepping, has_closure) for member in members):
                 self.chosen = group
-                with torch.no_grad():
-                    copies = [(m, _local_weight(m.parameter).clone()) for m in members]
-                self.before = dict(enumerate(copies))
+                copies = _copy_all([_local_weight(m.parameter) for m in members])
+                self.before = dict(enumerate(zip(members, copies, strict=True)))
                 return
 
     def _is_turn(self) -> bool:
@@ -575,7 +668,7 @@ class UpdateTurn:
             self.rhythms[optimizer].stepped(self.window)
 
     def measure(self, metrics: StepMetrics) -> None:
-        """Sum what the optimizers that stepped have moved; call when an outermost step has ended.
+        """Take what the optimizers that stepped have moved; call when an outermost step has ended.
 
         Args:
             metrics: sums the squares, on the device of the weights.
@@ -588,7 +681,6 @@ class UpdateTurn:
         ]
         if not done:
             return
-        has_all = not self.moved and len(done) == len(self.before)
         copies = [self.before.pop(place) for place in done]
         members = [member for member, _ in copies]
         if any(member.parameter.grad is not None for member in members):
@@ -599,14 +691,23 @@ class UpdateTurn:
             weights = [_local_weight(member.parameter) for member in members]
             differences = [old for _, old in copies]
             torch._foreach_sub_(differences, weights)
+        self.moved += zip(members, differences, strict=True)
 
-        # 3. Sum the squares; those of the weights in the same call, if nothing else is to move.
-        if not has_all:
-            self.moved.append(_sum_shares(metrics.sum_squares(differences), members))
-            return
-        sums = metrics.sum_squares([*differences, *weights])
-        self.moved.append(_sum_shares(sums[: len(members)], members))
-        self.weight = _sum_shares(sums[len(members) :], members)
+        # 3. Sum the squares once all members have moved, while the weights are those of the step.
+        if not self.before:
+            self._sum_moves(metrics)
+
+    def _sum_moves(self, metrics: StepMetrics) -> None:
+        """Sum the squares of the moves, and those of all weights of the sub-layer."""
+        assert self.chosen is not None
+        members = self._trained_members(self.chosen)
+        weights = [_local_weight(member.parameter) for member in members]
+        moved = [member for member, _ in self.moved]
+        differences = [difference for _, difference in self.moved]
+        with torch.no_grad():
+            sums = metrics.sum_squares([*differences, *weights])
+            self.update = _sum_both(sums, moved, members)
+        self.moved.clear()
 
     def close(self, metrics: StepMetrics) -> None:
         """End the window: put the update into the row at hand."""
@@ -616,7 +717,9 @@ class UpdateTurn:
         # 1. A window in which nothing could be measured leaves its turn to the next one.
         self._since_measured += 1
         self._close_looks_left -= 1
-        if self.chosen is not None and self.moved:
+        if self.moved:
+            self._sum_moves(metrics)
+        if self.chosen is not None and self.update is not None:
             self._since_measured = 0
 
             # 2. The sub-layer goes to the end of the queue.
@@ -624,40 +727,51 @@ class UpdateTurn:
             self.queue.append(self.chosen)
             if self.touched:
                 self._young_left -= 1
-                self._put_update(metrics, self.chosen)
+                metrics.put_update(self.groups.labels[self.chosen], self.update)
         self.drop()
-
-    def _put_update(self, metrics: StepMetrics, group: int) -> None:
-        weight = self.weight
-        # It is there already if it was summed together with the update.
-        if weight is None:
-            members = self._trained_members(group)
-            weights = [_local_weight(member.parameter) for member in members]
-            weight = _sum_shares(metrics.sum_squares(weights), members)
-        metrics.put_update(reduce(add, self.moved), weight)
-        metrics.now.update = self.groups.labels[group]
 
     def drop(self) -> None:
         """End the window without an update."""
         self.before.clear()
         self.moved.clear()
-        self.weight = None
+        self.update = None
         self.stepped.clear()
         self.chosen = None
         self.opened = False
         self.touched = False
 
 
-def _sum_shares(sums: Sums, members: Sequence[GroupMember]) -> Tensor | float:
-    """Return the sum over tensors, each with the share that this rank counts."""
-    # 1. Numbers on a CPU.
+def _copy_all(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of some weights, made by one operation on a device."""
+    with torch.no_grad():
+        # On a CPU that would be an operation for each, and one more to allocate it.
+        if any(map(_IS_CPU, weights)):
+            return [weight.clone() for weight in weights]
+        copies = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(copies, list(weights), non_blocking=True)
+        return copies
+
+
+def _sum_both(
+    sums: Sums, moved: Sequence[GroupMember], members: Sequence[GroupMember]
+) -> UpdateSquares:
+    """Return the sum of squares of an update, and that of the weights.
+
+    Args:
+        sums: of squares of each move, then of each weight.
+        moved: whose moves these are.
+        members: whose weights these are.
+    """
+    # 1. Numbers on a CPU, each with the share that this rank counts.
+    shares = [member.share for member in [*moved, *members]]
+    count = len(moved)
     if isinstance(sums, list):
-        return sum(value * member.share for value, member in zip(sums, members, strict=True))
+        weighted = [share * square for share, square in zip(shares, sums, strict=True)]
+        return sum(weighted[:count]), sum(weighted[count:])
 
     # 2. A tensor on any other device. Without shards every tensor counts in full.
-    if all(member.share == 1.0 for member in members):
-        return sums.sum()
-
-    # 3. Else each by its share.
-    shares = [value * m.share for value, m in zip(sums.unbind(), members, strict=True)]
-    return torch.stack(shares).sum()
+    if set(shares) != {1.0}:
+        sums = torch.stack([s * share for s, share in zip(sums.unbind(), shares, strict=True)])
+    if count == len(members):
+        return sums.view(2, count).sum(dim=1)
+    return torch.stack([sums[:count].sum(), sums[count:].sum()])

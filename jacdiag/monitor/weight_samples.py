@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from math import gcd
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ Sample = Any
 # of 16 bits have an integer each, so that bits of one are never compared with those of the other.
 _BITS = {1: np.uint8, 2: np.int16, 4: np.uint32, 8: np.uint64}
 _BITS_OF_BFLOAT16 = np.uint16
+
+_DTYPE = attrgetter("dtype")
 
 
 def is_readable(member: GroupMember, device: torch.device) -> bool:
@@ -80,12 +83,14 @@ class HostReader:
     def __init__(self, members: Sequence[GroupMember], places: Sequence[int]) -> None:
         self.places = list(places)
         self.members = [members[place] for place in places]
+        # Plain parameters stay the objects that they are. A shard is looked up at each reading.
+        self._parameters = [member.parameter for member in self.members]
+        self._are_plain = set(map(type, self._parameters)) == {torch.nn.Parameter}
         self._lay_out()
 
     def read(self) -> np.ndarray[Any, Any]:
         """Return the samples of all weights, one after the other."""
-        pieces = [_piece(member) for member in self.members]
-        if not all(map(_lies_at, pieces, self._layouts)):
+        if self._layout_now() != self._layout:
             self._lay_out()
         return np.concatenate(self._slices)
 
@@ -98,7 +103,7 @@ class HostReader:
 
     def are_equal(self, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> bool:
         """Return whether two readings are equal, bit by bit."""
-        return bool((before == after).all())
+        return before.tobytes() == after.tobytes()
 
     def as_tensor(self, sample: np.ndarray[Any, Any]) -> Tensor:
         """Return one of the last two readings as a tensor of the weights' dtype."""
@@ -116,16 +121,30 @@ class HostReader:
         Raises:
             RuntimeError: one of them is no dense tensor on the CPU any more.
         """
-        self._layouts: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
         self._slices: list[np.ndarray[Any, Any]] = []
         for member in self.members:
             piece = _piece(member)
             if piece.device.type != "cpu" or not _is_dense(piece):
                 raise RuntimeError(f"{member.name} is no dense tensor on the CPU any more")
-            self._layouts.append(_layout_of(piece))
             self._slices.append(_slice_of_memory(piece))
         self.counts = [len(part) for part in self._slices]
-        self._dtype = self._layouts[0][2]
+        self._dtype = _piece(self.members[0]).dtype
+        self._layout = self._layout_now()
+
+    def _layout_now(self) -> tuple[list[Any], ...]:
+        """Return where the weights lie and how.
+
+        The addresses tell the device too: no two devices share one.
+        """
+        pieces = self._parameters
+        if not self._are_plain:
+            pieces = list(map(_piece, self.members))
+        return (
+            list(map(Tensor.data_ptr, pieces)),
+            list(map(Tensor.numel, pieces)),
+            list(map(Tensor.stride, pieces)),
+            list(map(_DTYPE, pieces)),
+        )
 
 
 class DeviceReader:
@@ -174,7 +193,7 @@ class DeviceReader:
         """Let go of the weights."""
         self._views = []
 
-    def are_equal(self, before: Tensor, after: Tensor) -> bool:
+    def are_equal(self, _before: Tensor, _after: Tensor) -> bool:
         """Return False: only a wait for the device could tell."""
         return False
 
@@ -238,24 +257,6 @@ def _is_dense(piece: Tensor) -> bool:
     if piece.layout is not torch.strided:
         return False
     return torch.ops.aten.is_non_overlapping_and_dense.default(piece)
-
-
-def _layout_of(piece: Tensor) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
-    return piece.data_ptr(), piece.numel(), piece.dtype, piece.stride()
-
-
-def _lies_at(piece: Tensor, layout: tuple[int, int, torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a tensor lies where it lay, in the same layout.
-
-    Its address alone tells its device too: no two devices share one.
-    """
-    address, elements, dtype, stride = layout
-    return (
-        piece.data_ptr() == address
-        and piece.numel() == elements
-        and piece.dtype is dtype
-        and piece.stride() == stride
-    )
 
 
 def _slice_of_memory(piece: Tensor) -> np.ndarray[Any, Any]:

@@ -199,9 +199,7 @@ class WeightWrites:
         reader = self.readers[part]
         if reader.are_equal(before, after):
             return
-        self.gaps.append(
-            Gap(metrics.slot, part, reader.as_tensor(before), reader.as_tensor(after))
-        )
+        self.gaps.append(Gap(metrics.slot, part, reader.as_tensor(before), reader.as_tensor(after)))
         metrics.now.written_after = self.ended[optimizer]
 
     def settle(self, metrics: StepMetrics) -> None:

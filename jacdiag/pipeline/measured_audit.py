@@ -420,7 +420,7 @@ class Audit:
 
         # 1. One forward tells the shortcuts.
         with self._phase("first look"):
-            token_ids = self.probe.token_ids
+            token_ids = self._ids_to_name
             known = Share([describe_unmeasured(site, token_ids) for site in self.sites])
             progress.show_first_look(self._judged_look(known, checks))
         if self.request.options.decide:
