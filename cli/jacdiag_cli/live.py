@@ -51,7 +51,7 @@ def live(
     RUN is a run.jsonl, or the folder that holds one.
 
     The command only reads the log. The run does not notice it, and goes on after Ctrl-C. A terminal
-    of 80 x 24 is enough. The last line says whether the run goes on, is slow, has ended, or is dead.
+    of 80 x 24 is enough. The last line says whether the run goes on, is slow, has ended or is dead.
     To tell a dead run from a slow one, the process must run on this machine.
 
     \b

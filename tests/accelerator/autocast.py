@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerator.machine import NAME
 from torch import Tensor
+
+from accelerator.machine import NAME
 
 # Run in the type of autocast (torch/docs/amp, "CUDA Ops that can autocast to float16").
 LOWER = (

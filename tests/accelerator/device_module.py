@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from accelerator import machine as state
 from accelerator.machine import NAME, index_of, machine
-from torch import Tensor
 
 _streams_made = 0
 

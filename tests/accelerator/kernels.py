@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerator.machine import NAME, Copy, index_of, machine
 from torch import Tensor
+
+from accelerator.machine import NAME, Copy, index_of, machine
 
 # Kinds of device in DLPack (dlpack.h): the CPU, and one for backends outside of torch.
 _CPU, _EXTENSION = 1, 12

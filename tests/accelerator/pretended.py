@@ -36,12 +36,12 @@ import torch
 # They take functions and classes of torch when they are imported, before a block replaces these.
 import torch._decomp.decompositions_for_jvp
 import torch._dynamo
-from accelerator import autocast, device_module, kernels
-from accelerator.machine import NAME, Counts, Machine, Switches, install, is_on, machine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import backend_registration
 
+from accelerator import autocast, device_module, kernels
+from accelerator.machine import NAME, Counts, Machine, Switches, install, is_on, machine
 from jacdiag.sources.accelerators import has_float64
 
 __all__ = ["NAME", "Counts", "Switches", "memory_in_use", "pretended_device"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator.pretended import NAME, memory_in_use, pretended_device
 from torch import Tensor, nn
 
 import jacdiag
+from accelerator.pretended import NAME, memory_in_use, pretended_device
 from jacdiag.errors import UsageError
 from jacdiag.monitor import probe_memory
 from jacdiag.pipeline.provenance import peak_memory_mb

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator.pretended import NAME, memory_in_use, pretended_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from accelerator.pretended import NAME, memory_in_use, pretended_device
 from jacdiag.sources.gpt import GPT, build
 
 

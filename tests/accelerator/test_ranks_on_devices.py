@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerator.pretended import NAME
-from accelerator.specimens import figures, ids, tiny
 from distributed.rig import as_ranks
 
 import jacdiag
+from accelerator.pretended import NAME
+from accelerator.specimens import figures, ids, tiny
 
 PROGRAM = f'''
 import json, os, sys

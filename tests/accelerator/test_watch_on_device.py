@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator.pretended import NAME, Counts, pretended_device
-from accelerator.training import train
 from monitor.rig import adam, batch, lines, small
 from monitor.test_integrations import hf_data, hf_model
 from torch import Tensor
 
 import jacdiag
+from accelerator.pretended import NAME, Counts, pretended_device
+from accelerator.training import train
 from jacdiag.monitor.integrations import huggingface, lightning
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

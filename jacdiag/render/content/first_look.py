@@ -26,4 +26,5 @@ def first_look_lines(report: Report) -> list[str]:
     status = condition(report, "JD102")
     if status in ("unknown", "not selected"):
         return []
-    return [f"first look: {_NAMES['JD102']} {status_words(status)}; {_NAMES['JD101']} not measured yet"]
+    shortcut = f"{_NAMES['JD102']} {status_words(status)}"
+    return [f"first look: {shortcut}; {_NAMES['JD101']} not measured yet"]
