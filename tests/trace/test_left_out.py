@@ -205,7 +205,7 @@ def test_scatter_sums_are_listed_and_replayed(how: str) -> None:
 
 def test_a_sum_written_back_to_some_positions_is_named() -> None:
     found = jacdiag.sites(SomePositions("setitem").eval(), torch.randn(2, 5, D))
-    assert sum("some positions" in item.reason for item in found.left_out) == 3
+    assert sum("a part of the stream" in item.reason for item in found.left_out) == 3
     assert all("test_left_out.py:" in item.line for item in found.left_out)
 
 
@@ -264,3 +264,61 @@ def test_message_passing_lists_node_and_edge_streams() -> None:
     assert not found.left_out
     assert not any(site.nested for site in found)
     assert all(torch.equal(site.branch(site.shortcut), site.value) for site in found)
+
+
+class PartOfTheStream(nn.Module):
+    """Layers that add to a part of the stream, between layers that add to all of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.plain = nn.ModuleList([mlp() for _ in range(3)])
+        self.partial = nn.ModuleList([mlp() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.plain[0](x)
+        for plain, partial in zip(self.plain[1:], self.partial, strict=True):
+            x = self.add(x, partial(x))
+            x = x + plain(x)
+        return x
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        if self.how == "halves":
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat([first + branch[..., : D // 2], second], dim=-1)
+        if self.how == "joined":
+            return torch.cat([x[:, :2] + branch[:, :2], x[:, 2:]], dim=1)
+        y = x.clone()
+        if self.how == "in place":
+            y[:, 1:] += branch[:, 1:]
+        else:
+            y[:, 1:] = x[:, 1:] + branch[:, 1:]
+        return y
+
+
+@pytest.mark.parametrize("how", ["halves", "joined", "in place", "written"])
+def test_sums_on_a_part_of_the_stream_are_named(how: str) -> None:
+    found = jacdiag.sites(PartOfTheStream(how), torch.randn(2, 6, D))
+    assert [site.name for site in found] == ["plain.0", "plain.1", "plain.2"]
+    assert len(found.left_out) == 2
+    assert all("a part of the stream only" in item.reason for item in found.left_out)
+
+
+class Joined(nn.Module):
+    """A table is added to a part of what is joined: no function of the stream is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, D))
+        self.plain = nn.ModuleList([mlp() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for plain in self.plain:
+            x = torch.cat([x[:, :2] + self.table, x[:, 2:]], dim=1)
+            x = x + plain(x)
+        return x
+
+
+def test_a_table_that_is_added_to_a_part_is_no_residual_sum() -> None:
+    found = jacdiag.sites(Joined(), torch.randn(2, 6, D))
+    assert len(found) == 2 and not found.left_out

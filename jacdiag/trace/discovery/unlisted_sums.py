@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.additions import Term
 from jacdiag.trace.graph.graph import Graph, Node, Value
-from jacdiag.trace.graph.ops import SELECT_POSITIONS, SUMS_OF_A_STACK, WRITE_POSITIONS
+from jacdiag.trace.graph.ops import (
+    CUT_INTO_PIECES,
+    SELECT_POSITIONS,
+    SUMS_OF_A_STACK,
+    WRITE_POSITIONS,
+)
 
 _MOST_STEPS = 64  # of a walk back from a term
 _MOST_VALUES = 32  # that a walk on from a stack visits
+_ADDS_IN_PLACE = ("add_", "__iadd__", "sub_", "__isub__")
+_JOINS = ("cat", "concat", "concatenate", "hstack", "vstack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ def _reason_of_sum(node: int, streams: _Streams) -> str:
 
     # 2. One term is a part of the stream.
     if streams.adds_to_part(node):
-        return "the branch is added to some positions only, which are then written back"
+        return "the branch is added to a part of the stream only, which is then put back"
     return ""
 
 
@@ -327,44 +334,58 @@ class _Streams:
         return self.finder.has_product(calls_between)
 
     def adds_to_part(self, node: int) -> bool:
-        """Return whether a branch is added to some positions of its shortcut and written back."""
-        pairs = self._pairs(node)
-        if not pairs or not self._is_written_back(node):
-            return False
-
-        # The branch is a function of all positions.
-        for shortcut, branch in pairs:
-            all_positions = self._selected_from(shortcut.operand)
-            if all_positions is None:
-                continue
-            if self.finder.is_branch(all_positions, branch):
-                return True
+        """Return whether a branch is added to a part of its shortcut, which is then put back."""
+        # The branch is a function of all of the shortcut.
+        for shortcut, branch in self._pairs(node):
+            for whole in self._wholes_of(shortcut.operand):
+                if self.finder.is_branch(whole, branch) and self._is_put_back(node, whole):
+                    return True
         return False
 
-    def _selected_from(self, value: int | None) -> int | None:
-        """Return the value that another is a selection of positions of; None if of none."""
+    def _wholes_of(self, value: int | None) -> list[int]:
+        """Return the value that another is a part of, and what that is a copy of; [] if of none."""
         if value is None:
-            return None
+            return []
 
         # An input, a parameter or a constant was not selected from anything.
         maker = self.graph.values[value].node
         if maker < 0:
-            return None
+            return []
 
         # A selection reads what it selects from first.
         record = self.graph.nodes[maker]
-        if record.name not in SELECT_POSITIONS:
-            return None
-        return record.inputs[0]
+        if record.name not in SELECT_POSITIONS | CUT_INTO_PIECES:
+            return []
+        wholes = [record.inputs[0]]
 
-    def _is_written_back(self, node: int) -> bool:
-        """Return whether a call that writes to positions reads a result of another call."""
-        readers: set[str] = set()
-        for output in self.graph.nodes[node].outputs:
-            # The names of the calls that read it.
-            calls = self.graph.values[output].consumers
-            readers.update(self.graph.nodes[call].name for call in calls)
-        return not readers.isdisjoint(WRITE_POSITIONS)
+        # A copy is written to where the original must stay.
+        maker = self.graph.values[wholes[0]].node
+        if maker >= 0 and self.graph.nodes[maker].name == "clone":
+            wholes.append(self.graph.nodes[maker].inputs[0])
+        return wholes
+
+    def _is_put_back(self, node: int, whole: int) -> bool:
+        """Return whether a sum takes its place in the value that its shortcut is a part of.
+
+        Args:
+            node: the sum.
+            whole: what the shortcut was selected from.
+        """
+        # 1. It is written to the memory of a part.
+        record = self.graph.nodes[node]
+        if record.name in _ADDS_IN_PLACE:
+            return True
+
+        # 2. A later call writes it back, or joins the parts again.
+        shape = self.graph.values[whole].shape
+        for output in record.outputs:
+            for reader in self.graph.values[output].consumers:
+                call = self.graph.nodes[reader]
+                if call.name in WRITE_POSITIONS:
+                    return True
+                if call.name in _JOINS and self._output_of_shape(call, shape) is not None:
+                    return True
+        return False
 
     def mixes(self, node: int) -> bool:
         """Return whether outputs of one shape are stacked and then summed into the stream again."""

@@ -91,8 +91,30 @@ class Replayer:
         return Spot(Where.RESULT, key, occurrence, record.position, record.shape)
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
-        """Return a place at a call, for the run of the given module call."""
+        """Return a place at a call, for the run of the given module call.
+
+        Args:
+            where: what of the call.
+            node: the call.
+            invocation: index of the module call that is run again.
+            position: among the operands or terms. Of a result, the first one is met.
+        """
+        if where is Where.RESULT:
+            position = self._position_of_result(node)
         return Spot(where, *self.occurrence(node, invocation), position)
+
+    def _position_of_result(self, node: int) -> int:
+        """Return the position of a call's first result; of what it wrote to, if it returns none.
+
+        `y[:, 1:] = z` returns nothing.
+        """
+        positions = [
+            self.graph.values[output].position for output in self.graph.nodes[node].outputs
+        ]
+        returned = [position for position in positions if position >= 0]
+        if returned or not positions:
+            return min(returned, default=0)
+        return positions[0]
 
     def end_of(self, site: Site, invocation: int) -> Spot:
         """Return where a site's branch is met: as a term of its addition.

@@ -76,6 +76,21 @@ def _sub(
     return [_plain(a), _scaled(b if b is not None else other, -alpha)]
 
 
+def _rsub(a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1) -> list[Part | None]:
+    """Return the terms b and -alpha * a."""
+    return [_plain(b if b is not None else other), _scaled(a, -alpha)]
+
+
+def _addcdiv(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
+    """Return the terms a and value * x / y."""
+
+    def quotient() -> Tensor:
+        result: Tensor = x / y if value == 1 else value * x / y
+        return result
+
+    return [_plain(a), Part((x, y), quotient)]
+
+
 def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
     """Return the terms a and value * x * y."""
 
@@ -143,7 +158,9 @@ def _index_put(a: Any, indices: Any, values: Any, accumulate: bool = False) -> l
 FORMS: dict[str, Callable[..., list[Part | None]]] = {
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
     **dict.fromkeys(("sub", "sub_", "subtract", "__sub__", "__isub__"), _sub),
+    **dict.fromkeys(("rsub", "__rsub__"), _rsub),
     **dict.fromkeys(("addcmul", "addcmul_"), _addcmul),
+    **dict.fromkeys(("addcdiv", "addcdiv_"), _addcdiv),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), _addmm),
     **dict.fromkeys(("lerp", "lerp_"), _lerp),
     **dict.fromkeys(("index_add", "index_add_"), _index_add),
