@@ -6,6 +6,7 @@ What users may rely on is in `test_public_names.py`; what is packaged is in `tes
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -100,20 +101,30 @@ def dotted_name(path: Path) -> str:
     return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield each module that a file imports, and the line.
+@functools.cache
+def nodes_of(source: str) -> list[ast.AST]:
+    """Return all nodes of a file, which several tests walk through."""
+    return list(ast.walk(ast.parse(source)))
+
+
+@functools.cache
+def imported_modules(path: Path) -> list[tuple[str, int]]:
+    """Return each module that a file imports, and the line.
 
     Imports inside functions and under `if TYPE_CHECKING` count, too.
     """
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    modules: list[tuple[str, int]] = []
+    for node in nodes_of(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, node.lineno
+                modules.append((alias.name, node.lineno))
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{relative(path)}:{node.lineno}: relative import"
-            yield node.module or "", node.lineno
+            modules.append((node.module or "", node.lineno))
             for alias in node.names:
-                yield f"{node.module}.{alias.name}", node.lineno
+                modules.append((f"{node.module}.{alias.name}", node.lineno))
+
+    return modules
 
 
 def folder_of_module(module: str) -> str | None:
@@ -257,7 +268,7 @@ SAME_CLASS_NAME_IN_TWO_INTEGRATIONS = {"WatchCallback"}
 
 def public_classes(source: str) -> Iterator[tuple[str, int]]:
     """Yield the name and the line of each class of a file that has no leading underscore."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield node.name, node.lineno
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,28 +163,15 @@ def by_torchrun(folder: Path, *args: str, bad: int | None = None, interrupt: boo
     """Runs `torchrun --nproc-per-node 2 -m jacdiag_cli ARGS`, with Ctrl-C in the middle if
     asked.
     """
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    process = subprocess.Popen(
-        [*torchrun, "-m", "jacdiag_cli", *args],
-        cwd=folder,
-        env=environment(folder, BAD=str(bad)),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "jacdiag_cli", *args]
+    process = fork_server().start(command, folder, environment(folder, BAD=str(bad)))
     try:
         if interrupt:
             until_measuring(folder, 0)
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-        return Ended(process.returncode, out, err)
+        return Ended(process.wait(0), out, err)
     finally:
         process.kill()
 

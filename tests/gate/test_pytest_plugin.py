@@ -19,6 +19,7 @@ import click
 import pytest
 import torch
 import yaml
+from fork_server import fork_server
 from gate import net
 from jacdiag_cli.main import cli, main
 
@@ -84,21 +85,12 @@ def write_suite(folder: Path) -> None:
 
 def pytest_run(folder: Path, *args: str) -> tuple[int, str]:
     write_suite(folder)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-rs",
-        *args,
-    ]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-rs", *args]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env["COLUMNS"] = "200"
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
-    return done.returncode, done.stdout + done.stderr
+    process = fork_server().start(["-m", "pytest", *options], folder, env)
+    output, errors = process.communicate(timeout=300)
+    return process.wait(0), output + errors
 
 
 def test_without_the_option_they_are_skipped(tmp_path: Path) -> None:

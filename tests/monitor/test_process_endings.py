@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import fork_server
 from jacdiag_cli.live import Follower
 from monitor.rig import adam, lines, plain_step, small
 
@@ -45,14 +46,10 @@ class Run:
 
     def __init__(self, root: Path, names: tuple[str, ...]) -> None:
         self.root = root
-        done = subprocess.run(
-            [sys.executable, str(PROGRAM), str(root), *names],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        self.ends: dict[str, list[Any]] = json.loads(done.stdout)
+        program = fork_server().start([PROGRAM, root, *names])
+        output, errors = program.communicate(timeout=300)
+        assert program.returncode == 0, errors
+        self.ends: dict[str, list[Any]] = json.loads(output)
 
     def code(self, name: str) -> int:
         return int(self.ends[name][0])

@@ -4,13 +4,11 @@ back.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from fork_server import fork_server
 
 from jacdiag.spectra.rounding import full_precision
 
@@ -60,15 +58,14 @@ assert state() == before
 
 
 def run(*setups: str) -> None:
-    """Check each setting, one after the other, in a process of its own: the flags are the
-    process's.
+    """Check each setting, one after the other, in a process of its own: the flags are those of
+    the process.
     """
     code = "import torch\nfrom jacdiag.spectra import JacobianOperator\n"
     code += "".join(setup + BODY for setup in setups)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}
-    )
-    assert done.returncode == 0, done.stderr
+    process = fork_server().start(["-c", code])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
 
 
 def test_products_are_float32_under_the_old_flags() -> None:
