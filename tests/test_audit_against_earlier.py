@@ -222,6 +222,14 @@ def test_a_file_that_is_no_report_is_refused(run: Any, folder: Path, text: str) 
     assert code == 2 and "'bad.json' is no report" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("name", ["nowhere.json", "nowhere.pt"])
+def test_a_file_that_is_missing_is_named_with_the_option(run: Any, name: str) -> None:
+    code, _, err = run("audit", "later.pt", "--against", name)
+    assert code == 2
+    assert f"error: --against: no such file or folder: '{name}'" in err
+    assert "EARLIER is an earlier checkpoint" in err and "SOURCE" not in err
+
+
 def test_a_report_of_a_newer_version_is_refused(run: Any, folder: Path) -> None:
     (folder / "newer.json").write_text('{"schema_version": 99}')
     code, _, err = run("audit", "later.pt", "--against", "newer.json")

@@ -16,7 +16,7 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate, write_baseline
-from jacdiag.records import Finding, RemedyRecord, Report
+from jacdiag.records import FiguresRecord, Finding, RemedyRecord, Report
 from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.remedies import Remedy, sufficient
 from jacdiag.remedies.changes import Scale, Weights
@@ -423,3 +423,24 @@ def test_a_copy_is_made_only_if_memory_is_free(
             f"needs {needed / 1e9:.2g} GB of memory, {int(share * needed) / 1e9:.2g} GB are free"
             in note
         )
+
+
+# -- a baseline that was accepted with warnings ----------------------------------------------------
+def test_a_restored_baseline_is_enough_though_an_accepted_warning_stays() -> None:
+    base = jacdiag.audit(fresh("xavier"), products=False, **PROBE)
+    regression = Finding("JD110", "error", [], "", {})
+    accepted = Finding("JD102", "warning", [], "", {})
+    known = FiguresRecord("GPT", 1, 2, 16, 1)
+    before = dataclasses.replace(
+        base, findings=[regression, accepted], figures=known, baseline=known
+    )
+    after = dataclasses.replace(before, findings=[accepted])
+    restored = Remedy("baseline", "", (), "", 0.4, restores_baseline=True)
+    recipe = Remedy("small-init", "", (), "", 5.0)
+    assert sufficient(before, after, restored)
+    assert not sufficient(before, after, recipe), "a recipe is to end every warning"
+
+    # Not if the difference stays, nor if something new fires.
+    new = Finding("JD304", "warning", [], "", {})
+    for findings in ([regression], [accepted, new]):
+        assert not sufficient(before, dataclasses.replace(before, findings=findings), restored)
