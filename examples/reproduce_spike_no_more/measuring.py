@@ -4,7 +4,7 @@ layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jacdiag.measure.branch_norms import Effort
 from jacdiag.measure.sublayer_norms import measure_group
-from jacdiag.measure.weight_statistics import weight_stats
+from jacdiag.measure.weight_statistics import all_weight_stats
 from jacdiag.records import SublayerRecord, WeightStats
 from jacdiag.sources import gpt
 from jacdiag.trace import sites
@@ -34,8 +34,9 @@ def sublayers(
     """
     found = sites(model, *inputs)
 
-    def figures(name: str) -> WeightStats | None:
-        return weight_stats(name, found.skeleton.params[name], norm=weight_norms)
+    def figures(names: Sequence[str]) -> Mapping[str, WeightStats | None]:
+        weights = {name: found.skeleton.params[name] for name in names}
+        return all_weight_stats(weights, {}, norm=weight_norms)
 
     groups = found.by_shortcut()
     return [

@@ -6,10 +6,10 @@ same graphs (see `norms.py`). Parallel branches also get the norm of their joint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -23,13 +23,15 @@ from jacdiag.sources.foreign_code import is_foreign
 from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
 
+WeightFigures = Callable[[Sequence[str]], Mapping[str, WeightStats | None]]
+
 
 def measure_group(
     sites: Sequence[Sublayer],
     effort: Effort,
     token_ids: Tensor | None,
     state: Literal["init", "trained"],
-    figures: Callable[[str], WeightStats | None],
+    figures: WeightFigures,
 ) -> list[SublayerRecord]:
     """Measure the sub-layers that share one shortcut (one, or parallel branches).
 
@@ -38,7 +40,7 @@ def measure_group(
         effort: see `Effort`.
         token_ids: (B, T) ids of the probe, to name tokens.
         state: Eq. 15 and 20 are given at init only.
-        figures: weight matrix name -> its std and spectral norm.
+        figures: names of weights -> std and spectral norm of each that is a matrix.
     """
     built: list[Linearised] = []
 
@@ -99,7 +101,11 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _measure(
-    linearised: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any
+    linearised: Linearised,
+    effort: Effort,
+    token_ids: Tensor | None,
+    state: str,
+    figures: WeightFigures,
 ) -> SublayerRecord:
     """Return the record of one sub-layer with its norms and bounds."""
     # 1. The norms.
@@ -293,16 +299,15 @@ def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord
     return replace(_plain(site, token_ids, ()), notes=notes)
 
 
-def _weights(
-    site: Sublayer, figures: Callable[[str], WeightStats | None]
-) -> dict[str, WeightStats]:
+def _weights(site: Sublayer, figures: WeightFigures) -> dict[str, WeightStats]:
     """Return statistics of the branch's matrices by role, in the order of use.
 
     Roles are W_1, W_gate, W_2 or W_Q, W_K, W_V, W_O.
     """
+    by_name = figures(list(site.roles.values()))
     statistics = {}
     for role, name in site.roles.items():
-        stats = figures(name)
+        stats = by_name.get(name)
         # A weight that is no matrix has none.
         if stats is not None:
             statistics[role] = stats

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from jacdiag.errors import UsageError
 from jacdiag.measure.init_distribution import std_of
 from jacdiag.records.report import WeightStats
 from jacdiag.sources import gpt
-from jacdiag.spectra import DenseOperator, top_singular
+from jacdiag.spectra import DenseOperator, Question, in_step
 from jacdiag.trace.execution.tensors import is_finite
 
 _NORM_WIDTH = 1e-3
@@ -111,25 +113,59 @@ def weight_stats(
         >>> round(stats.std, 3), round(stats.norm, 2)
         (0.866, 2.0)
     """
-    has_values = tensor.is_floating_point() and not tensor.is_meta
-    if tensor.dim() < 2 or not has_values:
-        return None
+    stds = {} if std is None else {name: std}
+    return all_weight_stats({name: tensor}, stds, seed, norm)[name]
 
-    # 1. The std.
-    matrix = tensor.detach()
-    if std is None and matrix.numel():
-        std = std_of(matrix)
-    if not norm or not _has_norm(matrix):
-        return WeightStats(name, list(tensor.shape), _if_finite(std))
 
-    # 2. The norm, in float32 at least.
-    if matrix.dtype not in (torch.float32, torch.float64):
-        matrix = matrix.float()
-    generator = torch.Generator().manual_seed(seed)
-    solution = top_singular(
-        DenseOperator(matrix), tol=_NORM_WIDTH, max_products=400, generator=generator
-    )
-    return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))
+def all_weight_stats(
+    weights: Mapping[str, Tensor], stds: Mapping[str, float], seed: int = 0, norm: bool = True
+) -> dict[str, WeightStats | None]:
+    """Return what `weight_stats` returns for each of several weights.
+
+    Their norms are solved in step, so that an accelerator is waited for once for all of them.
+
+    Args:
+        weights: by name.
+        stds: those that are known already, by name.
+        seed: of the solver's random starts.
+        norm: whether spectral norms are wanted.
+    """
+    figures: dict[str, WeightStats | None] = {}
+    matrices: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        # 1. A vector has no figures, nor has a tensor without memory.
+        has_values = tensor.is_floating_point() and not tensor.is_meta
+        if tensor.dim() < 2 or not has_values:
+            figures[name] = None
+            continue
+
+        # 2. The std.
+        matrix = tensor.detach()
+        std = stds.get(name)
+        if std is None and matrix.numel():
+            std = std_of(matrix)
+        figures[name] = WeightStats(name, list(tensor.shape), _if_finite(std))
+        if norm and _has_norm(matrix):
+            matrices[name] = matrix
+
+    # 3. The norms.
+    for name, size in _norms_of(matrices, seed).items():
+        with_std = figures[name]
+        assert with_std is not None
+        figures[name] = replace(with_std, norm=size)
+    return figures
+
+
+def _norms_of(matrices: Mapping[str, Tensor], seed: int) -> dict[str, float]:
+    """Return the upper end of the spectral norm of each matrix, in float32 at least."""
+    questions = []
+    for matrix in matrices.values():
+        if matrix.dtype not in (torch.float32, torch.float64):
+            matrix = matrix.float()
+        questions.append(Question(DenseOperator(matrix), torch.Generator().manual_seed(seed)))
+    solutions = in_step(questions, tol=_NORM_WIDTH, max_products=400)
+    norms = [float(solution.upper.max()) for solution in solutions]
+    return dict(zip(matrices, norms, strict=True))
 
 
 def _if_finite(std: float | None) -> float | None:

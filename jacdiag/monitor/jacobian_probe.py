@@ -255,7 +255,7 @@ class LiveProbe:
         assert self.probe is not None
         solver = partial(WarmSolver, memory=self.memory)
         effort = Effort(0.0, CONFIDENCE, PRODUCTS, self.seed, _to_budget, early=True, solver=solver)
-        return measure_group(members, effort, self.probe.token_ids, state, lambda _name: None)
+        return measure_group(members, effort, self.probe.token_ids, state, lambda _names: {})
 
     def _report(
         self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -43,8 +43,8 @@ from jacdiag.measure.network import (
 from jacdiag.measure.nonfinite_weights import non_finite_state
 from jacdiag.measure.stream_statistics import forward_record
 from jacdiag.measure.structure import with_structure
-from jacdiag.measure.sublayer_norms import describe_unmeasured, measure_group
-from jacdiag.measure.weight_statistics import weight_stats
+from jacdiag.measure.sublayer_norms import WeightFigures, describe_unmeasured, measure_group
+from jacdiag.measure.weight_statistics import all_weight_stats
 from jacdiag.pipeline.options import DEFAULT_CONFIDENCE, FirstLookProgress
 from jacdiag.pipeline.provenance import peak_memory_mb, stamp
 from jacdiag.pipeline.request import Request
@@ -75,6 +75,7 @@ from jacdiag.trace.execution.tensors import collect_deep
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _NORMS = ("branch_norm", "core_norm", "residual_norm")
+_HELD_TOGETHER = 1 << 24  # numbers of weights
 
 Decided = Callable[[float, float], bool]  # of an interval's two ends
 
@@ -434,7 +435,7 @@ class Audit:
                 effort = replace(self._effort(), early=True)
                 measured = Share()
                 for members in groups:
-                    share = self._measure_sublayers(members, effort, self._weight_std)
+                    share = self._measure_sublayers(members, effort, self._weight_stds)
                     measured = merged([measured, share])
                     progress.advance(1, members[0].name)
                 self._first_look = measured
@@ -543,7 +544,7 @@ class Audit:
         self,
         members: list[Sublayer],
         effort: Effort,
-        figures: Callable[[str], WeightStats | None],
+        figures: WeightFigures,
     ) -> Share:
         """Measure the sub-layers of one shortcut, and count the products that were spent."""
         records = measure_group(members, effort, self._ids_to_name, self.state, figures)
@@ -638,24 +639,45 @@ class Audit:
 
         return decided
 
-    def _weight_figures(self, name: str) -> WeightStats | None:
-        """Return the figures of a weight, measured once."""
-        if name in self._stats:
-            return self._stats[name]
+    def _weight_figures(self, names: Sequence[str]) -> Mapping[str, WeightStats | None]:
+        """Return the figures of weights, each measured once."""
+        # No rule reads the norms.
+        unknown = [name for name in dict.fromkeys(names) if name not in self._stats]
+        self._stats |= self._measure_weights(unknown, norm=not self.request.options.decide)
+        return self._stats
 
-        # No rule reads the norm.
-        self._stats[name] = self._measure_weight(name, norm=not self.request.options.decide)
-        return self._stats[name]
+    def _weight_stds(self, names: Sequence[str]) -> Mapping[str, WeightStats | None]:
+        """Return the figures of weights without their norms, which take time."""
+        return self._measure_weights(names, norm=False)
 
-    def _weight_std(self, name: str) -> WeightStats | None:
-        """Return the figures of a weight without its norm, which takes time."""
-        return self._measure_weight(name, norm=False)
+    def _measure_weights(
+        self, names: Sequence[str], *, norm: bool
+    ) -> dict[str, WeightStats | None]:
+        """Return the figures of weights."""
+        stats: dict[str, WeightStats | None] = {}
+        for group in self._small_groups(names):
+            # 1. The std is known from the draw.
+            weights = {name: self.sites.skeleton.params[name] for name in group}
+            draws = {name: self._draws.of(name) for name in group}
+            stds = {name: draw.std for name, draw in draws.items() if draw is not None}
 
-    def _measure_weight(self, name: str, *, norm: bool) -> WeightStats | None:
-        """Return the figures of a weight; its std is known from the draw."""
-        draw = self._draws.of(name)
-        std = None if draw is None else draw.std
-        return weight_stats(name, self.sites.skeleton.params[name], norm=norm, std=std)
+            # 2. The rest.
+            stats |= all_weight_stats(weights, stds, norm=norm)
+        return stats
+
+    def _small_groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Yield names of weights that may be held together; a large one comes alone."""
+        group: list[str] = []
+        held = 0
+        for name in names:
+            size = self.sites.skeleton.outlines[name].numel()
+            if group and held + size > _HELD_TOGETHER:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += size
+        if group:
+            yield group
 
     # -- the report --------------------------------------------------------------------------------
     def _report(

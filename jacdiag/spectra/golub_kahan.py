@@ -7,12 +7,16 @@ reads the coefficients that it has not seen in one download, when it asks for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from jacdiag.sources.accelerators import widest
+from jacdiag.sources.packed_download import download
 from jacdiag.spectra.interval import Array
 from jacdiag.spectra.operator import Operator, Way
 
@@ -50,7 +54,7 @@ class Bidiagonalisation:
         self.products = 0
         self._count = 0
         self._unread: list[Tensor] = []  # each (P,), on the device
-        self._read = np.zeros((problems, 0))
+        self._read: list[Array] = []  # each (P,), on the host
         self._last = self.v.new_zeros(problems, dtype=widest(operator.device))
 
         # 4. Breakdowns: what is no more than rounding of the largest coefficient.
@@ -151,13 +155,13 @@ class Bidiagonalisation:
     def alphas(self) -> Array:
         """(P, k) coefficients of A V = U B. Reading one downloads all that are new."""
         self._download()
-        return self._read[:, 0::2]
+        return self._side_by_side(self._read[0::2])
 
     @property
     def betas(self) -> Array:
         """(P, k - 1) after A v_k, or (P, k) after A^T u_k."""
         self._download()
-        return self._read[:, 1::2]
+        return self._side_by_side(self._read[1::2])
 
     @property
     def exact(self) -> NDArray[np.bool_]:
@@ -171,33 +175,41 @@ class Bidiagonalisation:
         self._download()
         return self._finite
 
+    def _side_by_side(self, columns: list[Array]) -> Array:
+        """Return (P, k) of k columns; there may be none."""
+        return np.array(columns).reshape(len(columns), self.operator.problems).T.copy()
+
     def _download(self) -> None:
-        """Read the coefficients that are new, and the check of the products, in one download.
+        """Read the coefficients that are new, and the check of the products."""
+        if self._unread:
+            read_together([self])
+
+    def unread(self) -> list[Tensor]:
+        """Return what the host has not read yet, each (P,): coefficients, then the check."""
+        if self._differs is None:
+            return self._unread
+        return [*self._unread, self._differs]
+
+    def accept(self, arrived: list[Tensor]) -> None:
+        """Take what was `unread`, now on the CPU.
 
         Raises:
             RuntimeError: J u and J^T w do not belong to one matrix.
         """
-        if not self._unread:
-            return
+        # 1. The coefficients. Those that are 0 are breakdowns.
+        is_first = not self._read
+        count = len(self._unread)
+        for column in arrived[:count]:
+            values = column.double().numpy()
+            self._read.append(values)
+            self._exact = self._exact | (values == 0)
+            self._finite = self._finite and bool(np.isfinite(values).all())
 
-        # 1. One download.
-        columns = self._unread
-        check, self._differs = self._differs, None
-        if check is not None:
-            columns = [*columns, check.to(columns[0].dtype)]
-        values = torch.stack(columns, dim=1).cpu().double().numpy()
-
-        # 2. The coefficients. Those that are 0 are breakdowns.
-        is_first = self._read.shape[1] == 0
-        new = values[:, : len(self._unread)]
+        # 2. The check. If A v = 0, there are no inner products to compare.
+        differs = any(bool(flags.any()) for flags in arrived[count:])
         self._unread = []
-        self._read = np.concatenate([self._read, new], axis=1)
-        self._exact = self._exact | (new == 0).any(axis=1)
-        self._finite = self._finite and bool(np.isfinite(new).all())
-
-        # 3. The check. If A v = 0, there are no inner products to compare.
-        differs = check is not None and bool(values[:, -1].any())
-        if is_first and not new[:, 0].any():
+        self._differs = None
+        if is_first and not self._read[0].any():
             differs = self._pulls_something()
         if differs:
             raise RuntimeError(self._adjoint_cause())
@@ -251,6 +263,22 @@ class Bidiagonalisation:
         return f"{event}: a product leaves the range of {name} on the way{advice}"
 
 
+def read_together(runs: Sequence[Bidiagonalisation]) -> None:
+    """Bring the new coefficients of several runs to the host in one download.
+
+    Args:
+        runs: any number of them.
+
+    Raises:
+        RuntimeError: J u and J^T w of a run do not belong to one matrix.
+    """
+    columns = [run.unread() for run in runs]
+    arrived = iter(download(list(chain.from_iterable(columns))))
+    for run, own in zip(runs, columns, strict=True):
+        if own:
+            run.accept([next(arrived) for _ in own])
+
+
 _CHUNK = 1024
 _SMALL = 1e-12
 
@@ -262,7 +290,7 @@ def norms(w: Tensor) -> Tensor:
     leave its range.
     """
     # 1. By chunks.
-    sizes = None
+    sizes: Tensor | None = None
     if w.shape[1] and w.shape[1] % _CHUNK == 0:
         chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
         sizes = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms
+from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms, read_together
 from jacdiag.spectra.interval import Array, ritz_values, rounding_pad, upper_ends
 from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
@@ -103,7 +103,13 @@ def in_step(
         # 2. Make them together. A run that stops leaves the others.
         products = products_together(way, operators, vectors)
         for run, product in zip(active, products, strict=True):
-            run.take(product)
+            run.lanczos.take(product)
+
+        # 3. Look at those that may end here, in one download.
+        ending = [run for run in active if run.may_end_here()]
+        read_together([run.lanczos for run in ending])
+        for run in ending:
+            run.judge()
         active = [run for run in active if run.stop is None]
     return [run.solution(confidence) for run in runs]
 
@@ -173,29 +179,32 @@ class _Run:
         self.lanczos = Bidiagonalisation(self.operator, question.generator)
         self.ends = Ends(self.lanczos, eps, pad)
         self.stop: Stop | None = None
+        self._may_be_narrow = False
 
-    def take(self, product: Tensor) -> None:
-        """Go on by one product, and set `stop` if it was the last."""
-        # 1. Look at the coefficients only where they may end the run: an accelerator has to be
-        # waited for. The first product shows whether the map is 0.
-        lanczos, ends = self.lanczos, self.ends
-        lanczos.take(product)
+    def may_end_here(self) -> bool:
+        """Return whether the last product may end the run, for all that is known without a look.
+
+        The host has to wait for the coefficients of an accelerator, and looks at them only here.
+        """
+        # 1. The ends may be narrow enough, or the budget is spent.
+        lanczos = self.lanczos
+        may_be_decided = self.early and self.decide is not None
+        is_spent = lanczos.products >= self.max_products
+        self._may_be_narrow = may_be_decided or is_spent or self.ends.due(self.tol)
+
+        # 2. The first product shows whether the map is 0, the last whether an invariant subspace
+        # was found.
         is_first = lanczos.products == 1
         has_all_steps = lanczos.steps >= min(self.operator.domain, self.operator.codomain)
-        may_end = self._may_end()
-        if not (may_end or is_first or has_all_steps or lanczos.reads_are_free):
-            return
+        return self._may_be_narrow or is_first or has_all_steps or lanczos.reads_are_free
 
-        # 2. The ends are computed only where they may end the run.
-        if lanczos.finite and (may_end or bool(lanczos.exact.all())):
-            ends.update()
+    def judge(self) -> None:
+        """Look at the coefficients, and set `stop` if the last product ends the run."""
+        # The ends are computed only where they may end the run.
+        lanczos = self.lanczos
+        if lanczos.finite and (self._may_be_narrow or bool(lanczos.exact.all())):
+            self.ends.update()
         self.stop = self._reason_to_stop()
-
-    def _may_end(self) -> bool:
-        """Return whether the ends may be narrow enough now, or the budget is spent."""
-        may_be_decided = self.early and self.decide is not None
-        is_spent = self.lanczos.products >= self.max_products
-        return may_be_decided or is_spent or self.ends.due(self.tol)
 
     def _reason_to_stop(self) -> Stop | None:
         """Return why the run ends here, None if it goes on."""
