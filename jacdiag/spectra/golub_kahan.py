@@ -2,7 +2,7 @@
 
 Nothing in a step depends on the value of a coefficient, so that an accelerator is never waited for:
 coefficients, breakdowns and the check of the products stay on the device of the vectors. The host
-reads the coefficients that it has not seen in one download, when it asks for them.
+reads the coefficients that it has not seen in one download, when it needs them.
 """
 
 from __future__ import annotations
@@ -330,13 +330,13 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]
     # 1. One pass. Row times matrix is ten times faster on a CPU than matrix times column.
     span, row = basis[:, :k], w.unsqueeze(1)
     across = span.transpose(1, 2)
-    taken = torch.bmm(row, across)
-    once = torch.baddbmm(row, taken, span, alpha=-1)
+    components = torch.bmm(row, across)
+    once = torch.baddbmm(row, components, span, alpha=-1)
     size = norms(once.squeeze(1))
 
     # 2. That is enough if the norm did not fall below sqrt(1/2) of what it was: by Pythagoras, if
-    # what is left is no shorter than what was taken away. A CPU looks.
-    is_enough = (size >= torch.linalg.vector_norm(taken, dim=(1, 2))).all()
+    # what is left is no shorter than what was taken off. A CPU looks.
+    is_enough = (size >= torch.linalg.vector_norm(components, dim=(1, 2))).all()
     if _is_free_to_read(is_enough) and bool(is_enough):
         return once.squeeze(1), size
 
