@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jacdiag.monitor.batch_fingerprints import PlaceWeights, Print
 from jacdiag.monitor.kept_batches import KeptBatch, KeptBatches
 from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
 from jacdiag.monitor.noise_scale import MicroBatches
@@ -20,15 +21,9 @@ from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.trace.execution.precision import map_leaves
 
 _SEQUENCES, _LENGTH = 2, 128
-_MOST_SIZES = 16  # sizes of a batch, or ways to call a forward, of which something is kept
-_MASK = 0x1FFFFFFFFFFFFFFF
-_PRIME = 2654435761  # the weight of the first place in a fingerprint, as of a multiplicative hash
+_MOST_CALLS = 16  # ways to call a forward, of which the names are kept
 
 Call = tuple[type[nn.Module], int, tuple[str, ...]]
-Print = Tensor | Callable[[], Tensor]
-"""A fingerprint, or what makes it. Ten in a row take a third of the time of one within each of ten
-steps.
-"""
 # Without this function (torch before 2.7) code that is compiled cannot be told from code that is
 # exported.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -80,7 +75,7 @@ class Batches:
 
     Args:
         model: the module that the loop calls, wrapped or not.
-        fingerprints: keep a fingerprint of every batch (two sums on its device, no look at it).
+        fingerprints: keep a fingerprint of every batch, without a look at its device.
         keep: what keeps entire batches, with the random states they met; None keeps none.
 
     Attributes:
@@ -177,13 +172,15 @@ class Batches:
                     self.step, named_arguments(module, args, kwargs, self._signatures)
                 )
 
-            # 3. Its fingerprint. That of a copy on the CPU is made later, many in a row.
+            # 3. Its fingerprint. That of a copy is made later, many in a row.
             if not self.fingerprints:
                 return
-            if batch is not None and batch.is_on_cpu:
-                self.prints.append(partial(fingerprint, batch.arguments, self._place_weights))
-            else:
-                self.prints.append(fingerprint((args, kwargs), self._place_weights))
+            if batch is not None:
+                self.prints.append(Print.of(batch.arguments, self._place_weights))
+                return
+            print_now = Print.of((args, kwargs), self._place_weights)
+            print_now.sum_now()
+            self.prints.append(print_now)
         except Exception as error:  # reported by the watch at its next step
             self.failed = error
 
@@ -243,123 +240,6 @@ def _get_proxy_mode() -> Callable[[], Any]:
     return get_proxy_mode
 
 
-def make_prints(prints: Sequence[Print]) -> list[str]:
-    """Return fingerprints as the log has them, with one look at their device."""
-    # 1. Make those that were put off.
-    numbers: list[Tensor] = []
-    for entry in prints:
-        numbers.append(entry if isinstance(entry, Tensor) else entry())
-    if not numbers:
-        return []
-
-    # 2. Read all of them from one device at once.
-    device = numbers[0].device
-    together = torch.stack([number.to(device) for number in numbers])
-    return [f"{number:016x}" for number in together.tolist()]
-
-
-class PlaceWeights:
-    """The weight of each place in a fingerprint.
-
-    Sizes that come again at every step are remembered.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, torch.device], Tensor] = {}
-
-    def of(self, count: int, device: torch.device) -> Tensor:
-        """Return the weights of some places, on a device."""
-        weights = self._known.get((count, device))
-        if weights is not None:
-            return weights
-
-        # Begin again once there are too many: sizes may be other ones at every step.
-        if len(self._known) >= _MOST_SIZES:
-            self._known.clear()
-        weights = torch.arange(1, count + 1, device=device) * _PRIME
-        self._known[count, device] = weights
-        return weights
-
-
-def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
-    """Return a number that distinguishes batches, on their device.
-
-    It is the sum of the elements weighted by their place, mod 2^61.
-
-    Args:
-        value: nested containers of tensors.
-        weights: remembered from other batches.
-    """
-    # 1. Sum up each tensor: token ids on a CPU to a Python number, others on their device.
-    places = weights if weights is not None else PlaceWeights()
-    known = 0
-    on_device: list[Tensor] = []
-    for tensor in _tensors_in(value):
-        if _is_plain_ids(tensor):
-            known += _weighted_sum_of_ids(tensor, places)
-        else:
-            on_device.append(_weighted_sum(tensor, places))
-
-    # 2. Without the others nothing has to be sent to a device.
-    if not on_device:
-        return torch.tensor(known & _MASK)
-
-    # 3. Add all sums on the device of the first of them.
-    total = on_device[0] + _as_int64(known)
-    for more in on_device[1:]:
-        total = total + more.to(total.device)
-    return total & _MASK
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers that a fingerprint is made of."""
-    tensors: list[Tensor] = []
-
-    def note(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        can_be_summed = leaf.numel() > 0 and not leaf.is_complex()
-        if can_be_summed:
-            tensors.append(leaf)
-        return leaf
-
-    map_leaves(note, value)
-    return tensors
-
-
-def _is_plain_ids(tensor: Tensor) -> bool:
-    """Whether numpy can read a tensor where it lies: token ids on a CPU."""
-    return type(tensor) is Tensor and tensor.dtype is torch.int64 and tensor.device.type == "cpu"
-
-
-def _weighted_sum_of_ids(tensor: Tensor, places: PlaceWeights) -> int:
-    """Return the sum of (element + 1) times weight, up to a multiple of 2^64.
-
-    numpy takes a third of the time that torch takes.
-    """
-    count = tensor.numel()
-    weights = places.of(count, tensor.device).numpy()
-    return int(tensor.numpy().reshape(-1) @ weights) + _PRIME * count * (count + 1) // 2
-
-
-def _weighted_sum(tensor: Tensor, places: PlaceWeights) -> Tensor:
-    """Return the same sum for any tensor, on its device.
-
-    A float counts as the integer that its bits make.
-    """
-    flat = tensor.detach().reshape(-1)
-    if flat.is_floating_point():
-        flat = flat.double().view(torch.int64)
-    else:
-        flat = flat.long()
-    return ((flat + 1) * places.of(flat.numel(), flat.device)).sum()
-
-
-def _as_int64(number: int) -> int:
-    """An integer as 64 bits with a sign hold it, up to a multiple of 2^64."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
 class Signatures:
     """How a class's forward calls its arguments, which is looked up at every batch."""
 
@@ -379,7 +259,7 @@ class Signatures:
         call = (kind, count, keywords)
         forward, names = self._known.get(call, (None, {}))
         if forward is not kind.forward:
-            if len(self._known) >= _MOST_SIZES:
+            if len(self._known) >= _MOST_CALLS:
                 self._known.clear()
             names = _names_in_call(kind, count, keywords)
             self._known[call] = (kind.forward, names)

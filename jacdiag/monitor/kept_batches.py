@@ -28,14 +28,12 @@ class KeptBatch:
         arguments: of the forward, by name.
         random_state: of every generator when the forward began.
         bytes: of the tensors among the arguments.
-        is_on_cpu: all of these tensors are.
     """
 
     step: int
     arguments: dict[str, Any]
     random_state: RandomState
     bytes: int
-    is_on_cpu: bool
 
 
 class KeptBatches:
@@ -159,28 +157,44 @@ class KeptBatches:
 
 def _copy_of(step: int, arguments: dict[str, Any], size: int) -> KeptBatch:
     """Return a batch with copies of its tensors, and the random state that the step began with."""
-    devices: set[str] = set()
+    if _is_flat(arguments):
+        copies = {name: _copy_leaf(value) for name, value in arguments.items()}
+    else:
+        copies = map_leaves(_copy_leaf, arguments)
+    return KeptBatch(step, copies, RandomState.now(), size)
 
-    def copy(leaf: Any) -> Any:
-        """Copy a tensor, and note its device."""
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        devices.add(leaf.device.type)
-        return leaf.detach().clone()
 
-    copies = map_leaves(copy, arguments)
-    return KeptBatch(step, copies, RandomState.now(), size, is_on_cpu=devices <= {"cpu"})
+def _copy_leaf(leaf: Any) -> Any:
+    """Return a copy of a tensor; anything else as it is."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().clone()
 
 
 def _size(arguments: dict[str, Any]) -> int:
     """Return how many bytes the tensors of a batch take."""
+    # 1. Mostly the arguments are tensors themselves.
+    if _is_flat(arguments):
+        tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+        return sum(map(_bytes_of, tensors))
+
+    # 2. Any other containers.
     sizes: list[int] = []
 
     def note(leaf: Any) -> Any:
         """Note the bytes of a tensor."""
         if isinstance(leaf, torch.Tensor):
-            sizes.append(leaf.numel() * leaf.element_size())
+            sizes.append(_bytes_of(leaf))
         return leaf
 
     map_leaves(note, arguments)
     return sum(sizes)
+
+
+def _is_flat(arguments: dict[str, Any]) -> bool:
+    """Return whether no argument is a container of others."""
+    return not any(isinstance(value, (tuple, list, dict)) for value in arguments.values())
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

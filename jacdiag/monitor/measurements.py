@@ -226,6 +226,8 @@ class Measurements:
                 return
 
             # 2. Read it.
+            if self.together.lead:
+                self.record.begin_fingerprints(self.metrics.slot)
             if self.writes is not None:
                 self.writes.settle(self.metrics)
             rows, table = self.metrics.read()

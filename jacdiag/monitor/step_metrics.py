@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import UsageError
+from jacdiag.monitor.downloads import Download
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 from jacdiag.monitor.square_sums import (
@@ -412,8 +413,8 @@ class StepMetrics:
             for row, group in places
         ]
         flat = torch.cat([self.table[:count].flatten(), sums.flatten(), *rates])
-        numbers = flat.to("cpu", torch.float64)
         self._count_look()
+        numbers = Download(flat).read().double()
         columns, squares, read_rates = numbers.split([count * FIRST, count * groups, len(rates)])
         for (row, group), rate in zip(places, read_rates.tolist(), strict=True):
             row.rates[group] = rate

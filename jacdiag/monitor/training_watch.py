@@ -322,7 +322,9 @@ class Watch:
         # 1. The fingerprints. A hook on the model raises nothing: its error comes up here.
         with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
             prints = self.batches.next_step(self.numbers.coming)
-            self.record.prints.append(prints)
+            # Without figures no row is written, and nobody would let go of them.
+            if self.guards.on("figures"):
+                self.record.prints.append(prints)
             if self.batches.failed is not None:
                 error = self.batches.failed
                 self.batches.failed = None

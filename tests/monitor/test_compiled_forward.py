@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import jacdiag
-from jacdiag.monitor.batches import fingerprint
+from jacdiag.monitor.batch_fingerprints import fingerprint
 from jacdiag.monitor.log.flight_recorder import read_batch
 
 OPTIONS: dict[str, Any] = {
@@ -105,7 +105,7 @@ def test_batches_are_seen_and_nothing_is_compiled_again(
     assert_same_state(plain[0], watched[0])
     assert watched[2] == plain[2] == 1
     steps = lines(tmp_path, "step")
-    expected = [f"{int(fingerprint((batch(step), {}))):016x}" for step in range(1, STEPS + 1)]
+    expected = [f"{fingerprint((batch(step), {})):016x}" for step in range(1, STEPS + 1)]
     assert [row["batches"] for row in steps] == [[print_] for print_ in expected]
     probes = lines(tmp_path, "probe")
     assert len(probes) == 2 and probes[0]["report"]["probe"]["tokens"] == "stream"
@@ -145,7 +145,7 @@ def test_an_evaluation_in_compiled_code_is_no_batch(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             w.step(loss)
-    expected = [f"{int(fingerprint((batch(step), {}))):016x}" for step in range(1, 8)]
+    expected = [f"{fingerprint((batch(step), {})):016x}" for step in range(1, 8)]
     assert [row["batches"] for row in lines(tmp_path, "step")] == [[print_] for print_ in expected]
 
 

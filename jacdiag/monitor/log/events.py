@@ -20,7 +20,8 @@ from jacdiag.detectors.first_nonfinite import explain_batch
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
-from jacdiag.monitor.batches import Batches, Print, make_prints
+from jacdiag.monitor.batch_fingerprints import Print, PrintsUnderWay
+from jacdiag.monitor.batches import Batches
 from jacdiag.monitor.blind_spots import Silence
 from jacdiag.monitor.guards import AlertRaised, Guards, logger, say
 from jacdiag.monitor.histograms import Histogram
@@ -113,6 +114,7 @@ class RunEvents:
         self.batches: Batches | None = None
         self.skip_list: SkipList | None = None
         self.prints: list[list[Print]] = []
+        self._prints_under_way: PrintsUnderWay | None = None
         # Where the run is.
         self.header: dict[str, Any] = {}
         self.last_step = 0
@@ -311,18 +313,29 @@ class RunEvents:
             self.totals["with_clip"] += 1
             self.totals["clipped"] += bool(row["clipped"])
 
+    def begin_fingerprints(self, steps: int) -> None:
+        """Launch what makes the fingerprints of the first steps that are not logged yet.
+
+        Call it before the figures of these steps are read, so that one wait serves both.
+        """
+        with self.guards.part("batches", "no batch fingerprints from now on"):
+            entries = [entry for prints in self.prints[:steps] for entry in prints]
+            if entries:
+                self._prints_under_way = PrintsUnderWay(entries)
+
     def _add_fingerprints(self, rows: list[dict[str, Any]]) -> None:
         """Add the fingerprints of their micro-batches to steps."""
         # 1. Take those of these steps. The others belong to steps that are read later.
         by_step = self.prints[: len(rows)]
         self.prints = self.prints[len(rows) :]
-        if not any(by_step):
+        under_way = self._prints_under_way
+        self._prints_under_way = None
+        if under_way is None:
             return
 
-        # 2. Read all of them from their device at once, and hand them out in order.
+        # 2. Hand them out in order.
         with self.guards.part("batches", "no batch fingerprints from now on"):
-            all_prints = [entry for prints in by_step for entry in prints]
-            texts = iter(make_prints(all_prints))
+            texts = iter(under_way.texts())
             for row, prints in zip(rows, by_step, strict=False):
                 row["batches"] = list(islice(texts, len(prints)))
 
