@@ -12,8 +12,7 @@ from jacdiag.spectra import DenseOperator, Stop, top_singular
 from jacdiag.spectra.golub_kahan import Bidiagonalisation
 from jacdiag.spectra.interval import (
     PAD,
-    _sums_one_by_one,
-    _sums_together,
+    _sum_of_squares,
     ritz_values,
     upper_ends,
 )
@@ -234,8 +233,9 @@ def test_sums_of_a_few_problems_are_those_of_many_to_the_last_bit(
     rng = np.random.default_rng(4)
     x = 1 + largest * rng.uniform(0, 1, 5)
     diagonal, off = rng.uniform(0, 1, (5, 20)), rng.uniform(1e-12, 1, (5, 20))
-    together = _sums_together(x, diagonal, off)
-    one_by_one = _sums_one_by_one(x, diagonal, off)
+    together = _sum_of_squares(x, list(diagonal.T), list(off.T))
+    problems = zip(x.tolist(), diagonal.tolist(), off.tolist(), strict=True)
+    one_by_one = np.array([_sum_of_squares(*problem) for problem in problems]).T
     for expected, found in zip(together, one_by_one, strict=True):
         assert np.array_equal(expected, found)
     assert bool((together[2] > 0).any()) == is_scaled_down
