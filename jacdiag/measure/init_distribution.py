@@ -13,7 +13,7 @@ has no spread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice, product
 
@@ -52,6 +52,7 @@ class Moments:
         zero_rows: rows of a table that are exactly zero.
         tiny: numbers closer to zero than `TINY`, and not zero.
         furthest: largest distance from the mean.
+        is_orthogonal: it is a matrix whose vectors stand at right angles, and have one length.
     """
 
     count: int
@@ -62,6 +63,7 @@ class Moments:
     zero_rows: int
     tiny: int = 0
     furthest: float = 0.0
+    is_orthogonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Fit
         )
 
     # 2. Orthogonal: no sampling error either.
-    may_be_orthogonal = tensor.dim() == 2 and not measured.zero_rows
-    if may_be_orthogonal and _is_orthogonal(tensor.detach()):
+    if measured.is_orthogonal and not measured.zero_rows:
         return FittedDraw(
             "orthogonal",
             std,
@@ -283,13 +284,15 @@ def copies_of(
         >>> copies_of({name: draw_of(tensor) for name, tensor in params.items()}, params)
         {'b': 'a'}
     """
+    # 1. The weights that may repeat a part of themselves, by one look at all of them.
+    varying = {name: draw for name, draw in draws.items() if draw is not None and draw.std > 0}
+    flags = download([_may_repeat_a_part(params[name]) for name in varying])
+    may_repeat = dict(zip(varying, flags, strict=True))
+
     firsts: dict[tuple[float, ...], list[str]] = {}
     copies: dict[str, str] = {}
-    for name, draw in draws.items():
-        if draw is None or draw.family in ("zero", "constant"):
-            continue
-
-        # 1. The first weight with the same numbers. Only those of the same figures are read.
+    for name, draw in varying.items():
+        # 2. The first weight with the same numbers. Only those of the same figures are read.
         candidates = firsts.setdefault((draw.mean, draw.std, draw.largest), [])
         first = _first_with_numbers(params[name], candidates, params)
         if first is not None:
@@ -297,9 +300,9 @@ def copies_of(
                 copies[name] = first
             continue
 
-        # 2. There is none, but the weight may repeat a part of itself.
+        # 3. There is none, but the weight may repeat a part of itself.
         candidates.append(name)
-        if _repeats_a_part(params[name]):
+        if may_repeat[name] and _repeats_a_part(params[name]):
             copies[name] = name
 
     return copies
@@ -324,6 +327,20 @@ def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
     return torch.equal(tensor.to(other.device), other)
 
 
+def _may_repeat_a_part(tensor: Tensor) -> Tensor:
+    """Return whether a tensor may be made of repetitions, as a flag on its device.
+
+    One row is enough to rule most matrices out. A stack of matrices is never ruled out.
+    """
+    if tensor.dim() != 2:
+        return torch.tensor(tensor.dim() == 3)
+
+    flags = [(matrix[0] == matrix[length]).all() for matrix, length in _blocks_of(tensor)]
+    if not flags:
+        return torch.tensor(False)
+    return torch.stack(flags).any()
+
+
 def _repeats_a_part(tensor: Tensor) -> bool:
     """Return whether a tensor is made of repetitions.
 
@@ -335,21 +352,19 @@ def _repeats_a_part(tensor: Tensor) -> bool:
     if tensor.dim() != 2:
         return False
 
-    # 1. Blocks of rows, and then of columns. One row is enough to rule most matrices out.
-    candidates = []
-    flags = []
+    return any(_repeats_a_block(matrix, length) for matrix, length in _blocks_of(tensor))
+
+
+def _blocks_of(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield a matrix, and the length of the block that all its rows may be; then its transpose.
+
+    Blocks of a single row, or of single numbers, repeat by chance.
+    """
     for matrix, count in product((tensor, tensor.T), _SHARDS):
-        length = _length_of_block(matrix, count)
-        if length is not None:
-            candidates.append((matrix, length))
-            flags.append((matrix[0] == matrix[length]).all())
-
-    # 2. The others are compared in full.
-    for (matrix, length), may_repeat in zip(candidates, download(flags), strict=True):
-        if may_repeat and _repeats_a_block(matrix, length):
-            return True
-
-    return False
+        rows, columns = matrix.shape
+        length, remainder = divmod(rows, count)
+        if not remainder and length > 1 and columns > 1:
+            yield matrix, length
 
 
 def _repeats_a_matrix(stack: Tensor) -> bool:
@@ -364,17 +379,6 @@ def _repeats_a_matrix(stack: Tensor) -> bool:
             return True
 
     return False
-
-
-def _length_of_block(matrix: Tensor, count: int) -> int | None:
-    """Return how many rows a block has, if a matrix is made of `count` of them; None if not."""
-    # Blocks of a single row, or of single numbers, repeat by chance.
-    rows, columns = matrix.shape
-    length, remainder = divmod(rows, count)
-    if remainder or length < 2 or columns < 2:
-        return None
-
-    return length
 
 
 def _repeats_a_block(matrix: Tensor, length: int) -> bool:
@@ -525,7 +529,8 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     sums = torch.zeros(4, dtype=torch.float64)
     tiny = 0
     low, high = math.inf, -math.inf
-    guess, *figures = download([shift, *chain.from_iterable(pieces)])
+    figures = download([shift, _is_orthogonal(tensor), *chain.from_iterable(pieces)])
+    guess, is_orthogonal, *figures = figures
     for place in range(0, len(figures), 4):
         powers_of_piece, least, largest, tiny_of_piece = figures[place : place + 4]
         sums += powers_of_piece
@@ -547,6 +552,7 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
         zero_rows=zero_rows,
         tiny=tiny,
         furthest=max(high - mean, mean - low),
+        is_orthogonal=bool(is_orthogonal),
     )
 
 
@@ -693,12 +699,12 @@ def _cut_of(reach: float) -> float | None:
     return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))
 
 
-def _is_orthogonal(matrix: Tensor) -> bool:
+def _is_orthogonal(matrix: Tensor) -> Tensor:
     """Return whether vectors of the shorter side stand at right angles and have one length."""
+    if matrix.dim() != 2 or min(matrix.shape) < 3:
+        return torch.tensor(False)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    if matrix.shape[0] < 3:
-        return False
 
     # Sixteen of them are enough.
     rows = in_float64(matrix[: min(16, matrix.shape[0])])
@@ -706,4 +712,4 @@ def _is_orthogonal(matrix: Tensor) -> bool:
     scale = gram.diagonal().mean()
     expected = scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)
     error = (gram - expected).abs().max()
-    return bool((scale > 0) & (error < 1e-3 * scale))
+    return (scale > 0) & (error < 1e-3 * scale)

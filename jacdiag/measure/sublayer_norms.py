@@ -17,9 +17,11 @@ from jacdiag.errors import JacdiagError, SourceError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.branch_norms import Effort, Solver, heads_norm
 from jacdiag.measure.linearization import Linearised, linearise, residual_map
-from jacdiag.measure.token_statistics import gain_interval, spread_of
+from jacdiag.measure.token_statistics import gain_interval, spread_of_stds, stds_of
 from jacdiag.records.report import Interval, SublayerRecord, WeightStats
+from jacdiag.sources.accelerators import in_float64
 from jacdiag.sources.foreign_code import is_foreign
+from jacdiag.sources.packed_download import download
 from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
 
@@ -189,28 +191,41 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
     x = site.shortcut
     notes = dict(site.notes)
 
-    # 1. The gains of the norms at both ends of the branch.
-    gain = None
+    # 1. One number per token of each figure, in one download.
+    last_norm = site.output_norm or site.post_norm
+    per_token = {"shortcut": stds_of(x, site.feature_dim)}
     if site.input_norm is not None:
-        gain = gain_interval(site.input_norm.gain, x.shape, site.feature_dim, token_ids)
+        per_token["input norm"] = in_float64(site.input_norm.gain.detach())
+    if last_norm is not None:
+        per_token["last norm"] = in_float64(last_norm.gain.detach())
+    # The spread of the branch is given if its tokens are those of the shortcut.
+    if site.value.shape == x.shape:
+        per_token["branch"] = stds_of(site.value, site.feature_dim)
+    per_token = dict(zip(per_token, download(list(per_token.values())), strict=True))
+
+    # 2. The gains of the norms at both ends of the branch.
+    gain = None
+    if "input norm" in per_token:
+        gain = gain_interval(per_token["input norm"], x.shape, site.feature_dim, token_ids)
     else:
         notes["norm_gain"] = f"the branch does not begin with a norm (placement {site.placement})"
-    last_norm = site.output_norm or site.post_norm
     out = None
-    if last_norm is not None:
-        out = gain_interval(last_norm.gain, x.shape, site.feature_dim, None)
+    if "last norm" in per_token:
+        out = gain_interval(per_token["last norm"], x.shape, site.feature_dim, None)
     else:
         notes["out_norm_gain"] = "no norm at the branch's end or after the sum"
 
-    # 2. The factor on the shortcut.
+    # 3. The factor on the shortcut.
     shortcut_gain, note = _shortcut_gain(site)
     if note:
         notes["shortcut_gain"] = note
 
-    # 3. The spread of the branch, if its tokens are those of the shortcut.
-    branch_std = None
-    if site.value.shape == x.shape:
-        branch_std = spread_of(site.value, site.feature_dim, token_ids)
+    # 4. The spreads of shortcut and branch.
+    spreads = {
+        name: spread_of_stds(per_token[name], x.shape, site.feature_dim, token_ids)
+        for name in ("shortcut", "branch")
+        if name in per_token
+    }
     return SublayerRecord(
         name=site.name,
         index=site.index,
@@ -220,8 +235,8 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         parallel=site.parallel,
         token_wise=site.token_wise,
         nested=site.nested,
-        shortcut_std=spread_of(x, site.feature_dim, token_ids),
-        branch_std=branch_std,
+        shortcut_std=spreads["shortcut"],
+        branch_std=spreads.get("branch"),
         shortcut_gain=shortcut_gain,
         norm_gain=gain,
         out_norm_gain=out,

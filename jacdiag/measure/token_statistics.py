@@ -69,15 +69,33 @@ def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None)
         feature_dim: the dimension that holds the features; all others are tokens.
         token_ids: (B, T), to name the extreme tokens.
     """
-    std = in_float64(x.detach()).std(dim=feature_dim, correction=0).flatten().cpu()
+    return spread_of_stds(stds_of(x, feature_dim).cpu(), x.shape, feature_dim, token_ids)
+
+
+def stds_of(x: Tensor, feature_dim: int = -1) -> Tensor:
+    """Return the standard deviation over features (population) of each token, in float64."""
+    return in_float64(x.detach()).std(dim=feature_dim, correction=0).flatten()
+
+
+def spread_of_stds(
+    std: Tensor, shape: torch.Size, feature_dim: int, token_ids: Tensor | None
+) -> Spread:
+    """Return the spread of the standard deviations of tokens.
+
+    Args:
+        std: one number per token, on the CPU.
+        shape: of the tensor, with features.
+        feature_dim: the dimension that holds the features.
+        token_ids: (B, T), to name the extreme tokens.
+    """
     low, high = int(std.argmin()), int(std.argmax())
     return Spread(
         median=float(std.median()),
         min=float(std[low]),
         max=float(std[high]),
         p01=_quantile(std, 0.01),
-        argmin=locate(low, x.shape, feature_dim, token_ids),
-        argmax=locate(high, x.shape, feature_dim, token_ids),
+        argmin=locate(low, shape, feature_dim, token_ids),
+        argmax=locate(high, shape, feature_dim, token_ids),
     )
 
 

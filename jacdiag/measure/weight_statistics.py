@@ -13,8 +13,9 @@ from jacdiag.errors import UsageError
 from jacdiag.measure.init_distribution import std_of
 from jacdiag.records.report import WeightStats
 from jacdiag.sources import gpt
+from jacdiag.sources.packed_download import download
 from jacdiag.spectra import DenseOperator, Question, in_step
-from jacdiag.trace.execution.tensors import is_finite
+from jacdiag.trace.execution.tensors import finite_flag
 
 _NORM_WIDTH = 1e-3
 
@@ -145,10 +146,15 @@ def all_weight_stats(
         if std is None and matrix.numel():
             std = std_of(matrix)
         figures[name] = WeightStats(name, list(tensor.shape), _if_finite(std))
-        if norm and _has_norm(matrix):
+        # A kernel is no matrix of its own.
+        if norm and tensor.dim() <= 3 and tensor.numel():
             matrices[name] = matrix
 
-    # 3. The norms.
+    # 3. The norms of those that are finite.
+    flags = download([finite_flag(matrix) for matrix in matrices.values()])
+    for name, is_finite in zip(list(matrices), flags, strict=True):
+        if not is_finite:
+            del matrices[name]
     for name, size in _norms_of(matrices, seed).items():
         with_std = figures[name]
         assert with_std is not None
@@ -174,12 +180,3 @@ def _if_finite(std: float | None) -> float | None:
         return None
 
     return std
-
-
-def _has_norm(tensor: Tensor) -> bool:
-    """Return whether a tensor is a finite matrix, or a stack of them."""
-    # A kernel is no matrix of its own.
-    if tensor.dim() > 3:
-        return False
-
-    return tensor.numel() > 0 and is_finite(tensor)
