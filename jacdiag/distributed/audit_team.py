@@ -191,19 +191,23 @@ class Team:
         Args:
             requested: the device that the user named, if any.
         """
-        from jacdiag.sources.accelerators import count_of
-        from jacdiag.sources.device_choice import pick
+        import torch
+
+        from jacdiag.sources.accelerators import count_of, has_float64, present_kinds
 
         # 1. One process alone, or one that was given its device.
         local_rank = os.environ.get("LOCAL_RANK")
         if local_rank is None or (requested is not None and ":" in requested):
             return requested
 
-        # 2. One of several of the kind.
-        kind = pick(None).type if requested is None else requested
-        if kind == "cpu" or count_of(kind) < 2:
-            return requested
-        return f"{kind}:{local_rank}"
+        # 2. One of several of the kind, or of the first kind that would be taken by itself.
+        kinds = present_kinds() if requested is None else [requested]
+        for kind in kinds:
+            own = f"{kind}:{local_rank}"
+            is_named = requested is not None
+            if count_of(kind) >= 2 and (is_named or has_float64(torch.device(own))):
+                return own
+        return requested
 
     # -- work --------------------------------------------------------------------------------------
     def part(self, items: Sequence[T]) -> Sequence[T]:

@@ -239,10 +239,8 @@ def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
     # 2. Open both models before any work, on the device of this rank.
     with enlisted(options.ranks) as ranks, torch.inference_mode(False):
         device = ranks.device(None if options.device is None else str(options.device))
-        picked = pick(device)
-        # A model that was passed stays where it is, and is checked there.
-        if not isinstance(source, nn.Module):
-            check_precision(picked, options.precision)
+        picked = _device_for(source, device)
+        check_precision(picked, options.precision)
         with made_current(picked):
             request = Request(
                 source=_open(source, options),
@@ -258,6 +256,19 @@ def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
 
     # 3. The same report, with the methods of the public class.
     return AuditReport(**{field.name: getattr(report, field.name) for field in fields(Report)})
+
+
+def _device_for(source: ModelSource, requested: str | None) -> torch.device:
+    """Return the device that is requested; that of a model that was passed, which stays there.
+
+    Raises:
+        UsageError: the requested device is not there.
+    """
+    if requested is not None or not isinstance(source, nn.Module):
+        return pick(requested)
+    for parameter in source.parameters():
+        return parameter.device
+    return torch.device("cpu")
 
 
 def _open(source: ModelSource, options: AuditOptions) -> Source:
