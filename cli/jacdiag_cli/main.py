@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Read by torch when it first takes memory: with large pages, raising a bf16 matrix takes an
-    # eighth of the time.
+    # Read by torch when it first takes memory. With large pages, raising a bf16 matrix takes less
+    # than half of the time: see docs/evidence/cost.md.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     forgive_streams()
     written.clear()
