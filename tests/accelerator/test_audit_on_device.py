@@ -186,7 +186,6 @@ def test_too_little_memory_is_said_so_and_is_free_afterwards() -> None:
 
 
 # -- what is the user's own ------------------------------------------------------------------------
-@pytest.mark.xfail(strict=True, reason="only the random numbers of CUDA are put back")
 def test_random_numbers_of_the_device_stay_as_they_were(counts: Counts) -> None:
     module = torch.get_device_module(NAME)
     model = tiny(dropout=0.1).train().to(SECOND)
@@ -223,7 +222,6 @@ WITHOUT_FLOAT64: list[Callable[[str], jacdiag.Report]] = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="figures are summed in float64 on the device of the model")
 @pytest.mark.parametrize("run", WITHOUT_FLOAT64, ids=["plain", "remedies", "weights"])
 def test_a_device_without_float64_runs_in_float32(run: Callable[[str], jacdiag.Report]) -> None:
     with pretended_device(float64=False) as counts:
@@ -234,7 +232,6 @@ def test_a_device_without_float64_runs_in_float32(run: Callable[[str], jacdiag.R
                 assert ours.branch_norm.estimate == pytest.approx(theirs.branch_norm.estimate)
 
 
-@pytest.mark.xfail(strict=True, reason="float64 is not refused before the model runs")
 def test_float64_is_refused_where_there_is_none() -> None:
     with pretended_device(float64=False), pytest.raises(jacdiag.JacdiagError, match="no float64"):
         audit(NAME, dtype="float64")
