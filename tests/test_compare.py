@@ -72,8 +72,8 @@ def test_transformers_and_nanogpt_names() -> None:
     ours = recipe("gpt2", 0)
     twin = hugging_face_twin(ours.model)
     ids = torch.randint(0, 256, (1, 16))
-    a = jacdiag.audit(ours.model, ids, tol=0.01)
-    b = jacdiag.audit(twin.model, {"input_ids": ids}, tol=0.01)
+    a = jacdiag.audit(ours.model, ids)
+    b = jacdiag.audit(twin.model, {"input_ids": ids})
     found = compare(a, b)
     assert found.first is None and len(found.pairs) == 4 * 4 + 8 * 4 + 2
     assert {p.part for p in found.pairs} == {
@@ -138,7 +138,7 @@ def test_diff_names_the_changed_weights() -> None:
     )
     with torch.no_grad():
         b.model.get_parameter("transformer.h.1.attn.c_proj.weight").mul_(3)
-    first = compare(audit(a), audit(b)).first
+    first = compare(audit(a, tol=0.3), audit(b, tol=0.3)).first
     assert first is not None and (first.depth, first.part, first.figure) == (1, "W_O", "std")
     assert first.ratio == pytest.approx(3, rel=0.1)
 

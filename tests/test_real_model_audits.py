@@ -17,6 +17,7 @@ from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "checkpoints"
+TOL = 0.2  # the intervals of most norms need not be narrower to be judged
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LONG = {**SIZES, "max_position_embeddings": 64}
 GATED = {"intermediate_size": 128, "num_key_value_heads": 2}
@@ -68,9 +69,16 @@ def build(name: str) -> torch.nn.Module:
         return hf.AutoModelForCausalLM.from_config(CAUSAL[name], attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("name", list(EXPECTED))
+# One decoder for each kind of norm, router or shortcut; the others are long.
+LIKE_OTHERS = ("Llama", "GPT-NeoX", "BLOOM", "OPT")
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.long) if name in LIKE_OTHERS else name for name in EXPECTED
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_default_inits_get_no_error(name: str) -> None:
-    report = jacdiag.audit(build(name), batch=2, seq=16)
+    report = jacdiag.audit(build(name), batch=2, seq=16, tol=TOL)
     count, placement = EXPECTED[name]
     assert len(report.sublayers) == count
     assert {row.placement for row in report.sublayers} == {placement}
@@ -93,7 +101,7 @@ FOLDERS = ["GPT-2", "Mixtral", "BERT", *LONG_FOLDERS]
 def test_folders_are_audited_like_the_model_in_memory(name: str, tmp_path: Path) -> None:
     model = build(name)
     model.save_pretrained(tmp_path)
-    options = {"batch": 1, "seq": 12, "dtype": "float64"}
+    options = {"batch": 1, "seq": 12, "dtype": "float64", "tol": TOL}
     saved, live = jacdiag.audit(str(tmp_path), **options), jacdiag.audit(model, **options)
     assert saved.source["format"] == "huggingface" and saved.state == "init"
     for a, b in zip(saved.sublayers, live.sublayers, strict=True):
@@ -116,7 +124,7 @@ def test_the_recipes_of_the_paper(recipe: str, fires: set[str], small: str, larg
     sizes = {"n_layer": 6, "n_embd": 128, "n_head": 4, "vocab_size": 256, "block_size": 32}
     with seeded(3):
         model = gpt.build(recipe, **sizes)
-    report = jacdiag.audit(model, batch=1)
+    report = jacdiag.audit(model, batch=1, tol=TOL)
     warned = {f.code for f in report.findings if f.level == "warning"}
     assert warned & {"JD101", "JD102"} == fires
     assert (report.conditions.small_sublayers, report.conditions.large_shortcut) == (small, large)
@@ -128,12 +136,12 @@ def test_the_recipes_of_the_paper(recipe: str, fires: set[str], small: str, larg
 
 @pytest.mark.parametrize("name", ["vanilla", "scaled-embed"])
 def test_shipped_checkpoints_have_the_documented_verdicts(name: str) -> None:
-    fresh = jacdiag.audit(str(EXAMPLES / f"{name}-step0.pt"), batch=1)
+    fresh = jacdiag.audit(str(EXAMPLES / f"{name}-step0.pt"), batch=1, tol=TOL)
     assert (
         fresh.state == "init" and fresh.source["format"] == "nanogpt" and fresh.source["step"] == 0
     )
     assert fresh.conditions.large_shortcut == ("met" if name == "scaled-embed" else "not met")
-    options = {"batch": 1, "tokens": str(EXAMPLES / "sample.txt")}
+    options = {"batch": 1, "tol": TOL, "tokens": str(EXAMPLES / "sample.txt")}
     trained = jacdiag.audit(str(EXAMPLES / f"{name}-trained.pt"), **options)
     assert trained.state == "trained" and not trained.probe.off_distribution
     assert {f.level for f in trained.findings} <= {"info"}
@@ -141,12 +149,12 @@ def test_shipped_checkpoints_have_the_documented_verdicts(name: str) -> None:
 
 
 def test_a_trained_model_on_random_tokens_says_so() -> None:
-    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1)
+    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1, tol=TOL)
     assert report.probe.off_distribution
     assert not [f for f in report.findings if f.level == "error"]
 
 
 def test_a_profile_that_asks_for_errors_gets_them_in_any_state() -> None:
-    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1, profile="paper")
+    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1, tol=TOL, profile="paper")
     assert report.conditions.small_sublayers == "not met"
     assert {f.code for f in report.findings if f.level == "error"} == {"JD101"}

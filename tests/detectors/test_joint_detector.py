@@ -83,16 +83,20 @@ NOISE = {
 
 
 # Every shape of noise, once without memory and once with it; the fast tests take the two most
-# common.
-COMMON = ("Gaussian", "Student t, 3")
-SHAPES = [
-    *COMMON,
-    *(pytest.param(name, marks=pytest.mark.long) for name in NOISE if name not in COMMON),
-]
+# common. With memory the heavy tails are the harder of the two.
+RARE = [name for name in NOISE if name not in ("Gaussian", "Student t, 3")]
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.8])
-@pytest.mark.parametrize("noise", SHAPES)
+@pytest.mark.parametrize(
+    ("noise", "memory"),
+    [
+        ("Gaussian", 0.0),
+        ("Student t, 3", 0.0),
+        ("Student t, 3", 0.8),
+        *(pytest.param(name, 0.0, marks=pytest.mark.long) for name in RARE),
+        *(pytest.param(name, 0.8, marks=pytest.mark.long) for name in ("Gaussian", *RARE)),
+    ],
+)
 def test_heavy_tailed_and_autocorrelated_noise_give_no_alert(noise: str, memory: float) -> None:
     """20,000 steps. Without memory loss and gradient norm are one and the same number, which is the
     worst case.

@@ -18,10 +18,10 @@ from jacdiag_cli.main import main
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.gate import gate, read_baseline, write_baseline
 
-FAST: tuple[Any, ...] = ("--seq", "16", "--batch", "1")
+FAST: tuple[Any, ...] = ("--seq", "16", "--batch", "1", "--tol", "0.3")
 SMALL = '{"layers": 2, "d": 32}'
 SMALL_BROKEN = '{"layers": 2, "d": 32, "broken": true}'
-QUICK: dict[str, Any] = {"batch": 1, "seq": 16}
+QUICK: dict[str, Any] = {"batch": 1, "seq": 16, "tol": 0.3}
 small = partial(net.model, layers=2, d=32)
 
 

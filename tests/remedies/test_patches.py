@@ -18,9 +18,9 @@ import jacdiag
 from jacdiag.records import RemedyRecord
 from jacdiag.sources.factory import seeded
 
-GPT2 = GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=128, n_positions=32)
+GPT2 = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=128, n_positions=32)
 LLAMA = LlamaConfig(
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     hidden_size=64,
     intermediate_size=128,
     num_attention_heads=2,

@@ -26,7 +26,7 @@ S = math.sqrt(2 / (5 * 64))
 def xavier(std: float, seed: int = 0) -> nn.Module:
     """Xavier in the sub-layers; an embedding of its own std, and a head that is not tied to it."""
     with seeded(seed):
-        model = net.model(layers=3)
+        model = net.model(layers=2)
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and name.startswith("h."):
                 nn.init.xavier_normal_(weight)

@@ -24,13 +24,20 @@ from jacdiag.rules.risk_curves import risk_toml
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
-SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 2, "vocab_size": 128, "block_size": 32}
+SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 128, "block_size": 32}
+DEEPER = {**SIZES, "n_layer": 3}  # where a figure of depth decides
 PROBE: dict[str, Any] = {"batch": 1, "seq": 16, "decide": True}
 NEW = 77  # a seed that no remedy was tried on
 
 
+def sizes_of(recipe: str) -> dict[str, int]:
+    """Return two layers, or three for the recipe whose sub-layers are too large for its depth."""
+    return DEEPER if recipe == "xavier" else SIZES
+
+
 def audited(recipe: str, **options: Any) -> Report:
-    given = {"model_args": {"recipe": recipe, **SIZES}, "remedies": "first", **PROBE, **options}
+    arguments = {"recipe": recipe, **sizes_of(recipe)}
+    given = {"model_args": arguments, "remedies": "first", **PROBE, **options}
     return jacdiag.audit("jacdiag.sources.gpt:build", **given)
 
 
@@ -41,7 +48,7 @@ def best(report: Report) -> RemedyRecord:
 
 def fresh(recipe: str, seed: int = NEW) -> gpt.GPT:
     with seeded(seed):
-        return gpt.build(recipe, **SIZES)
+        return gpt.build(recipe, **sizes_of(recipe))
 
 
 def loud(report: Report) -> list[str]:
@@ -198,7 +205,7 @@ GATED: dict[str, Any] = {"batch": 1, "seq": 16, "tol": 0.3}
 
 
 def baseline(path: Path) -> Path:
-    args = {"recipe": "scaled-embed", **SIZES}
+    args = {"recipe": "scaled-embed", **DEEPER}
     write_baseline(
         path,
         gate("jacdiag.sources.gpt:build", seeds=3, decide=False, model_args=args, **GATED).figures,
@@ -210,7 +217,7 @@ class Drifted(gpt.GPT):
     """scaled-embed as a change has left it: W_2 half as large again, one bias not zero."""
 
     def __init__(self) -> None:
-        super().__init__(gpt.GPTConfig(**SIZES, embed_scale=math.sqrt(SIZES["n_embd"])))
+        super().__init__(gpt.GPTConfig(**DEEPER, embed_scale=math.sqrt(DEEPER["n_embd"])))
         gpt.initialise(self, gpt.vanilla_std)
         for layer in self.transformer["h"]:
             layer.mlp.c_proj.weight.data.mul_(1.5)
@@ -253,7 +260,7 @@ def test_forward_that_left_the_baseline_is_repaired_by_a_recipe(
         "baseline": baseline(tmp_path / "b.json"),
         "select": ["JD110"],
     }
-    args = {"recipe": "vanilla", **SIZES}  # the same weights; the embedding is no longer scaled
+    args = {"recipe": "vanilla", **DEEPER}  # the same weights; the embedding is no longer scaled
     out = gate("jacdiag.sources.gpt:build", seed=5, model_args=args, remedies="first", **options)
     assert [(f.evidence["field"], f.evidence["seeds"]) for f in out.report.findings] == [
         ("branch_norm", [0]),
@@ -369,6 +376,7 @@ def test_the_product_over_depth_counts_only_where_it_is_known() -> None:
 def test_a_product_beyond_a_cut_of_the_user_gets_a_remedy() -> None:
     report = audited(
         "vanilla",
+        model_args={"recipe": "vanilla", **DEEPER},
         decide=False,
         tol=0.3,
         thresholds={"gain_product": {"info": 3, "warning": 6}},

@@ -112,9 +112,15 @@ def curve_of(axes: Axes, report: Report, key: str, kind: str) -> tuple[list[floa
     return drawn(line)[0], values
 
 
-@pytest.mark.parametrize("suffix", MAGIC)
-@pytest.mark.parametrize("layers", [2, 96])
-def test_files_of_every_format(tmp_path: Path, suffix: str, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("layers", "suffix"),
+    [
+        *((2, suffix) for suffix in MAGIC),
+        (96, ".png"),
+        *(pytest.param(96, suffix, marks=pytest.mark.long) for suffix in (".svg", ".pdf")),
+    ],
+)
+def test_files_of_every_format(tmp_path: Path, layers: int, suffix: str) -> None:
     path = tmp_path / f"gain{suffix}"
     save(synthetic.vanilla(layers), path)
     data = path.read_bytes()
@@ -133,8 +139,14 @@ def test_odd_reports_are_drawn_within_the_picture(
     assert_within(ODD[name])
 
 
-@pytest.mark.parametrize("layers", [2, 12, 126])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *itertools.product(KINDS, (2, 126)),
+        ("vanilla", 12),
+        *(pytest.param(name, 12, marks=pytest.mark.long) for name in KINDS if name != "vanilla"),
+    ],
+)
 def test_no_label_covers_a_line_or_another_label(name: str, layers: int) -> None:
     assert_within(KINDS[name](layers))
 
