@@ -46,9 +46,10 @@ audit: .venv/.installed
 check: .venv/.installed-dev
 	$(TEST) -m "check and not long" $$(grep -rl --include='test_*.py' 'mark.check(' tests)
 
+# The examples of docstrings take a second, and their imports eight: one process does for them.
 test: .venv/.installed-dev
 	$(TEST) -m "not long"
-	$(TEST) --doctest-modules jacdiag cli
+	$(TEST) -n 0 --doctest-modules jacdiag cli
 
 test-long: .venv/.installed-dev
 	JACDIAG_LONG=1 $(TEST)
