@@ -159,8 +159,13 @@ def _next_command(
 
 def _is_of_pixels(reports: tuple[Report, Report]) -> bool:
     """Return whether a model was measured on random pixels."""
-    probes = [report.probe for report in reports]
-    return any(probe is not None and probe.tokens == "random pixels" for probe in probes)
+    for report in reports:
+        probe = report.probe
+        if probe is None:
+            continue
+        if probe.tokens == "random pixels":
+            return True
+    return False
 
 
 def _report(source: str, given: dict[str, Any]) -> Report:

@@ -142,11 +142,16 @@ def _note_on_random_probes(a: Report, b: Report) -> Iterable[str]:
         return
 
     # 2. What was random, and the option that gives a real probe.
-    verb = "is" if len(letters) == 1 else "are"
+    verb = "is"
+    if len(letters) > 1:
+        verb = "are"
+    sources = [spoken(measured_with(report)) for report in (a, b)]
     noun, option = "tokens", "--tokens FILE with real text"
-    probes = (a.probe, b.probe)
-    if any(probe is not None and probe.tokens == "random pixels" for probe in probes):
+    is_of_pixels = "random pixels" in " ".join(sources)
+    if is_of_pixels:
         noun, option = "pixels", "--inputs FACTORY with real images"
+
+    # 3. The sentence.
     yield (
         f"{' and '.join(letters)} {verb} trained and measured on random {noun}, unlike the data of "
         f"the training: norms on real data may differ ({option})"
@@ -159,10 +164,15 @@ def is_off_distribution(report: Report) -> bool:
     Args:
         report: of a model.
     """
-    if not measured_with(report):
+    # 1. A model that was not measured has no probe.
+    facts = measured_with(report)
+    if not facts:
         return False
     assert report.probe is not None
-    return report.state == "trained" and report.probe.off_distribution
+
+    # 2. No data are unlike those of a model that is not trained.
+    is_trained = report.state == "trained"
+    return is_trained and report.probe.off_distribution
 
 
 def _place(pair: Pair) -> tuple[float, int, int]:

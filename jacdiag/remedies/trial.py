@@ -226,18 +226,30 @@ def _aims_of(before: Report, remedy: Remedy) -> list[str]:
     against the difference from the baseline alone.
     """
     aimed = aims(before)
-    if remedy.restores_baseline:
-        return [code for code in aimed if code == "JD110"]
-    return aimed
+    if not remedy.restores_baseline:
+        return aimed
+
+    # A model that agrees with its baseline has nothing to restore.
+    has_changed = "JD110" in aimed
+    if not has_changed:
+        return []
+    return ["JD110"]
 
 
 def _answered(before: Report, after: Report, remedy: Remedy) -> list[str]:
     """Return the rules that a remedy answers: those of a restored baseline that no longer fire."""
+    # 1. Any other remedy is to answer all of them.
     aimed = aims(before)
     if not remedy.restores_baseline:
         return aimed
-    left = outlook(after).fired
-    return [code for code in aimed if code not in left]
+
+    # 2. What fires on the baseline too stays.
+    left = set(outlook(after).fired)
+    answered = []
+    for code in aimed:
+        if code not in left:
+            answered.append(code)
+    return answered
 
 
 def _still_broken(findings: Iterable[Finding], aimed: Sequence[str]) -> bool:

@@ -24,12 +24,12 @@ def with_baseline_values(findings: Iterable[Finding], report: Report) -> list[Fi
         report: with the figures of the baseline, if there is one.
     """
     # 1. Without a baseline there is no second value. An earlier model is none.
-    now, before = report.figures, report.baseline
-    if now is None or before is None or report.against is not None:
+    current, before = report.figures, report.baseline
+    if current is None or before is None or report.against is not None:
         return list(findings)
 
     # 2. Add what it holds.
-    moved = {change.where: change for change in weight_changes(now, before)}
+    moved = {change.where: change for change in weight_changes(current, before)}
     added = []
     for finding in findings:
         words = ""
@@ -48,14 +48,18 @@ def _baseline_words(finding: Finding, before: FiguresRecord, moved: dict[str, Mo
         moved: weights that differ from the baseline, by name.
     """
     # 1. The weights that the baseline knows.
-    names = [str(name) for name in finding.evidence.get("parameters", ())]
-    known = [name for name in names if name in before.weights]
+    known = []
+    for name in finding.evidence.get("parameters", ()):
+        if name in before.weights:
+            known.append(str(name))
     if not known:
         return ""
 
-    # 2. All as they were, or what they were.
-    changed = [moved[name] for name in known if name in moved]
+    # 2. All of them are as they were.
+    changed = [name for name in known if name in moved]
     if not changed:
         return "; the baseline has the same std"
-    first = changed[0]
+
+    # 3. What the first of them was.
+    first = moved[changed[0]]
     return f"; the baseline has {first.figure} {plain(first.old)} (JD110 compares with that)"

@@ -85,8 +85,8 @@ class ChangeSummary:
             lines.append("what changed most in each layer:")
             lines += self._layer_lines()
         if self.layers_left_out:
-            rest = plural(self.layers_left_out, "further layer")
-            lines.append(f"  {rest} changed less; the table has them")
+            others = plural(self.layers_left_out, "further layer")
+            lines.append(f"  {others} changed less; the table has them")
         return lines
 
     def _layer_lines(self) -> list[str]:
@@ -106,29 +106,57 @@ def summarize_changes(pairs: Sequence[PairLike]) -> ChangeSummary:
     Args:
         pairs: every pair of figures, in the order of depth.
     """
-    # 1. The figures that both have, and whose intervals are apart.
-    changed = [pair for pair in pairs if pair.parts and pair.old and pair.new]
-    in_one_alone = [pair for pair in pairs if pair.parts and not (pair.a and pair.b)]
+    # 1. The figures that both have, and those of them whose intervals are apart.
+    in_both: list[PairLike] = []
+    in_one_alone = 0
+    for pair in pairs:
+        if pair.old and pair.new:
+            in_both.append(pair)
+        elif pair.parts and not (pair.a and pair.b):
+            in_one_alone += 1
+    changed = [pair for pair in in_both if pair.parts]
 
     # 2. By kind.
     kinds = []
     for figure in _KINDS:
-        of_kind = [pair for pair in changed if pair.figure == figure]
-        if of_kind:
-            in_both = [p for p in pairs if p.figure == figure and p.old and p.new]
-            words = _KIND_WORDS.get(figure, figure_words(figure))
-            kinds.append(KindSummary(words, _kind_text(of_kind, len(in_both))))
+        kind = _kind_summary(figure, in_both)
+        if kind is not None:
+            kinds.append(kind)
 
     # 3. By layer: those that changed most, in the order of depth.
     largest = _largest_by_layer(changed)
     by_size = sorted(range(len(largest)), key=lambda place: -change_size(largest[place]))
-    shown = [largest[place] for place in sorted(by_size[:_MOST_LAYERS])]
+    places = sorted(by_size[:_MOST_LAYERS])
     return ChangeSummary(
         kinds=kinds,
-        layers=[_layer_summary(pair) for pair in shown],
-        layers_left_out=len(largest) - len(shown),
-        in_one_alone=len(in_one_alone),
+        layers=[_layer_summary(largest[place]) for place in places],
+        layers_left_out=len(largest) - len(places),
+        in_one_alone=in_one_alone,
     )
+
+
+def _kind_summary(figure: str, in_both: Sequence[PairLike]) -> KindSummary | None:
+    """Return how one kind of figure changed; None if none of it did.
+
+    Args:
+        figure: the kind.
+        in_both: the figures that both models have.
+    """
+    # 1. How many there are of this kind, and those that changed.
+    total = 0
+    changed: list[PairLike] = []
+    for pair in in_both:
+        if pair.figure != figure:
+            continue
+        total += 1
+        if pair.parts:
+            changed.append(pair)
+    if not changed:
+        return None
+
+    # 2. In words.
+    words = _KIND_WORDS.get(figure, figure_words(figure))
+    return KindSummary(words, _kind_text(changed, total))
 
 
 def _kind_text(changed: Sequence[PairLike], total: int) -> str:
@@ -162,9 +190,12 @@ def _largest_by_layer(changed: Sequence[PairLike]) -> list[PairLike]:
     """Return the pair of each layer that changed most, in the order of the pairs."""
     largest: dict[int | None, PairLike] = {}
     for pair in changed:
-        known = largest.get(pair.depth)
-        if known is None or change_size(pair) > change_size(known):
+        known = largest.setdefault(pair.depth, pair)
+        is_larger = change_size(pair) > change_size(known)
+        if is_larger:
             largest[pair.depth] = pair
+
+    # A dict keeps the order in which the depths came.
     return list(largest.values())
 
 

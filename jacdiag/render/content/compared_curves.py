@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jacdiag.render.content.compared_figures import Ends, PairLike
-from jacdiag.render.content.depth_curves import LOOKS, DepthCurve, Look, is_drawable
+from jacdiag.render.content.depth_curves import (
+    LOOKS,
+    DepthCurve,
+    Look,
+    drawable_curves,
+    is_drawable,
+)
 from jacdiag.render.content.sentences import legible
 
 _FIGURES = {
@@ -56,7 +62,11 @@ def compared_curves(pairs: Sequence[PairLike]) -> ComparedCurves:
         pairs: every pair of figures, in the order of depth.
     """
     # 1. Where each sub-layer stands: evenly spread within its depth.
-    of_sublayers = [pair for pair in pairs if pair.figure in _FIGURES and pair.depth is not None]
+    of_sublayers = []
+    for pair in pairs:
+        is_of_sublayer = pair.figure in _FIGURES
+        if is_of_sublayer:
+            of_sublayers.append(pair)
     at = _places(of_sublayers)
 
     # 2. A panel for each figure.
@@ -68,7 +78,10 @@ def compared_curves(pairs: Sequence[PairLike]) -> ComparedCurves:
             panels.append(panel)
 
     # 3. What each place is called.
-    names = {at[_key(pair)]: legible(pair.b or pair.a) for pair in of_sublayers}
+    names = {}
+    for pair in of_sublayers:
+        place = at[_key(pair)]
+        names[place] = legible(pair.b or pair.a)
     return ComparedCurves(panels, max(names, default=1.0), names)
 
 
@@ -106,19 +119,39 @@ def _panel(
     # 1. The curves of both models, per kind of sub-layer.
     curves = []
     for look in LOOKS:
-        of_kind = [pair for pair in pairs if pair.part in look.kinds]
-        places = [at[_key(pair)] for pair in of_kind]
-        earlier = _curve(look, f"{look.label}, A", places, [pair.old for pair in of_kind])
-        curves.append(dataclasses.replace(earlier, dashed=True, earlier=True))
-        curves.append(_curve(look, f"{look.label}, B", places, [pair.new for pair in of_kind]))
+        curves += _curves_of_kind(look, pairs, at)
 
     # 2. Where the intervals are apart.
     changed = []
     for pair in pairs:
-        if pair.parts and pair.new is not None and is_drawable(pair.new[1]):
+        has_point = pair.new is not None and is_drawable(pair.new[1])
+        if pair.parts and has_point:
+            assert pair.new is not None
             changed.append((at[_key(pair)], pair.new[1]))
-    drawable = [curve for curve in curves if curve.finite]
-    return ComparedPanel(title, drawable, changed)
+    return ComparedPanel(title, drawable_curves(curves), changed)
+
+
+def _curves_of_kind(
+    look: Look, pairs: Sequence[PairLike], at: dict[tuple[str, str], float]
+) -> list[DepthCurve]:
+    """Return one figure of one kind of sub-layer: A in dashes, B solid."""
+    # 1. Where its sub-layers stand, and the ends of their intervals in both models.
+    places: list[float] = []
+    ends_in_a: list[Ends | None] = []
+    ends_in_b: list[Ends | None] = []
+    for pair in pairs:
+        if pair.part in look.kinds:
+            places.append(at[_key(pair)])
+            ends_in_a.append(pair.old)
+            ends_in_b.append(pair.new)
+
+    # 2. The curves.
+    first = _curve(look, f"{look.label}, A", places, ends_in_a)
+    second = _curve(look, f"{look.label}, B", places, ends_in_b)
+
+    # The style of an earlier model. Points and intervals stay.
+    first = dataclasses.replace(first, dashed=True, earlier=True)
+    return [first, second]
 
 
 def _curve(

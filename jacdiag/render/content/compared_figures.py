@@ -120,7 +120,12 @@ def change_size(pair: PairLike) -> float:
         pair: of one figure.
     """
     ratio = pair.ratio
-    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
+    if ratio is None:
+        return math.inf
+
+    # 0 and what is not finite have no logarithm.
+    has_logarithm = 0 < ratio < math.inf
+    if not has_logarithm:
         return math.inf
     return abs(math.log(ratio))
 
@@ -162,7 +167,11 @@ def _first_difference(pair: PairLike) -> str:
 
 def _both_names(pair: PairLike) -> str:
     """Return what both models call a part: one name if they agree."""
+    # 1. One name.
     if pair.a == pair.b:
         return pair.a
-    first, second = pair.a or "nothing", pair.b or "nothing"
+
+    # 2. Two names, or one that the other model lacks.
+    first = pair.a or "nothing"
+    second = pair.b or "nothing"
     return f"{first} and {second}"

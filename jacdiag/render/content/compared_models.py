@@ -36,9 +36,16 @@ class ComparisonView:
 
     def shown_pairs(self, *, all_rows: bool = False) -> list[PairLike]:
         """Return the pairs that differ; with `all_rows` every pair."""
+        # 1. All.
         if all_rows:
             return self.pairs
-        return [pair for pair in self.pairs if pair.parts]
+
+        # 2. Those that differ.
+        shown = []
+        for pair in self.pairs:
+            if pair.parts:
+                shown.append(pair)
+        return shown
 
 
 def build_comparison_view(
@@ -86,12 +93,16 @@ class ComparedModel:
     @property
     def stage(self) -> list[str]:
         """Step and state, each as a few words."""
+        # 1. The step. That of an initialized model goes without saying.
         stage = []
         if self.step is not None:
             stage.append(f"step {self.step:,}")
         elif self.state == "trained":
             stage.append("step not known")
-        return [*stage, self.state or "state not known"]
+
+        # 2. The state.
+        state = self.state or "state not known"
+        return [*stage, state]
 
     @property
     def facts(self) -> list[str]:

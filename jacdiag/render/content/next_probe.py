@@ -17,8 +17,10 @@ def next_probe_step(run: RunLog) -> int | None:
         run: as far as it has come.
     """
     # 1. A run that has ended, or whose probe is off.
-    is_off = any(row.get("part") == "probe" for row in run.faults)
-    if run.ended is not None or is_off:
+    parts_off = [row.get("part") for row in run.faults]
+    is_off = "probe" in parts_off
+    has_ended = run.ended is not None
+    if has_ended or is_off:
         return None
 
     # 2. By the number of steps.
@@ -41,17 +43,25 @@ def _step_within_budget(run: RunLog, share: float, last: int) -> int | None:
         share: of the time that probes may take.
         last: the last step.
     """
-    # 1. What a probe and a step take.
+    # 1. What a probe takes.
     if not run.probes:
         return None
     price = number(run.probes[-1].get("seconds"))
-    durations = [number(row.get("step_seconds")) for row in run.steps[-_RECENT:]]
-    known = [duration for duration in durations if duration > 0]
-    if not known or not math.isfinite(price):
+    if not math.isfinite(price):
         return None
 
-    # 2. So many steps after the last probe.
-    steps = math.ceil(price / (share * median(known)))
+    # 2. What a step takes.
+    durations = []
+    for row in run.steps[-_RECENT:]:
+        duration = number(row.get("step_seconds"))
+        if duration > 0:
+            durations.append(duration)
+    if not durations:
+        return None
+
+    # 3. So many steps after the last probe.
+    seconds_a_step = share * median(durations)
+    steps = math.ceil(price / seconds_a_step)
     return max(_last_step(run.probes) + steps, last + 1)
 
 

@@ -294,10 +294,15 @@ def _condition_status(figures: Outlook, code: str, status: str) -> str:
         code: of the rule that judges the condition.
         status: "unknown" is also that of a condition that nobody judged.
     """
-    was_run = code in (*figures.undecided, *figures.fired)
-    if status == "unknown" and not was_run:
-        return _NOT_SELECTED
-    return status
+    # 1. A status that says something.
+    if status != "unknown":
+        return status
+
+    # 2. Else the rule came to no answer, or was not run.
+    judged = [*figures.undecided, *figures.fired]
+    if code in judged:
+        return status
+    return _NOT_SELECTED
 
 
 def _effect_on_function(remedy: RemedyRecord) -> str:

@@ -84,14 +84,19 @@ def _of_step(replay: ReplayRecord) -> str:
 
 def _checkpoint_before(replay: ReplayRecord) -> str:
     """Return the checkpoint that the batch has not updated: this one, if it is known to be one."""
+    # 1. One of the two steps may not be known.
+    another = "a checkpoint from before that step"
     step = replay.onset
     if step is None:
         step = replay.step
     if step is None or replay.checkpoint_step is None:
-        return "a checkpoint from before that step"
-    if replay.checkpoint_step < step:
+        return another
+
+    # 2. The weights that the batch met are those of the step before.
+    is_before = replay.checkpoint_step < step
+    if is_before:
         return "this checkpoint"
-    return "a checkpoint from before that step"
+    return another
 
 
 def _audit_command(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def alert_lines(alert: Mapping[str, Any], flights: Mapping[int, RunFlight]) -> l
 
 def _has_batch(folder: Path) -> bool:
     """Return whether a flight holds a batch."""
-    for pattern in _BATCHES:
-        if any(folder.glob(pattern)):
-            return True
-    return False
+    # The first one is enough.
+    batches = itertools.chain.from_iterable(map(folder.glob, _BATCHES))
+    first = next(batches, None)
+    return first is not None

@@ -47,7 +47,13 @@ def depths_of_shared_names(depths: Mapping[str, int]) -> dict[str, tuple[str, in
     Args:
         depths: name of each sub-layer in the trace -> its depth.
     """
-    shared = {_CALL.sub("", name) for name in depths if _CALL.search(name)}
+    # 1. The modules of which a further call has a number.
+    shared = set()
+    for name in depths:
+        if _CALL.search(name):
+            shared.add(_CALL.sub("", name))
+
+    # 2. All their calls, the first one too.
     calls = {}
     for name, depth in depths.items():
         module = _CALL.sub("", name)

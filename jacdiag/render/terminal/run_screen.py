@@ -448,16 +448,23 @@ def _last_gains(cells: GainCells, per: int) -> list[str]:
     last = cells.rows[-1]
     texts = []
     for begin in range(0, len(cells.names), per):
-        members = [last.get(name) for name in cells.names[begin : begin + per]]
-        known = [cell.value for cell in members if cell is not None]
-        lost = [value for value in known if not math.isfinite(value)]
-        text = ABSENT
-        if lost:
-            text = three(lost[0])
-        elif known:
-            text = three(max(known))
-        texts.append(text)
+        names = cells.names[begin : begin + per]
+        values = [last[name].value for name in names if name in last]
+        texts.append(_largest_gain(values))
     return texts
+
+
+def _largest_gain(values: Sequence[float]) -> str:
+    """Return the largest of some gains as text; one that is not finite comes first."""
+    # 1. No probe has one.
+    if not values:
+        return ABSENT
+
+    # 2. One that was lost, or the largest.
+    for value in values:
+        if not math.isfinite(value):
+            return three(value)
+    return three(max(values))
 
 
 def _labels(run: RunLog, names: Sequence[str]) -> list[str]:
@@ -479,12 +486,17 @@ def _labels(run: RunLog, names: Sequence[str]) -> list[str]:
 
 def _sublayer_depths(run: RunLog) -> dict[str, int]:
     """Return the depth of each sub-layer, as the report of the first probe has it."""
+    # 1. A later process may have written no report.
     if not run.probes:
         return {}
     report = run.probes[0].get("report") or {}
+
+    # 2. Its sub-layers.
     depths = {}
-    for row in report.get("sublayers") or []:
-        depths[str(row.get("name"))] = int(row.get("depth", 0))
+    rows = report.get("sublayers", [])
+    for row in rows:
+        name = str(row.get("name"))
+        depths[name] = int(row.get("depth", 0))
     return depths
 
 
@@ -752,10 +764,14 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
 
 
 def _with_ellipsis(line: str, width: int) -> str:
-    """Return a line that goes on, marked at its end. Whole words are left out for the mark."""
-    while len(line) + len(_GOES_ON) > width and " " in line:
-        line = line.rpartition(" ")[0]
-    return clipped(line, max(width - len(_GOES_ON), 5)) + _GOES_ON
+    """Return a line that goes on, marked at its end; words make room for the mark."""
+    # 1. The words that leave room for the mark.
+    room = max(width - len(_GOES_ON), 5)
+    words = textwrap.wrap(line, room, break_on_hyphens=False, break_long_words=False)
+
+    # 2. A single word may be longer than that.
+    beginning = clipped("".join(words[:1]), room)
+    return f"{beginning}{_GOES_ON}"
 
 
 def full_alerts(
