@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from jacdiag.sources.accelerators import in_float64
 from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 
+Point = tuple[str, Tensor, int]  # name, value and feature dimension
+
 _ROWS = 4096  # tokens that are looked at together: no copy of an entire stream is made
 
 
-def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:
+def stream_points(sites: Sites) -> list[Point]:
     """Return name, value and feature dimension of each point of the main stream.
 
     The points are the shortcuts, then the stream's end.
@@ -69,22 +71,21 @@ def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
         return _without_figures(names, f"NaN or Inf in the stream at {broken}")
 
     # 2. The figures of each point.
-    cosines = _token_cosines(points)
+    cosines = token_cosines(points)
     notes = {}
     if cosines is None:
         notes["token_cosine"] = "fewer than two tokens with a vector that is not zero"
     return ForwardRecord(
         points=names,
-        variance=[variance(x, dim) for _, x, dim in points],
+        variance=variances(points),
         peaks=[peak(x, dim, token_ids) for _, x, dim in points],
         token_cosine=cosines,
         notes=notes,
     )
 
 
-def _first_not_finite(points: Iterable[tuple[str, Tensor, int]]) -> str | None:
+def _first_not_finite(points: Sequence[Point]) -> str | None:
     """Return the name of the first point that holds NaN or Inf."""
-    points = list(points)
     flags = download([torch.isfinite(x).all() for _, x, _ in points])
     for (name, _, _), is_finite in zip(points, flags, strict=True):
         if not is_finite:
@@ -93,31 +94,63 @@ def _first_not_finite(points: Iterable[tuple[str, Tensor, int]]) -> str | None:
     return None
 
 
-def _token_cosines(points: Iterable[tuple[str, Tensor, int]]) -> list[float] | None:
-    """Return the token cosine of each point; None unless all have one."""
-    cosines = []
+def variances(points: Sequence[Point]) -> list[float]:
+    """Return the population variance over features of each point, averaged over tokens."""
+    # 1. One sum for each point, of pieces: no copy of the stream in float64 is made.
+    sums = []
+    counts = []
     for _, x, dim in points:
-        cosine = token_cosine(x, dim)
-        if cosine is None:
+        rows = _tokens(x, dim)
+        pieces = rows.split(_ROWS)
+        of_pieces = [in_float64(piece).var(-1, correction=0).sum() for piece in pieces]
+        sums.append(torch.stack(of_pieces).sum())
+        counts.append(max(len(rows), 1))
+
+    # 2. One look at all of them.
+    return [float(total) / count for total, count in zip(download(sums), counts, strict=True)]
+
+
+def token_cosines(points: Sequence[Point]) -> list[float] | None:
+    """Return the token cosine of each point; None unless all have one.
+
+    It is the mean cosine between two different tokens of the probe that are not zero. The sum over
+    all pairs is |sum of unit vectors|^2, without the products of each vector with itself.
+    """
+    # 1. The sums of each point, and one look at all of them.
+    sums: list[Tensor] = []
+    for _, x, dim in points:
+        sums += _sum_of_unit_vectors(_tokens(x, dim))
+    figures = download(sums)
+
+    # 2. A cosine takes two tokens.
+    cosines = []
+    for square, number in zip(figures[0::2], figures[1::2], strict=True):
+        count = int(number)
+        if count < 2:
             return None
 
-        cosines.append(cosine)
-
+        cosines.append((float(square) - count) / (count * (count - 1)))
     return cosines
+
+
+def _sum_of_unit_vectors(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the square of the norm of the sum of rows of length 1, and how many there are."""
+    total = in_float64(rows.new_zeros(rows.shape[-1]))
+    present = torch.zeros((), dtype=torch.int64, device=total.device)
+    for part in rows.split(_ROWS):
+        part = in_float64(part)
+        norms = part.norm(dim=-1, keepdim=True)
+        # A token that is zero has no direction, and adds nothing.
+        is_zero = norms == 0
+        total += (part / norms.masked_fill(is_zero, 1.0)).sum(0)
+        present += (~is_zero).sum()
+
+    return total @ total, present
 
 
 def _without_figures(names: list[str], reason: str) -> ForwardRecord:
     """Return a record that says why nothing was measured."""
     return ForwardRecord(names, notes=dict.fromkeys(("variance", "peaks", "token_cosine"), reason))
-
-
-def variance(x: Tensor, feature_dim: int) -> float:
-    """Return the population variance over features, averaged over tokens."""
-    rows = _tokens(x, feature_dim)
-    # Pieces of it, so that no copy of the stream in float64 is made.
-    pieces = rows.split(_ROWS)
-    sums = [in_float64(piece).var(-1, correction=0).sum() for piece in pieces]
-    return sum(map(float, download(sums))) / max(len(rows), 1)
 
 
 def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
@@ -130,33 +163,6 @@ def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
     token, feature = divmod(int(where), rows.shape[-1])
     place = locate(token, x.shape, feature_dim, token_ids)
     return Peak(float(largest), float(median), feature, place.sequence, place.position, place.token)
-
-
-def token_cosine(x: Tensor, feature_dim: int) -> float | None:
-    """Return the mean cosine between two different tokens of the probe.
-
-    None for fewer than two tokens that are not zero.
-
-    The sum over all pairs is |sum of unit vectors|^2, without the products of each vector with
-    itself.
-    """
-    rows = _tokens(x, feature_dim)
-    total = in_float64(rows.new_zeros(rows.shape[-1]))
-    present = torch.zeros((), dtype=torch.int64, device=total.device)
-    for part in rows.split(_ROWS):
-        part = in_float64(part)
-        norms = part.norm(dim=-1, keepdim=True)
-        # A token that is zero has no direction, and adds nothing.
-        is_zero = norms == 0
-        total += (part / norms.masked_fill(is_zero, 1.0)).sum(0)
-        present += (~is_zero).sum()
-
-    square, number = download([total @ total, present])
-    count = int(number)
-    if count < 2:
-        return None
-
-    return (float(square) - count) / (count * (count - 1))
 
 
 def _tokens(x: Tensor, feature_dim: int) -> Tensor:

@@ -9,10 +9,16 @@ import itertools
 import pytest
 import torch
 from measure import flow_models as models
+from torch import Tensor
 
 import jacdiag
 from jacdiag.measure import stream_statistics as forward
-from jacdiag.measure.stream_statistics import forward_record, peak, token_cosine, variance
+from jacdiag.measure.stream_statistics import forward_record, peak, token_cosines, variances
+
+
+def token_cosine(x: Tensor, feature_dim: int) -> float | None:
+    cosines = token_cosines([("x", x, feature_dim)])
+    return None if cosines is None else cosines[0]
 
 
 def test_a_model_by_hand() -> None:
@@ -68,7 +74,8 @@ def test_a_peak_names_its_token_and_its_feature() -> None:
 
 def test_variance_in_another_dimension() -> None:
     x = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
-    assert variance(x, 1) == pytest.approx(float(x.double().var(1, correction=0).mean()), rel=1e-12)
+    wanted = float(x.double().var(1, correction=0).mean())
+    assert variances([("x", x, 1)]) == pytest.approx([wanted], rel=1e-12)
 
 
 def test_a_stream_with_nan_has_a_reason_in_place_of_figures() -> None:
