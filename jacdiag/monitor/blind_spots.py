@@ -52,6 +52,11 @@ class Silence:
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._looked_at_gradients = False
 
+    @property
+    def looks_at_batches(self) -> bool:
+        """Whether the steps so far are too few for a look at batches and the probe."""
+        return self.steps < FIRST_STEPS
+
     def step_ended(self, kind: str, batches: Batches | None, probe: ProbeState) -> None:
         """Look at batches and the probe, once.
 

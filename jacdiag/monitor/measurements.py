@@ -6,7 +6,7 @@ These are the metrics of single steps, the statistics of the forward and the Jac
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from jacdiag.monitor.forward_statistics import ForwardFigures
 from jacdiag.monitor.jacobian_probe import LiveProbe, Price
 from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.log.sinks import slashed_series
+from jacdiag.monitor.model_contents import ModelContents
 from jacdiag.monitor.optimizers import group_names, local, names_of, parameters_of
 from jacdiag.monitor.parameter_groups import (
     SublayerGroups,
@@ -118,6 +119,7 @@ class Measurements:
         self._reported: set[str] = set()  # the same of findings that are no alerts, each said once
         self._is_first_report = True
         self._has_announced_share = False
+        self._contents = ModelContents(model)
 
     # -- the first step ----------------------------------------------------------------------------
     def prepared(self, step: int, capacity: int) -> StepMetrics:
@@ -356,6 +358,8 @@ class Measurements:
     def _check_model(self) -> None:
         """Group the parameters again, with a warning, if the model has other ones than before."""
         # 1. Compare the parameters with those of before.
+        if not self._contents.have_changed():
+            return
         if {id(p) for p in self.model.parameters()} == self.names.keys():
             return
         names = names_of(self.model)
@@ -395,7 +399,7 @@ class Measurements:
         # A rank on which the probe has failed goes on to take part where all ranks have to.
         if not self.guards.on("probe") and not self.together.sharded:
             return
-        due = self._due(step, clock.step_seconds, self.metrics.capacity)
+        due = self._due(step, clock.usual_seconds, self.metrics.capacity)
         if not due.probe and not due.statistics:
             return
 
@@ -407,7 +411,9 @@ class Measurements:
         self.live.blocks = None  # and with it the last weights
         clock.charge("probe" if due.probe else "statistics", time.perf_counter() - started)
 
-    def _due(self, step: int, step_seconds: float | None, capacity: int) -> DueMeasurements:
+    def _due(
+        self, step: int, step_seconds: Callable[[], float | None], capacity: int
+    ) -> DueMeasurements:
         """Return what is due after a step; ranks with sharded weights agree on it."""
         probe_seconds = self.price.seconds if self.price else None
         own = DueMeasurements(
@@ -670,7 +676,7 @@ class Measurements:
         self.batches = None
         self.writes = None
         self.live.close()
-        del self.model, self.optimisers
+        del self.model, self.optimisers, self._contents
 
 
 def _select(names: Sequence[str], flags: Tensor) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ _NO_UPDATES = "no update norms from now on"
 _NO_WRITES = "writes to weights between the steps are not looked for from now on"
 _RATE_JUMP = 2.0  # times the rate of the step before; a warm-up beyond its first steps is slower
 _SAMPLE = 32  # parameters whose count of changes is looked at
+_REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
 _NO_HOOK_RAN = (StepOutcome.COMPILED, StepOutcome.UNSEEN)
 
 
@@ -524,13 +526,13 @@ class ChangeCounts:
             for leaf in self.leaves
             for group in leaf.param_groups
         ]
-        if layout != self._layout or not all(p.requires_grad for p in self._sample):
+        if layout != self._layout or not all(map(_REQUIRES_GRAD, self._sample)):
             self._layout = layout
             parameters = [p for p in parameters_of(self.leaves) if p.requires_grad]
             self._sample = parameters[:: max(len(parameters) // _SAMPLE, 1)]
 
         # 2. Read its counts.
-        self.last = [p._version for p in self._sample]
+        self.last = list(map(_VERSION, self._sample))
         return self.last
 
 

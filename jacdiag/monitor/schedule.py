@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -93,14 +94,19 @@ class Cadence:
         """Whether nothing is ever due."""
         return self.steps is None and self.budget is None
 
-    def due(self, step: int, price: float | None = None, step_seconds: float | None = None) -> bool:
+    def due(
+        self,
+        step: int,
+        price: float | None = None,
+        step_seconds: float | Callable[[], float | None] | None = None,
+    ) -> bool:
         """Return whether to run at this step; call once per step, since it remembers the last one.
 
         Args:
             step: number of steps that are done.
             price: seconds that one run takes; None before it is known.
-            step_seconds: seconds of one training step; None before they are known. Then only the
-                first run is due.
+            step_seconds: seconds of one training step, or what returns them and is only called if
+                they decide. None before they are known: then only the first run is due.
         """
         # 1. By the number of steps.
         previous = self.looked
@@ -114,6 +120,8 @@ class Cadence:
         # 2. By the share of the time.
         if self.budget is None:
             return self.steps is not None
+        if callable(step_seconds):
+            step_seconds = step_seconds()
         return self._is_within_budget(step, price, step_seconds, self.budget)
 
     def _reaches_multiple(self, previous: int | None, step: int, interval: int) -> bool:

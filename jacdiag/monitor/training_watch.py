@@ -332,6 +332,8 @@ class Watch:
                 raise error
 
         # 2. What was not seen.
+        if not self.record.silence.looks_at_batches:
+            return
         with self.guards.part("silence", "what the watch does not see is not said"):
             kind = type(self.measurements.model).__name__
             probe = self.measurements.probe_state()

@@ -79,6 +79,8 @@ def _are_equal(states: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
 _MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
 # the last state that was read, by the bytes that it was read from
 _NUMPY_STATES: dict[tuple[int, bytes], Any] = {}
+# the generator that was asked last for its address, which takes as long as all else here
+_ADDRESSES: dict[str, tuple[Any, int]] = {}
 
 
 def _numpy_state() -> Any:
@@ -91,7 +93,7 @@ def _numpy_state() -> Any:
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()  # noqa: NPY002
-    key = (id(generator), ctypes.string_at(generator.ctypes.state_address, _MERSENNE_BYTES))
+    key = (id(generator), ctypes.string_at(_address_of(generator), _MERSENNE_BYTES))
     state: Any = _NUMPY_STATES.get(key)
     if state is not None:
         return state
@@ -103,6 +105,15 @@ def _numpy_state() -> Any:
     if not has_normal_in_store:
         _NUMPY_STATES[key] = state
     return state
+
+
+def _address_of(generator: Any) -> int:
+    """Return the address of a generator's state, which stays where it is."""
+    known, address = _ADDRESSES.get("numpy", (None, 0))
+    if known is not generator:
+        address = generator.ctypes.state_address
+        _ADDRESSES["numpy"] = (generator, address)
+    return address
 
 
 @contextmanager
