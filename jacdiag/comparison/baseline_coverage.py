@@ -125,16 +125,20 @@ def _of_one_side_alone(noun: str, now: Collection[str], before: Collection[str])
         now: the names of the model that is checked.
         before: those of the baseline.
     """
-    added = [name for name in now if name not in before]
-    gone = [name for name in before if name not in now]
-
     sentences = []
+
+    # 1. What is new has nothing to be compared with.
+    added = [name for name in now if name not in before]
     if added:
         count = _count(len(added), noun)
         sentences.append(f"{count} not in the baseline, and not compared: {_listed(added)}")
+
+    # 2. What is gone.
+    gone = [name for name in before if name not in now]
     if gone:
         count = _count(len(gone), noun)
         sentences.append(f"{count} of the baseline not in the model: {_listed(gone)}")
+
     return sentences
 
 

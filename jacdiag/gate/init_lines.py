@@ -91,18 +91,19 @@ class InitLines(TorchFunctionMode):
         """Run a call of torch, and note the line if it wrote a tensor or made one."""
         arguments = dict(kwargs or {})
         result = func(*args, **arguments)
-        given = [value for value in (*args, *arguments.values()) if isinstance(value, Tensor)]
+        values = (*args, *arguments.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
 
         # 1. A write into a tensor that exists.
         name = getattr(func, "__name__", "")
-        if given and _is_write(name):
-            self._note(given[0])
-        # 2. A new tensor. A view of another one is not new.
-        elif isinstance(result, Tensor):
-            key = _storage_of(result)
-            is_new = key not in [_storage_of(value) for value in given]
-            if is_new:
-                self._note(result)
+        is_write = bool(tensors) and _is_write(name)
+        if is_write:
+            self._note(tensors[0])
+            return result
+
+        # 2. A new tensor.
+        if isinstance(result, Tensor) and not _is_view_of_any(result, tensors):
+            self._note(result)
         return result
 
     def of(self, model: nn.Module) -> dict[str, CodeLine]:
@@ -150,6 +151,11 @@ def _is_write(name: str) -> bool:
         return True
     is_in_place = name.endswith("_") and not name.startswith("_")
     return is_in_place and name not in _NO_WRITES
+
+
+def _is_view_of_any(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Return whether a tensor lies in the memory of another one."""
+    return _storage_of(tensor) in map(_storage_of, others)
 
 
 def _storage_of(tensor: Tensor) -> _Storage | None:

@@ -654,16 +654,22 @@ class Audit:
         self, names: Sequence[str], *, norm: bool
     ) -> dict[str, WeightStats | None]:
         """Return the figures of weights."""
+        params = self.sites.skeleton.params
         stats: dict[str, WeightStats | None] = {}
         for group in self._small_groups(names):
-            # 1. The std is known from the draw.
-            weights = {name: self.sites.skeleton.params[name] for name in group}
-            draws = {name: self._draws.of(name) for name in group}
-            stds = {name: draw.std for name, draw in draws.items() if draw is not None}
-
-            # 2. The rest.
+            weights = {name: params[name] for name in group}
+            stds = self._stds_of_draws(group)
             stats |= all_weight_stats(weights, stds, norm=norm)
         return stats
+
+    def _stds_of_draws(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the std of weights by their draw; weights without one are left out."""
+        stds = {}
+        for name in names:
+            draw = self._draws.of(name)
+            if draw is not None:
+                stds[name] = draw.std
+        return stds
 
     def _small_groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Yield names of weights that may be held together; a large one comes alone."""

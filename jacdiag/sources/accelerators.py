@@ -147,13 +147,20 @@ def read_random_states(kinds: Iterable[str] | None = None) -> RandomStates:
     Returns:
         The states by kind, one for each device of it.
     """
+    if kinds is None:
+        kinds = kinds_in_use()
+
     states = {}
-    for kind in kinds_in_use() if kinds is None else kinds:
+    for kind in kinds:
+        # A backend may not implement the call.
         try:
-            states[kind] = _states_of(kind)
+            of_kind = _states_of(kind)
         except (NotImplementedError, RuntimeError):
             continue
-    return {kind: of_kind for kind, of_kind in states.items() if of_kind}
+
+        if of_kind:
+            states[kind] = of_kind
+    return states
 
 
 def restore_random_states(states: RandomStates) -> None:

@@ -5,7 +5,6 @@ Other sets hold the state of an optimizer, or a moving average of the weights.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections import Counter
@@ -293,22 +292,40 @@ def _tensors_of_arrays(children: Iterable[_Child]) -> dict[str, Tensor]:
 
     Random states and lists of losses are arrays too, of one dimension.
     """
-    # 1. The arrays.
+    # 1. The arrays, of which one has to be a matrix of weights.
     arrays = {}
     for child in children:
         if child.name is not None and isinstance(child.value, np.ndarray):
             arrays[child.name] = child.value
-    if not any(array.ndim >= 2 and array.dtype.kind == "f" for array in arrays.values()):
+    if not any(map(_is_matrix_of_floats, arrays.values())):
         return {}
 
     # 2. As tensors. Those of objects or of text are none.
     tensors = {}
     for name, array in arrays.items():
-        if array.dtype.kind in "fiub":
-            native = array.astype(array.dtype.newbyteorder("="))
-            with contextlib.suppress(TypeError):
-                tensors[name] = torch.from_numpy(np.ascontiguousarray(native))
+        tensor = _tensor_of_array(array)
+        if tensor is not None:
+            tensors[name] = tensor
     return tensors
+
+
+def _is_matrix_of_floats(array: np.ndarray[Any, Any]) -> bool:
+    """Return whether an array may be a matrix of weights, by its shape and dtype."""
+    return array.ndim >= 2 and array.dtype.kind == "f"
+
+
+def _tensor_of_array(array: np.ndarray[Any, Any]) -> Tensor | None:
+    """Return an array as a tensor; None if torch has no such dtype."""
+    is_numeric = array.dtype.kind in "fiub"
+    if not is_numeric:
+        return None
+
+    # torch takes the byte order of this machine alone.
+    native = array.astype(array.dtype.newbyteorder("="))
+    try:
+        return torch.from_numpy(np.ascontiguousarray(native))
+    except TypeError:
+        return None
 
 
 def _contents(node: Any) -> Any:

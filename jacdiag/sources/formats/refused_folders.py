@@ -129,16 +129,21 @@ def _adapter(path: Path) -> SourceError | None:
 
 def _absent_weights(path: Path) -> SourceError | None:
     """Return the error for a folder in which the weights are a link that leads nowhere."""
-    broken = [file for file in sorted(path.iterdir()) if _is_broken_link(file)]
-    broken = [file for file in broken if file.suffix in _WEIGHT_SUFFIXES]
+    broken = list(filter(_is_broken_link, _entries_named_as_weights(path)))
     if not broken:
         return None
+
     first = broken[0]
     return SourceError(
         f"the weights of '{path}' are a link to a file that is not there",
         got=f"{printable(first.name)} leads to {printable(str(first.readlink()))}",
         hint="download the folder again, or copy it with its links followed (cp -rL)",
     )
+
+
+def _entries_named_as_weights(path: Path) -> list[Path]:
+    """Return what lies in a folder under a suffix of weights, in the order of names."""
+    return [entry for entry in sorted(path.iterdir()) if entry.suffix in _WEIGHT_SUFFIXES]
 
 
 def _is_broken_link(path: Path) -> bool:
@@ -148,17 +153,21 @@ def _is_broken_link(path: Path) -> bool:
 
 def _named_weights(path: Path) -> SourceError | None:
     """Return the error for a folder whose weights have a name that transformers does not use."""
-    files = [file for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
-    # What a trainer saves next to the weights has the same suffixes.
-    files = [file for file in files if file.is_file() and not file.name.startswith(_NO_WEIGHTS)]
+    files = list(filter(_may_hold_weights, _entries_named_as_weights(path)))
     if not files:
         return None
+
     names = ", ".join(printable(file.name) for file in files[:_SHOWN])
     return SourceError(
         f"'{path}' has a config.json, and its weights are not under a usual name",
         got=names,
         hint=f"{files[0]} --model hf:{path}",
     )
+
+
+def _may_hold_weights(path: Path) -> bool:
+    """Return whether a path is a file, and not one that a trainer saves next to the weights."""
+    return path.is_file() and not path.name.startswith(_NO_WEIGHTS)
 
 
 def _base_of(path: Path) -> str:

@@ -108,12 +108,15 @@ class Replayer:
 
         `y[:, 1:] = z` returns nothing.
         """
-        positions = [
-            self.graph.values[output].position for output in self.graph.nodes[node].outputs
-        ]
+        outputs = self.graph.nodes[node].outputs
+        if not outputs:
+            return 0
+
+        # What a call wrote to has a position below 0.
+        positions = [self.graph.values[output].position for output in outputs]
         returned = [position for position in positions if position >= 0]
-        if returned or not positions:
-            return min(returned, default=0)
+        if returned:
+            return min(returned)
         return positions[0]
 
     def end_of(self, site: Site, invocation: int) -> Spot:
