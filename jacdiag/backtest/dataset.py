@@ -123,7 +123,10 @@ def build_dataset(
     inits = [_key_without(run, (*cluster_without, *TRAINING)) for run in runs]
 
     # 3. Their figures.
+    figures = _columns_of_figures(runs)
     trivial = _trivial_figures(runs, strata, rates, wrong_runs)
+
+    # 4. All as columns, with one value a run.
     return Dataset(
         labels=labels,
         is_wrong=wrong_runs,
@@ -132,7 +135,7 @@ def build_dataset(
         warmups=warmups,
         clusters=clusters,
         inits=inits,
-        figures=_columns_of_figures(runs),
+        figures=figures,
         trivial=trivial,
         factors=[dict(run.factors) for run in runs],
     )
@@ -231,6 +234,7 @@ def _trivial_figures(
     # 2. The first step. Figures of the model are scaled by the width, so the norm is as well.
     gradient_norms = np.array([_first_finite(run.grad_norm) for run in runs])
     columns["gradient norm, first step"] = gradient_norms
+
     widths = np.array([number_of(run.factors.get("width")) for run in runs])
     if not np.isnan(widths).all():
         columns["gradient norm, first step x width"] = gradient_norms * widths

@@ -160,6 +160,8 @@ def _left_for_good(loss: Floats, margin: float) -> int | None:
         if not _ends_high(loss, tenth, medians, margin):
             return None
         medians.pop()
+
+    # Without a full tenth there is no band that the loss could leave.
     if not medians:
         return int(broken[0])
 

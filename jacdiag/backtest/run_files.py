@@ -447,7 +447,10 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
             continue
         losses.append(number(loss))
         norms.append(number(row.get(names["grad_norm"])))
-        step = number(row.get(names["step"])) if has_numbers else float(place)
+
+        step = float(place)
+        if has_numbers:
+            step = number(row.get(names["step"]))
         steps.append(step)
     if not losses:
         raise _no_loss(file.name)

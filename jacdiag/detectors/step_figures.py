@@ -70,7 +70,12 @@ class StepFigures:
         update = None
         if row["update"] and row["update"]["ratio"] is not None:
             update = (row["update"]["where"], number(row["update"]["ratio"]))
+
+        # 3. Take what is not finite, if the optimizer made the step.
         is_skipped = bool(row["skipped"])
+        nonfinite: Sequence[str] = ()
+        if not is_skipped:
+            nonfinite = row["nonfinite"]
 
         return cls(
             step=row["step"],
@@ -80,7 +85,7 @@ class StepFigures:
             sublayers=sublayers,
             skipped=is_skipped,
             overflow=row.get("skipped_for") == "inf",
-            nonfinite=() if is_skipped else row["nonfinite"],
+            nonfinite=nonfinite,
             update=update,
             bad_weights=row.get("nonfinite_weights"),
             bad_gradients=row.get("nonfinite_gradients"),

@@ -243,13 +243,14 @@ def build_sublayer(
     # 1. The bound, at the first FFN.
     notes = dict.fromkeys(NOT_MEASURED, "weights only: no model was run")
     bound = None
+    is_ffn = sublayer.kind == "mlp"
     is_first = sublayer.layer == 0
-    if sublayer.kind == "mlp" and not is_first:
-        notes["bound"] = "Eq. 15 needs sigma_x', which only the first layer's embedding gives"
-    if sublayer.kind == "mlp" and is_first:
+    if is_ffn and is_first:
         bound, why = bound_of_first_ffn(sublayer, model, stats, phase, embedding)
         notes["bound"] = why
         notes["shortcut_std"] = embedding.note
+    elif is_ffn:
+        notes["bound"] = "Eq. 15 needs sigma_x', which only the first layer's embedding gives"
 
     # 2. The weights by role.
     weights, others = _weights_by_role(sublayer, stats)
@@ -258,13 +259,19 @@ def build_sublayer(
             "of several matrices of one role, that of the largest norm is given: "
             f"{', '.join(others)}"
         )
+
+    # 3. What enters the first layer is the embedding.
+    shortcut_std = None
+    if is_first:
+        shortcut_std = embedding.rows
+
     return SublayerRecord(
         name=sublayer.name,
         index=index,
         depth=sublayer.layer,
         kind=sublayer.report_kind,
         placement=None,
-        shortcut_std=embedding.rows if is_first else None,
+        shortcut_std=shortcut_std,
         shortcut_gain=None,
         bound=bound,
         weights=weights,

@@ -226,16 +226,8 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
     Returns:
         The step; None if that of the alert does not stand out.
     """
-    # 1. The usual value before the alert, and the steps that may belong to it.
-    calm: list[tuple[int, float]] = []
-    recent: list[tuple[int, float]] = []
-    for row in rows:
-        if row[0] <= step - LONGEST_ONSET:
-            calm.append(row)
-        elif row[0] <= step:
-            recent.append(row)
-
-    # A run that is too young has no usual value.
+    # 1. The usual value before the alert. A run that is too young has none.
+    calm, recent = _calm_and_recent(rows, step)
     level = usual_value(calm)
     if level is None:
         return None
@@ -251,6 +243,26 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
         first = row_step
 
     return first
+
+
+def _calm_and_recent(
+    rows: Sequence[tuple[int, float]], step: int
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Return the rows that show what is usual, and those that may belong to an alert.
+
+    Args:
+        rows: step and value, in order.
+        step: of the alert. Later rows are in neither list.
+    """
+    calm: list[tuple[int, float]] = []
+    recent: list[tuple[int, float]] = []
+    for row in rows:
+        row_step, _ = row
+        if row_step <= step - LONGEST_ONSET:
+            calm.append(row)
+        elif row_step <= step:
+            recent.append(row)
+    return calm, recent
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -624,21 +636,24 @@ def _is_as_in_the_run(figure: Figure, jump: float | None) -> bool:
 
 def _not_the_run_itself(figure: Figure, context: ReplayContext) -> str:
     """Return why the figures may be those of an earlier part of the run; "" if they cannot be."""
-    # 1. A known step, or values that no early step has.
+    # 1. The step of the checkpoint is known.
     if context.checkpoint_step is not None:
         return ""
+
+    # 2. No early step has values that are not finite.
     level = fmean(figure.others)
     if not math.isfinite(level):
         return ""
 
-    # 2. Only a loss can show that it is not of an early step.
+    # 3. Only a loss can show that it is not of an early step.
     if figure.name != LOSS:
         return _SAVE_THE_STEP
+
     ordinary = f"ordinary batches have a loss of {three(level)} on these weights"
     if context.highest_before is None:
         return f"{ordinary}, and {_SAVE_THE_STEP}"
 
-    # 3. The run never had such a loss before the jump, unless it was early on.
+    # 4. The run never had such a loss before the jump, unless it was early on.
     if level <= context.highest_before:
         return f"{ordinary}, as the run had early on; {_SAVE_THE_STEP}"
     return ""

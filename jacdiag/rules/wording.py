@@ -85,6 +85,8 @@ def name_layers(layers: Iterable[int]) -> str:
     noun = "layers"
     if len(numbers) == 1:
         noun = "layer"
+
+    # The last of several is joined by "and".
     *first, last = names
     if not first:
         return f"{noun} {last}"

@@ -113,12 +113,10 @@ def _resolve_name(spec: str) -> Callable[..., Any]:
         )
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
 
-    # 2. Look the callable up in it.
-    value: Any = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise SourceError(f"'{place}' has no '{name}'", hint=_candidates(place, value, part))
-        value = getattr(value, part)
+    # 2. Look the name up in it.
+    value = _look_up(place, module, name)
+
+    # 3. It has to be callable. A model is, and builds nothing.
     if isinstance(value, nn.Module):
         raise SourceError(
             f"'{spec}' is a model, and a function that builds one is needed",
@@ -130,6 +128,22 @@ def _resolve_name(spec: str) -> Callable[..., Any]:
         raise SourceError(
             f"'{spec}' cannot be called", got=got, hint=_candidates(place, module, name)
         )
+    return value
+
+
+def _look_up(place: str, module: ModuleType, name: str) -> Any:
+    """Return what a dotted name stands for in a module.
+
+    Args:
+        place: of the module, as the user wrote it.
+        module: that is looked into.
+        name: with a dot before each attribute of an attribute.
+    """
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise SourceError(f"'{place}' has no '{name}'", hint=_candidates(place, value, part))
+        value = getattr(value, part)
     return value
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from jacdiag.detectors.first_nonfinite import describe_batch
-from jacdiag.records.flight_replay import BatchReplay, ReplayRecord, TokenReplay
+from jacdiag.records.flight_replay import BatchReplay, ReplayRecord, SequenceReplay, TokenReplay
 from jacdiag.records.number_format import three
 from jacdiag.render.content.number_cells import aligned
 from jacdiag.rules.flight_replay import GRADIENT, LOSS
@@ -88,10 +88,7 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
 
     # 2. The batches, from values down to tokens.
     facts += _not_finite(replay.batches)
-    for batch in replay.suspects:
-        outlying = _sequences_out(batch)
-        if outlying:
-            facts.append(outlying)
+    facts += filter(None, map(_sequences_out, replay.suspects))
     if replay.tokens:
         facts.append(_tokens(replay))
 
@@ -108,8 +105,10 @@ def _onset(replay: ReplayRecord) -> str:
     onset, step = replay.onset, replay.step
     if onset is None or step is None:
         return ""
+
+    # The batch of the alert's own step.
     if onset == step:
-        return ""  # the batch of the alert's own step
+        return ""
 
     # A step after the last one that was logged.
     if onset > step:
@@ -218,13 +217,9 @@ def _level_cells(replay: ReplayRecord) -> tuple[str, ...]:
 def _sequences_out(batch: BatchReplay) -> str:
     """Return the outlying sequences of a batch, the largest loss first; "" if there are none."""
     # 1. Those that are out of range.
-    outlying = []
-    for place, sequence in enumerate(batch.sequences):
-        if sequence.outlying:
-            outlying.append((place, sequence))
+    outlying = _outlying_sequences(batch)
     if not outlying:
         return ""
-    outlying.sort(key=lambda pair: -(pair[1].loss or 0.0))
 
     # 2. The first few of them in words.
     shown = []
@@ -243,6 +238,17 @@ def _sequences_out(batch: BatchReplay) -> str:
         f"out of the range of the other batches' sequences: {noun} {listed}, of "
         f"{len(batch.sequences)} in the batch of step {batch.step:,}"
     )
+
+
+def _outlying_sequences(batch: BatchReplay) -> list[tuple[int, SequenceReplay]]:
+    """Return the outlying sequences of a batch with their places, the largest loss first."""
+    outlying = []
+    for place, sequence in enumerate(batch.sequences):
+        if sequence.outlying:
+            outlying.append((place, sequence))
+
+    # A loss that is not known comes last.
+    return sorted(outlying, key=lambda pair: -(pair[1].loss or 0.0))
 
 
 def _tokens(replay: ReplayRecord) -> str:

@@ -157,16 +157,20 @@ def draw(report: Report) -> Figure:
 # -- what is in the panels -------------------------------------------------------------------------
 def _gain_panel(depth: DepthView) -> _Panel:
     """Return the upper panel: branch norms, or the paper's bound if nothing was run."""
+    # 1. The figure. The bound has no thresholds.
     figure = "the paper's bound, less 1"
+    limits = []
     if depth.measured:
         figure = "branch norm ‖J‖"
+        limits = _near(depth.gain_limits, depth.gains)
+
+    # 2. What the panel says if it has no curve.
     reason = "nothing could be measured"
     if depth.zeros:
         reason = "every branch norm is 0"
+
+    # 3. Sub-layers whose value has no place on the scale.
     signs = [("x", "no finite value", depth.missing), ("v", "0", depth.zeros)]
-    limits = []
-    if depth.measured:
-        limits = _near(depth.gain_limits, depth.gains)
     return _Panel(
         figure=figure,
         curves=depth.gains,
@@ -245,6 +249,15 @@ def _header(view: ReportView) -> tuple[list[_HeaderLine], float]:
     texts += [(line, _FACTS) for line in fit_lines(pieces, "  ·  ", fits, _MOST_FACTS)]
 
     # 3. Their places.
+    return _place_lines(texts)
+
+
+def _place_lines(texts: Sequence[tuple[str, float]]) -> tuple[list[_HeaderLine], float]:
+    """Return lines below each other, and their height in inches.
+
+    Args:
+        texts: each with its font size. The verdict has a larger one than the facts.
+    """
     lines = []
     below_top = 0.22
     for text, size in texts:
@@ -453,9 +466,11 @@ def _line_style(curve: DepthCurve) -> dict[str, Any]:
         style["linestyle"] = _DASHES_AND_DOTS
 
     # 2. Its markers. Many of them would cover the line: they are smaller.
-    size, edge = 6.0, 0.8
+    size = 6.0
+    edge = 0.8
     if len(curve.x) > _MANY:
-        size, edge = 3.2, 0.4
+        size = 3.2
+        edge = 0.4
     style |= {"markeredgecolor": "white", "markeredgewidth": edge}
     if curve.marker:
         style |= {"marker": curve.marker, "markersize": size}

@@ -98,9 +98,17 @@ def _check_head(path: Path, head: bytes) -> None:
         raise _refused(path, *_BY_SUFFIX[".tflite"])
 
     # 3. Arrays of NumPy, which torch can save.
+    _check_arrays(path, head)
+
+
+def _check_arrays(path: Path, head: bytes) -> None:
+    """Raise if the first bytes of a file are those of arrays of NumPy."""
+    # 1. One array.
     if head.startswith(b"\x93NUMPY"):
         way = f"torch.save({{'weight': torch.from_numpy(numpy.load('{path.name}'))}}, 'weights.pt')"
         raise _refused(path, "one array of NumPy", way)
+
+    # 2. Several arrays, by name.
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip and _holds_arrays(path):
         way = (

@@ -9,7 +9,7 @@ memory is spent, and wrappers drop out of the picture.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -257,19 +257,32 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
     for original, attributes in clones:
         skipped = skipped_attributes(original)
         for name, value in original.__dict__.items():
-            if name in attributes or name in skipped:
-                continue
-            if name in _HOOK_DICTS:
-                attributes[name] = OrderedDict()
-            elif name == "_compiled_call_impl":
-                attributes[name] = None
-            else:
-                attributes[name] = copied(value)
+            if name not in attributes and name not in skipped:
+                attributes[name] = _copied_attribute(name, value, copied)
 
         # 3. The hooks that are to be run.
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             _copy_hooks(original, kind, attributes, copied, keep_hooks)
     return root
+
+
+def _copied_attribute(name: str, value: Any, copied: Callable[[Any], Any]) -> Any:
+    """Return the copy of a plain attribute; hooks are left out, and so is compiled code.
+
+    Args:
+        name: of the attribute.
+        value: of the original.
+        copied: copies any other value.
+    """
+    # Hooks that are to be run are copied later.
+    if name in _HOOK_DICTS:
+        return OrderedDict()
+
+    # Compiled code would run the original.
+    if name == "_compiled_call_impl":
+        return None
+
+    return copied(value)
 
 
 def _copy_hooks(

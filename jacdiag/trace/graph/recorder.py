@@ -346,6 +346,8 @@ class Recorder(TorchFunctionMode):
             added=number_added(name, args, kwargs),
         )
         self.nodes.append(node)
+
+        # Each value knows the calls that read it.
         for value in inputs:
             self.values[value].consumers.append(node.index)
 
