@@ -76,17 +76,8 @@ def load(start: Path, known: list[str]) -> ConfigFile:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the settings in a file; None if a pyproject.toml has none."""
-    # 1. All that the file holds.
-    try:
-        data = tomllib.loads(toml_text(path))
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"cannot read '{path}'",
-            got=f"it is no UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}",
-            hint="save it as UTF-8 without BOM",
-        ) from error
-    except (tomllib.TOMLDecodeError, OSError, RecursionError) as error:
-        raise UsageError(f"cannot read '{path}'", got=str(error)) from error
+    # 1. A file of this program alone.
+    data = _parse(path)
     if path.name == "jacdiag.toml":
         return data
 
@@ -100,6 +91,24 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"'tool.jacdiag' in {path} must be a table", got=repr(settings), hint="[tool.jacdiag]"
         )
     return settings
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """Return all that a TOML file holds.
+
+    Raises:
+        UsageError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(toml_text(path))
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read '{path}'",
+            got=f"it is no UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}",
+            hint="save it as UTF-8 without BOM",
+        ) from error
+    except (tomllib.TOMLDecodeError, OSError, RecursionError) as error:
+        raise UsageError(f"cannot read '{path}'", got=str(error)) from error
 
 
 def toml_text(path: Path) -> str:
@@ -296,6 +305,8 @@ def _one_value(param: click.Parameter, value: Any) -> Any:
     is_table = isinstance(value, dict)
     if is_table and isinstance(param.type, JsonObject):
         return value
+
+    # A number or a switch is what its text says.
     if not isinstance(value, (list, dict)):
         return str(value)
 

@@ -125,10 +125,12 @@ def fit(
         return None
     best = _maximize_likelihood(X, y)
 
-    # 3. Its covariance over resampled clusters.
-    count = X.shape[1]
+    # 3. Its covariance, which is left at 0 without resamples.
     if not times:
+        count = X.shape[1]
         return Curve(best, np.zeros((count, count)))
+
+    # 4. The covariance over resampled clusters.
     resampled = _resampled_coefficients(X, y, groups, times, seed)
     if len(resampled) < max(2, times / 2):
         return None

@@ -160,13 +160,25 @@ def _balanced(matrix: Tensor) -> Tensor | None:
         return None
 
     # 2. Scale first: the mean of a column would carry large rows into small ones.
-    for centre in (False, True):
-        for _ in range(_ROUNDS):
-            scaled = _scaled(matrix, centre)
-            if scaled is None:
-                return None
+    scaled = _scaled_repeatedly(matrix, centre=False)
+    if scaled is None:
+        return None
+    return _scaled_repeatedly(scaled, centre=True)
 
-            matrix = scaled
+
+def _scaled_repeatedly(matrix: Tensor, *, centre: bool) -> Tensor | None:
+    """Return a matrix after all rounds of scaling; None if one of them leaves too little.
+
+    Args:
+        matrix: of one weight.
+        centre: take the means off as well.
+    """
+    for _ in range(_ROUNDS):
+        scaled = _scaled(matrix, centre)
+        if scaled is None:
+            return None
+
+        matrix = scaled
 
     return matrix
 

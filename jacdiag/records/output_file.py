@@ -116,13 +116,7 @@ def check_writable(path: OutputPath) -> Output:
         raise UsageError(
             "cannot write an output file", got="an empty name", hint="name a file, or - for stdout"
         )
-    try:
-        output = find_output(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"cannot write '{name}'", got=reason, hint="name another file, or - for stdout"
-        ) from error
+    output = _found_output(path, name)
 
     # 2. Check that it takes bytes.
     if output.kind is OutputKind.FILE:
@@ -132,6 +126,25 @@ def check_writable(path: OutputPath) -> Output:
     elif output.kind is not OutputKind.STDOUT:
         _check_permission(name, output.target)
     return output
+
+
+def _found_output(path: OutputPath, name: str) -> Output:
+    """Return where an output path leads.
+
+    Args:
+        path: as for `write_output`.
+        name: of the path, for the error.
+
+    Raises:
+        UsageError: it leads nowhere.
+    """
+    try:
+        return find_output(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"cannot write '{name}'", got=reason, hint="name another file, or - for stdout"
+        ) from error
 
 
 def find_output(path: OutputPath) -> Output:

@@ -92,17 +92,19 @@ def remedies_for(
     contract = report.contract
     if contract is None:
         return []
+
+    # 2. A run that has begun keeps its weights.
     if has_begun:
         return list(_modules(report, contract, thresholds))
 
-    # 2. What the rules that fired ask for.
+    # 3. What the rules that fired ask for.
     codes = aims(report)
     if not codes:
         return []
 
     remedies = _drawn_or_scaled(report, contract, model, codes)
 
-    # 3. The init of the baseline, alone and with each of the others.
+    # 4. The init of the baseline, alone and with each of the others.
     restored = _baseline(report, contract)
     if restored is not None:
         together = [restored + remedy for remedy in remedies]

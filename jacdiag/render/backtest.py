@@ -182,21 +182,23 @@ def _no_auroc(report: BacktestReport) -> str:
 
     The reason is the widest comparison that fails.
     """
-    # 1. There is one, or the report does not say how many runs could be compared.
+    # 1. There is one.
     if report.best is not None:
         return ""
-    needs = f"an AUROC takes at least {LEAST_RUNS} runs that went wrong and {LEAST_RUNS} others"
+
+    # 2. The report does not say how many runs could be compared.
     comparable = report.comparable
     if not comparable:
         return "no figure could be ranked within one architecture and learning rate"
 
-    # 2. Too few runs.
+    # 3. Too few runs.
+    needs = f"an AUROC takes at least {LEAST_RUNS} runs that went wrong and {LEAST_RUNS} others"
     wrong = sum(report.bad.values())
     others = len(report.bad) - wrong
     if min(wrong, others) < LEAST_RUNS:
         return f"no AUROC: {needs}; here {wrong} went wrong and {others} did not"
 
-    # 3. No figure that was measured on enough of them.
+    # 4. No figure that was measured on enough of them.
     if all(ranking.trivial for ranking in report.rankings):
         return "no figure to rank: --figure COLUMN names a column that holds one, or audit each run"
     wrong, others = comparable["given_lr"]
@@ -287,23 +289,26 @@ def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str],
     Each is a text such as "0.93 branch norm". A figure times the learning rate is left out, for it
     ranks runs of the same learning rate as the figure does.
     """
-    # 1. The scores, from the best to the worst.
-    scored = []
-    for ranking in report.rankings:
-        score = ranking.given_by_stratum.get(stratum)
-        if score is not None:
-            scored.append((score, ranking))
-    scored.sort(key=lambda pair: -pair[0])
-
-    # 2. As texts, by kind.
-    figures, trivial = [], []
-    for score, ranking in scored:
+    figures = []
+    trivial = []
+    for score, ranking in _scored_rankings(report, stratum):
         text = f"{score:.2f} {ranking.name}"
         if ranking.trivial:
             trivial.append(text)
         elif not ranking.name.endswith("x lr"):
             figures.append(text)
     return figures, trivial
+
+
+def _scored_rankings(report: BacktestReport, stratum: str) -> list[tuple[float, Ranking]]:
+    """Return the rankings that have a score in one stratum, from the best to the worst."""
+    scored = []
+    for ranking in report.rankings:
+        score = ranking.given_by_stratum.get(stratum)
+        if score is not None:
+            scored.append((score, ranking))
+
+    return sorted(scored, key=lambda pair: -pair[0])
 
 
 # -- what was held out -----------------------------------------------------------------------------

@@ -274,9 +274,10 @@ def _fix_of_branches(
     branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level
 ) -> str:
     """Return what to do; "" if the cause is not known, or is a zero-initialised branch."""
-    # 1. Nothing is known, or nothing is wrong.
-    is_meant = level == "info"
-    if is_meant or not parameters:
+    # 1. Nothing is wrong, or nothing is known.
+    if level == "info":
+        return ""
+    if not parameters:
         return ""
 
     # 2. Zeros that block each other.

@@ -240,8 +240,10 @@ def _source_text(source: Any) -> str:
     # a PathLike of somebody else's
     except TypeError as error:
         raise SourceError("this names no source", got=str(error), hint="a path as text") from error
+
     # no file can have such a name
-    if "\0" in name or not name.strip():
+    is_no_name = "\0" in name or not name.strip()
+    if is_no_name:
         hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
         raise SourceError(f"no such file or folder: {name!r}", hint=hint)
     return name
@@ -271,7 +273,8 @@ def _from_factory(name: str, opening: _Opening) -> Source:
 def _from_folder(path: Path, opening: _Opening) -> Source:
     """Return the model of a folder, or its weights in the model that is given."""
     # 1. A distributed checkpoint holds weights by name, as a file does.
-    if dcp.is_folder(path) and not huggingface.is_folder(path):
+    is_distributed = dcp.is_folder(path) and not huggingface.is_folder(path)
+    if is_distributed:
         return _from_file(_open_chunked(path, opening.model), opening)
 
     # 2. Weights for another model than that of the folder.

@@ -78,6 +78,8 @@ def _check_zero(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, A
     """Raise if a file is one rank's part of a DeepSpeed ZeRO checkpoint."""
     # 1. A part of the optimizer.
     _check_zero_optimizer(path, top.get("optimizer_state_dict"))
+
+    # Without these names the file is not one of DeepSpeed.
     if top.keys().isdisjoint(_DEEPSPEED):
         return
 
@@ -106,8 +108,10 @@ def _check_zero_optimizer(path: Path, optimizer: Any) -> None:
     """Raise if a file holds one rank's part of an optimizer that ZeRO shares out."""
     if not isinstance(optimizer, Mapping):
         return
-    if "zero_stage" not in optimizer and "partition_count" not in optimizer:
+    is_of_zero = "zero_stage" in optimizer or "partition_count" in optimizer
+    if not is_of_zero:
         return
+
     # Without a number, it is taken for the first one.
     stage = optimizer.get("zero_stage")
     if not isinstance(stage, int):

@@ -275,15 +275,17 @@ def _probe_source(report: Report) -> str:
     if probe.seq:
         size = f"{probe.batch} x {probe.seq}"
 
-    # 2. Tokens that were drawn or read.
+    # 2. Numbers that were drawn.
     if probe.tokens == "random":
         return f"{size} random tokens, seed {probe.seed}"
     if probe.tokens == "random pixels":
         return f"{size} of random pixels, seed {probe.seed}"
+
+    # 3. Tokens of a file.
     if probe.tokens != "inputs":
         return f"{size} tokens of {probe.tokens}"
 
-    # 3. Inputs of a file, or of a recorded step.
+    # 4. Inputs of a file, or of a recorded step.
     replayed = report.settings.get("replayed")
     if replayed:
         return f"{size}, {_recorded_batch(replayed)}"
@@ -333,23 +335,29 @@ def confidence_words(settings: Mapping[str, Any]) -> str:
 
 def _plan(report: Report) -> str:
     """Return the learning rate and what goes with it, or that none was given."""
-    # 1. What goes with it.
+    # 1. The learning rate and what goes with it.
     plan = report.plan
-    others = []
-    for name in ("warmup", "clip", "beta2"):
-        value = getattr(plan, name)
-        if value is not None:
-            others.append(f"{name} {value:g}")
-
-    # 2. The learning rate, without which the others are of no use.
+    others = _settings_besides_rate(report)
     if plan.lr is not None:
         return ", ".join([f"learning rate {plan.lr:g}", *others])
+
+    # 2. Without the learning rate the others are of no use.
     if not others:
         return "no learning rate given"
     verb = "say"
     if len(others) == 1:
         verb = "says"
     return f"no learning rate given: {' and '.join(others)} {verb} nothing without --lr"
+
+
+def _settings_besides_rate(report: Report) -> list[str]:
+    """Return the settings of the plan other than the learning rate, in words."""
+    words = []
+    for name in ("warmup", "clip", "beta2"):
+        value = getattr(report.plan, name)
+        if value is not None:
+            words.append(f"{name} {value:g}")
+    return words
 
 
 # -- verdict ---------------------------------------------------------------------------------------

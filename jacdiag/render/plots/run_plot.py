@@ -286,6 +286,8 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
         first = float(options.first)
     if options.last is not None:
         last = min(float(options.last), max(ends))
+
+    # 3. There has to be a step between them.
     if first > last:
         got = f"steps {first:,.0f} to {last:,.0f} of a run of {max(ends):,.0f}"
         raise UsageError(

@@ -174,7 +174,16 @@ def _meaning_and_fault(pair: tuple[TableRecord, str]) -> tuple[str, str]:
 def _finding(
     context: RuleContext, rule: Rule, meaning: str, fault: str, tables: Sequence[TableRecord]
 ) -> Finding:
-    # 1. What to do.
+    """Return the finding about tables of one meaning that have the same fault.
+
+    Args:
+        context: of the evaluation.
+        rule: that checks.
+        meaning: of the tables.
+        fault: in words.
+        tables: that have it.
+    """
+    # 1. What to do. A cast spoils numbers that were right.
     fix = _FIXES.get(meaning, _FIXES[""])
     is_rounded = bool(tables[0].rounded) and "was rounded" in fault
     if is_rounded:

@@ -70,6 +70,8 @@ def _follows(
         known = variables(contract, weight)
         value = wrong(formula, known)
         right = formula.value(known)
+
+        # A formula has no value if the model lacks one of its variables.
         if value is None or right is None:
             return False
 

@@ -78,7 +78,8 @@ def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
     for weight, mismatches in compared:
         layers = agreeing[weight.pattern]
         for mismatch in mismatches:
-            result.append(_deviation(yardstick, mismatch, layers))
+            deviation = _deviation(yardstick, mismatch, layers)
+            result.append(deviation)
 
     return len(compared), result
 

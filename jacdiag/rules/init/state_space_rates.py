@@ -58,6 +58,8 @@ def _steps_finding(
         "draw the steps log-uniform in [0.001, 0.1], and set the bias to their inverse "
         "softplus, after other inits"
     )
+
+    # Steps that the authors' own code writes are no mistake of the user.
     if family in PUBLISHED_CONSTANT:
         what += f"; the code of {family} in transformers writes these values"
         level = "info"

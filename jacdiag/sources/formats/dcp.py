@@ -43,27 +43,37 @@ class Chunk:
         Raises:
             SourceError: its file cannot be read, or does not hold it.
         """
-        # 1. The bytes.
-        try:
-            with self.path.open("rb") as file:
-                data = os.pread(file.fileno(), self.length, self.offset)
-        except OSError as error:
-            raise failed(self.path, error.strerror or str(error)) from error
-        if len(data) < self.length:
-            raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
-
-        # 2. The tensor in them. A stranger's bytes in the readers of others may raise anything.
+        # 1. Parse the bytes. A stranger's bytes in the readers of others may raise anything.
+        data = self._read_bytes()
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
             raise failed(
                 self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor"
             ) from error
+
+        # 2. Check that it is the tensor of the index.
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
             raise failed(
                 self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells"
             )
         return tensor.detach()
+
+    def _read_bytes(self) -> bytes:
+        """Read the bytes of the block.
+
+        Raises:
+            SourceError: its file cannot be read, or ends before them.
+        """
+        try:
+            with self.path.open("rb") as file:
+                data = os.pread(file.fileno(), self.length, self.offset)
+        except OSError as error:
+            raise failed(self.path, error.strerror or str(error)) from error
+
+        if len(data) < self.length:
+            raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
+        return data
 
 
 @dataclass(frozen=True, eq=False)

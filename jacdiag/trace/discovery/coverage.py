@@ -55,6 +55,8 @@ def _states_read(graph: Graph, node: int) -> list[str]:
     names: list[str] = []
     while stack:
         value = graph.values[stack.pop()]
+
+        # Several calls may have read the same value.
         if value.index in seen:
             continue
         seen.add(value.index)

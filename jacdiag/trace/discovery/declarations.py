@@ -384,6 +384,8 @@ def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list
         event = f"{record.name} gates"
         if record.function:
             event = f"{record.function} (a custom autograd.Function) adds"
+
+        # The declaration that makes it visible.
         declaration = _declaration_of_hidden(graph, finder, node, x, f)
         lines.append(f"{event} at {record.source_line}; declare {declaration}")
     return lines

@@ -360,7 +360,8 @@ class _Streams:
 
         # A copy is written to where the original must stay.
         maker = self.graph.values[wholes[0]].node
-        if maker >= 0 and self.graph.nodes[maker].name == "clone":
+        is_copy = maker >= 0 and self.graph.nodes[maker].name == "clone"
+        if is_copy:
             wholes.append(self.graph.nodes[maker].inputs[0])
         return wholes
 
