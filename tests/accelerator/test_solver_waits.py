@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from accelerator.pretended import NAME, Counts, pretended_device
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import jacdiag
+from accelerator.pretended import NAME, Counts, pretended_device
 from jacdiag.sources.gpt import build
 from jacdiag.sources.packed_download import download
 from jacdiag.spectra import (
