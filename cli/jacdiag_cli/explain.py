@@ -99,10 +99,11 @@ def _code_of(word: str) -> str:
     try:
         return rule(word).code
     except UsageError as error:
-        hint = "`jacdiag explain` lists every topic, columns among them"
+        closest = error.hint
         near = _closest_topics(word)
-        if near:
-            hint = f"closest: {', '.join(near)}; {hint}"
+        if near and not word.upper().startswith("JD"):
+            closest = f"closest: {', '.join(near)}"
+        hint = f"{closest}; `jacdiag explain` lists every topic, columns among them"
         raise UsageError(f"nothing to explain is called '{word}'", hint=hint) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -83,9 +82,6 @@ def sites(invocation: CommandInvocation, source: str, output_format: str, **give
         say(
             f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}"
         )
-    elif output_format == "pretty":
-        command = shlex.join(["jacdiag", "audit", *invocation.args[1:]])
-        emit(f"\nnext: {command}   measures these sub-layers\n")
 
 
 def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
@@ -252,7 +248,6 @@ def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
         return [write(row) for row in rows]
 
     return [
-        TableColumn("index", cells(lambda row: str(row["index"])), 6, right=True),
         TableColumn("layer", cells(lambda row: str(row["depth"])), 7, right=True),
         TableColumn("sub-layer", cells(lambda row: names[row["name"]])),
         TableColumn("kind", cells(lambda row: row["kind"]), 9),

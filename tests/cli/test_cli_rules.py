@@ -160,3 +160,22 @@ def test_explain_an_unknown_word_names_the_list_of_topics(jd: Run) -> None:
 def test_topic_of_several_words_needs_no_quotes(jd: Run) -> None:
     assert jd("explain", "core", "norm").out == jd("explain", "core norm").out
     assert "‖J_core‖" in jd("explain", "core", "norm").out
+
+
+@pytest.mark.parametrize(
+    ("asked", "closest"),
+    [
+        ("regresion", "regression"),
+        ("norm gian", "norm gain"),
+        ("colums", "columns"),
+        ("brnch", "branch norm"),
+    ],
+)
+def test_explain_offers_the_closest_topic(jd: Run, asked: str, closest: str) -> None:
+    done = jd("explain", asked)
+    assert done.code == 2
+    assert closest in done.err.partition("closest: ")[2]
+
+
+def test_explain_offers_nothing_for_a_word_like_no_topic(jd: Run) -> None:
+    assert "closest" not in jd("explain", "zzzzqqq").err

@@ -171,7 +171,7 @@ def test_what_is_hidden_is_named_in_full_at_any_width(jd: Run, tmp_path: Path) -
     assert "0% covered" in done.out and "no sub-layer was found" in done.out
     assert "hidden: FusedAdd (a custom autograd.Function) adds at" in done.out
     assert 'declare shortcut = "1.norm", branch = "1.ff"' in done.out
-    assert "declare what is hidden" in done.err
+    assert "declare the hidden sub-layers" in done.err
     assert jd("audit", "fused.py:build", "--seq", 8).code == 2
 
 

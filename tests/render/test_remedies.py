@@ -143,7 +143,8 @@ def test_where_none_was_enough_the_nearest_is_written_and_marked() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    blind = dataclasses.replace(GOOD, before=Outlook(), after=Outlook())
+    unknown = Outlook(undecided=["JD101", "JD102"])
+    blind = dataclasses.replace(GOOD, before=unknown, after=unknown)
     assert effect(blind) == "both conditions unknown"
     other = Outlook([9.0, 9.1], None, None, "not applicable", "not applicable", "warn", ["JD103"])
     post = dataclasses.replace(POOR, before=other, after=other)
@@ -152,3 +153,12 @@ def test_what_was_not_measured_is_left_out() -> None:
     )
     clean = dataclasses.replace(other, verdict="pass", fired=[])
     assert effect(dataclasses.replace(post, after=clean)).endswith("no warning or error left")
+
+
+def test_conditions_that_were_not_selected_are_not_called_unknown() -> None:
+    cleared = dataclasses.replace(GOOD, before=Outlook(fired=["JD204"]), after=Outlook())
+    assert effect(cleared) == "no warning or error left"
+    left = dataclasses.replace(GOOD, before=Outlook(), after=Outlook(fired=["JD204"]))
+    assert effect(left) == "the two conditions were not selected"
+    one = dataclasses.replace(GOOD, before=Outlook(), after=Outlook(small_sublayers="met"))
+    assert effect(one) == "small sub-layers met"
