@@ -165,8 +165,10 @@ def _reshaped(now: FiguresRecord, before: FiguresRecord) -> list[str]:
         # A baseline of an earlier version holds no shapes.
         new = weight.get("shape")
         old = before.weights.get(name, {}).get("shape")
-        is_known = bool(new) and bool(old)
-        if is_known and new != old:
+        if not new or not old:
+            continue
+
+        if new != old:
             reshaped.append(f"{name} ({_size(old)} -> {_size(new)})")
     return reshaped
 

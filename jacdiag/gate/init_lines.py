@@ -21,6 +21,11 @@ _OWN = Path(jacdiag.__file__).parent
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 # These end in "_" and write no value.
 _NO_WRITES = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_"})
+# These make a tensor of the same values, in another place or precision.
+_COPIES = frozenset(
+    {"to", "clone", "contiguous", "__deepcopy__", "type", "cpu", "cuda"}
+    | {"bfloat16", "half", "float", "double"}
+)
 _Storage = tuple[str, int]
 
 
@@ -46,7 +51,7 @@ def is_users_own(file: str | Path, base: Path) -> bool:
 class InitLines(TorchFunctionMode):
     """Note which line of the user's code wrote each tensor last.
 
-    Of the calls that lead to a write, the innermost one in the user's own code counts. For a weight
+    A copy has the line of its original. Of the calls that lead to a write, the innermost one in the user's own code counts. For a weight
     that `nn.Linear` draws, that is the line that makes the layer.
 
     Attributes:
@@ -91,19 +96,21 @@ class InitLines(TorchFunctionMode):
         """Run a call of torch, and note the line if it wrote a tensor or made one."""
         arguments = dict(kwargs or {})
         result = func(*args, **arguments)
-        values = (*args, *arguments.values())
-        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors = [value for value in (*args, *arguments.values()) if isinstance(value, Tensor)]
 
         # 1. A write into a tensor that exists.
         name = getattr(func, "__name__", "")
-        is_write = bool(tensors) and _is_write(name)
-        if is_write:
+        if tensors and _is_write(name):
             self._note(tensors[0])
-            return result
-
-        # 2. A new tensor.
-        if isinstance(result, Tensor) and not _is_view_of_any(result, tensors):
-            self._note(result)
+        # 2. A copy of another tensor.
+        elif tensors and name in _COPIES and isinstance(result, Tensor):
+            self._inherit(result, tensors[0])
+        # 3. A new tensor. A view of another one is not new.
+        elif isinstance(result, Tensor):
+            key = _storage_of(result)
+            is_new = key not in [_storage_of(value) for value in tensors]
+            if is_new:
+                self._note(result)
         return result
 
     def of(self, model: nn.Module) -> dict[str, CodeLine]:
@@ -126,6 +133,12 @@ class InitLines(TorchFunctionMode):
         if key is not None:
             self._line_of[key] = self._users_line()
 
+    def _inherit(self, result: Tensor, original: Tensor) -> None:
+        """Note for a copy the line that wrote the original."""
+        key, key_of_original = _storage_of(result), _storage_of(original)
+        if key is not None and key_of_original is not None:
+            self._line_of[key] = self._line_of.get(key_of_original)
+
     def _users_line(self) -> CodeLine | None:
         """Return the innermost line of the user's code that is running; None if there is none."""
         frame: FrameType | None = sys._getframe(2)
@@ -147,15 +160,10 @@ class InitLines(TorchFunctionMode):
 
 def _is_write(name: str) -> bool:
     """Return whether a function of torch writes into its first tensor, by its name."""
-    if name in ("__setitem__", "__set__"):
+    if name == "__setitem__":
         return True
     is_in_place = name.endswith("_") and not name.startswith("_")
     return is_in_place and name not in _NO_WRITES
-
-
-def _is_view_of_any(tensor: Tensor, others: Iterable[Tensor]) -> bool:
-    """Return whether a tensor lies in the memory of another one."""
-    return _storage_of(tensor) in map(_storage_of, others)
 
 
 def _storage_of(tensor: Tensor) -> _Storage | None:

@@ -39,7 +39,7 @@ class Net(nn.Module):
             self.a_row.weight[0] = 0  # a_row.weight
         self.replaced = nn.Linear(4, 4)
         self.replaced.weight.data = torch.zeros(4, 4)  # replaced.weight
-        self.a_copy = copy.deepcopy(self.by_layer)  # a_copy.weight
+        self.a_copy = copy.deepcopy(self.by_layer)
         self.by_apply = nn.LayerNorm(4)  # by_apply.bias
         self.apply(self.draw)
         self.by_layer.weight.requires_grad_(False)
@@ -48,6 +48,10 @@ class Net(nn.Module):
     def draw(self, module):
         if isinstance(module, nn.LayerNorm):
             nn.init.constant_(module.weight, 2.0)  # by_apply.weight
+
+
+def in_half_precision():
+    return Net().to(torch.bfloat16)
 """
 
 
@@ -68,10 +72,21 @@ def test_the_last_line_that_wrote_a_weight_is_named(module: Any, tmp_path: Path)
     written = lines.of(model)
     commented = [line.partition("  # ")[2] for line in MODEL.splitlines()]
     names = [name for name in commented if name]
-    assert len(names) == 10
+    assert len(names) == 9
     for name in names:
         line = 1 + commented.index(name)
         assert written[name] == CodeLine(str(tmp_path / "user_model.py"), line), name
+
+
+def test_a_copy_has_the_line_of_its_original(module: Any, tmp_path: Path) -> None:
+    """A deep copy, and a model that is moved to another precision."""
+    with InitLines(tmp_path) as lines:
+        model = module.Net()
+    with InitLines(tmp_path) as lines_of_cast:
+        cast = module.in_half_precision()
+    written = lines.of(model)
+    assert written["a_copy.weight"] == written["by_layer.weight"]
+    assert lines_of_cast.of(cast) == written
 
 
 def test_weights_are_the_same_bits_while_lines_are_noted(module: Any, tmp_path: Path) -> None:
