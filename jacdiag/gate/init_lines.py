@@ -51,8 +51,9 @@ def is_users_own(file: str | Path, base: Path) -> bool:
 class InitLines(TorchFunctionMode):
     """Note which line of the user's code wrote each tensor last.
 
-    A copy has the line of its original. Of the calls that lead to a write, the innermost one in the user's own code counts. For a weight
-    that `nn.Linear` draws, that is the line that makes the layer.
+    Of the calls that lead to a write, the innermost one in the user's own code counts. For a weight
+    that `nn.Linear` draws, that is the line that makes the layer. A copy has the line of its
+    original.
 
     Attributes:
         base: the folder that lines must be in.
