@@ -194,7 +194,7 @@ class Yardstick:
 
     @cached_property
     def _values_by_sizes(self) -> dict[_Sizes, Mapping[Formula, float]]:
-        """Values of formulas for weights of some sizes in some layer, as far as they were asked."""
+        """Values of formulas for weights of some sizes in some layer, each when first needed."""
         return {}
 
     @cached_property
