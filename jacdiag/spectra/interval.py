@@ -210,10 +210,10 @@ def _sum_of_squares(x: Real, diagonal: list[Real], off: list[Real]) -> tuple[Rea
         off: the k numbers right of them.
     """
     # p is p_j(x), d its derivative; `before` are those of j - 1.
-    one = x * 0.0 + 1.0
-    p, p_before = one, 0.0 * one
+    unit = x * 0.0 + 1.0
+    p, p_before = unit, 0.0 * unit
     d, d_before = p_before, p_before
-    total, d_total, log_scale = one, p_before, p_before
+    total, d_total, log_scale = unit, p_before, p_before
     off_before = p_before
     for diagonal_j, off_j in zip(diagonal, off, strict=True):
         # 1. The next polynomial.
