@@ -36,6 +36,7 @@ def plan_outputs(
     outputs = {option: path for option, path in named.items() if path is not None}
     if not outputs:
         return outputs
+
     from jacdiag.records.output_file import check_writable
 
     # 2. Each by itself.

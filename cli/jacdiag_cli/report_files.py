@@ -88,15 +88,18 @@ def write_report_files(report: Report, files: Mapping[str, str]) -> None:
     """Write the report, the picture, the page and the remedies, and say so for each."""
     if "--json" in files:
         write_text(files["--json"], (report.to_json() + "\n"))
+
     if "--plot" in files:
         from jacdiag.render.plots import report_plot
 
         report_plot.save(report, files["--plot"])
         say_written(files["--plot"])
+
     if "--html" in files:
         from jacdiag.render.html.pages import report_page
 
         write_text(files["--html"], report_page(report))
+
     if "--patch" in files:
         from jacdiag.render.content.remedies import document
 

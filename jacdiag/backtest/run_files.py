@@ -165,12 +165,14 @@ def _factors(folder: Path) -> dict[str, Factor]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot read '{path}'", got=str(error)) from error
+
+    # 2. Check that it is a table of factors.
     if not isinstance(data, dict):
         raise SourceError(
             f"'{path}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}'
         )
 
-    # 2. null is a factor that this run does not have.
+    # 3. null is a factor that this run does not have.
     factors = {}
     for name, value in data.items():
         if value is not None:

@@ -18,20 +18,22 @@ def find_logs(path: Path) -> list[Path]:
     Args:
         path: of a file or a folder.
     """
-    # 1. A file, or a folder that is a run. Such a folder is not searched for others.
+    # 1. A file.
     if not path.is_dir():
         return [path]
+
+    # 2. A folder that is a run, which is not searched for others.
     log = path / RUN_FILE
     if log.is_file():
         return [log]
 
-    # 2. Logs of jacdiag below it, and logs of other programs of other runs.
+    # 3. Logs of jacdiag below it, and logs of other programs of other runs.
     own = sorted(path.rglob(RUN_FILE))
     logs = [*own, *_logs_of_others(path, {log.parent for log in own})]
     if logs:
         return logs
 
-    # 3. Tables, which may be of anything where there are logs.
+    # 4. Tables, which may be of anything where there are logs.
     return sorted(path.rglob("*.csv"))
 
 

@@ -122,6 +122,7 @@ class Drift:
             if figure == "stable_rank":
                 self._vote_on_ranks(values)
                 continue
+
             departures = self._find_departures(figure, step, values)
             if departures:
                 alerts.append(_alert(step, figure, values, departures))

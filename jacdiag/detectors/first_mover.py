@@ -101,21 +101,28 @@ class GradientRises:
 
     def sentence(self) -> str:
         """Return which sub-layer rose first, or that none did; "" if sub-layers are not known."""
-        # 1. Nothing can be said, or nothing has risen.
+        # 1. Nothing can be said.
         if not self._is_comparable:
             return ""
+
+        # 2. Nothing has risen.
         order = self.order()
         if not order:
             return (
                 f"; no sub-layer's gradient norm stands out by {self.limit:g} standard deviations"
             )
-        # 2. One sub-layer was first, or several rose at the same step.
+
+        # 3. One sub-layer was first.
         first = order[0]
         figures = f"gradient norm {plain(first.value)}, usually {plain(first.usual)}"
         count = sum(rise.since == first.since for rise in order)
         if count == 1:
             return f"; {first.where} moved first ({figures}, since step {first.since})"
-        number = "all" if count == len(self.names) else str(count)
+
+        # 4. Several rose at the same step.
+        number = str(count)
+        if count == len(self.names):
+            number = "all"
         return (
             f"; none moved first: {number} sub-layers that stand out have since step "
             f"{first.since}, {first.where} furthest ({figures})"

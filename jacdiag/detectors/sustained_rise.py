@@ -223,9 +223,11 @@ class SustainedRise:
         computed_at, level = state["level"]
         self._level = (computed_at, level)
 
-        # 2. The squares of each span, whose sums are taken again.
+        # 2. Values that are still too recent to count.
         for span, pending in self._pending.items():
             pending.extend(state["late"][str(span)])
+
+        # 3. The squares of each span, whose sums are taken again.
         for span in (1, *SPANS):
             for square in state["jumps"][str(span)]:
                 self._jumps[span].add(square, MEMORY)

@@ -86,7 +86,9 @@ def describe_written(writes: OutsideWrites, step: int) -> str:
     # 2. How far: once for all if they have the same factor.
     if _have_one_factor(writes):
         names = ", ".join(weight.name for weight in shown)
-        each = "" if writes.count == 1 else "each "
+        each = ""
+        if writes.count != 1:
+            each = "each "
         factor = plain(writes.weights[0].times)
         return f"{start}{names}{_and_more(writes)}, {each}multiplied by {factor}"
     return start + "; ".join(map(_describe_weight, shown)) + _and_more(writes)

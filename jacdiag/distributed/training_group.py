@@ -202,6 +202,8 @@ class Together:
             self._end_reason = (
                 "the ranks do not do the same: the model, or its probe, differs between them"
             )
+
+        # 4. The work ends here on every rank.
         if self._end_reason:
             raise ElsewhereError(self._end_reason) from error
         return highest

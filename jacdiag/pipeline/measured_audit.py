@@ -511,13 +511,10 @@ class Audit:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
         # 1. One job for each shortcut. Its cost is that of the weights in its products.
         options = self.request.options
-        outlines = self.sites.skeleton.outlines
         effort = self._effort()
         jobs = []
         for members in self.sites.by_shortcut():
-            cost = 0
-            for site in members:
-                cost += sum(outlines[name].numel() for name in site.products)
+            cost = sum(map(self._product_weights, members))
             run = partial(self._measure_sublayers, members, effort, self._weight_figures)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
@@ -527,6 +524,11 @@ class Audit:
             units = len(self.sites) * share_of_time
             jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
         return jobs
+
+    def _product_weights(self, site: Sublayer) -> int:
+        """Return how many weights the products of a sub-layer read."""
+        outlines = self.sites.skeleton.outlines
+        return sum(outlines[name].numel() for name in site.products)
 
     def _effort(self) -> Effort:
         """Return how far each norm is solved."""

@@ -41,8 +41,10 @@ def peak_memory_mb(device: torch.device | None = None) -> float:
     if own_peak is not None:
         return own_peak / 2**10
 
-    # 3. The process, as it inherited it: in KiB, and on macOS in bytes.
+    # 3. The process, as it inherited it.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    # It is in KiB, and on macOS in bytes.
     if sys.platform == "darwin":
         return peak / 2**20
     return peak / 2**10

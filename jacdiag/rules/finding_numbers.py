@@ -10,23 +10,25 @@ from jacdiag.records.number_format import between
 
 def plain(value: float | None) -> str:
     """Return three significant digits, without an exponent where a person would not use one."""
-    # 1. What has no digits.
+    # 1. What was not measured.
     if value is None:
         return "?"
+
+    # 2. What has no digits.
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
 
-    # 2. Sizes that need an exponent.
+    # 3. Sizes that need an exponent.
     size = abs(value)
     needs_exponent = not 1e-4 <= size < 1e6
     if needs_exponent:
         return f"{value:.2e}"
 
-    # 3. Whole numbers from a thousand on.
+    # 4. Whole numbers from a thousand on.
     if size >= 1000:
         return f"{value:,.0f}"
 
-    # 4. Else as many decimals as three digits need.
+    # 5. Else as many decimals as three digits need.
     decimals = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:.{decimals}f}"
 

@@ -289,10 +289,8 @@ def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
     existing = list(changed.named_cuts.values())
     if existing != sorted(existing):
         all_cuts = {cut: getattr(changed, cut) for cut in CUTS}
-        raise UsageError(
-            f"the cuts of '{name}' must ascend",
-            got=", ".join(f"{cut} {number}" for cut, number in all_cuts.items()),
-        )
+        listed = ", ".join(f"{cut} {number}" for cut, number in all_cuts.items())
+        raise UsageError(f"the cuts of '{name}' must ascend", got=listed)
     return changed
 
 

@@ -366,10 +366,12 @@ def _check_readable(path: Path) -> None:
         raise SourceError(
             f"'{path}' is no plain file", hint="save what comes out of it to a file first"
         )
+
+    # 3. It may be read.
     if not os.access(path, os.R_OK):
         raise SourceError(f"cannot read '{path}'", got="no permission")
 
-    # 3. It holds something.
+    # 4. It holds something.
     if status.st_size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
 

@@ -166,24 +166,30 @@ def _kind_text(changed: Sequence[PairLike], total: int) -> str:
         changed: those of the kind whose intervals are apart.
         total: how many of the kind both models have.
     """
-    # 1. The counts. A figure that is NaN in one model has done neither.
-    grew, shrank = 0, 0
+    counts = " and ".join(_counts_by_direction(changed))
+    most = max(changed, key=change_size)
+    text = f"{counts}, of {total}; most: {place_words(most)} {change_words(most)}"
+    return f"{text}, {factor_words(most)}"
+
+
+def _counts_by_direction(changed: Sequence[PairLike]) -> list[str]:
+    """Return how many figures grew and how many shrank, each in words."""
+    # 1. Count both.
+    grew = 0
+    shrank = 0
     for pair in changed:
         assert pair.old is not None and pair.new is not None
-        grew += pair.new[1] > pair.old[1]
-        shrank += pair.new[1] < pair.old[1]
-    counts = []
-    for count, verb in ((grew, "grew"), (shrank, "shrank")):
-        if count:
-            counts.append(f"{count} {verb}")
-    lost = len(changed) - grew - shrank
-    if lost:
-        counts.append(f"{lost} not a number in one model")
+        _, old, _ = pair.old
+        _, new, _ = pair.new
+        grew += new > old
+        shrank += new < old
 
-    # 2. The largest change.
-    most = max(changed, key=change_size)
-    text = f"{' and '.join(counts)}, of {total}; most: {place_words(most)} {change_words(most)}"
-    return f"{text}, {factor_words(most)}"
+    # 2. A figure that is NaN in one model has done neither.
+    lost = len(changed) - grew - shrank
+
+    # 3. Leave out what has not happened.
+    counts = {"grew": grew, "shrank": shrank, "not a number in one model": lost}
+    return [f"{count} {words}" for words, count in counts.items() if count]
 
 
 def _largest_by_layer(changed: Sequence[PairLike]) -> list[PairLike]:

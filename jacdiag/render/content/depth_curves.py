@@ -201,16 +201,21 @@ def _single(report: Report, key: str, label: str) -> DepthCurve:
 
 def _earlier(report: Report, look: Look) -> DepthCurve:
     """Return the branch norms of the earlier model, dashed; empty without a comparison."""
+    # 1. What the earlier model has.
     norms = {}
     if report.against is not None:
         norms = report.against.branch_norms
+
+    # 2. Its norms at the places of this model's sub-layers. It may lack some of them.
     at = places(report)
-    x, y = [], []
+    x = []
+    y = []
     for row in report.sublayers:
-        # The earlier model may lack a sub-layer.
         is_shown = row.kind in look.kinds and row.name in norms
         if not is_shown:
             continue
+
+        # A log scale has no place for 0: the curve has a gap there.
         _, estimate, _ = norms[row.name]
         if not is_drawable(estimate):
             estimate = math.nan

@@ -165,10 +165,12 @@ def notes(report: Report) -> list[Note]:
     fail_on = str(report.settings.get("gate", {}).get("fail_on", "error"))
     notes = []
     for code, findings in groups.items():
+        # A change from the baseline may be meant.
         accept = ""
         if code == "JD110":
             accept = _accept_command(report)
-        notes.append(_note(code, rule_names.get(code, ""), findings, fail_on, accept))
+        name = rule_names.get(code, "")
+        notes.append(_note(code, name, findings, fail_on, accept))
     return notes
 
 

@@ -76,20 +76,22 @@ def build(report: Report, *, all_rows: bool = False, sort: str = "depth") -> Gri
         all_rows: show every row; else long models are folded.
         sort: "depth" (as the model runs) or "worst" (largest branch norm first).
     """
-    # 1. The sub-layers in their order, and the loudest mark of each.
+    # 1. The sub-layers in their order.
     records = list(report.sublayers)
     if sort == "worst":
         records.sort(key=lambda row: -badness(row))
+
+    # 2. The loudest mark of each.
     levels = marks(report)
     loudest = _loudest_marks(levels)
 
-    # 2. The rows that are shown.
+    # 3. The rows that are shown.
     shown = set(range(len(records)))
     if not all_rows:
         shown = _visible(records, loudest, sort)
     rows = [row for place, row in enumerate(records) if place in shown]
 
-    # 3. Their columns, and the folds between them.
+    # 4. Their columns, and the folds between them.
     return Grid(_columns(report, rows, levels), rows, _gaps(records, shown, loudest))
 
 
@@ -190,10 +192,14 @@ def _gaps(
         if place not in shown:
             hidden.append(row)
             continue
+
+        # A visible row ends the fold above it.
         if hidden:
             gaps[visible] = _gap(hidden, loudest)
             hidden = []
         visible += 1
+
+    # The last rows may be hidden too.
     if hidden:
         gaps[visible] = _gap(hidden, loudest)
     return gaps

@@ -39,8 +39,8 @@ def _annotation(note: Note) -> str:
     where = ""
     if note.file:
         where = f"file={_property(note.file)},"
-    if note.file and note.line is not None:
-        where += f"line={note.line},"
+        if note.line is not None:
+            where += f"line={note.line},"
 
     # 3. What it says, what to do, and what is marked if it is not the weight's own line.
     title = _property(f"{note.code} {note.name}")

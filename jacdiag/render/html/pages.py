@@ -78,10 +78,12 @@ def report_page(report: Report) -> str:
         >>> "<html" in report_page(report)                           # doctest: +SKIP
         True
     """
-    # All rows are in the page. Those that the terminal folds are left out where room is scarce.
+    # 1. All rows are in the page. Those that the terminal folds are left out where room is scarce.
     view = build_view(report, all_rows=True)
     folded_view = build_view(report)
     brief = {row.name for row in folded_view.rows.rows}
+
+    # 2. The rules that the page explains.
     codes = [line.code for line in view.verdict.lines if line.code]
     codes += [note.code for note in view.gate.notes]
     return _render(

@@ -170,20 +170,24 @@ def _header(
     view: ComparisonView, different: int, rows: Sequence[PairLike]
 ) -> list[tuple[str, float, str]]:
     """Return the lines above the rows: text, font size and weight of each."""
-    # 1. The verdict.
     room = _WIDTH - 2 * _EDGE
+
+    def fits(text: str) -> bool:
+        return text_width(text, _TEXT) <= room
+
+    # 1. The verdict.
     headline = f"{view.verdict[0].upper()}{view.verdict[1:]}"
     texts, size = fit_headline(headline, room)
     lines = [(text, size, "bold") for text in texts]
 
     # 2. What changed most, by kind of figure.
     for kind in view.summary.kinds:
-        text = shorten(f"{kind.kind}: {kind.text}", lambda part: text_width(part, _TEXT) <= room)
+        text = shorten(f"{kind.kind}: {kind.text}", fits)
         lines.append((text, _TEXT, "normal"))
 
     # 3. What limits the comparison, and what is left out.
     for text in [*view.notes, *_left_out(different, rows, view)]:
-        parts = fit_lines(text.split(" "), " ", lambda part: text_width(part, _TEXT) <= room, 2)
+        parts = fit_lines(text.split(" "), " ", fits, 2)
         lines += [(part, _TEXT, "normal") for part in parts]
     return lines
 

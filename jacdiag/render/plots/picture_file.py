@@ -52,12 +52,15 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
             "a picture cannot be written to a terminal", hint="redirect stdout, or name a file"
         )
 
-    # 2. The suffix, or PNG where there need be none.
+    # 2. The suffix.
     suffix = Path(path).suffix.lower()
     if suffix in FORMATS:
         return suffix
+
+    # 3. PNG where there need be none.
     if is_streamed(path):
         return ".png"
+
     raise UsageError(
         f"cannot draw to '{path}'", got=f"suffix '{suffix}'", hint="end it in .png, .svg or .pdf"
     )

@@ -472,6 +472,8 @@ def _line_style(curve: DepthCurve) -> dict[str, Any]:
         size = 3.2
         edge = 0.4
     style |= {"markeredgecolor": "white", "markeredgewidth": edge}
+
+    # 3. The sign of the kind of sub-layer.
     if curve.marker:
         style |= {"marker": curve.marker, "markersize": size}
     return style

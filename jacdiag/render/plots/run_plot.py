@@ -404,19 +404,28 @@ def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str
     """Draw one figure of one run; return what the lines of a band are, in words."""
     values = curve.panels[name]
     if isinstance(values, Band):
-        # Of the shortcut, small values are the dangerous ones.
-        end = "largest"
-        if name == "shortcut":
-            end = "smallest"
-        _band(panel, values, curve, several, largest=end == "largest")
-        if several:
-            return f"{end} over sub-layers"
-        return f"{end}, median and range over sub-layers"
+        return _draw_band(panel, name, values, curve, several)
+
+    # Clipping is drawn as the share of steps that were clipped.
     if name == "clip":
         _line(panel, values.smoothed(max(curve.window, 20)), curve.colour, 1.6)
-    else:
-        _smoothed(panel, values, curve, several, name)
+        return ""
+
+    _smoothed(panel, values, curve, several, name)
     return ""
+
+
+def _draw_band(panel: Axes, name: str, band: Band, curve: _Drawn, several: bool) -> str:
+    """Draw the figure of all sub-layers of one run; return what its lines are, in words."""
+    # Of the shortcut, small values are the dangerous ones.
+    end = "largest"
+    if name == "shortcut":
+        end = "smallest"
+    _band(panel, band, curve, several, largest=end == "largest")
+
+    if several:
+        return f"{end} over sub-layers"
+    return f"{end}, median and range over sub-layers"
 
 
 def _smoothed(panel: Axes, values: Series, curve: _Drawn, several: bool, name: str) -> None:

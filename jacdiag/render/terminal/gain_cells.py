@@ -117,6 +117,8 @@ class GainCells:
             value = number(logged)
             before = self._before.setdefault(name, deque(maxlen=_BEFORE))
             cells[name] = self._cell(value, before, fired.get((step, name), ""))
+
+            # Later gains are compared by their factor, which 0 has not.
             if _is_positive(value):
                 before.append(value)
         self.steps.append(step)

@@ -710,8 +710,11 @@ def _note_texts(run: RunLog) -> list[tuple[str, str]]:
     # 1. What is switched off, and why.
     texts: list[tuple[str, str]] = []
     for row in run.faults:
-        texts.append((f"× {printable(str(row.get('part')))} is off", "yellow"))
-        texts.append((f"{row.get('error', '')}; {row.get('off', '')}", ""))
+        part = printable(str(row.get("part")))
+        error = row.get("error", "")
+        consequence = row.get("off", "")
+        texts.append((f"× {part} is off", "yellow"))
+        texts.append((f"{error}; {consequence}", ""))
 
     # 2. Rules that wait; a run that has ended keeps nothing waiting.
     if run.ended is None:
@@ -721,8 +724,9 @@ def _note_texts(run: RunLog) -> list[tuple[str, str]]:
     # 3. Notes, the newest first, with their steps.
     for row in reversed(run.notes):
         note = str(row.get("text", ""))
-        if isinstance(row.get("step"), int):
-            note = f"{row['step']:,}: {note}"
+        step = row.get("step")
+        if isinstance(step, int):
+            note = f"{step:,}: {note}"
         texts.append((f"· {note}", "dim"))
     return texts
 

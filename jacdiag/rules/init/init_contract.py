@@ -5,7 +5,7 @@ Weights are compared with a pinned contract, a published init, or the rest of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from jacdiag.records import ContractRecord, Finding, Level, Report, WeightRecord
 from jacdiag.rules.finding_numbers import plain
@@ -322,15 +322,23 @@ def _outcome_of_no_draws(
     # 2. Others that differ from the scheme; JD202 reports those of a published one.
     differing: list[Deviation] = []
     if not result.published:
-        for deviation in result.deviations:
-            is_of_this_rule = deviation.kind in _REPORTED["own"]
-            if is_of_this_rule and deviation.weight.parameter not in named:
-                differing.append(deviation)
+        differing = _reported_by_own(result.deviations, named)
 
     # 3. Both together.
     others = _findings(context, rule, differing, "the scheme of the rest expects")
     count = max(result.count, len(no_draws))
     return CheckOutcome(count, [*no_draws, *others], note=result.note)
+
+
+def _reported_by_own(deviations: Sequence[Deviation], named: Collection[str]) -> list[Deviation]:
+    """Return the deviations that JD204 reports, of weights that are not named already."""
+    reported = []
+    for deviation in deviations:
+        is_of_this_rule = deviation.kind in _REPORTED["own"]
+        is_named = deviation.weight.parameter in named
+        if is_of_this_rule and not is_named:
+            reported.append(deviation)
+    return reported
 
 
 def _no_draw_findings(context: RuleContext, rule: Rule, judgement: Judgement) -> list[Finding]:

@@ -64,16 +64,20 @@ class Carriers(Walks):
             indexed = self.graph.values[record.inputs[0]]
             return self.graph.values[record.outputs[0]].shape == indexed.shape
 
-        # 2. Additions.
+        # 2. A sum at chosen positions changes the value there.
         if record.name in SCATTERS:
             return False
+
+        # 3. Any other sum passes its value on if the rest is a constant.
         if record.name in FORMS:
             return self._adds_a_constant(record.terms or ())
 
-        # 3. With running statistics, and in eval mode, a batch norm is a gain and a bias per
+        # 4. With running statistics, and in eval mode, a batch norm is a gain and a bias per
         # channel.
         if record.name == "batch_norm":
             return self._count_states_read(node) >= 4
+
+        # 5. Scalings, casts and reshapes, by their names.
         return record.name in CARRIERS
 
     def _count_states_read(self, node: int) -> int:

@@ -260,7 +260,9 @@ class BranchMatrices:
         marks = _marks_of(record.name)
         cuts = record.name in CUT_INTO_PIECES
         for value in record.outputs:
-            pieces = frozenset({value}) if cuts else frozenset()
+            pieces: frozenset[int] = frozenset()
+            if cuts:
+                pieces = frozenset({value})
             passed_on = {flow.passing(marks, pieces) for flow in flows}
             self.flows[value] = _without_pieces_if_many(passed_on)
 
@@ -392,6 +394,7 @@ class BranchMatrices:
             return "W_gate_up"
         if _Tag.GATE in tags:
             return "W_gate"
+
         return "W_1"
 
     def _last_role(self, tags: set[_Tag], fan_out: int | None) -> str:
@@ -428,13 +431,16 @@ class BranchMatrices:
         # 2. The first of two factors is a low-rank projection.
         if _letters_of(passed_on):
             return f"W_{letters}_a"
+
+        # 3. Else the product makes them itself.
         if letters:
             return f"W_{letters}"
 
-        # 3. It makes none of them: the output, a gate of it, or values that nothing weighs.
+        # 4. It makes none of them: the output, a gate of it, or values that nothing weighs.
         is_last = not self.followed[node]
         if is_last:
             return "W_O"
+
         if _Tag.GATE in own:
             return "W_gate"
         return "W_V"

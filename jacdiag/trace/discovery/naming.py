@@ -109,6 +109,7 @@ def kind_of(
     calls = finder.inner_calls(site)
     if _is_attention(graph, calls):
         return "attention"
+
     if _is_convolution(graph, finder, site):
         return "conv"
 
@@ -120,6 +121,8 @@ def kind_of(
     # 3. A router alone does not show that they are not.
     if _is_routed(graph, site, calls, home):
         return "moe"
+
+    # 4. Tokens are treated one by one, or it is not known.
     if is_token_wise:
         return "mlp"
     return "other"

@@ -350,6 +350,7 @@ class Anatomist:
         spot = self.replayer.spot_at(candidate.where, node, owner)
         if spot.is_same_call(source) and source.where is not Where.READ:
             return None
+
         segment = self.replayer.segment(owner, source, spot)
 
         # 2. Its gain comes after the value.
@@ -360,6 +361,7 @@ class Anatomist:
         gain = self._gain_of(owner, source, x, candidate.gain_call)
         if gain is None:
             return None
+
         norm = self._tested(x, node, spot, lambda x: segment(x) / gain)
         if norm is None:
             return None

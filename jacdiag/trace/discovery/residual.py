@@ -261,6 +261,7 @@ class Finder(Carriers):
             expanded = self._expand_one(node, leaves)
             if expanded is None:
                 return None
+
             leaves = expanded
             pair = self._pair(leaves)
             expansions += 1
@@ -301,7 +302,8 @@ class Finder(Carriers):
         # 3. The shape. That of a product inside the call is not known.
         if term.operand is None:
             return True
-        return self.graph.values[term.operand].shape == total.shape
+        shape = self.graph.values[term.operand].shape
+        return shape == total.shape
 
     def _is_differentiable(self, term: Term) -> bool:
         """Return whether a term is made of floats that depend on the model's input."""
@@ -490,13 +492,15 @@ class Finder(Carriers):
         if inner is None:
             return [branch]
 
-        # 2. All of them have to be branches, with products of their own.
+        # 2. All of them have to be branches.
         if self._count_branches(shortcut, inner) < len(inner):
             return [branch]
+
+        # 3. Each has to have products of its own.
         if self._share_a_product(shortcut, inner):
             return [branch]
 
-        # 3. Each may be a sum itself.
+        # 4. Each may be a sum itself.
         leaves: list[Leaf] = []
         for leaf in inner:
             leaves += self._split(shortcut, leaf)

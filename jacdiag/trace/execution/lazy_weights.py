@@ -111,17 +111,20 @@ class Stored(Mapping[str, Tensor]):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if attribute == "device":
             return self.device
+
+        # 2. Whether that device is of a kind, as in `is_cuda`.
         kind = attribute.removeprefix("is_")
         asks_for_kind = attribute.startswith("is_") and module_of(kind) is not None
         if asks_for_kind:
             return self.device.type == kind
 
-        # 2. What the outline alone is: a tensor without numbers.
+        # 3. What the outline alone is: a tensor without numbers.
         if attribute in _PLACE:
             return _PLACE[attribute]
 
-        # 3. Its shape and dtype are those of the outline.
+        # 4. Its shape and dtype are those of the outline.
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        needs_numbers = isinstance(result, Tensor)
+        if needs_numbers:
             return func(self.read(args[0]), *args[1:], **kwargs)
         return result

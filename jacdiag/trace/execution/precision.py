@@ -218,7 +218,8 @@ class Precision:
             message = str(error)
 
             # 2. A number that only float64 holds, as in torch.full((), finfo(x.dtype).min).
-            if "overflow" in message and self.dtype is torch.float64:
+            is_too_large = "overflow" in message
+            if is_too_large and self.dtype is torch.float64:
                 with default_dtype(self.dtype):
                     return func(*args, **kwargs)
 
