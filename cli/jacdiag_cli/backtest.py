@@ -373,6 +373,8 @@ def _risk(report: BacktestReport, path: str) -> str:
             hint="curves are by placement (factors.json needs `placement` and `lr`), of one init "
             "or five and more, in a figure that an audit has",
         )
+
+    # What the curves were fitted to, and how they did on what they had not seen.
     about: dict[str, Any] = {
         "runs": len(report.bad),
         "bad": report.asked["bad"],

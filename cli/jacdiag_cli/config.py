@@ -166,16 +166,21 @@ def _check_kind(path: Path, name: str, value: Any) -> None:
 
 def _unknown_key(path: Path, key: str, value: Any, known: list[str]) -> UsageError:
     """Return the error of a key that may not be set, with what to do in its place."""
+    # 1. An option that a file cannot set.
     name = key.replace("_", "-")
     if name in FROM_COMMAND_LINE_ONLY:
         return UsageError(
             f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line"
         )
+
+    # 2. A table as pyproject.toml has it, in a file without it.
     if name == "tool" and isinstance(value, dict):
         return UsageError(
             f"{path} has a table [tool]",
             hint="its settings stand at the top, without [tool.jacdiag]",
         )
+
+    # 3. A key that may be misspelt.
     close = get_close_matches(name, [*known, *TABLES, *SWITCHES], n=1, cutoff=0.0)
     return UsageError(
         f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'"

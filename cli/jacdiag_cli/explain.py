@@ -187,21 +187,32 @@ def _wrapped(text: str, indent: str, prose: bool = True) -> str:
 
     Code, and a paragraph with an indented line (an equation), stay as they are.
     """
-    width = min(room() or _WIDEST, _WIDEST)
     paragraphs = []
     for paragraph in textwrap.dedent(text).strip("\n").split("\n\n"):
         lines = paragraph.splitlines()
-        if not prose or any(line.startswith(" ") for line in lines):
-            paragraphs.append("\n".join(indent + line if line else "" for line in lines))
+        is_equation = any(line.startswith(" ") for line in lines)
+        if prose and not is_equation:
+            paragraphs.append(_filled(paragraph, indent))
         else:
-            paragraphs.append(
-                textwrap.fill(
-                    paragraph,
-                    width,
-                    initial_indent=indent,
-                    subsequent_indent=indent,
-                    break_on_hyphens=False,
-                    break_long_words=False,
-                )
-            )
+            paragraphs.append("\n".join(_indented(line, indent) for line in lines))
     return "\n\n".join(paragraphs)
+
+
+def _filled(paragraph: str, indent: str) -> str:
+    """Return a paragraph of prose in lines of the terminal's width."""
+    width = min(room() or _WIDEST, _WIDEST)
+    return textwrap.fill(
+        paragraph,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _indented(line: str, indent: str) -> str:
+    """Return a line with an indent; an empty one stays empty."""
+    if not line:
+        return ""
+    return indent + line

@@ -223,12 +223,20 @@ def _refuse(error: BaseException) -> int:
 
 def _explained(error: BaseException) -> tuple[str, str | None, str | None] | None:
     """Return what, got and try of any error that is no bug in jacdiag; None for a bug."""
+    # 1. Errors that explain themselves.
     if isinstance(error, JacdiagError):
         return error.what, error.got, error.hint
-    if isinstance(error.__context__, BrokenPipeError) or isinstance(error, SystemExit | Stopped):
+
+    # 2. An exit that was asked for, or a reader that has gone.
+    has_no_reader = isinstance(error.__context__, BrokenPipeError)
+    if has_no_reader or isinstance(error, SystemExit | Stopped):
         return _explained_exit(error)
+
+    # 3. A command line that click refuses.
     if isinstance(error, click.ClickException):
         return _usage(error)
+
+    # 4. A full disk, or too little memory.
     if _no_room(error):
         reason = getattr(error, "strerror", None)
         return "cannot write the result", reason, "free some space, or write elsewhere"
@@ -237,6 +245,8 @@ def _explained(error: BaseException) -> tuple[str, str | None, str | None] | Non
         if str(error):
             first = str(error).splitlines()[0]
         return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
+
+    # 5. Anything else is a bug.
     return None
 
 

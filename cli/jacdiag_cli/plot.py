@@ -234,6 +234,7 @@ def _draw_report(path: Path, target: str | None, html_file: str | None) -> None:
     from jacdiag.records import NewerSchemaError, Report
     from jacdiag.render.plots.report_plot import save
 
+    # 1. Read the report.
     hint = "a report from --json, or a run.jsonl"
     try:
         report = Report.from_json(path.read_text(encoding="utf-8"))
@@ -247,6 +248,8 @@ def _draw_report(path: Path, target: str | None, html_file: str | None) -> None:
         raise SourceError(
             f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint
         ) from error
+
+    # 2. Draw what was requested.
     if target is not None:
         save(report, target)
         say_written(target)

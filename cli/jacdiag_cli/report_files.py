@@ -25,18 +25,25 @@ def plan_report_files(source: str, given: Mapping[str, Any], **others: str) -> d
     Raises:
         UsageError: one of them cannot be written, or would write over a file that is read.
     """
-    named: dict[str, str | None] = {
-        f"--{kind}": given[f"{kind}_file"] for kind in ("json", "plot", "html", "patch")
-    }
-    named |= {f"--{option}": path for option, path in others.items()}
+    # 1. What is written.
+    named: dict[str, str | None] = {}
+    for kind in ("json", "plot", "html", "patch"):
+        named[f"--{kind}"] = given[f"{kind}_file"]
+    for option, path in others.items():
+        named[f"--{option}"] = path
+
+    # 2. What is read. A baseline that is written is not.
     inputs = _read_by(source, given)
     if "baseline" in given and "baseline" not in others:
         inputs.append(("what --baseline reads", given["baseline"]))
+
+    # 3. Refuse what cannot be written, or has a suffix of something else.
     files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
     if "--plot" in files:
         from jacdiag.render.plots.picture_file import check_suffix
 
         check_suffix(files["--plot"])
+
     if "--html" in files:
         check_html(files["--html"])
     if "--patch" in files:

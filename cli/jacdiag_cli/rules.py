@@ -28,17 +28,19 @@ def rules(output_format: str) -> None:
     """Lists the rules: code, name, the most that each says by itself, and what it applies to."""
     from jacdiag.rules import EVERY
 
+    # 1. For programs.
     if output_format == "json":
-        emit(
-            json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n",
-            "json",
-        )
+        rows = list(map(_plain, EVERY))
+        text = json.dumps(rows, indent=2, ensure_ascii=False)
+        emit(text + "\n", "json")
         return
+
+    # 2. For people.
     columns = [
         TableColumn("code", [rule.code for rule in EVERY]),
         TableColumn("name", [rule.name for rule in EVERY]),
         TableColumn("at most", [rule.level for rule in EVERY], 3),
-        TableColumn("applies to", [applies_to(rule) for rule in EVERY], 2),
+        TableColumn("applies to", list(map(applies_to, EVERY)), 2),
         TableColumn("what it says", [rule.summary for rule in EVERY], 1),
     ]
     emit(

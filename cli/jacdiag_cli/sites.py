@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,11 @@ from jacdiag_cli.streams import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jacdiag.sources import Source
     from jacdiag.trace import Sites
+    from jacdiag.trace.sublayer import Sublayer
 
 _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 
@@ -71,10 +74,14 @@ def sites(invocation: CommandInvocation, source: str, output_format: str, **give
         loaded, traced = _trace(source, given)
         data = describe(loaded, traced)
     invocation.heed()
+
+    # 1. What was found.
     if output_format == "json":
         emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "json")
     else:
         emit(_page(data, room()))
+
+    # 2. What to do next.
     if not data["sublayers"]:
         way = "the recorded operations are listed above"
         if data["hidden"]:
@@ -138,46 +145,67 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
     """Return all that the command prints as plain data: the sub-layers, and every parameter."""
-    params, coverage = found.skeleton.outlines, found.coverage
-    covered = coverage.covered()
-    return {
+    # 1. The model, and the sub-layers with their parameters.
+    params = found.skeleton.outlines
+    data: dict[str, Any] = {
         "source": loaded.info,
-        "model": {
-            "class": type(loaded.model).__name__,
-            "parameters": sum(p.numel() for p in params.values()),
-            "covered_parameters": sum(p.numel() for name, p in params.items() if name in covered),
-            "layers": found.layers,
-        },
-        "sublayers": [
-            {
-                "index": site.index,
-                "name": site.name,
-                "depth": site.depth,
-                "kind": site.kind,
-                "placement": site.placement,
-                "parallel": site.parallel,
-                "nested": site.nested,
-                "shape": list(site.shortcut.shape),
-                "parameters": {name: list(params[name].shape) for name in site.parameters},
-                "line": site.line,
-            }
-            for site in found
-        ],
-        **{
-            key: {name: list(params[name].shape) for name in getattr(coverage, key)}
-            for key in _GROUPS
-        },
-        "uncovered": {
-            name: {"shape": list(params[name].shape), "reason": why}
-            for name, why in coverage.uncovered.items()
-        },
+        "model": _describe_model(loaded, found),
+        "sublayers": [_describe_sublayer(site, params) for site in found],
+    }
+
+    # 2. The parameters outside them.
+    coverage = found.coverage
+    for group in _GROUPS:
+        data[group] = _shapes_of(getattr(coverage, group), params)
+    data["uncovered"] = {
+        name: {"shape": list(params[name].shape), "reason": why}
+        for name, why in coverage.uncovered.items()
+    }
+
+    # 3. What the trace says of itself.
+    calls = Counter(node.name for node in found.graph.nodes)
+    data |= {
         "deterministic": found.deterministic,
         "culprit": found.culprit or None,
-        "left_out": [asdict(item) for item in found.left_out],
+        "left_out": list(map(asdict, found.left_out)),
         "hidden": found.hidden,
         "notes": found.notes,
-        "calls": dict(Counter(node.name for node in found.graph.nodes).most_common()),
+        "calls": dict(calls.most_common()),
     }
+    return data
+
+
+def _describe_model(loaded: Source, found: Sites) -> dict[str, Any]:
+    """Return the size of the model, and how much of it belongs somewhere."""
+    sizes = {name: tensor.numel() for name, tensor in found.skeleton.outlines.items()}
+    covered = found.coverage.covered()
+    return {
+        "class": type(loaded.model).__name__,
+        "parameters": sum(sizes.values()),
+        "covered_parameters": sum(size for name, size in sizes.items() if name in covered),
+        "layers": found.layers,
+    }
+
+
+def _describe_sublayer(site: Sublayer, params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a sub-layer as plain data."""
+    return {
+        "index": site.index,
+        "name": site.name,
+        "depth": site.depth,
+        "kind": site.kind,
+        "placement": site.placement,
+        "parallel": site.parallel,
+        "nested": site.nested,
+        "shape": list(site.shortcut.shape),
+        "parameters": _shapes_of(site.parameters, params),
+        "line": site.line,
+    }
+
+
+def _shapes_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of some parameters by name."""
+    return {name: list(params[name].shape) for name in names}
 
 
 def _page(data: dict[str, Any], width: int | None) -> str:

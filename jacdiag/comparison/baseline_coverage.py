@@ -185,12 +185,16 @@ def describe_losses(new: FiguresRecord, old: FiguresRecord) -> list[str]:
         The sentences, without a full stop; [] if the new baseline checks as much as the old one.
     """
     losses = []
+
+    # 1. The norms, which a baseline of weights alone has not.
     if old.sublayers and not new.sublayers:
         count = _count(len(old.sublayers), "sub-layer")
         losses.append(
             f"the norms of {count} are gone from it: none was measured; the same command without "
             "--contract-only measures them"
         )
+
+    # 2. Seeds, which show how much a figure varies.
     if new.seeds < old.seeds:
         seeds = _count(new.seeds, "seed")
         losses.append(

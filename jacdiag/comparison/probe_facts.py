@@ -53,16 +53,23 @@ def parting(now: Facts, before: Facts) -> list[str]:
 
 def spoken(facts: Facts) -> str:
     """Return the facts of a probe in words: "2 x 64 random tokens, float32"."""
-    batch, seq, tokens = facts.get("batch"), facts.get("seq"), str(facts.get("tokens"))
+    # 1. Its size.
+    batch = facts.get("batch")
+    seq = facts.get("seq")
     size = f"batch {batch}"  # of inputs that are no sequences
     if seq:
         size = f"{batch} x {seq}"
+
+    # 2. Where its numbers are from.
+    tokens = str(facts.get("tokens"))
     sources = {
         "random": f"{size} random tokens",
         "random pixels": f"{size} of random pixels",
         "inputs": f"{size}, from --inputs",
     }
     words = [sources.get(tokens, f"{size} tokens of {tokens}")]
+
+    # 3. What else a result depends on.
     if facts.get("dtype"):
         words.append(str(facts["dtype"]))
     if "seed" in facts:

@@ -505,9 +505,12 @@ def _merge_findings(reports: Sequence[Report]) -> list[Finding]:
     for index, report in enumerate(reports):
         count: Counter[tuple[str, str]] = Counter()
         for finding in report.findings:
+            # 1. What makes it the same one: code, pattern, and its place among those of one report.
             kind = (finding.code, str(finding.evidence.get("pattern", finding.level)))
             key = (*kind, count[kind])
             count[kind] += 1
+
+            # 2. Add the seed to what is known of it.
             earlier = merged.get(key)
             if earlier is None:
                 evidence = {**finding.evidence, "seeds": [index]}

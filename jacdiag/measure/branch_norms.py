@@ -165,11 +165,15 @@ class Solver:
 
         Each begins at the start that belongs to this sub-layer and norm.
         """
-        effort, site = self.effort, self.one.site
+        # 1. A problem for each norm.
+        effort = self.effort
+        site = self.one.site
         questions = [
             Question(operator, start_of(effort.seed, site.name, name), self.decided.get(name))
             for name, operator in maps.items()
         ]
+
+        # 2. All of them together: products with the same Jacobian are made in one call.
         solutions = in_step(
             questions,
             tol=effort.tol,

@@ -737,9 +737,13 @@ class Audit:
         """Return the init contract as the weights show it, and what it says of the structure."""
         options = self.request.options
         model = self._model_record()
+
+        # 1. The parameters that the optimizer decays.
         decayed = None
         if options.optimizer is not None:
             decayed = decayed_by(self.model, options.optimizer)
+
+        # 2. How every weight was drawn. A benchmark of other rules leaves it out.
         contract = contract_of(
             self.sites,
             self._draws,
@@ -750,8 +754,10 @@ class Audit:
             options.contract,
             decayed,
         )
-        if contract is None:  # a benchmark of other rules leaves it out
+        if contract is None:
             return None
+
+        # 3. What the sub-layers say of the structure.
         return with_structure(contract, self.sites, self.model, records)
 
     def _settings(self, measured: Share, checks: dict[str, Any]) -> dict[str, Any]:

@@ -135,9 +135,13 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
         count: how many remedies there are.
     """
     options = request.options
+
+    # 1. The level of one trial. Each may miss as often as any other.
     level = options.confidence_all
-    if level is not None:  # each trial may miss as often as any other
+    if level is not None:
         level = Family(options.split_level()[1], most_trials(count)).each
+
+    # 2. A trial is an audit like that of the model as it is.
     decayed: Iterable[str] = ()
     if options.optimizer is not None:
         decayed = decayed_by(audit.model, options.optimizer)
@@ -148,6 +152,7 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
         confidence_all=level,
         decayed=frozenset(decayed),
     )
+
     return Bench(
         trial.audit,
         audit.sites.output,

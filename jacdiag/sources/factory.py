@@ -447,9 +447,13 @@ def not_a_module(spec: str, result: Any) -> SourceError:
     hint = _RETURN_A_MODULE
     if result is None:
         hint = "it ends without `return`, or returns None: end it with `return model`"
+
+    # The class in place of an instance of it.
     elif isinstance(result, type) and issubclass(result, nn.Module):
         got = f"the class {result.__name__}"
         hint = f"return an instance: `return {result.__name__}(...)`"
+
+    # A container, which may hold the model.
     elif isinstance(result, tuple | list):
         types = ", ".join(type(item).__name__ for item in result)
         got = f"a {type(result).__name__} of {types or 'nothing'}"

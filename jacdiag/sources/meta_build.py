@@ -133,11 +133,14 @@ def _initializers(model: nn.Module) -> Iterator[Callable[[], Any]]:
 
 def _check_initialized(model: nn.Module, spec: str, names: set[str]) -> None:
     """Raise if a tensor of these names still holds its mark."""
+    # 1. The tensors that nothing has written.
     tensors = [*model.named_parameters(), *model.named_buffers()]
     needed = [(name, tensor) for name, tensor in tensors if name in names]
     left_out = [name for name, tensor in needed if _holds_mark(tensor)]
     if not left_out:
         return
+
+    # 2. Name the first of them.
     shown = ", ".join(left_out[:_NAMED])
     if len(left_out) > _NAMED:
         shown += " ..."

@@ -285,13 +285,18 @@ def _text_in(line: str, number: int, path: Path) -> str:
     Raises:
         ProbeError: the line is no JSON, or has no text.
     """
+    # 1. Read the line.
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ProbeError(
             f"cannot read the text '{path}'", got=f"line {number}: {one_line(error)}"
         ) from error
-    text = row.get("text") if isinstance(row, dict) else None
+
+    # 2. Take its text.
+    text = None
+    if isinstance(row, dict):
+        text = row.get("text")
     if not isinstance(text, str):
         raise ProbeError(
             f"'{path}' has a line without text",

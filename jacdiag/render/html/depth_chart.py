@@ -373,15 +373,23 @@ def _points(curve: DepthCurve, names: Mapping[float, str], at_x: Scale, at_y: Sc
         value = curve.y[place]
         if not math.isfinite(value):
             continue
+
+        # 1. The ends of its interval, if it has one.
         low, high = value, value
         if curve.low is not None and curve.high is not None:
             low, high = curve.low[place], curve.high[place]
+
+        # 2. What is said of it.
         name = names.get(x, "")
         words = _interval_text(low, value, high)
         if curve.over_tokens:
             words = f"{three(value)} (median to largest token {between(low, high)})"
         text = f"{name}: {curve.label} {words}"
-        top = at_y(high) if math.isfinite(high) else _TOP
+
+        # 3. Where it is drawn. An interval without an upper end leaves the panel.
+        top: float = _TOP
+        if math.isfinite(high):
+            top = at_y(high)
         points.append(Point(at_x(x), at_y(value), at_y(low), top, text))
     return points
 

@@ -269,8 +269,10 @@ def _rule_texts(codes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the page of each rule that fired, in the order of the codes."""
     texts: dict[str, dict[str, Any]] = {}
     for code in codes:
-        if code in texts or not (PAGES / f"{code}.md").is_file():
+        has_page = (PAGES / f"{code}.md").is_file()
+        if code in texts or not has_page:
             continue
+
         page = read_page(code)
         texts[code] = {
             "summary": page.summary,

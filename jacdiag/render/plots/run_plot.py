@@ -800,14 +800,19 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
     """Write the title, and the names of several runs or what the bold line is."""
     from matplotlib.lines import Line2D
 
+    # 1. The title.
     room = int(options.size[0] * 9)  # characters
     title = f"{len(drawn)} runs"
     if len(drawn) == 1:
         title = _title(drawn[0].run)
     figure.suptitle(clipped(title, room), x=0.01, ha="left", fontsize="large")
+
+    # 2. The names of several runs.
     if len(drawn) > 1:
         _name_runs(figure, drawn, room)
         return
+
+    # 3. What the lines of a single run are.
     if drawn[0].window > 1:
         handles = [Line2D([], [], color=INK, lw=2.0)]
         labels = [f"mean of the last {drawn[0].window:,} steps"]
@@ -840,11 +845,14 @@ def _name_runs(figure: Figure, drawn: Sequence[_Drawn], room: int) -> None:
     """Write the name of each run in its colour, at the top right."""
     from matplotlib.lines import Line2D
 
+    # 1. A line of its colour and a short name for each run.
     short = shorten_names([printable(curve.name) for curve in drawn], min(40, room // 2))
     handles = [Line2D([], [], color=curve.colour, lw=2.5) for curve in drawn]
     labels = []
     for name, curve in zip(short, drawn, strict=True):
         labels.append(f"{name}: {curve.run.steps[-1]['step']:,} steps")
+
+    # 2. As many next to each other as there is room for.
     fitting = max((room - 10) // (max(map(len, labels)) + 6), 1)
     figure.legend(
         handles,

@@ -240,6 +240,8 @@ def _bare_weights(path: Path) -> SourceError | None:
     files = weight_files(path)
     if not files:
         return None
+
+    # Some files show who saved them.
     what = "is a folder without a model"
     if any((path / name).is_file() for name in _STATE_FILES):
         what = "is a state that accelerate or a trainer saved, without a model"

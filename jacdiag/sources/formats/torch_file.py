@@ -195,17 +195,22 @@ def _check(path: Path) -> bool:
 
 def _check_zip(path: Path) -> None:
     """Raise unless a file that begins as a zip is one of torch.save."""
+    # 1. The end of a zip holds its directory.
     if not _is_zip(path):
         raise SourceError(
             f"'{path}' is truncated",
             got=f"a zip of {path.stat().st_size:,} bytes without its directory at the end",
             hint="copy or save it again",
         )
+
+    # 2. Zips that other functions of torch write.
     names = _entries(path)
     if _has_entry(names, "/constants.pkl"):
         raise torchscript(path)
     if _has_entry(names, "/archive_format"):
         raise exported_program(path)
+
+    # 3. Zips of anything else.
     if not _has_entry(names, "data.pkl"):
         raise SourceError(
             f"'{path}' is a zip, but not one of torch.save",
