@@ -32,7 +32,11 @@ IMPORT = re.compile(
     r"^\s*(?:from (\w+)[\w.]* import |import (\w+)[\w.]*(?: as \w+)?\s*(?:#.*)?$)", re.MULTILINE
 )
 # Packages whose module has another name.
-PACKAGE_NAMES = {"markdown_it": "markdown-it-py", "mlflow": "mlflow-skinny"}
+PACKAGE_NAMES = {
+    "huggingface_hub": "huggingface-hub",
+    "markdown_it": "markdown-it-py",
+    "mlflow": "mlflow-skinny",
+}
 # Used only if the user's own program has them.
 NOT_REQUIRED = {"pytest"}
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

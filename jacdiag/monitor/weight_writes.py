@@ -32,7 +32,7 @@ _MOST_NAMED = 20  # weights of one step that the log names
 
 
 @dataclass
-class Gap:
+class WriteGap:
     """The samples of some weights before and after a gap between two steps.
 
     Attributes:
@@ -95,7 +95,7 @@ class WeightWrites:
         self.before: dict[int, Sample] = {}  # part -> the sample at the end of its last step
         self.ended: dict[int, int] = {}  # optimizer -> that step
         self.stepping: set[int] = set()
-        self.gaps: list[Gap] = []  # that are still to be compared
+        self.gaps: list[WriteGap] = []  # that are still to be compared
         self._owners: dict[int, Tensor] = {}
         # Sums of squares before and after the gap, and of the difference: (steps, 3, parameters).
         self._read_sums = torch.zeros(0)
@@ -199,7 +199,9 @@ class WeightWrites:
         reader = self.readers[part]
         if reader.are_equal(before, after):
             return
-        self.gaps.append(Gap(metrics.slot, part, reader.as_tensor(before), reader.as_tensor(after)))
+        self.gaps.append(
+            WriteGap(metrics.slot, part, reader.as_tensor(before), reader.as_tensor(after))
+        )
         metrics.now.written_after = self.ended[optimizer]
 
     def settle(self, metrics: StepMetrics) -> None:
@@ -209,8 +211,8 @@ class WeightWrites:
         """
         # 1. The gaps before the steps that are read.
         rows = metrics.slot
-        gaps: list[Gap] = []
-        later: list[Gap] = []
+        gaps: list[WriteGap] = []
+        later: list[WriteGap] = []
         for gap in self.gaps:
             gaps_of_row = gaps if gap.slot < rows else later
             gaps_of_row.append(gap)
@@ -227,13 +229,13 @@ class WeightWrites:
             self._read_sums = self._sum_squares(gaps, rows, metrics)
             metrics.table[:rows, WRITTEN] = _relative_change(self._read_sums).amax(dim=1)
 
-    def _sum_squares(self, gaps: Sequence[Gap], rows: int, metrics: StepMetrics) -> Tensor:
+    def _sum_squares(self, gaps: Sequence[WriteGap], rows: int, metrics: StepMetrics) -> Tensor:
         """Return the sums of squares before, after and of the difference, (rows, 3, parameters)."""
         members = len(self.groups.members)
         sums = torch.zeros(rows, 3, members, device=self.device)
 
         # 1. Gaps of the same weights are compared in one go.
-        alike: dict[tuple[int, int], list[Gap]] = {}
+        alike: dict[tuple[int, int], list[WriteGap]] = {}
         for gap in gaps:
             alike.setdefault((gap.part, len(gap.after)), []).append(gap)
 
