@@ -130,7 +130,8 @@ class JointDetector:
     """The joint detector of one run.
 
     Args:
-        thresholds: with the limits of "joint_both", "joint_one", "lift_both" and "gradient_z".
+        thresholds: with the limits of "joint_both", "joint_one", "gradient_leap", "lift_both" and
+            "gradient_z".
 
     Attributes:
         hit: the step stands out; its values are left out of what the next ones are compared with.
@@ -141,6 +142,7 @@ class JointDetector:
         """Begin without a history; see the class for the arguments."""
         self._both = _warning_limit(thresholds, "joint_both")
         self._one = _warning_limit(thresholds, "joint_one")
+        self._gradient_times = _warning_limit(thresholds, "gradient_leap")
         self._both_means = _warning_limit(thresholds, "lift_both")
         vote = thresholds.limits("gradient_z").info
         self._vote = math.inf if vote is None else float(vote)
@@ -159,6 +161,7 @@ class JointDetector:
         gradient: float,
         scores: StepScores,
         update: tuple[str, float] | None,
+        usual_gradient: float | None = None,
     ) -> JointAlarm | None:
         """Judge a step, then add it to the means.
 
@@ -168,6 +171,7 @@ class JointDetector:
             gradient: its gradient norm, of all parameters.
             scores: of this one step.
             update: (sub-layer, update norm / weight norm).
+            usual_gradient: the gradient norm of the last steps; None while there are too few.
 
         Returns:
             The alarm, or None if nothing stands out.
@@ -180,7 +184,10 @@ class JointDetector:
         gradient_means = self._gradient.z(gradient)
 
         # 1. Run all three tests, because each of them counts its steps in a row.
-        by_step = self._judge_step(step, scores)
+        times = None
+        if usual_gradient:
+            times = gradient / usual_gradient
+        by_step = self._judge_step(step, scores, times)
         by_recent = self._judge_recent(step, scores)
         by_mean = self._judge_means(step, loss_means, gradient_means)
         alarm = by_mean or by_step or by_recent
@@ -193,17 +200,27 @@ class JointDetector:
         self._gradient.add(gradient, self.lifted)
         return alarm
 
-    def _judge_step(self, step: int, scores: StepScores) -> JointAlarm | None:
+    def _judge_step(
+        self, step: int, scores: StepScores, gradient_times: float | None
+    ) -> JointAlarm | None:
         """Fire if both are over 6 deviations, or one over 8, for three steps in a row.
 
-        That is the published test. The deviations are those of the last 1,000 steps.
+        That is the published test. The deviations are those of the last 1,000 steps. The gradient
+        norm of a young run may scatter so little that a rise by a half is over 8 deviations. So a
+        gradient norm alone also has to double.
+
+        Args:
+            step: its number.
+            scores: of the step.
+            gradient_times: its gradient norm over the usual one; None if that is not known.
         """
         # 1. Compare the scores with the limits.
         loss_z = scores.loss or 0.0
         gradient_z = scores.gradient or 0.0
+        has_doubled = gradient_times is None or gradient_times > self._gradient_times
         are_both_high = loss_z > self._both and gradient_z > self._both
-        is_one_very_high = max(loss_z, gradient_z) > self._one
-        self.hit = are_both_high or is_one_very_high
+        is_gradient_very_high = gradient_z > self._one and has_doubled
+        self.hit = are_both_high or is_gradient_very_high or loss_z > self._one
 
         # 2. Wait until they have been high for some steps in a row.
         if not self.hit:
@@ -212,12 +229,13 @@ class JointDetector:
         self._in_a_row += 1
         if self._in_a_row < IN_A_ROW:
             return None
+        first = step - self._in_a_row + 1
         what = (
-            f"loss {plain(loss_z)} and gradient norm {plain(gradient_z)} standard deviations above "
-            f"their last 1,000 steps, {_in_a_row(self._in_a_row, step)}"
+            f"{_describe_scores(scores, are_both_high=are_both_high)}; {self._in_a_row} steps in "
+            f"a row stand out, since step {first}"
         )
-        evidence = {"loss_z": loss_z, "gradient_z": gradient_z}
-        return JointAlarm(what, step - self._in_a_row + 1, evidence)
+        evidence = {"loss_z": loss_z, "gradient_z": gradient_z, "gradient_times": gradient_times}
+        return JointAlarm(what, first, evidence)
 
     def _judge_recent(self, step: int, scores: StepScores) -> JointAlarm | None:
         """Run the same test against the line through the last 48 steps.
@@ -341,6 +359,33 @@ class JointDetector:
         self._leaps.samples = {
             name: deque(values, maxlen=_MOST) for name, values in leap["samples"].items()
         }
+
+
+def _describe_scores(scores: StepScores, *, are_both_high: bool) -> str:
+    """Return how far loss and gradient norm lie from their means of the last 1,000 steps.
+
+    Args:
+        scores: of the step.
+        are_both_high: both stand out. Else only the higher of them does.
+    """
+    # 1. Both.
+    loss, gradient = scores.loss, scores.gradient
+    if are_both_high:
+        return (
+            f"loss {plain(loss)} and gradient norm {plain(gradient)} standard deviations above "
+            "their last 1,000 steps"
+        )
+
+    # 2. One of them, and where the other is.
+    if (gradient or 0.0) >= (loss or 0.0):
+        high, high_z, other, other_z = "gradient norm", gradient, "loss", loss
+    else:
+        high, high_z, other, other_z = "loss", loss, "gradient norm", gradient
+    alone = f"{high} {plain(high_z)} standard deviations above its last 1,000 steps"
+    if other_z is None:
+        return alone
+    side = "below" if other_z < 0 else "above"
+    return f"{alone}, the {other} {plain(abs(other_z))} {side} its own"
 
 
 def _in_a_row(count: int, step: int) -> str:

@@ -201,7 +201,12 @@ class LiveRules:
         """Fire JD501 and JD502 if several signals agree."""
         # 1. JD501: for several steps, or over their mean.
         alarm = self._joint.look(
-            figures.step, figures.loss, figures.gradient, scores, figures.update
+            figures.step,
+            figures.loss,
+            figures.gradient,
+            scores,
+            figures.update,
+            usual_gradient=self._recent_gradient.usual(),
         )
         if alarm is not None:
             self._emit(result, self._joint_alert(figures, alarm))

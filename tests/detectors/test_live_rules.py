@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jacdiag.detectors.running_statistics import (
 )
 from jacdiag.errors import UsageError
 from jacdiag.rules import EVERY, RULES, rule
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.thresholds import load_thresholds
 
 
@@ -76,6 +78,58 @@ def test_joint_detector_takes_both_for_three_steps_in_a_row() -> None:
     assert codes(live, [spike(500, 2.9, 40.0), spike(501, 2.9, 40.0), spike(502, 2.9, 40.0)]) == [
         (502, "JD501")
     ]
+
+
+# The gradient norm of a young run that falls evenly scatters by a fiftieth of itself.
+def _young(steps: int) -> list[StepFigures]:
+    figures = []
+    for step in range(steps):
+        loss = 5.6 - 0.008 * step
+        gradient = 0.8 + 0.01 * math.sin(step)
+        figures.append(StepFigures(step, loss, gradient, 1e-4, [gradient] * 3))
+    return figures
+
+
+@pytest.mark.parametrize("times", [1.5, 1.98])
+def test_a_gradient_norm_that_rises_alone_by_less_than_double_is_no_alarm(times: float) -> None:
+    live = LiveRules(LIMITS, ["a", "b", "c"])
+    assert not codes(live, _young(90))
+    high = [spike(step, 4.8, 0.8 * times) for step in range(90, 96)]
+    results = [live.step(figures) for figures in high]
+    assert all(result.scores["gradient"] > 8 for result in results)
+    assert not [alert.code for result in results for alert in result.alerts]
+
+
+def test_a_gradient_norm_that_doubles_alone_says_that_it_is_alone() -> None:
+    live = LiveRules(LIMITS, ["a", "b", "c"])
+    assert not codes(live, _young(90))
+    results = [live.step(spike(step, 4.8, 1.7)) for step in range(90, 93)]
+    (alert,) = results[2].alerts
+    score = results[2].scores
+    assert alert.code == "JD501" and alert.evidence["gradient_times"] == pytest.approx(2.1, abs=0.1)
+    assert alert.what.startswith(
+        f"gradient norm {plain(score['gradient'])} standard deviations above its last 1,000 "
+        f"steps, the loss {plain(-score['loss'])} below its own; 3 steps in a row stand out, since "
+        "step 90 (loss 4.8"
+    )
+
+
+def test_a_loss_that_stands_out_alone_says_where_the_gradient_norm_is() -> None:
+    live = fed(500)
+    results = [live.step(spike(step, 9.0, 1.5)) for step in range(500, 503)]
+    alerts = [alert for alert in results[2].alerts if alert.code == "JD501"]
+    assert alerts[0].what.startswith(
+        "loss "
+    ) and "above its last 1,000 steps, the gradient norm" in (alerts[0].what)
+
+
+def test_without_a_loss_nothing_is_said_of_it() -> None:
+    live = LiveRules(LIMITS, ["a", "b", "c"])
+    for figures in _young(90):
+        live.step(replace(figures, loss=None))
+    results = [live.step(StepFigures(s, None, 8.0, 1e-4, [5.0] * 3)) for s in range(90, 93)]
+    (alert,) = [alert for result in results for alert in result.alerts]
+    assert "above its last 1,000 steps; 3 steps in a row stand out" in alert.what
 
 
 def test_two_steps_or_a_broken_row_are_not_enough() -> None:
@@ -315,6 +369,7 @@ def test_live_rules_have_documentation_and_known_thresholds() -> None:
         "gradient_z",
         "joint_both",
         "joint_one",
+        "gradient_leap",
         "lift_both",
         "update_ratio",
         "update_leap",
