@@ -52,6 +52,12 @@ class LiveResult:
     notes: list[str] = field(default_factory=list)
 
 
+def _is_left_out(figures: StepFigures) -> bool:
+    """Return whether a step is compared with nothing: it was skipped, or its loss is not finite."""
+    has_nonfinite_loss = figures.loss is not None and not math.isfinite(figures.loss)
+    return figures.skipped or has_nonfinite_loss
+
+
 class LiveRules:
     """The live rules of one run, with the running statistics that they compare a step with.
 
@@ -109,6 +115,18 @@ class LiveRules:
         return self._joint.updates_leap
 
     # -- a step ------------------------------------------------------------------------------------
+    def expect(self, block: Sequence[StepFigures]) -> None:
+        """Prepare for steps that are going to be judged: what they share is done once.
+
+        `step` gives the same results without this call, to the last bit.
+
+        Args:
+            block: the figures of each step, in order.
+        """
+        judged = [figures for figures in block if not _is_left_out(figures)]
+        self._recent_gradient.foresee([figures.gradient for figures in judged])
+        self._recent_loss.foresee([f.loss for f in judged if f.loss is not None])
+
     def step(self, figures: StepFigures) -> LiveResult:
         """Judge one step, then add it to the running statistics.
 
@@ -121,8 +139,7 @@ class LiveRules:
         result = LiveResult(alerts=self._rate.look(figures.step, figures.lr))
         self._judge_writes(figures, result)
         self._judge_nonfinite(figures, result)
-        has_nonfinite_loss = figures.loss is not None and not math.isfinite(figures.loss)
-        if figures.skipped or has_nonfinite_loss:
+        if _is_left_out(figures):
             return result
         self.seen += 1
 

@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
 WINDOW = 48
 """Steps that the line goes through.
 
@@ -67,6 +72,8 @@ class RecentTrend:
         self.values: deque[float] = deque(maxlen=WINDOW)
         self.count = 0
         self._line: TrendLine | None = None
+        # the values that are expected next, as they are compared, each with the line behind it
+        self._foreseen: deque[tuple[float, TrendLine]] = deque()
 
     @property
     def ready(self) -> bool:
@@ -103,9 +110,7 @@ class RecentTrend:
         if not self.ready:
             return None
         if self._line is None:
-            # A distance of logarithms is relative already.
-            floor = 0.0 if self.logarithm else _FLOOR
-            self._line = fit_line(self.values, floor=floor)
+            self._line = fit_line(self.values, floor=self._floor)
         return self._line
 
     def add(self, value: float) -> None:
@@ -116,6 +121,36 @@ class RecentTrend:
         self.values.append(scaled)
         self.count += 1
         self._line = None
+
+        # A value that was not expected makes the lines behind it wrong.
+        if self._foreseen:
+            expected, line = self._foreseen.popleft()
+            if expected == scaled:
+                self._line = line
+            else:
+                self._foreseen.clear()
+
+    def foresee(self, values: Sequence[float]) -> None:
+        """Fit the lines that come next in one go; they are those that are fitted one by one.
+
+        Args:
+            values: that are going to be added, in order. Those that are not are no fault.
+        """
+        self._foreseen.clear()
+        coming = [scaled for scaled in map(self._scaled, values) if scaled is not None]
+        is_worth_it = len(coming) > 1 and self.count + 1 >= LEAST
+        if not is_worth_it:
+            return
+        series = np.array([*self.values, *coming])
+        windows = np.lib.stride_tricks.sliding_window_view(series, WINDOW)
+        lines = fit_lines(windows[-len(coming) :], floor=self._floor)
+        self._foreseen.extend(zip(coming, lines, strict=True))
+
+    @property
+    def _floor(self) -> float:
+        """The least deviation, as a share of the expected value."""
+        # A distance of logarithms is relative already.
+        return 0.0 if self.logarithm else _FLOOR
 
     def _scaled(self, value: float) -> float | None:
         """Return a value as it is compared; None if it cannot be."""
@@ -137,6 +172,7 @@ class RecentTrend:
         self.values = deque(values, maxlen=WINDOW)
         self.count = int(state["count"])  # type: ignore[call-overload]
         self._line = None
+        self._foreseen.clear()
 
 
 def fit_line(values: Sequence[float] | deque[float], floor: float) -> TrendLine:
@@ -164,3 +200,41 @@ def fit_line(values: Sequence[float] | deque[float], floor: float) -> TrendLine:
     expected = height + slope * (count - middle)
     least = floor * abs(expected) if floor else _FLOOR
     return TrendLine(last, expected, max(spread, least, 1e-300))
+
+
+def fit_lines(windows: Floats, floor: float) -> list[TrendLine]:
+    """Fit the lines of several series at once, each to the last bit as `fit_line` does.
+
+    Args:
+        windows: one series a row, (series, values).
+        floor: least deviation, as a share of the expected value.
+    """
+    count = windows.shape[1]
+    third = count // 3
+    # 1. Take the slopes through the medians of the outer thirds.
+    last = _medians(windows[:, -third:])
+    slopes = (last - _medians(windows[:, :third])) / (count - third)
+    # 2. Take the heights, and the spreads around the lines.
+    middle = (count - 1) / 2
+    levelled = windows - slopes[:, None] * (np.arange(count) - middle)
+    heights = _medians(levelled)
+    spreads = _TO_SIGMA * _medians(np.abs(levelled - heights[:, None]))
+    # 3. Carry the lines forward to the next step.
+    expected = heights + slopes * (count - middle)
+    lines: list[TrendLine] = []
+    for level, value, spread in zip(
+        last.tolist(), expected.tolist(), spreads.tolist(), strict=True
+    ):
+        least = floor * abs(value) if floor else _FLOOR
+        lines.append(TrendLine(level, value, max(spread, least, 1e-300)))
+    return lines
+
+
+def _medians(rows: Floats) -> Floats:
+    """Return the median of each row."""
+    ordered = np.sort(rows, axis=1)
+    count = ordered.shape[1]
+    if count % 2:
+        return ordered[:, count // 2]
+    # As `statistics.median` has it, to the last bit.
+    return (ordered[:, count // 2 - 1] + ordered[:, count // 2]) / 2

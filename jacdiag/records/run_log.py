@@ -348,8 +348,15 @@ def to_line(kind: str, row: Mapping[str, Any]) -> bytes:
         kind: one of `KINDS`.
         row: its values.
     """
-    values = {key: plain(value) for key, value in row.items()}
-    data = {"v": RUN_SCHEMA_VERSION, "type": kind, **values}
+    data: dict[str, Any] = {"v": RUN_SCHEMA_VERSION, "type": kind}
+    for key, value in row.items():
+        # Most values are floats, or plain JSON already.
+        if type(value) is float:
+            data[key] = _plain_float(value)
+        elif type(value) in _PLAIN_TYPES:
+            data[key] = value
+        else:
+            data[key] = plain(value)
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.encode(errors="backslashreplace") + b"\n"
 
@@ -400,9 +407,13 @@ def _plain_dict(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _plain_list(value: Iterable[Any]) -> list[Any]:
     """Return a list with plain values."""
-    return [plain(item) for item in value]
+    items = list(value)
+    if set(map(type, items)) == {float}:
+        return list(map(_plain_float, items))
+    return [plain(item) for item in items]
 
 
+_PLAIN_TYPES = frozenset({int, str, bool, type(None)})
 _CONVERTERS: dict[type, Callable[[Any], Any]] = {
     float: _plain_float,
     int: _unchanged,

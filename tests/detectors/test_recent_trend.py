@@ -8,10 +8,11 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from detectors.runs import LIMITS, codes, healthy
+from detectors.runs import LIMITS, codes, healthy, spike
 
 from jacdiag.detectors import drift
 from jacdiag.detectors import recent_trend as recent
@@ -252,3 +253,35 @@ def test_a_loss_that_hardly_moves_needs_a_gradient_as_far_out(
         ).alerts
     alerts = live.step(StepFigures(90, 3.79, 0.3 * gradient, after_clipping=after_clipping)).alerts
     assert [alert.code for alert in alerts] == ["JD502"] * fires
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 10, 64])
+def test_steps_that_are_expected_are_judged_to_the_last_bit_as_others(block: int) -> None:
+    figures = list(healthy(150))
+    figures[80] = spike(80, 9.0, 30.0)
+    figures[90] = StepFigures(90, math.nan, 0.7, 1e-3)
+    figures[100] = StepFigures(100, 2.5, math.inf, 1e-3)
+    figures[110] = StepFigures(110, 2.5, 0.7, 1e-3, skipped=True)
+    alone, expecting = LiveRules(LIMITS, ["a", "b", "c"]), LiveRules(LIMITS, ["a", "b", "c"])
+    results: list[Any] = []
+    for start in range(0, len(figures), block):
+        steps = figures[start : start + block]
+        # What was expected may not come: here every third block lacks its second step.
+        expecting.expect(steps if start % 3 else [*steps[:1], *steps[2:]])
+        results += map(expecting.step, steps)
+    assert results == [alone.step(f) for f in figures]
+    assert repr(expecting.state()) == repr(alone.state())
+
+
+@pytest.mark.parametrize("logarithm", [False, True])
+def test_lines_that_are_fitted_at_once_are_those_that_are_fitted_alone(logarithm: bool) -> None:
+    source = random.Random(1)
+    recent = RecentTrend(logarithm=logarithm)
+    for _ in range(70):
+        recent.add(source.lognormvariate(0.0, 1.0))
+    coming = [source.lognormvariate(0.0, 1.0) for _ in range(20)]
+    recent.foresee(coming)
+    assert len(recent._foreseen) == 20
+    for value in coming:
+        recent.add(value)
+        assert recent._line == fit_line(recent.values, floor=recent._floor)

@@ -6,7 +6,7 @@ import datetime
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -244,12 +244,12 @@ class RunEvents:
         self.silence.look_at_rows(rows)
         alerts: list[Alert] = []
         ready: list[Mapping[str, Any]] = []
-        for row in rows:
+        for row, figures in zip(rows, self._read_figures(rows), strict=True):
             self._count(row)
             self.last_step = row["step"]
             with self.guards.part("detectors", "the live rules are silent from now on"):
-                if self.guards.on("detectors"):
-                    result = self.live.step(StepFigures.from_row(row))
+                if self.guards.on("detectors") and figures is not None:
+                    result = self.live.step(figures)
                     alerts += result.alerts
                     for note in result.notes:
                         self.note(note)
@@ -268,6 +268,18 @@ class RunEvents:
             self.publish(row["step"], partial(slashed, row, groups))
         for alert in alerts:
             self.alert(self._with_batch(alert))
+
+    def _read_figures(self, rows: list[dict[str, Any]]) -> Sequence[StepFigures | None]:
+        """Return what the live rules read of each row, and prepare them for it.
+
+        It is None for every row if the rules are switched off.
+        """
+        with self.guards.part("detectors", "the live rules are silent from now on"):
+            if self.guards.on("detectors"):
+                block = [StepFigures.from_row(row) for row in rows]
+                self.live.expect(block)
+                return block
+        return [None] * len(rows)
 
     def _with_batch(self, alert: Alert) -> Alert:
         """Add to an alert about values that are not finite whether the batch held them."""
