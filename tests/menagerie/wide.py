@@ -235,8 +235,8 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         h, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        return grad @ weight, flat.mT @ h.flatten(0, -2), flat.sum(0)
+        flat = grad.reshape(-1, grad.shape[-1])  # vmap has no rule for flatten
+        return grad @ weight, flat.mT @ h.reshape(-1, h.shape[-1]), flat.sum(0)
 
 
 class ByFunction(nn.Linear):
