@@ -70,7 +70,7 @@ bench: .venv/.installed-dev
 
 accelerator: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accelerator.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/host_waits.py
 
 initbench: .venv/.installed-dev
 	@mkdir -p benchmarks/results

@@ -1,4 +1,4 @@
 """An accelerator in pure Python, and what jacdiag does on it.
 
-It is a regular package, so that `benchmarks/accelerator.py` can import it under its own name.
+It is a regular package, so that `benchmarks/host_waits.py` can import it under its own name.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from accelerator.pretended import pretended_device
-from benchmarks import accelerator
+from benchmarks import host_waits
 
 TOO_MANY_WAITS = "the solver reads its coefficients on the host at every step"
 
@@ -17,27 +17,27 @@ TOO_MANY_WAITS = "the solver reads its coefficients on the host at every step"
 @cache
 def audit() -> dict[str, Any]:
     with pretended_device() as counts:
-        return accelerator.count_audit(counts)
+        return host_waits.count_audit(counts)
 
 
 @cache
 def watch(name: str) -> dict[str, Any]:
     with pretended_device() as counts:
-        return accelerator.count_watch(counts, **accelerator.OPTIMIZERS[name])
+        return host_waits.count_watch(counts, **host_waits.OPTIMIZERS[name])
 
 
 SHORT = ("adamw", "accumulation")
 NAMES = [
     name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
-    for name in accelerator.OPTIMIZERS
+    for name in host_waits.OPTIMIZERS
 ]
 
 
 @pytest.mark.xfail(strict=True, reason=TOO_MANY_WAITS)
 def test_an_audit_waits_once_a_product_and_thirty_times_a_sub_layer() -> None:
     assert audit()["waits"] <= audit()["waits_allowed"]
-    assert audit()["waits_per_product"] <= accelerator.WAITS_PER_PRODUCT
-    assert audit()["waits_per_sublayer_beyond"] <= accelerator.WAITS_PER_SUBLAYER
+    assert audit()["waits_per_product"] <= host_waits.WAITS_PER_PRODUCT
+    assert audit()["waits_per_sublayer_beyond"] <= host_waits.WAITS_PER_SUBLAYER
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,13 +67,13 @@ def test_a_wait_in_a_step_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Watch, "step", waiting_step)
     with pretended_device() as counts:
-        row = accelerator.count_watch(counts)
-    assert row["waits_between_logs"] == accelerator.STEPS - accelerator.FIRST_STEPS
+        row = host_waits.count_watch(counts)
+    assert row["waits_between_logs"] == host_waits.STEPS - host_waits.FIRST_STEPS
 
 
 def test_the_file_has_every_count_within_its_limits() -> None:
-    recorded = json.loads(accelerator.RESULTS.read_text(encoding="utf-8"))
-    assert recorded["watch"].keys() == accelerator.OPTIMIZERS.keys()
+    recorded = json.loads(host_waits.RESULTS.read_text(encoding="utf-8"))
+    assert recorded["watch"].keys() == host_waits.OPTIMIZERS.keys()
     assert recorded["audit"].keys() == {"default", "decide"}
     for row in (*recorded["audit"].values(), *recorded["watch"].values()):
         assert row["mixed_operations"] == 0

@@ -4,8 +4,8 @@ The device is that of tests/accelerator: its numbers are the CPU's, and it count
 the code alone, not on the machine. They are no times: what a wait takes on a card is not known from
 them.
 
-    python benchmarks/accelerator.py            seconds; writes results/accelerator.json
-    python benchmarks/accelerator.py --places   which lines make the host wait; prints only
+    python benchmarks/host_waits.py            seconds; writes results/accelerator.json
+    python benchmarks/host_waits.py --places   which lines make the host wait; prints only
 """
 
 from __future__ import annotations
