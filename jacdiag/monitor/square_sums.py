@@ -102,12 +102,13 @@ def _read_squares(tensors: Sequence[Tensor]) -> list[float]:
         counts.append(len(parts))
 
     # 3. Sum the squares of each piece.
+    norms_of_pieces: Sequence[Tensor]
     with torch.no_grad():
         if are_plain:
-            norms = _norms(pieces)
+            norms_of_pieces = _norms(pieces)
         else:
-            norms = _by_kind(pieces, torch.device("cpu"), _norms)
-    squares = [norm * norm for norm in map(Tensor.item, norms)]
+            norms_of_pieces = _by_kind(pieces, torch.device("cpu"), _norms)
+    squares = [norm * norm for norm in map(Tensor.item, norms_of_pieces)]
 
     # 4. Add up the pieces of each tensor, if one of them was cut.
     if len(squares) == len(counts):

@@ -119,13 +119,15 @@ class HostReader:
         """Find where the weights lie.
 
         Raises:
-            RuntimeError: one of them is no dense tensor on the CPU any more.
+            RuntimeError: one of them is no dense tensor on the CPU any more, or has no memory now.
         """
         self._slices: list[np.ndarray[Any, Any]] = []
         for member in self.members:
             piece = _piece(member)
             if piece.device.type != "cpu" or not _is_dense(piece):
                 raise RuntimeError(f"{member.name} is no dense tensor on the CPU any more")
+            if not _has_memory(piece):
+                raise RuntimeError(f"{member.name} has no memory: its storage was freed")
             self._slices.append(_slice_of_memory(piece))
         self.counts = [len(part) for part in self._slices]
         self._dtype = _piece(self.members[0]).dtype
@@ -259,11 +261,18 @@ def _is_dense(piece: Tensor) -> bool:
     return torch.ops.aten.is_non_overlapping_and_dense.default(piece)
 
 
+def _has_memory(piece: Tensor) -> bool:
+    """Return whether the storage holds all elements; a trainer may free it between two steps."""
+    storage = piece.untyped_storage()
+    needed = (piece.storage_offset() + piece.numel()) * piece.element_size()
+    return storage.data_ptr() != 0 and storage.nbytes() >= needed
+
+
 def _slice_of_memory(piece: Tensor) -> np.ndarray[Any, Any]:
     """Return the sampled elements of a dense tensor on the CPU, as a view that holds nothing."""
     count, stride = sample_layout(piece.numel(), piece.shape[-1])
     width = piece.element_size()
-    memory = (ctypes.c_uint8 * (piece.numel() * width)).from_address(piece.data_ptr())
+    memory: Any = (ctypes.c_uint8 * (piece.numel() * width)).from_address(piece.data_ptr())
     return np.frombuffer(memory, dtype=_bits_of(piece))[::stride][:count]
 
 
