@@ -121,6 +121,8 @@ class HostReader:
         Raises:
             RuntimeError: one of them is no dense tensor on the CPU any more, or has no memory now.
         """
+        # If one cannot be read, the next reading looks again, also at the same addresses.
+        self._layout: tuple[list[Any], ...] = ()
         self._slices: list[np.ndarray[Any, Any]] = []
         for member in self.members:
             piece = _piece(member)
