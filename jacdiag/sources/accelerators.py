@@ -85,15 +85,25 @@ def kinds_in_use() -> list[str]:
 def _known_kinds() -> list[str]:
     """Return the kinds that torch may have code for, without a look at the machine."""
     kinds = list(_IN_EVERY_BUILD)
-    own = torch.accelerator.current_accelerator()
-    if own is not None and own.type not in kinds:
-        kinds.append(own.type)
+    own = _kind_of_build()
+    if own is not None and own not in kinds:
+        kinds.append(own)
 
     # A backend of another vendor, beside that of the build.
     further = torch._C._get_privateuse1_backend_name()
     if further not in kinds and hasattr(torch, further):
         kinds.append(further)
     return kinds
+
+
+def _kind_of_build() -> str | None:
+    """Return the kind of accelerator that torch was built for; None if none can be told."""
+    # torch 2.6 raises where the machine has none.
+    try:
+        own = torch.accelerator.current_accelerator()
+    except RuntimeError:
+        return None
+    return None if own is None else own.type
 
 
 # -- the current device, and when its work is done -------------------------------------------------

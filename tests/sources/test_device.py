@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jacdiag.errors import UsageError
+from jacdiag.sources.accelerators import present_names
 from jacdiag.sources.device_choice import check_precision, pick
 
 
@@ -53,3 +54,16 @@ def test_float64_is_refused_where_there_is_none() -> None:
         check_precision(mps, torch.float32, weights)
     check_precision(mps, torch.float32, [torch.ones(1)])
     check_precision(torch.device("cuda"), torch.float64, weights)
+
+
+def test_a_build_for_an_accelerator_on_a_machine_without_one_has_the_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr("torch.accelerator.current_accelerator", refuse)
+    for kind in ("cuda", "xpu"):
+        let_there_be(monkeypatch, kind, 0)
+    assert "cuda:0" not in present_names()
+    assert pick(None).type == "cpu"
