@@ -11,7 +11,7 @@ import pytest
 from accelerator.pretended import pretended_device
 from benchmarks import host_waits
 
-TOO_MANY_WAITS = "the solver reads its coefficients on the host at every step"
+TOO_MANY_WAITS = "the figures of each weight come in a download of their own"
 
 
 @cache
