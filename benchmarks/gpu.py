@@ -39,9 +39,9 @@ from benchmarks._gpu.shapes import (  # noqa: E402
     TOY,
     Shape,
 )
+from jacdiag.devices import accelerators  # noqa: E402
+from jacdiag.devices.device_choice import pick  # noqa: E402
 from jacdiag.errors import JacdiagError  # noqa: E402
-from jacdiag.sources import accelerators  # noqa: E402
-from jacdiag.sources.device_choice import pick  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 SECONDS = 570.0

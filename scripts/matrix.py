@@ -33,7 +33,7 @@ TESTS = (
     "tests/sources/test_source_strings.py",
     "tests/sources/test_checkpoint.py",
     "tests/sources/test_factory.py",
-    "tests/sources/test_host_memory.py",
+    "tests/devices/test_host_memory.py",
     "tests/cli/test_cli_exit.py",
     "tests/monitor/test_step_metrics.py",
     "tests/test_printed_objects.py",

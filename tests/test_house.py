@@ -27,6 +27,7 @@ CLI = ROOT / "cli"
 # Data flows one way, from a model to a verdict. A folder imports only folders on lower floors.
 FLOORS = {
     "records": 1,
+    "devices": 1,
     "sources": 2,
     "spectra": 3,
     "trace": 3,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jacdiag.sources import accelerators
+from jacdiag.devices import accelerators
 
 
 class OutOfTimeError(BaseException):

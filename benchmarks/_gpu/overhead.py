@@ -18,7 +18,7 @@ from benchmarks._gpu.bench import NotHereError, Row
 from benchmarks._gpu.shapes import Shape, build
 from benchmarks._gpu.waits import check_counted, counted_waits
 from benchmarks._watchers import WATCHERS, Watcher
-from jacdiag.sources.accelerators import wait_for
+from jacdiag.devices.accelerators import wait_for
 
 # The libraries that some of them need.
 NEEDS = {"trainscope, defaults": "trainscope", "wandb.watch(log='all'), every step": "wandb"}

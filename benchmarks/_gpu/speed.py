@@ -9,7 +9,7 @@ import torch
 import jacdiag
 from benchmarks._gpu.bench import Row
 from benchmarks._gpu.shapes import Shape, build
-from jacdiag.sources.accelerators import wait_for
+from jacdiag.devices.accelerators import wait_for
 
 
 def product_rate(device: torch.device, size: int) -> float:

@@ -99,8 +99,8 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     """
     import torch
 
+    from jacdiag.devices.device_choice import check_precision, pick
     from jacdiag.sources import build_probe, load
-    from jacdiag.sources.device_choice import check_precision, pick
     from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 

@@ -193,7 +193,7 @@ class Team:
         """
         import torch
 
-        from jacdiag.sources.accelerators import count_of, has_float64, present_kinds
+        from jacdiag.devices.accelerators import count_of, has_float64, present_kinds
 
         # 1. One process alone, or one that was given its device.
         local_rank = os.environ.get("LOCAL_RANK")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.devices.accelerators import in_float64, widest
+from jacdiag.devices.packed_download import download
 from jacdiag.records.signal_propagation import AttentionRecord
-from jacdiag.sources.accelerators import in_float64, widest
-from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tensors import is_float
 from jacdiag.trace.graph.graph import Graph

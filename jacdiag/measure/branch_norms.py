@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.measure.linearization import Linearised, residual_map
 from jacdiag.records.report import Interval
-from jacdiag.sources.accelerators import in_float64
 from jacdiag.spectra import (
     JacobianOperator,
     Operator,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.measure.init_distribution import draw_of
 from jacdiag.records.init_contract import FUSED, SectionRecord
-from jacdiag.sources.accelerators import in_float64
 
 # Log-likelihood by which an interleaved layout must beat the plain one. Some twenty layouts are
 # tried, and each gains about one by chance; e^-30 leaves no chance of it.

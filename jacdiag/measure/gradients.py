@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.devices.accelerators import widest
+from jacdiag.devices.packed_download import download
 from jacdiag.errors import MeasureError
 from jacdiag.measure.attention import CALLS, AttentionWatch, attention_calls
 from jacdiag.records.base import Record
 from jacdiag.records.signal_propagation import AttentionRecord
-from jacdiag.sources.accelerators import widest
-from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.measure.attention import FUSED as FUSED_ATTENTION
 from jacdiag.measure.attention import SOFTMAX, is_attention
 from jacdiag.measure.fused_sections import is_sinusoid, sections_of, widths_of_heads
@@ -17,7 +18,6 @@ from jacdiag.measure.init_distribution import Draws, FittedDraw, copies_of, piec
 from jacdiag.measure.padding_rows import padding_rows
 from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
-from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.weight_roles import (
     ParameterUse,

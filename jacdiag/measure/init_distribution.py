@@ -21,8 +21,8 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
-from jacdiag.sources.accelerators import in_float64
-from jacdiag.sources.packed_download import download
+from jacdiag.devices.accelerators import in_float64
+from jacdiag.devices.packed_download import download
 
 ALPHA = 1e-6
 _CHUNK = 1 << 18  # in float64 it stays in a core's cache

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.records.structure import AdapterRecord
-from jacdiag.sources.accelerators import in_float64
 
 _FIRST = re.compile(r"(^|[._])(lora_(?:embedding_)?)(A|a|down)(?=$|[._])")
 _START = re.compile(r"(^|[._])lora_(?:embedding_)?")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
+from jacdiag.devices.packed_download import download
 from jacdiag.measure.gradients import GradientProfile, end_of
 from jacdiag.records.report import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.records.signal_propagation import (
@@ -21,8 +23,6 @@ from jacdiag.records.signal_propagation import (
     DeadPath,
     ForwardRecord,
 )
-from jacdiag.sources.accelerators import in_float64
-from jacdiag.sources.packed_download import download
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of

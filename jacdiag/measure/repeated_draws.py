@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
+from jacdiag.devices.packed_download import download
 from jacdiag.measure.init_distribution import FittedDraw
-from jacdiag.sources.accelerators import in_float64
-from jacdiag.sources.packed_download import download
 
 _DRAWN = ("normal", "truncated", "uniform")
 # numbers whose order finds the candidates: two draws share it with a chance of 1 to 16! = 2e13

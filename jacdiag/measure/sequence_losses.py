@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from jacdiag.devices.accelerators import borrowed_generators
 from jacdiag.errors import MeasureError
 from jacdiag.measure.gradients import loss_input, sum_of_squares
-from jacdiag.sources.accelerators import borrowed_generators
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.tensors import collect_deep
 

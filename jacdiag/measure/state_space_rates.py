@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.records.structure import RateRecord
-from jacdiag.sources.accelerators import in_float64
 from jacdiag.trace import Sites
 from jacdiag.trace.graph.graph import STATE, Graph, Node
 

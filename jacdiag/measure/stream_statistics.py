@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
+from jacdiag.devices.packed_download import download
 from jacdiag.measure.token_statistics import locate
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
-from jacdiag.sources.accelerators import in_float64
-from jacdiag.sources.packed_download import download
 from jacdiag.trace import Sites
 
 Point = tuple[str, Tensor, int]  # name, value and feature dimension

@@ -13,15 +13,15 @@ from typing import Literal
 
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
+from jacdiag.devices.packed_download import download
 from jacdiag.errors import JacdiagError, SourceError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.branch_norms import Effort, Solver, heads_norm
 from jacdiag.measure.linearization import Linearised, linearise, residual_map
 from jacdiag.measure.token_statistics import gain_interval, spread_of_stds, stds_of
 from jacdiag.records.report import Interval, SublayerRecord, WeightStats
-from jacdiag.sources.accelerators import in_float64
 from jacdiag.sources.foreign_code import is_foreign
-from jacdiag.sources.packed_download import download
 from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
 

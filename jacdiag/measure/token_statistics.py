@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.records.report import Interval, PerToken, Spread, TokenAt
-from jacdiag.sources.accelerators import in_float64
 
 
 def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | None) -> TokenAt:

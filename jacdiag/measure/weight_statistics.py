@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from jacdiag.devices.packed_download import download
 from jacdiag.errors import UsageError
 from jacdiag.measure.init_distribution import std_of
 from jacdiag.records.report import WeightStats
 from jacdiag.sources import gpt
-from jacdiag.sources.packed_download import download
 from jacdiag.spectra import DenseOperator, Question, in_step
 from jacdiag.trace.execution.tensors import finite_flag
 

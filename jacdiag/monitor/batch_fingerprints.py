@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.monitor.downloads import Download
+from jacdiag.devices.pinned_download import Download
 from jacdiag.trace.execution.precision import map_leaves
 
 _MOST_SIZES = 16  # sizes of a batch whose weights are kept

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.accelerators import is_capturing
 from jacdiag.monitor.batch_fingerprints import PlaceWeights, Print
 from jacdiag.monitor.kept_batches import KeptBatch, KeptBatches
 from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
 from jacdiag.monitor.noise_scale import MicroBatches
-from jacdiag.sources.accelerators import is_capturing
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.trace.execution.precision import map_leaves
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import widest
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
-from jacdiag.sources.accelerators import widest
 
 BINS = 64
 

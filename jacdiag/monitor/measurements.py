@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.accelerators import without_autocast
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import TraceError
 from jacdiag.monitor.batches import Batches
@@ -40,7 +41,6 @@ from jacdiag.monitor.weight_writes import NOTED, WeightWrites
 from jacdiag.records import Finding, Report
 from jacdiag.records.run_log import Alert
 from jacdiag.rules.thresholds import Thresholds
-from jacdiag.sources.accelerators import without_autocast
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.wrappers import has_foreign_hooks
 

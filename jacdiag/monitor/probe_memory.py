@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jacdiag.sources.accelerators import free_device_memory
-from jacdiag.sources.host_memory import free_host_memory
+from jacdiag.devices.accelerators import free_device_memory
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.trace import Sites
 
 # vectors of the right and the left basis of 16 products, each as large as the shortcut

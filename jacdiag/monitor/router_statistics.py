@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import in_float64
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.graph.graph import Graph

@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import widest
+from jacdiag.devices.accelerators import widest
 
 # elements summed in float32: off by 5e-9 at 81M elements, where one sum over all was off by 2.6e-3
 _CHUNK = 4096

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import widest
+from jacdiag.devices.pinned_download import Download
 from jacdiag.errors import UsageError
-from jacdiag.monitor.downloads import Download
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 from jacdiag.monitor.square_sums import (
@@ -27,7 +28,6 @@ from jacdiag.monitor.square_sums import (
     square_sums,
     stack_norms,
 )
-from jacdiag.sources.accelerators import widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
 MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import widest
 from jacdiag.measure.branch_norms import Solver
-from jacdiag.sources.accelerators import widest
 from jacdiag.spectra import Operator, Solution
 from jacdiag.spectra.interval import rounding_pad
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from jacdiag.devices.accelerators import made_current
+from jacdiag.devices.device_choice import check_precision, pick
 from jacdiag.distributed import Ranks, enlisted, fingerprint
 from jacdiag.errors import UsageError
 from jacdiag.pipeline.earlier_model import Earlier, judge_against, measure_earlier, open_earlier
@@ -24,8 +26,6 @@ from jacdiag.pipeline.with_remedies import with_remedies
 from jacdiag.records import FiguresRecord, Report
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import Source
-from jacdiag.sources.accelerators import made_current
-from jacdiag.sources.device_choice import check_precision, pick
 from jacdiag.sources.flight import latest_batch
 from jacdiag.sources.python_source import path_text, source_of
 from jacdiag.trace import Declaration

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError, one_line
 from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.measure.sequence_losses import (
@@ -53,7 +54,6 @@ from jacdiag.rules.flight_replay import (
 from jacdiag.sources import Source
 from jacdiag.sources.flight import Flight, FlightBatch, read_flight
 from jacdiag.sources.foreign_code import model_code
-from jacdiag.sources.host_memory import free_host_memory
 
 _TOKENS_SHOWN = 8
 _CUT = 0.999  # the share of the other batches' tokens that is below the cut

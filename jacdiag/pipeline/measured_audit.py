@@ -17,6 +17,9 @@ from torch import nn
 
 from jacdiag.comparison.baseline_file import check_same_size
 from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
+from jacdiag.devices.accelerators import has_float64, wait_for
+from jacdiag.devices.device_choice import check_precision, pick
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.branch_norms import Effort
@@ -61,10 +64,7 @@ from jacdiag.records import (
 from jacdiag.rules import decision_points
 from jacdiag.rules.thresholds import load_healthy
 from jacdiag.sources import Probe, build_probe
-from jacdiag.sources.accelerators import has_float64, wait_for
-from jacdiag.sources.device_choice import check_precision, pick
 from jacdiag.sources.foreign_code import model_code
-from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from jacdiag._version import __version__
-from jacdiag.sources.accelerators import peak_device_memory
+from jacdiag.devices.accelerators import peak_device_memory
 
 
 def stamp() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
@@ -19,7 +20,6 @@ from jacdiag.records import Report
 from jacdiag.remedies import Bench, aims, most_trials, remedies_for, try_remedies
 from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.sources import Source, load
-from jacdiag.sources.host_memory import free_host_memory
 
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
 # These rules rest on figures of full width, which an audit that stops early does not have.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from jacdiag.devices.accelerators import borrowed_generators, present_kinds
 from jacdiag.errors import JacdiagError, TraceError
-from jacdiag.sources.accelerators import borrowed_generators, present_kinds
 
 _PACKAGE = Path(__file__).parents[1]  # the folder of jacdiag itself
 _FROZEN = "<frozen"  # file name of the frames of Python's own import machinery

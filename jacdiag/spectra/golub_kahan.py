@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacdiag.sources.accelerators import widest
-from jacdiag.sources.packed_download import download
+from jacdiag.devices.accelerators import widest
+from jacdiag.devices.packed_download import download
 from jacdiag.spectra.interval import Array
 from jacdiag.spectra.operator import Operator, Way
 

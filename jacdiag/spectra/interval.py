@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jacdiag.sources.accelerators import has_float64
+from jacdiag.devices.accelerators import has_float64
 
 Array = NDArray[np.float64]
 Real = Any  # a number, or an array of one number for each problem

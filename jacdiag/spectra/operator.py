@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jacdiag.devices.packed_download import download
 from jacdiag.errors import MeasureError
-from jacdiag.sources.packed_download import download
 from jacdiag.spectra.rounding import full_precision
 
 Map = Callable[[Tensor], Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.device_choice import check_precision
 from jacdiag.errors import SourceError, TraceError
-from jacdiag.sources.device_choice import check_precision
 from jacdiag.sources.foreign_code import model_code, own_frames
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.python_source import check_module

@@ -228,7 +228,7 @@ def _line_of_jacdiag(frame: FrameType | None) -> str:
         path = frame.f_code.co_filename
         is_of_jacdiag = "/jacdiag/" in path and "/tests/" not in path
         # The helper that packs downloads wants nothing for itself.
-        if is_of_jacdiag and not path.endswith("/sources/packed_download.py"):
+        if is_of_jacdiag and not path.endswith("/devices/packed_download.py"):
             return f"{path.rpartition('/jacdiag/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"

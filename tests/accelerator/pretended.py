@@ -42,7 +42,7 @@ from torch.utils import backend_registration
 
 from accelerator import autocast, device_module, kernels
 from accelerator.machine import NAME, Counts, Machine, Switches, install, is_on, machine
-from jacdiag.sources.accelerators import has_float64
+from jacdiag.devices.accelerators import has_float64
 
 __all__ = ["NAME", "Counts", "Switches", "memory_in_use", "pretended_device"]
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import jacdiag
 from accelerator.pretended import NAME, memory_in_use, pretended_device
+from jacdiag.devices import accelerators
+from jacdiag.devices.device_choice import pick
 from jacdiag.errors import UsageError
 from jacdiag.monitor import probe_memory
 from jacdiag.pipeline.provenance import peak_memory_mb
 from jacdiag.records.report import Report
 from jacdiag.records.run_log import read_run
-from jacdiag.sources import accelerators
-from jacdiag.sources.device_choice import pick
 from jacdiag.sources.foreign_code import seeded
 from jacdiag.sources.gpt import GPT, build
 from jacdiag.spectra import spectral_norm

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 import jacdiag
 from accelerator.pretended import NAME, Counts, pretended_device
+from jacdiag.devices.packed_download import download
 from jacdiag.sources.gpt import build
-from jacdiag.sources.packed_download import download
 from jacdiag.spectra import (
     DenseOperator,
     JacobianOperator,

@@ -15,7 +15,7 @@ from monitor.rig import lines
 from torch import nn
 
 import jacdiag
-from jacdiag.monitor.downloads import Download
+from jacdiag.devices.pinned_download import Download
 from jacdiag.sources.gpt import build
 
 pretended = pytest.importorskip("accelerator.pretended")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import SourceError, printable
 from jacdiag.sources.foreign_code import own_frames, seeded
 from jacdiag.sources.formats import safetensors_file, torch_file
@@ -29,7 +30,6 @@ from jacdiag.sources.formats.hf_config import (
 from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
 from jacdiag.sources.formats.refused_folders import listing, refuse_without_weights
 from jacdiag.sources.formats.weight_files import quantised_names, refuse_quantised, weight_files
-from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.lazy_tensors import StoredTensor, StoredWeights
 from jacdiag.sources.load_weights import TieConflict, attach, fit
 from jacdiag.sources.meta_build import empty_parameters

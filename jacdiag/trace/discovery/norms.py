@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import in_float64
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.trace.discovery.norms_by_structure import looks_like_norm
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.replay import Replayer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import in_float64
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tensors import collect, tensors_in

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from jacdiag.sources.accelerators import in_float64
+from jacdiag.devices.accelerators import in_float64
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.precision import map_leaves

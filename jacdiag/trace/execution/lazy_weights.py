@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from jacdiag.sources.accelerators import module_of
+from jacdiag.devices.accelerators import module_of
 from jacdiag.trace.execution.tensors import is_finite
 from jacdiag.trace.graph.ops import OUTLINE_QUESTIONS
 

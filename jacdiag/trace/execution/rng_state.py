@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import (
+from jacdiag.devices.accelerators import (
     RandomStates,
     read_random_states,
     restore_random_states,

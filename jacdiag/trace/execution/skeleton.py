@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.packed_download import download
 from jacdiag.sources.module_wrappers import plain_name, unwrap
-from jacdiag.sources.packed_download import download
 from jacdiag.trace.execution.attributes import Attributes, collect_attribute_tensors, copy_attribute
 from jacdiag.trace.execution.lazy_weights import Stored
 from jacdiag.trace.execution.tensors import finite_flag

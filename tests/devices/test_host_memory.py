@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.monitor import probe_memory as memory
 from jacdiag.pipeline import with_remedies as remedied
-from jacdiag.sources.host_memory import free_host_memory
 
 GB = 1024**3
 NO_LIMIT_V1 = 9223372036854771712

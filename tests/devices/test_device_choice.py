@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jacdiag.devices.accelerators import present_names
+from jacdiag.devices.device_choice import check_precision, pick
 from jacdiag.errors import UsageError
-from jacdiag.sources.accelerators import present_names
-from jacdiag.sources.device_choice import check_precision, pick
+
+pytestmark = pytest.mark.check("devices")
 
 
 def let_there_be(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import count_of, has_float64, present_kinds, present_names
 from jacdiag.errors import UsageError
-from jacdiag.sources.accelerators import count_of, has_float64, present_kinds, present_names
 
 
 def pick(wanted: str | torch.device | None) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacdiag.sources.accelerators import widest
+from jacdiag.devices.accelerators import widest
 
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
