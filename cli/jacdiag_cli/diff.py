@@ -17,7 +17,9 @@ from jacdiag_cli.report_files import check_html
 from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room, show
 
 if TYPE_CHECKING:
-    from jacdiag.comparison import Comparison
+    from collections.abc import Sequence
+
+    from jacdiag.comparison import Comparison, Pair
     from jacdiag.records import Report
     from jacdiag.render.content.compared_models import ComparisonView
 
@@ -208,8 +210,7 @@ def _view(
     """
     from jacdiag.render.content.compared_models import build_comparison_view
 
-    pairs: Any = comparison.pairs
-    return build_comparison_view(pairs, comparison.notes, (first, second), names)
+    return build_comparison_view(comparison.pairs, comparison.notes, (first, second), names)
 
 
 def _write_page(view: ComparisonView, path: str) -> None:
@@ -258,7 +259,7 @@ def _show(view: ComparisonView, output_format: str, all_rows: bool, *, aside: bo
     show("\n".join(lines) + "\n", aside=aside)
 
 
-def _columns(pairs: Any) -> list[TableColumn]:
+def _columns(pairs: Sequence[Pair]) -> list[TableColumn]:
     """Return the columns of a table of pairs."""
     from jacdiag.render.formats import diff as layout
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jacdiag.comparison.match import Pair
 from jacdiag.render.content.columns import figure_words
 from jacdiag.render.content.compared_figures import (
     OUTSIDE,
     PARTS,
-    PairLike,
     change_size,
     change_words,
     factor_words,
@@ -100,14 +100,14 @@ class ChangeSummary:
         return lines
 
 
-def summarize_changes(pairs: Sequence[PairLike]) -> ChangeSummary:
+def summarize_changes(pairs: Sequence[Pair]) -> ChangeSummary:
     """Return what changed between two models, by kind of figure and by layer.
 
     Args:
         pairs: every pair of figures, in the order of depth.
     """
     # 1. The figures that both have, and those of them whose intervals are apart.
-    in_both: list[PairLike] = []
+    in_both: list[Pair] = []
     in_one_alone = 0
     for pair in pairs:
         if pair.old and pair.new:
@@ -135,7 +135,7 @@ def summarize_changes(pairs: Sequence[PairLike]) -> ChangeSummary:
     )
 
 
-def _kind_summary(figure: str, in_both: Sequence[PairLike]) -> KindSummary | None:
+def _kind_summary(figure: str, in_both: Sequence[Pair]) -> KindSummary | None:
     """Return how one kind of figure changed; None if none of it did.
 
     Args:
@@ -144,7 +144,7 @@ def _kind_summary(figure: str, in_both: Sequence[PairLike]) -> KindSummary | Non
     """
     # 1. How many there are of this kind, and those that changed.
     total = 0
-    changed: list[PairLike] = []
+    changed: list[Pair] = []
     for pair in in_both:
         if pair.figure != figure:
             continue
@@ -159,7 +159,7 @@ def _kind_summary(figure: str, in_both: Sequence[PairLike]) -> KindSummary | Non
     return KindSummary(words, _kind_text(changed, total))
 
 
-def _kind_text(changed: Sequence[PairLike], total: int) -> str:
+def _kind_text(changed: Sequence[Pair], total: int) -> str:
     """Return how many figures of a kind grew and shrank, and which changed most.
 
     Args:
@@ -172,7 +172,7 @@ def _kind_text(changed: Sequence[PairLike], total: int) -> str:
     return f"{text}, {factor_words(most)}"
 
 
-def _counts_by_direction(changed: Sequence[PairLike]) -> list[str]:
+def _counts_by_direction(changed: Sequence[Pair]) -> list[str]:
     """Return how many figures grew and how many shrank, each in words."""
     # 1. Count both.
     grew = 0
@@ -192,9 +192,9 @@ def _counts_by_direction(changed: Sequence[PairLike]) -> list[str]:
     return [f"{count} {words}" for words, count in counts.items() if count]
 
 
-def _largest_by_layer(changed: Sequence[PairLike]) -> list[PairLike]:
+def _largest_by_layer(changed: Sequence[Pair]) -> list[Pair]:
     """Return the pair of each layer that changed most, in the order of the pairs."""
-    largest: dict[int | None, PairLike] = {}
+    largest: dict[int | None, Pair] = {}
     for pair in changed:
         known = largest.setdefault(pair.depth, pair)
         is_larger = change_size(pair) > change_size(known)
@@ -205,7 +205,7 @@ def _largest_by_layer(changed: Sequence[PairLike]) -> list[PairLike]:
     return list(largest.values())
 
 
-def _layer_summary(pair: PairLike) -> LayerSummary:
+def _layer_summary(pair: Pair) -> LayerSummary:
     """Return the line of a layer about the figure that changed most in it."""
     where = OUTSIDE
     if pair.depth is not None:

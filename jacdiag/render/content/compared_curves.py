@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jacdiag.render.content.compared_figures import Ends, PairLike
+from jacdiag.comparison.match import Ends, Pair
 from jacdiag.render.content.depth_curves import (
     LOOKS,
     DepthCurve,
@@ -55,7 +55,7 @@ class ComparedCurves:
     names: dict[float, str]
 
 
-def compared_curves(pairs: Sequence[PairLike]) -> ComparedCurves:
+def compared_curves(pairs: Sequence[Pair]) -> ComparedCurves:
     """Return the figures of sub-layers as curves over depth.
 
     Args:
@@ -85,12 +85,12 @@ def compared_curves(pairs: Sequence[PairLike]) -> ComparedCurves:
     return ComparedCurves(panels, max(names, default=1.0), names)
 
 
-def _key(pair: PairLike) -> tuple[str, str]:
+def _key(pair: Pair) -> tuple[str, str]:
     """Return what identifies the sub-layer of a pair: its name in both models."""
     return pair.a, pair.b
 
 
-def _places(pairs: Sequence[PairLike]) -> dict[tuple[str, str], float]:
+def _places(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
     """Return where each sub-layer stands on the depth axis."""
     # 1. The sub-layers of each depth, each once.
     by_depth: dict[int, dict[tuple[str, str], None]] = {}
@@ -106,9 +106,7 @@ def _places(pairs: Sequence[PairLike]) -> dict[tuple[str, str], float]:
     return at
 
 
-def _panel(
-    title: str, pairs: Sequence[PairLike], at: dict[tuple[str, str], float]
-) -> ComparedPanel:
+def _panel(title: str, pairs: Sequence[Pair], at: dict[tuple[str, str], float]) -> ComparedPanel:
     """Return the panel of one figure.
 
     Args:
@@ -132,7 +130,7 @@ def _panel(
 
 
 def _curves_of_kind(
-    look: Look, pairs: Sequence[PairLike], at: dict[tuple[str, str], float]
+    look: Look, pairs: Sequence[Pair], at: dict[tuple[str, str], float]
 ) -> list[DepthCurve]:
     """Return one figure of one kind of sub-layer: A in dashes, B solid."""
     # 1. Where its sub-layers stand, and the ends of their intervals in both models.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
+from jacdiag.comparison.match import Ends, Pair
 from jacdiag.records.number_format import between, three
 from jacdiag.render.content.columns import figure_words
 from jacdiag.render.content.sentences import legible
@@ -13,28 +13,9 @@ from jacdiag.render.content.sentences import legible
 PARTS = {"mlp": "FFN", "moe": "MoE"}  # what a kind of sub-layer is called in a sentence
 OUTSIDE = "outside the layers"
 
-Ends = tuple[float, float, float]  # lower end, middle, upper end
-
-
-class PairLike(Protocol):
-    """What is shown of a pair (`jacdiag.comparison.Pair`)."""
-
-    depth: int | None
-    part: str
-    figure: str
-    a: str
-    b: str
-    old: Ends | None
-    new: Ends | None
-    parts: bool
-
-    @property
-    def ratio(self) -> float | None:
-        """The figure of B over that of A; None if one is missing, or A's is 0."""
-
 
 # -- one figure ------------------------------------------------------------------------------------
-def place_words(pair: PairLike) -> str:
+def place_words(pair: Pair) -> str:
     """Return where a figure is: "layer 3 FFN".
 
     Args:
@@ -47,7 +28,7 @@ def place_words(pair: PairLike) -> str:
     return words
 
 
-def ends_words(pair: PairLike, ends: Ends) -> str:
+def ends_words(pair: Pair, ends: Ends) -> str:
     """Return one figure of one model.
 
     A norm is written as its interval, a median with the range around it if that is wide.
@@ -65,7 +46,7 @@ def ends_words(pair: PairLike, ends: Ends) -> str:
     return three(middle)
 
 
-def cell_words(pair: PairLike, ends: Ends | None, name: str) -> str:
+def cell_words(pair: Pair, ends: Ends | None, name: str) -> str:
     """Return one figure of one model, or that it has none.
 
     Args:
@@ -82,7 +63,7 @@ def cell_words(pair: PairLike, ends: Ends | None, name: str) -> str:
     return "missing"
 
 
-def change_words(pair: PairLike) -> str:
+def change_words(pair: Pair) -> str:
     """Return both values of a figure: "5.80 to 6.05 -> 39.0 to 40.9".
 
     Args:
@@ -92,7 +73,7 @@ def change_words(pair: PairLike) -> str:
     return f"{ends_words(pair, pair.old)} -> {ends_words(pair, pair.new)}"
 
 
-def factor_words(pair: PairLike) -> str:
+def factor_words(pair: Pair) -> str:
     """Return by which factor a figure changed: "6.73 times larger".
 
     Args:
@@ -113,7 +94,7 @@ def factor_words(pair: PairLike) -> str:
     return f"{three(1 / ratio)} times smaller"
 
 
-def change_size(pair: PairLike) -> float:
+def change_size(pair: Pair) -> float:
     """Return by how much a figure differs: the logarithm of its ratio, inf without one.
 
     Args:
@@ -131,7 +112,7 @@ def change_size(pair: PairLike) -> float:
 
 
 # -- all figures -----------------------------------------------------------------------------------
-def verdict(pairs: Sequence[PairLike]) -> str:
+def verdict(pairs: Sequence[Pair]) -> str:
     """Return one sentence: which figure differs first, and how many do.
 
     Args:
@@ -151,7 +132,7 @@ def verdict(pairs: Sequence[PairLike]) -> str:
     return sentence
 
 
-def _first_difference(pair: PairLike) -> str:
+def _first_difference(pair: Pair) -> str:
     """Return where two models differ first, with both values and the names in both."""
     # 1. Where.
     where = "outside the layers"
@@ -165,7 +146,7 @@ def _first_difference(pair: PairLike) -> str:
     return f"{text} ({_both_names(pair)})"
 
 
-def _both_names(pair: PairLike) -> str:
+def _both_names(pair: Pair) -> str:
     """Return what both models call a part: one name if they agree."""
     # 1. One name.
     if pair.a == pair.b:

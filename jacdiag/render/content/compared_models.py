@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jacdiag.comparison.match import Pair
 from jacdiag.records import Report
 from jacdiag.render.content.changed_figures import ChangeSummary, summarize_changes
-from jacdiag.render.content.compared_figures import PairLike, verdict
+from jacdiag.render.content.compared_figures import verdict
 from jacdiag.render.content.sentences import legible, probe_words
 
 
@@ -24,7 +25,7 @@ class ComparisonView:
     """
 
     models: list[ComparedModel]
-    pairs: list[PairLike]
+    pairs: list[Pair]
     verdict: str
     notes: list[str]
     summary: ChangeSummary
@@ -34,7 +35,7 @@ class ComparisonView:
         """A line for each model."""
         return _model_lines(self.models)
 
-    def shown_pairs(self, *, all_rows: bool = False) -> list[PairLike]:
+    def shown_pairs(self, *, all_rows: bool = False) -> list[Pair]:
         """Return the pairs that differ; with `all_rows` every pair."""
         # 1. All.
         if all_rows:
@@ -49,7 +50,7 @@ class ComparisonView:
 
 
 def build_comparison_view(
-    pairs: Sequence[PairLike],
+    pairs: Sequence[Pair],
     notes: Sequence[str],
     reports: tuple[Report, Report],
     names: tuple[str, str],

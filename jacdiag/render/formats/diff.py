@@ -7,22 +7,23 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jacdiag.comparison.match import Pair
 from jacdiag.records.number_format import three
 from jacdiag.render.content.changed_figures import ChangeSummary
 from jacdiag.render.content.columns import DIFF_COLUMNS, figure_words
-from jacdiag.render.content.compared_figures import PairLike, cell_words
+from jacdiag.render.content.compared_figures import cell_words
 from jacdiag.render.content.compared_models import ComparedModel, ComparisonView
 from jacdiag.render.formats.markdown import escaped, table_row
 
 HEAD = tuple(column.title for column in DIFF_COLUMNS)
 
 
-def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
+def rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
     """Return one row of cells per pair, under `HEAD`."""
     return [_row(pair) for pair in pairs]
 
 
-def _row(pair: PairLike) -> tuple[str, ...]:
+def _row(pair: Pair) -> tuple[str, ...]:
     """Return the cells of one figure of both models."""
     # 1. What may be missing.
     depth, ratio = "-", ""
@@ -99,7 +100,7 @@ def as_json(view: ComparisonView) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def _plain(pair: PairLike) -> dict[str, Any]:
+def _plain(pair: Pair) -> dict[str, Any]:
     """Return a pair as JSON holds it."""
     return {
         "depth": pair.depth,

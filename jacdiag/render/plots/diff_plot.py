@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jacdiag.comparison.match import Ends, Pair
 from jacdiag.records.number_format import three
 from jacdiag.records.output_file import write_output
-from jacdiag.render.content.compared_figures import OUTSIDE, PARTS, Ends, PairLike, change_size
+from jacdiag.render.content.compared_figures import OUTSIDE, PARTS, change_size
 from jacdiag.render.content.compared_models import ComparedModel, ComparisonView
 from jacdiag.render.content.depth_curves import INK, LOOKS, PALE
 from jacdiag.render.content.sentences import legible
@@ -104,7 +105,7 @@ def draw(view: ComparisonView) -> Figure:
 
 
 # -- rows ------------------------------------------------------------------------------------------
-def rows_of(different: Sequence[PairLike], *, branch_norms_first: bool = False) -> list[PairLike]:
+def rows_of(different: Sequence[Pair], *, branch_norms_first: bool = False) -> list[Pair]:
     """Return the figures that have a row: by depth, and the largest ratios if there are many.
 
     Args:
@@ -132,7 +133,7 @@ def _is_drawable(ends: Ends | None) -> bool:
     return ends is not None and math.isfinite(ends[1]) and ends[1] > 0
 
 
-def _row_name(pair: PairLike) -> str:
+def _row_name(pair: Pair) -> str:
     """Return what a row is called: "layer 3  attention  branch norm"."""
     where = OUTSIDE
     if pair.depth is not None:
@@ -147,7 +148,7 @@ def _is_short(name: str) -> bool:
     return text_width(name, _TEXT) <= _LONGEST_ROW
 
 
-def _ratio(pair: PairLike) -> str:
+def _ratio(pair: Pair) -> str:
     """Return B over A in words, or which of them has no place on a log scale."""
     if _is_drawable(pair.old) and _is_drawable(pair.new):
         return f"× {three(pair.ratio)}"
@@ -167,7 +168,7 @@ def _absence(letter: str, name: str, ends: Ends | None) -> str:
 
 # -- header ----------------------------------------------------------------------------------------
 def _header(
-    view: ComparisonView, different: int, rows: Sequence[PairLike]
+    view: ComparisonView, different: int, rows: Sequence[Pair]
 ) -> list[tuple[str, float, str]]:
     """Return the lines above the rows: text, font size and weight of each."""
     room = _WIDTH - 2 * _EDGE
@@ -192,7 +193,7 @@ def _header(
     return lines
 
 
-def _left_out(different: int, rows: Sequence[PairLike], view: ComparisonView) -> list[str]:
+def _left_out(different: int, rows: Sequence[Pair], view: ComparisonView) -> list[str]:
     """Return what the picture does not show, one sentence each."""
     # 1. Nothing, or what has no place on a log scale.
     beyond = different - len(rows)
@@ -266,7 +267,7 @@ def _point_styles() -> tuple[dict[str, Any], dict[str, Any]]:
     return shared | hollow, shared | filled
 
 
-def _draw_rows(axes: Axes, rows: Sequence[PairLike], ratios: Sequence[str]) -> None:
+def _draw_rows(axes: Axes, rows: Sequence[Pair], ratios: Sequence[str]) -> None:
     """Draw a dumbbell in each row, the first one at the top."""
     # 1. The frame.
     axes.set_xscale("log")
@@ -302,7 +303,7 @@ def _draw_rows(axes: Axes, rows: Sequence[PairLike], ratios: Sequence[str]) -> N
             axes.axhline(height - 0.5, color="#d0d0d0", linewidth=0.6)
 
 
-def _set_range(axes: Axes, rows: Sequence[PairLike]) -> None:
+def _set_range(axes: Axes, rows: Sequence[Pair]) -> None:
     """Set the range of values and its ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -333,7 +334,7 @@ def _tick(value: float) -> str:
     return f"{value:.0e}"
 
 
-def _draw_dumbbell(axes: Axes, pair: PairLike, height: int) -> None:
+def _draw_dumbbell(axes: Axes, pair: Pair, height: int) -> None:
     """Draw both values of a figure, the line between them, and their intervals."""
     drawn = [ends for ends in (pair.old, pair.new) if ends is not None and _is_drawable(ends)]
 
