@@ -40,7 +40,7 @@ SHAPES: dict[str, Any] = {
     "quick": {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 512, "block_size": 32},
 }
 EVERY, STATS_EVERY = 200, 100
-TURNS, QUICK_TURNS = 160, 2  # of 20 steps each, for every contestant on small steps
+TURNS, QUICK_TURNS = 80, 2  # of 20 steps each, for every contestant on small steps
 NEEDS = {"trainscope, defaults": "trainscope", "wandb.watch(log='all'), every step": "wandb"}
 
 

@@ -9,7 +9,7 @@ class ModelContents:
     """The modules and the parameters of a model, by their identity.
 
     A walk through all modules takes as long as an optimizer needs for thirty small weights. So the
-    modules of the last walk are asked for what they hold, which takes a tenth of that.
+    modules of the last walk are compared by what they hold, which takes a tenth of that.
 
     Args:
         model: the model.
@@ -47,6 +47,6 @@ class ModelContents:
         for module in self._modules:
             identities += map(id, module._parameters.values())
             identities += map(id, module._modules.values())
-            # What moves from one module to the next is no change of the sum alone.
+            # Otherwise a parameter could move to the next module unseen.
             identities.append(len(module._parameters))
         return identities

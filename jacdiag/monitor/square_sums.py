@@ -90,8 +90,8 @@ def _read_squares(tensors: Sequence[Tensor]) -> list[float]:
     are_plain = _are_plain_float32(tensors)
     if are_plain and max(map(Tensor.numel, tensors)) <= _WHOLE:
         with torch.no_grad():
-            norms = torch._foreach_norm(list(tensors), 2)
-        return [norm * norm for norm in map(Tensor.item, norms)]
+            whole = torch._foreach_norm(list(tensors), 2)
+        return [norm * norm for norm in map(Tensor.item, whole)]
 
     # 2. Cut what is neither small nor large, so that one call takes all of it.
     pieces: list[Tensor] = []
@@ -102,13 +102,13 @@ def _read_squares(tensors: Sequence[Tensor]) -> list[float]:
         counts.append(len(parts))
 
     # 3. Sum the squares of each piece.
-    norms_of_pieces: Sequence[Tensor]
+    norms: Sequence[Tensor]
     with torch.no_grad():
         if are_plain:
-            norms_of_pieces = _norms(pieces)
+            norms = _norms(pieces)
         else:
-            norms_of_pieces = _by_kind(pieces, torch.device("cpu"), _norms)
-    squares = [norm * norm for norm in map(Tensor.item, norms_of_pieces)]
+            norms = _by_kind(pieces, torch.device("cpu"), _norms)
+    squares = [norm * norm for norm in map(Tensor.item, norms)]
 
     # 4. Add up the pieces of each tensor, if one of them was cut.
     if len(squares) == len(counts):

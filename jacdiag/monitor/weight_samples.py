@@ -69,7 +69,7 @@ class HostReader:
     """Samples of weights on the CPU, as arrays of bit patterns.
 
     NumPy copies the elements from where they lie. The arrays that it copies from are made once and
-    hold no memory. So before each reading every weight is asked whether it still lies there.
+    hold no memory. So each reading first checks that every weight still lies there.
 
     Args:
         members: of all groups.

@@ -419,7 +419,7 @@ class Audit:
         if not isinstance(progress, FirstLookProgress) or is_shared or self.broken:
             return
 
-        # 1. One forward tells the shortcuts.
+        # 1. One forward decides the condition on the shortcuts.
         with self._phase("first look"):
             token_ids = self._ids_to_name
             known = Share([describe_unmeasured(site, token_ids) for site in self.sites])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from spectra.test_inconsistent_jacobian import Once
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import jacdiag
 from accelerator.pretended import NAME, Counts, pretended_device
@@ -87,18 +87,7 @@ def test_a_product_that_is_not_finite_ends_the_run(counts: Counts) -> None:
     assert top_singular(DenseOperator(broken), generator=start(0)).stop is Stop.NON_FINITE
 
 
-class CutOff(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 3 * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: object, g: Tensor) -> Tensor:
-        return 3 * g
-
-
-@pytest.mark.parametrize("fn", [CutOff.apply, lambda x: CutOff.apply(x) + x])
+@pytest.mark.parametrize("fn", [Once.apply, lambda x: Once.apply(x) + x])
 def test_products_of_two_matrices_are_refused(
     counts: Counts, fn: Callable[[Tensor], Tensor]
 ) -> None:

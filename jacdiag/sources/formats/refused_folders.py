@@ -26,10 +26,10 @@ _OTHER_FORMATS = {
         "audit the PyTorch model that it was exported from",
     ),
 }
-# What a training run saves next to its weights.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # How the names of files without weights begin that a trainer saves.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "sampler")
+# What a training run saves next to its weights.
 _STATE_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
 
 # The error for one kind of folder; None for a folder of another kind.

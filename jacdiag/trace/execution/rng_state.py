@@ -79,7 +79,7 @@ def _are_equal(states: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
 _MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
 # the last state that was read, by the bytes that it was read from
 _NUMPY_STATES: dict[tuple[int, bytes], Any] = {}
-# the generator that was asked last for its address, which takes as long as all else here
+# the last generator and its address: to look the address up takes as long as all else here
 _ADDRESSES: dict[str, tuple[Any, int]] = {}
 
 
