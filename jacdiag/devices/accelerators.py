@@ -70,16 +70,30 @@ def present_names() -> list[str]:
 
 
 def kinds_in_use() -> list[str]:
-    """Return the kinds of accelerators that this process has started; none is started by this."""
-    kinds = []
-    for kind in _known_kinds():
-        module = module_of(kind)
-        has_started = getattr(module, "is_initialized", None)
-        if has_started is None:  # MPS cannot tell
-            has_started = getattr(module, "is_available", None)
-        if has_started is not None and has_started():
-            kinds.append(kind)
-    return kinds
+    """Return the kinds of accelerators that this process has started; none is started by this.
+
+    A watch asks this at every step.
+    """
+    return [kind for kind in _known_kinds() if _has_started(kind)]
+
+
+def _has_started(kind: str) -> bool:
+    """Return whether this process has started an accelerator of a kind that torch knows."""
+    if not _is_built(kind):
+        return False
+    module = getattr(torch, kind, None)
+    ask = getattr(module, "is_initialized", None)
+    if ask is None:  # MPS cannot tell
+        ask = getattr(module, "is_available", None)
+    return ask is not None and bool(ask())
+
+
+@cache
+def _is_built(kind: str) -> bool:
+    """Return whether this build of torch has a kind; True where it cannot tell."""
+    backend = getattr(torch.backends, kind, None)
+    ask = getattr(backend, "is_built", None)
+    return ask is None or bool(ask())
 
 
 def _known_kinds() -> list[str]:
@@ -89,13 +103,14 @@ def _known_kinds() -> list[str]:
     if own is not None and own not in kinds:
         kinds.append(own)
 
-    # A backend of another vendor, beside that of the build.
+    # A backend of another vendor, beside that of the build. It may come at any time.
     further = torch._C._get_privateuse1_backend_name()
     if further not in kinds and hasattr(torch, further):
         kinds.append(further)
     return kinds
 
 
+@cache
 def _kind_of_build() -> str | None:
     """Return the kind of accelerator that torch was built for; None if none can be told."""
     # torch 2.6 raises where the machine has none.

@@ -129,6 +129,7 @@ def test_a_module_with_one_device_is_asked_without_a_number(
         synchronize=lambda: waits.append("wait"),
     )
     monkeypatch.setattr(torch, "mps", fake)
+    monkeypatch.setattr(accelerators, "_is_built", lambda kind: kind == "mps")
     mps = torch.device("mps")
 
     before = RandomState.now()

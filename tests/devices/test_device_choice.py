@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
+from jacdiag.devices import accelerators
 from jacdiag.devices.accelerators import present_names
 from jacdiag.devices.device_choice import check_precision, pick
 from jacdiag.errors import UsageError
@@ -65,6 +68,8 @@ def test_a_build_for_an_accelerator_on_a_machine_without_one_has_the_cpu_alone(
         raise RuntimeError("Cannot access accelerator device when none is available.")
 
     monkeypatch.setattr("torch.accelerator.current_accelerator", refuse)
+    not_asked_yet = cache(accelerators._kind_of_build.__wrapped__)
+    monkeypatch.setattr(accelerators, "_kind_of_build", not_asked_yet)
     for kind in ("cuda", "xpu"):
         let_there_be(monkeypatch, kind, 0)
     assert "cuda:0" not in present_names()
