@@ -90,9 +90,10 @@ def _code_of(word: str) -> str:
     """
     from jacdiag.rules import EVERY, rule
 
-    # 1. The name of a rule, as tables show it.
+    # 1. The name of a rule, as tables show it, or with spaces.
+    name = word.lower().replace(" ", "-")
     for info in EVERY:
-        if word.lower() == info.name:
+        if name == info.name:
             return info.code
 
     # 2. Its code. The error names the closest topics.

@@ -22,6 +22,9 @@ from jacdiag.rules.thresholds import Thresholds
 IN_A_ROW = 3
 """Steps in a row before the detector fires (survey of public runs)."""
 
+EARLIER_STEPS = "the mean of the steps before (at most 1,000)"
+"""What a step is compared with, in the words of alerts. A young run has fewer steps."""
+
 _LEAST = 8  # samples of a sub-layer's update before its usual value is known
 _MOST = 32  # samples that the usual value is taken over
 
@@ -373,7 +376,7 @@ def _describe_scores(scores: StepScores, *, are_both_high: bool) -> str:
     if are_both_high:
         return (
             f"loss {plain(loss)} and gradient norm {plain(gradient)} standard deviations above "
-            "their last 1,000 steps"
+            f"{EARLIER_STEPS}"
         )
 
     # 2. One of them, and where the other is.
@@ -381,7 +384,7 @@ def _describe_scores(scores: StepScores, *, are_both_high: bool) -> str:
         high, high_z, other, other_z = "gradient norm", gradient, "loss", loss
     else:
         high, high_z, other, other_z = "loss", loss, "gradient norm", gradient
-    alone = f"{high} {plain(high_z)} standard deviations above its last 1,000 steps"
+    alone = f"{high} {plain(high_z)} standard deviations above {EARLIER_STEPS}"
     if other_z is None:
         return alone
     side = "below" if other_z < 0 else "above"

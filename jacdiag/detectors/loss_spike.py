@@ -7,7 +7,7 @@ through the last 48 steps.
 
 from __future__ import annotations
 
-from jacdiag.detectors.joint_detector import StepScores
+from jacdiag.detectors.joint_detector import EARLIER_STEPS, StepScores
 from jacdiag.detectors.recent_trend import WINDOW
 from jacdiag.detectors.step_figures import StepFigures, StepLimits, StepSignals
 from jacdiag.rules.finding_numbers import plain
@@ -36,7 +36,7 @@ def find_spike(
         return _describe_recent(scores)
     if signals.high_loss and signals.above_median and signals.gradient_vote:
         return (
-            f"the loss stands {plain(scores.loss)} standard deviations above its last 1,000 steps, "
+            f"the loss stands {plain(scores.loss)} standard deviations above {EARLIER_STEPS}, "
             f"and the gradient norm {plain(scores.gradient_ema)} above its exponential mean"
         )
     return None

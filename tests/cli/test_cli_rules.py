@@ -104,6 +104,12 @@ def test_explain_an_unknown_code(jd: Run, asked: str, closest: str) -> None:
     assert closest in done.err and "Traceback" not in done.err
 
 
+def test_explain_takes_the_name_of_a_rule_with_spaces(jd: Run) -> None:
+    by_code = jd("explain", "JD203")
+    for words in (["depth-scaling"], ["depth", "scaling"], ["Depth scaling"]):
+        assert jd("explain", *words).out == by_code.out
+
+
 def test_light_commands_are_fast(tmp_path: Path) -> None:
     import time
 

@@ -30,8 +30,8 @@ def test_spike_by_the_published_signals_does_not_name_the_line() -> None:
     scores = StepScores(loss=7.5, gradient_ema=4.5, loss_recent=IN, gradient_recent=IN)
     what = find_spike(STEP, scores, ALL, LIMITS, usual_loss=2.0)
     assert what == (
-        "the loss stands 7.50 standard deviations above its last 1,000 steps, and the gradient "
-        "norm 4.50 above its exponential mean"
+        "the loss stands 7.50 standard deviations above the mean of the steps before "
+        "(at most 1,000), and the gradient norm 4.50 above its exponential mean"
     )
 
 

@@ -248,6 +248,14 @@ def test_a_single_probe_is_a_number_and_no_course_over_time() -> None:
     assert "+ -" in middle and "one probe" not in middle
 
 
+def test_probes_of_one_step_are_no_course_over_steps() -> None:
+    run = probed(1.25, 2.5)
+    for row in run.probes:
+        row["step"] = 0
+    middle = column(shown(run), 1)
+    assert "2 probes, all at step 0" in middle and "0 to 0" not in middle
+
+
 @pytest.mark.parametrize(
     ("every", "step"), [(100, "next probe about step 200"), (0.01, "next probe about step 960")]
 )

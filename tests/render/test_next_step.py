@@ -126,6 +126,17 @@ def test_a_gate_that_passed_writes_a_baseline_then_reads_it_then_runs_in_ci() ->
     assert of(called(report, f"{read} --format github", exit_code=0)) == "jacdiag rules"
 
 
+def test_a_baseline_without_norms_is_not_proposed() -> None:
+    report = called(synthetic.clean(), "jacdiag gate build.py:model --contract-only", exit_code=0)
+    step = next_step(report)
+    assert step.command == "jacdiag gate build.py:model --baseline init.json --write-baseline"
+    assert step.purpose.startswith("measures the norms too")
+    # A baseline that the user has chosen to write without norms is read the same way.
+    writes = f"{report.settings['command']} --baseline init.json --write-baseline"
+    reads = of(called(report, writes, exit_code=0))
+    assert reads == "jacdiag gate build.py:model --contract-only --baseline init.json"
+
+
 def test_a_gate_without_time_gets_more() -> None:
     report = called(synthetic.clean(), "jacdiag gate m.py:f", exit_code=3, budget_ran_out=True)
     assert of(report) == "jacdiag gate m.py:f --budget SECONDS"

@@ -61,6 +61,15 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
     ]
 
 
+def test_a_command_that_writes_the_change_is_not_offered_again() -> None:
+    for remedies in ((POOR, GOOD), (POOR,)):
+        report = with_remedies(*remedies)
+        assert any("the change as code: --patch FILE" in line for line in lines.to_do(report))
+        settings = {**report.settings, "command": "jacdiag audit hf:gpt2 --patch=fix.md"}
+        report = dataclasses.replace(report, settings=settings)
+        assert not any("--patch" in line for line in lines.to_do(report))
+
+
 def test_insufficient_remedies_show_the_nearest_one() -> None:
     (line,) = lines.to_do(with_remedies(POOR))
     assert (
@@ -80,7 +89,7 @@ def test_an_unverified_fix_of_a_condition_is_not_shown() -> None:
     report = synthetic.vanilla()
     bare = [Finding("JD102", "warning", [], "small", fix="scale the embedding")]
     assert lines.to_do(dataclasses.replace(report, findings=bare)) == [
-        "the page of JD102 says what helps"
+        "the page of JD102 says what helps   jacdiag explain JD102"
     ]
 
 

@@ -1,8 +1,30 @@
-"""Change a command line that a report holds, word by word."""
+"""The command line that a report holds: its words, its options, and how to change it."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
+
+from jacdiag.records import Report
+
+
+def words_of(report: Report) -> list[str]:
+    """Return the words of the command that gave a report; [] if a program called the library."""
+    command = str(report.settings.get("command") or "")
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []  # a report of another program may hold anything
+
+
+def has_option(report: Report, option: str) -> bool:
+    """Return whether the command that gave a report has an option."""
+    return any(names_option(word, (option,)) for word in words_of(report))
+
+
+def names_option(word: str, options: Collection[str]) -> bool:
+    """Return whether a word is one of some options, as in "--tol" or "--tol=0.1"."""
+    return word.partition("=")[0] in options
 
 
 def without_options(

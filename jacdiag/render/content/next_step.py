@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Report
-from jacdiag.render.content.command_line import without_options
+from jacdiag.render.content.command_line import (
+    has_option,
+    names_option,
+    without_options,
+    words_of,
+)
 from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
 from jacdiag.rules.remedy_targets import aims
@@ -44,12 +49,12 @@ def next_step(report: Report) -> NextStep:
         report: of either tier and state.
     """
     # 1. A change that was tried and is enough.
-    if _has_recommended_remedy(report) and not _has_option(report, "--patch"):
+    if _has_recommended_remedy(report) and not has_option(report, "--patch"):
         return _with_options(report, "--patch fix.md", "writes the change as code")
 
     # 2. Whether a batch or the weights made an alert.
     if report.replay is not None:
-        advice = replay_advice(report.replay, _words(report))
+        advice = replay_advice(report.replay, words_of(report))
         return NextStep(advice.command, advice.purpose)
     return _after_verdict(report)
 
@@ -101,19 +106,19 @@ def _is_folder_without_remedies(report: Report) -> bool:
 def _after_unknown(report: Report) -> NextStep:
     """Return what lets rules decide."""
     # 1. Weights without a model.
-    if report.tier == "weights" and not _has_option(report, "--model"):
+    if report.tier == "weights" and not has_option(report, "--model"):
         return _with_options(report, "--model FACTORY", "measures the model that FACTORY builds")
 
     # 2. A gate without time.
     if _gate_setting(report, "budget_ran_out"):
-        words = without_options(_words(report), valued=["--budget"])
+        words = without_options(words_of(report), valued=["--budget"])
         return NextStep(f"{shlex.join(words)} --budget SECONDS", "gives the gate more time")
 
     # 3. Intervals that lie across a threshold.
     if _has_interval_across_threshold(report):
         tolerance = float(report.settings.get("tol") or _TOLERANCE) / _NARROWER
         options = f"--tol {tolerance:g}"
-        if not _has_option(report, "--max-products"):
+        if not has_option(report, "--max-products"):
             options += f" --max-products {_MORE_PRODUCTS}"
         return _with_options(report, options, "asks for narrower intervals")
 
@@ -136,18 +141,22 @@ def _after_observed(report: Report) -> NextStep:
 def _after_passed_gate(report: Report) -> NextStep:
     """Return how a gate that passed is used from now on."""
     # 1. A baseline was written: the same command without that option reads it.
-    words = _words(report)
+    words = words_of(report)
     if "--write-baseline" in words:
         words.remove("--write-baseline")
         return NextStep(shlex.join(words), "compares a later version with this baseline")
 
-    # 2. There is none yet.
-    if not _has_option(report, "--baseline"):
+    # 2. There is none yet. One without norms would leave most of the model out.
+    if not has_option(report, "--baseline"):
         options = "--baseline init.json --write-baseline"
-        return _with_options(report, options, "records this init for later gates")
+        if "--contract-only" not in words:
+            return _with_options(report, options, "records this init for later gates")
+        measured = shlex.join(without_options(words, flags=["--contract-only"]))
+        purpose = "measures the norms too, and records this init for later gates"
+        return NextStep(f"{measured} {options}", purpose)
 
     # 3. It runs where changes are reviewed.
-    if not _has_option(report, "--format"):
+    if not has_option(report, "--format"):
         return _with_options(report, "--format github", "marks findings in a pull request")
     return NextStep("jacdiag rules", "lists what the gate checks")
 
@@ -156,13 +165,13 @@ def _after_passed_audit(report: Report) -> NextStep:
     """Return how to keep a clean init, or to look closer at a trained model."""
     # 1. A trained model.
     if report.state == "trained":
-        if _has_option(report, "--html"):
+        if has_option(report, "--html"):
             return NextStep("jacdiag explain columns", "says what each figure means")
         return _with_options(report, "--html report.html", "writes the report for a browser")
 
     # 2. An init, gated with the options of the audit if a gate takes them all.
-    words = _words(report)
-    is_for_gate = not any(_names_option(word, _ONLY_AUDIT) for word in words)
+    words = words_of(report)
+    is_for_gate = not any(names_option(word, _ONLY_AUDIT) for word in words)
     gate = "jacdiag gate SOURCE"
     if words[:2] == ["jacdiag", "audit"] and is_for_gate:
         gate = shlex.join(["jacdiag", "gate", *words[2:]])
@@ -170,32 +179,13 @@ def _after_passed_audit(report: Report) -> NextStep:
     return NextStep(command, "records this init, so that later changes are compared with it")
 
 
-# -- the command that gave the report --------------------------------------------------------------
-def _words(report: Report) -> list[str]:
-    """Return the words of the command that gave the report; [] if a program called the library."""
-    command = str(report.settings.get("command") or "")
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []  # a report of another program may hold anything
-
-
+# -- the command that gave the report ---------------------------------------------------------------
 def _with_options(report: Report, options: str, purpose: str) -> NextStep:
     """Return the command that gave the report, with further options."""
-    command = shlex.join(_words(report))
+    command = shlex.join(words_of(report))
     if not command:
         command = "jacdiag audit SOURCE"
     return NextStep(f"{command} {options}", purpose)
-
-
-def _has_option(report: Report, option: str) -> bool:
-    """Return whether the command that gave the report has an option."""
-    return any(_names_option(word, (option,)) for word in _words(report))
-
-
-def _names_option(word: str, options: tuple[str, ...]) -> bool:
-    """Return whether a word is one of some options, as in "--tol" or "--tol=0.1"."""
-    return word.partition("=")[0] in options
 
 
 # -- what the report says --------------------------------------------------------------------------

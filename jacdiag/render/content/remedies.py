@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jacdiag.records import Outlook, RemedyRecord, Report
 from jacdiag.records.number_format import between, three
+from jacdiag.render.content.command_line import has_option
 from jacdiag.render.content.sentences import status_words
 from jacdiag.rules.remedy_targets import aims
 
@@ -32,7 +33,7 @@ def remedied(report: Report) -> list[str]:
     remedies = report.remedies
     recommended = _recommended(remedies)
     if recommended is not None:
-        return _recommendation(recommended, remedies)
+        return _recommendation(recommended, remedies, _offer_of_code(report))
 
     # 2. A choice for a run that has begun.
     if _is_for_begun_run(report):
@@ -44,8 +45,15 @@ def remedied(report: Report) -> list[str]:
     nearest = _nearest(remedies)
     return [
         f"none of {len(remedies)} remedies was enough; nearest: {nearest.title}: "
-        f"{_outcome(nearest)}; its change as code: --patch FILE"
+        f"{_outcome(nearest)}{_offer_of_code(report)}"
     ]
+
+
+def _offer_of_code(report: Report) -> str:
+    """Return how to get a change as code, as the end of a line; "" if the command requests it."""
+    if has_option(report, "--patch"):
+        return ""
+    return "; the change as code: --patch FILE"
 
 
 def _recommended(remedies: Sequence[RemedyRecord]) -> RemedyRecord | None:
@@ -53,17 +61,20 @@ def _recommended(remedies: Sequence[RemedyRecord]) -> RemedyRecord | None:
     return next((remedy for remedy in remedies if remedy.recommended), None)
 
 
-def _recommendation(best: RemedyRecord, remedies: Sequence[RemedyRecord]) -> list[str]:
+def _recommendation(
+    best: RemedyRecord, remedies: Sequence[RemedyRecord], offer: str
+) -> list[str]:
     """Return the lines on the recommended remedy.
 
     Args:
         best: the recommended one.
         remedies: all that were tried.
+        offer: how to get the change as code.
     """
     lines = [
         f"{best.title} ({best.name})   jacdiag explain {best.codes[0]}",
         f"tried on a copy{_on_seeds(best)}: {effect(best)}",
-        f"price: {best.price}; the change as code: --patch FILE",
+        f"price: {best.price}{offer}",
     ]
     others = [f"{r.name}: {_outcome(r)}" for r in remedies if r is not best]
     if others:

@@ -812,7 +812,7 @@ def _without_remedy(report: Report) -> str:
     loudest = _by_level(report.findings)[0]
     if loudest.level == "info":
         return "nothing: what fired are observations"
-    return f"the page of {loudest.code} says what helps"
+    return f"the page of {loudest.code} says what helps   jacdiag explain {loudest.code}"
 
 
 def _could_measure_more(report: Report) -> bool:

@@ -530,6 +530,8 @@ def _map_key(run: RunLog, cells: GainCells, width: int) -> list[str]:
     steps = f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}"
     if len(cells.steps) == 1:
         steps = f"one probe, at step {cells.steps[0]:,}"
+    elif cells.steps[0] == cells.steps[-1]:
+        steps = f"{len(cells.steps)} probes, all at step {cells.steps[0]:,}"
     key = _wrapped(f"{steps}{_next_probe(run)}", width)
 
     # 2. The shades, each with the gain that it begins at.
@@ -541,7 +543,10 @@ def _map_key(run: RunLog, cells: GainCells, width: int) -> list[str]:
     # 3. The marks: without a probe before there is no change.
     if len(cells.steps) == 1:
         return key + _wrapped(f"▲{TIED}●: a rule fired", width)
-    marks = f"+{TIED}-: a factor {cells.factor:g} above or below its last 8 ▲{TIED}●: a rule fired"
+    marks = (
+        f"+{TIED}-: a factor {cells.factor:g} above or below its last 8 "
+        f"▲{TIED}●: a rule fired; the mark hides the shade"
+    )
     if width < _NARROW:
         marks = f"+{TIED}-: factor{TIED}{cells.factor:g} ▲{TIED}●: rule"
     key += _wrapped(marks, width)
