@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
-from jacdiag.measure.init_distribution import TINY
+from jacdiag.measure.moments import TINY
 from jacdiag.records.structure import TableRecord
 from jacdiag.trace import Sites
 from jacdiag.trace.graph.graph import STATE, Graph

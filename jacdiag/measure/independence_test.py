@@ -19,14 +19,18 @@ is no draw indeed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from scipy.special import gammaincc
 from torch import Tensor
 
+from jacdiag.devices.packed_download import download
+
 LEAST_SIDE = 8  # below, both laws are too far from the truth
 MOST_SIDE = 256  # of the part that is looked at: its spectrum takes 5 ms
+_HELD = 1 << 16  # numbers that wait on an accelerator before they are read
 _ROUNDS = 3  # of scaling rows and columns in turn
 _SHAPE, _SCALE, _SHIFT = 46.446, 0.186054, 9.84801  # gamma distribution for Tracy-Widom, beta = 1
 
@@ -77,10 +81,45 @@ def examine_draw(tensor: Tensor) -> DrawTest | None:
         >>> examine_draw(wave).probability < 1e-9
         True
     """
-    if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
-        return None
+    return examine_draws([tensor])[0]
 
-    matrix = _balanced(_part_of(tensor.detach()))
+
+def examine_draws(tensors: Iterable[Tensor]) -> list[DrawTest | None]:
+    """Test several matrices as `examine_draw` does; small ones share a download.
+
+    Args:
+        tensors: each is let go of before the next is taken, since it may come from a file.
+    """
+    results: list[DrawTest | None] = []
+    waiting: list[tuple[int, Tensor]] = []  # place of a tensor, and the part that is looked at
+    held = 0
+    for place, tensor in enumerate(tensors):
+        results.append(None)
+        if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
+            continue
+
+        # What lies on an accelerator takes memory there until it is read.
+        part = _part_of(tensor.detach())
+        waiting.append((place, part))
+        held += part.numel()
+        if held >= _HELD:
+            _test_waiting(waiting, results)
+            held = 0
+    _test_waiting(waiting, results)
+    return results
+
+
+def _test_waiting(waiting: list[tuple[int, Tensor]], results: list[DrawTest | None]) -> None:
+    """Read the parts that wait in one download, and put the result of each into its place."""
+    parts = download([part for _, part in waiting])
+    for (place, _), part in zip(waiting, parts, strict=True):
+        results[place] = _test(part)
+    waiting.clear()
+
+
+def _test(part: Tensor) -> DrawTest | None:
+    """Test the part of a matrix that is looked at, on the CPU."""
+    matrix = _balanced(part.to(torch.float64))
     if matrix is None:
         return None
 
@@ -128,7 +167,7 @@ def _is_stack(shape: tuple[int, ...]) -> bool:
 
 
 def _part_of(tensor: Tensor) -> Tensor:
-    """Return at most MOST_SIDE rows and columns of the matrix, in float64 on the CPU."""
+    """Return at most MOST_SIDE rows and columns of the matrix, on its device."""
     # 1. The first matrix of a stack, or the matrix that a kernel is.
     if _is_stack(tuple(tensor.shape)):
         matrix = tensor[0]
@@ -143,7 +182,7 @@ def _part_of(tensor: Tensor) -> Tensor:
             chosen = torch.randperm(size, generator=generator)[:MOST_SIDE].sort().values
             matrix = matrix.index_select(side, chosen.to(matrix.device))
 
-    return matrix.to("cpu", torch.float64)
+    return matrix
 
 
 def _balanced(matrix: Tensor) -> Tensor | None:

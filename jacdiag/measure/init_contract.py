@@ -82,7 +82,7 @@ def contract_of(
     # 1. How each weight was drawn, and which numbers it shares with another.
     uses = without_adapters(uses_of(sites))
     kinds = {site.name: site.kind for site in sites}
-    draw_by_name = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
+    draw_by_name = draws.of_all({name: use.role in TABLES for name, use in uses.items()})
     copies = copies_of(draw_by_name, draws.params)
     pieces = pieces_of(_unexplained(uses, draw_by_name), draws.params)
     streams = streams_of(draw_by_name, draws.params)

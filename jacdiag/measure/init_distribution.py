@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice, product
+from dataclasses import dataclass, replace
+from itertools import islice, product
 
 import torch
 from scipy.special import gammainccinv, gammaincinv
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.devices.packed_download import download
+from jacdiag.measure.moments import CHUNK, Moments, MomentSums, moments, read_all
 
 ALPHA = 1e-6
-_CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 _MOST_SEARCHED = 16
@@ -36,34 +36,6 @@ _MOST_OUTLIERS = 0.01  # of all numbers; where more are far away, the draw is a 
 _DENSE = 0.25  # of a row or column: then all of it was drawn larger
 _SAMPLE = 1 << 16  # numbers from which the spread of the others is measured
 _SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
-# No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32,
-# and the smallest constant of a published init is 1e-6. Memory that nobody wrote to is full of
-# them: integers, read as float32.
-TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Figures of a tensor in one pass.
-
-    Attributes:
-        count, mean, std, kurtosis: of the numbers; the std is that of the population.
-        largest: largest magnitude.
-        zero_rows: rows of a table that are exactly zero.
-        tiny: numbers closer to zero than `TINY`, and not zero.
-        furthest: largest distance from the mean.
-        is_orthogonal: it is a matrix whose vectors stand at right angles, and have one length.
-    """
-
-    count: int
-    mean: float
-    std: float
-    kurtosis: float
-    largest: float
-    zero_rows: int
-    tiny: int = 0
-    furthest: float = 0.0
-    is_orthogonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,11 +84,22 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Fit
         >>> draw.family, draw.lower < 0.02 < draw.upper
         ('normal', True)
     """
-    has_values = tensor.numel() > 0 and not tensor.is_meta
-    if not tensor.is_floating_point() or not has_values:
+    if not _has_values(tensor):
         return None
 
-    measured = moments(tensor.detach(), table)
+    draw = _draw_from(moments(tensor.detach(), table), alpha)
+    if draw is None:
+        return None
+    return _with_outliers(draw, tensor)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether there are floating values to measure."""
+    return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
+
+
+def _draw_from(measured: Moments, alpha: float) -> FittedDraw | None:
+    """Return the draw that explains figures, without a look at outliers; None if not finite."""
     figures = (measured.mean, measured.std, measured.largest)
     if not all(map(math.isfinite, figures)):
         return None
@@ -145,10 +128,6 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Fit
     # 3. A family with a known kurtosis, or "other".
     family = _family_of(measured)
     lower, upper = interval(std, measured.count, family.kurtosis, alpha)
-    outliers = 0
-    core_std = None
-    if family.name == "other":
-        outliers, core_std = find_outliers(tensor.detach(), measured.largest)
     return FittedDraw(
         family.name,
         std,
@@ -159,9 +138,15 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Fit
         zero_rows=measured.zero_rows,
         largest=measured.largest,
         tiny=measured.tiny,
-        outliers=outliers,
-        core_std=core_std,
     )
+
+
+def _with_outliers(draw: FittedDraw, tensor: Tensor) -> FittedDraw:
+    """Return a draw with its outliers, which only a tensor of no known family is searched for."""
+    if draw.family != "other":
+        return draw
+    outliers, core_std = find_outliers(tensor.detach(), draw.largest)
+    return replace(draw, outliers=outliers, core_std=core_std)
 
 
 def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
@@ -202,7 +187,7 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
     per_row = []
     total = 0.0
     squares = 0.0
-    for piece in rows.split(max(1, _CHUNK // rows.shape[1])):
+    for piece in rows.split(max(1, CHUNK // rows.shape[1])):
         distances = in_float64(piece) - centre
         is_far = distances.abs() > limit
         per_row.append(is_far.sum(1).cpu())
@@ -256,11 +241,33 @@ class Draws:
 
     def of(self, name: str, *, table: bool = False) -> FittedDraw | None:
         """Return the draw of one weight; `table` as in `draw_of`."""
-        key = (name, table)
-        if key not in self._draws:
-            self._draws[key] = draw_of(self.params[name], table=table)
+        return self.of_all({name: table})[name]
 
-        return self._draws[key]
+    def of_all(self, weights: Mapping[str, bool]) -> dict[str, FittedDraw | None]:
+        """Return the draws of several weights, by one download for those on an accelerator.
+
+        Args:
+            weights: name -> `table` as in `draw_of`.
+        """
+        # 1. What is not known yet. On a CPU every figure is there at once.
+        sums: dict[tuple[str, bool], MomentSums] = {}
+        for key in weights.items():
+            if key in self._draws:
+                continue
+            name, table = key
+            tensor = self.params[name]
+            if tensor.device.type == "cpu" or not _has_values(tensor):
+                self._draws[key] = draw_of(tensor, table=table)
+            else:
+                sums[key] = MomentSums(tensor.detach(), table)
+
+        # 2. What lies on an accelerator, together.
+        for key, measured in zip(sums, read_all(list(sums.values())), strict=True):
+            draw = _draw_from(measured, ALPHA)
+            if draw is not None and draw.family == "other":
+                draw = _with_outliers(draw, self.params[key[0]])
+            self._draws[key] = draw
+        return {name: self._draws[name, table] for name, table in weights.items()}
 
 
 def copies_of(
@@ -477,99 +484,6 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def std_of(tensor: Tensor, correction: int = 0) -> float:
-    """Return the std over all elements in float64; NaN if there are too few.
-
-    The tensor is read in pieces, without a copy of it in float64.
-    """
-    if tensor.numel() <= correction:
-        return math.nan
-
-    measured = moments(tensor.detach())
-    return measured.std * math.sqrt(measured.count / (measured.count - correction))
-
-
-def moments(tensor: Tensor, table: bool = False) -> Moments:
-    """Return the figures of a tensor, in float64, piece by piece.
-
-    Args:
-        tensor: any shape.
-        table: leave out the rows that are exactly zero.
-    """
-    if tensor.dim() > 1:
-        flat = tensor.reshape(-1, tensor.shape[-1])
-    else:
-        flat = tensor.reshape(1, -1)
-    rows = max(1, _CHUNK // max(1, flat.shape[1]))
-    count = 0
-    zero_rows = 0
-    pieces: list[list[Tensor]] = []
-    # Powers are summed around a first guess of the mean, which keeps their digits.
-    shift = in_float64(flat[0, : min(64, flat.shape[1])]).mean()
-
-    # 1. Sums of powers over the pieces, and their ends.
-    for piece in flat.split(rows):
-        if table:
-            not_zero = piece[(piece != 0).any(dim=1)]
-            zero_rows += piece.shape[0] - not_zero.shape[0]
-            piece = not_zero
-        if not piece.numel():
-            continue
-
-        ends = torch.aminmax(piece)
-        centred = in_float64(piece.flatten(), copy=True).sub_(shift)
-        square = centred * centred
-        powers = centred.sum(), centred @ centred, square @ centred, square @ square
-        pieces.append([torch.stack(powers), ends.min, ends.max, _count_tiny(piece)])
-        count += piece.numel()
-    if not count:
-        return Moments(0, 0.0, 0.0, 0.0, 0.0, zero_rows)
-
-    # 2. One look at all of them.
-    sums = torch.zeros(4, dtype=torch.float64)
-    tiny = 0
-    low, high = math.inf, -math.inf
-    figures = download([shift, _is_orthogonal(tensor), *chain.from_iterable(pieces)])
-    guess, is_orthogonal, *figures = figures
-    for place in range(0, len(figures), 4):
-        powers_of_piece, least, largest, tiny_of_piece = figures[place : place + 4]
-        sums += powers_of_piece
-        low, high = min(low, float(least)), max(high, float(largest))
-        tiny += int(tiny_of_piece)
-
-    # 3. Central moments from them.
-    m1, m2, m3, m4 = (float(x) / count for x in sums)
-    variance = max(m2 - m1 * m1, 0.0)
-    fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
-    kurtosis = fourth / variance**2 if variance > 0 else 0.0
-    mean = m1 + float(guess)
-    return Moments(
-        count,
-        mean,
-        math.sqrt(variance),
-        kurtosis,
-        largest=max(abs(low), abs(high)),
-        zero_rows=zero_rows,
-        tiny=tiny,
-        furthest=max(high - mean, mean - low),
-        is_orthogonal=bool(is_orthogonal),
-    )
-
-
-def _count_tiny(piece: Tensor) -> Tensor:
-    """Return how many numbers are closer to zero than `TINY`, and not zero."""
-    # The smallest number of float16 is 6e-8.
-    if piece.dtype == torch.float16:
-        return torch.tensor(0)
-
-    # Zeros are counted only where there is something to count, if a look costs nothing.
-    close = (piece.abs() < TINY).sum()
-    if close.device.type == "cpu" and not bool(close):
-        return close
-
-    return close - (piece == 0).sum()
-
-
 def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> tuple[float, float]:
     """Return the bounds of a distribution's std, from the std of a sample.
 
@@ -697,19 +611,3 @@ def _cut_of(reach: float) -> float | None:
     from scipy.optimize import brentq  # its import takes a third of a second, and is rarely needed
 
     return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))
-
-
-def _is_orthogonal(matrix: Tensor) -> Tensor:
-    """Return whether vectors of the shorter side stand at right angles and have one length."""
-    if matrix.dim() != 2 or min(matrix.shape) < 3:
-        return torch.tensor(False)
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = matrix.T
-
-    # Sixteen of them are enough.
-    rows = in_float64(matrix[: min(16, matrix.shape[0])])
-    gram = rows @ rows.T
-    scale = gram.diagonal().mean()
-    expected = scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)
-    error = (gram - expected).abs().max()
-    return (scale > 0) & (error < 1e-3 * scale)

@@ -21,7 +21,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
-from jacdiag.measure.independence_test import can_be_tested, examine_draw
+from jacdiag.measure.independence_test import can_be_tested, examine_draws
 from jacdiag.sources.training_history import Basis, History
 
 State = Literal["init", "trained"]
@@ -175,8 +175,8 @@ def judge_weights(
 
     # 2. Test each. A copy of a matrix is no second witness.
     results: dict[float, tuple[str, float]] = {}
-    for name in names:
-        result = examine_draw(parameters[name])
+    tests = examine_draws(parameters[name] for name in names)
+    for name, result in zip(names, tests, strict=True):
         if result is not None:
             results.setdefault(result.largest, (name, result.probability))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacdiag.devices.packed_download import download
 from jacdiag.errors import UsageError
-from jacdiag.measure.init_distribution import std_of
+from jacdiag.measure.moments import std_of
 from jacdiag.records.report import WeightStats
 from jacdiag.sources import gpt
 from jacdiag.spectra import DenseOperator, Question, in_step

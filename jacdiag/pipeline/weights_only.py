@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from jacdiag.measure.init_contract import TABLES, record_of, with_sections, without_adapters
-from jacdiag.measure.init_distribution import copies_of, draw_of, std_of
+from jacdiag.measure.init_distribution import copies_of, draw_of
 from jacdiag.measure.init_or_trained import State, decide_state, judge_weights
+from jacdiag.measure.moments import std_of
 from jacdiag.measure.nonfinite_weights import non_finite_weights
 from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names

@@ -304,7 +304,7 @@ def test_waits_are_placed_in_the_code_of_jacdiag() -> None:
         counts.clear()
         draw_of(weight)
         assert counts.places.total() == counts.waits > 0
-        assert all("measure/init_distribution.py:" in place for place in counts.places)
+        assert all("measure/moments.py:" in place for place in counts.places)
 
 
 def test_a_download_that_is_read_too_early_gives_no_value() -> None:

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from jacdiag.measure.init_distribution import Draws, draw_of, interval, moments, truncated
+from jacdiag.measure.init_distribution import Draws, draw_of, interval, truncated
+from jacdiag.measure.moments import moments
 
 
 def generator(seed: int) -> torch.Generator:
