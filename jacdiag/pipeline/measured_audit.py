@@ -27,7 +27,7 @@ from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.family_confidence import Family, count_intervals
 from jacdiag.measure.gradients import gradient_profile
 from jacdiag.measure.init_contract import contract_of, decayed_by
-from jacdiag.measure.init_distribution import Draws, std_of
+from jacdiag.measure.init_distribution import Draws
 from jacdiag.measure.init_or_trained import (
     StateDecision,
     WeightEvidence,
@@ -36,6 +36,7 @@ from jacdiag.measure.init_or_trained import (
     same_weights,
 )
 from jacdiag.measure.model_summary import model_record
+from jacdiag.measure.moments import std_of
 from jacdiag.measure.network import (
     backward_record,
     end_to_end,
@@ -215,8 +216,10 @@ class Audit:
             measured = self._measure(checks)
             measured = self._with_flow(measured)
             network = self._network(measured)
-        with self._phase("contract"):
-            contract = self._contract(measured.records)
+        contract = None
+        if self.request.scope.contract:
+            with self._phase("contract"):
+                contract = self._contract(measured.records)
         return self._report(measured, network, contract, checks)
 
     def _check_weights(self) -> dict[str, Any]:
@@ -502,9 +505,9 @@ class Audit:
 
     def _verify_replay(self) -> Share:
         """Return the errors of replay of this rank's stretch of the sub-layers."""
-        stretch = self.request.ranks.part(range(len(self.sites)))
-        if self.broken:
+        if self.broken or not self.request.scope.replay:
             return Share()
+        stretch = self.request.ranks.part(range(len(self.sites)))
         return Share(errors=verify_replay(self.sites, self.request.options.seed, stretch))
 
     def _jobs(self) -> list[Job]:
@@ -519,7 +522,7 @@ class Audit:
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
         # 2. The entire network. With --decide its end-to-end norm is left out.
-        if not self.broken:
+        if self.request.scope.network and not self.broken:
             share_of_time = 0.1 if options.decide else 0.4
             units = len(self.sites) * share_of_time
             jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
@@ -666,12 +669,8 @@ class Audit:
 
     def _stds_of_draws(self, names: Sequence[str]) -> dict[str, float]:
         """Return the std of weights by their draw; weights without one are left out."""
-        stds = {}
-        for name in names:
-            draw = self._draws.of(name)
-            if draw is not None:
-                stds[name] = draw.std
-        return stds
+        draws = self._draws.of_all(dict.fromkeys(names, False))
+        return {name: draw.std for name, draw in draws.items() if draw is not None}
 
     def _small_groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Yield names of weights that may be held together; a large one comes alone."""

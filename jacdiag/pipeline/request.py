@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jacdiag.comparison.seed_spread import figures_of
@@ -12,6 +12,21 @@ from jacdiag.records import AgainstRecord, FiguresRecord, Report
 from jacdiag.rules import evaluate
 from jacdiag.rules.thresholds import Thresholds
 from jacdiag.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """The parts of an audit that are measured beside the norms.
+
+    Attributes:
+        replay: check that a sub-layer that is run alone gives what the model's forward gave.
+        network: the gradient at every depth, dead paths and the end-to-end norm.
+        contract: how every weight was drawn.
+    """
+
+    replay: bool = True
+    network: bool = True
+    contract: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +40,7 @@ class Request:
         ranks: the processes that share the work.
         baseline: figures to compare with: those of the options, or of an earlier model.
         against: the comparison with an earlier model, once it was measured.
+        scope: what is measured. All of it, but for changed copies of a model.
     """
 
     source: Source
@@ -33,6 +49,7 @@ class Request:
     ranks: Ranks
     baseline: FiguresRecord | None = None
     against: AgainstRecord | None = None
+    scope: Scope = field(default_factory=Scope)
 
     def with_options(self, **changes: Any) -> Request:
         """Return this request with some options changed.

@@ -15,7 +15,7 @@ from jacdiag.errors import JacdiagError, MeasureError
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
-from jacdiag.pipeline.request import Request
+from jacdiag.pipeline.request import Request, Scope
 from jacdiag.records import Report
 from jacdiag.remedies import Bench, aims, most_trials, remedies_for, try_remedies
 from jacdiag.rules.remedy_targets import with_fixes
@@ -24,6 +24,7 @@ from jacdiag.sources import Source, load
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
 # These rules rest on figures of full width, which an audit that stops early does not have.
 _NEED_FULL_WIDTH = {"JD104", "JD105", "JD110"}
+_USUAL_PROFILE = "default"  # its infos and warnings have the levels of the rules themselves
 
 
 def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
@@ -148,13 +149,14 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     trial = _Trial(
         request=request,
         state=report.state,
-        decide=not _NEED_FULL_WIDTH & set(aims(report)),
+        aims=frozenset(aims(report)),
         confidence_all=level,
         decayed=frozenset(decayed),
     )
 
     return Bench(
         trial.audit,
+        trial.confirm,
         audit.sites.output,
         _builder(request.source),
         options.seed,
@@ -169,14 +171,14 @@ class _Trial:
     Attributes:
         request: of the audit of the model itself.
         state: of its weights: a copy is not judged again.
-        decide: whether to stop each norm as soon as the rules are decided.
+        aims: the rules that remedies are tried against.
         confidence_all: of one trial; None if the confidence is that of each interval.
         decayed: names of the parameters that the optimizer decays.
     """
 
     request: Request
     state: Literal["init", "trained"] | None
-    decide: bool
+    aims: frozenset[str]
     confidence_all: float | None
     decayed: frozenset[str]
 
@@ -191,11 +193,45 @@ class _Trial:
         Returns:
             The judged report, and the output of the copy on the probe.
         """
-        changed = replace(
+        # A copy runs the code that the audit of the model itself has replayed.
+        changed = replace(self._changed_request(model, spared, seed), scope=Scope(replay=False))
+        audit = Audit(changed)
+        return changed.judged(audit.run()), audit.sites.output
+
+    def confirm(self, model: nn.Module, spared: Iterable[str], seed: int) -> Report:
+        """Audit a copy of a further seed by the rules that remedies are tried against alone.
+
+        What none of these rules reads is not measured. Infos may remain, so that norms are solved
+        until warnings are decided.
+
+        Args:
+            model: the copy.
+            spared: names of parameters that the remedy takes out of weight decay.
+            seed: of the probe and the solver.
+        """
+        # 1. What the rules read.
+        changed = self._changed_request(model, spared, seed)
+        needs_everything = bool(_NEED_FULL_WIDTH & self.aims)
+        reads_weights = any(code.startswith("JD2") for code in self.aims)
+        scope = Scope(
+            replay=False, network=needs_everything, contract=needs_everything or reads_weights
+        )
+        changed = replace(changed, scope=scope).with_options(select=sorted(self.aims))
+        if all(code.startswith("JD2") for code in self.aims):
+            changed = changed.with_options(products=False)
+
+        # 2. The cuts that decide. A profile may make warnings of infos.
+        if self.request.options.profile == _USUAL_PROFILE:
+            changed = replace(changed, thresholds=changed.thresholds.of_warnings())
+        return changed.judged(Audit(changed).run())
+
+    def _changed_request(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
+        """Return the request of an audit of a copy; see `audit` for the arguments."""
+        return replace(
             self.request, source=replace(self.request.source, model=model, notes=[])
         ).with_options(
             seed=seed,
-            decide=self.decide,
+            decide=not _NEED_FULL_WIDTH & self.aims,
             state=self.state,
             optimizer=self._optimizer(model, set(spared)),
             progress=None,
@@ -203,8 +239,6 @@ class _Trial:
             probes=1,
             confidence_all=self.confidence_all,
         )
-        audit = Audit(changed)
-        return changed.judged(audit.run()), audit.sites.output
 
     def _optimizer(self, model: nn.Module, spared: set[str]) -> list[dict[str, Any]] | None:
         """Return parameter groups of the copy: what the optimizer would decay of it."""

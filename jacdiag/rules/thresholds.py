@@ -94,6 +94,11 @@ class Thresholds:
         """
         return self.table.get((figure, stratum)) or self.table.get((figure, "")) or Limits()
 
+    def of_warnings(self) -> Thresholds:
+        """Return the cuts at which warnings begin alone: a report is judged by fewer products."""
+        table = {key: replace(limits, info=None, error=None) for key, limits in self.table.items()}
+        return replace(self, table=table)
+
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Return plain cuts by "figure" or "figure.stratum", for a report."""
         table: dict[str, dict[str, float]] = {}

@@ -179,7 +179,7 @@ def _after_passed_audit(report: Report) -> NextStep:
     return NextStep(command, "records this init, so that later changes are compared with it")
 
 
-# -- the command that gave the report ---------------------------------------------------------------
+# -- the command that gave the report -------------------------------------------------------------
 def _with_options(report: Report, options: str, purpose: str) -> NextStep:
     """Return the command that gave the report, with further options."""
     command = shlex.join(words_of(report))

@@ -61,9 +61,7 @@ def _recommended(remedies: Sequence[RemedyRecord]) -> RemedyRecord | None:
     return next((remedy for remedy in remedies if remedy.recommended), None)
 
 
-def _recommendation(
-    best: RemedyRecord, remedies: Sequence[RemedyRecord], offer: str
-) -> list[str]:
+def _recommendation(best: RemedyRecord, remedies: Sequence[RemedyRecord], offer: str) -> list[str]:
     """Return the lines on the recommended remedy.
 
     Args:
