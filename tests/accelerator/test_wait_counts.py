@@ -11,6 +11,7 @@ import pytest
 from accelerator.pretended import pretended_device
 from benchmarks import host_waits
 
+
 @cache
 def audit(**options: Any) -> dict[str, Any]:
     with pretended_device() as counts:
