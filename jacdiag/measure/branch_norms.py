@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
-from jacdiag.measure.linearization import Linearised, residual_map
+from jacdiag.measure.linearization import Linearised, Local, residual_map
 from jacdiag.records.report import Interval
 from jacdiag.spectra import (
     JacobianOperator,
@@ -37,6 +37,9 @@ from jacdiag.trace import Sublayer
 
 Decide = Callable[[float, float], bool]
 
+NORMS = frozenset({"branch_norm", "core_norm", "residual_norm"})
+"""Fields of a sub-layer's record that hold the norm of a map."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -51,6 +54,7 @@ class Effort:
         decided: field name -> predicate on (lower, upper): the rules have what they need.
         early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they
             are.
+        wanted: fields of the norms to solve. That of the branch is always solved.
         solver: what solves, in the place of `Solver`: (linearised, effort, token ids) -> one with
             `norms()`.
     """
@@ -61,6 +65,7 @@ class Effort:
     seed: int = 0
     decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
     early: bool = False
+    wanted: frozenset[str] = NORMS
     solver: Callable[..., Any] | None = None
 
 
@@ -101,11 +106,17 @@ class Solver:
         """Return core, branch and residual norm."""
         # 1. The maps whose norms are wanted.
         linearised = self.one
-        operator, owned, why = residual_map(linearised.site, linearised.branch, linearised.dims)
+        wanted = self.effort.wanted
+        operator: Operator | None = None
+        owned: list[Local] = []
+        why = "not requested"
+        if "residual_norm" in wanted:
+            operator, owned, why = residual_map(linearised.site, linearised.branch, linearised.dims)
         core_is_branch = linearised.core is linearised.branch
         maps: dict[str, Operator] = {"branch_norm": linearised.branch}
-        if linearised.core is not None and not core_is_branch:
-            maps["core_norm"] = linearised.core
+        core = linearised.core
+        if core is not None and not core_is_branch and "core_norm" in wanted:
+            maps["core_norm"] = core
         if operator is not None:
             maps["residual_norm"] = operator
 

@@ -22,7 +22,7 @@ from jacdiag.devices.device_choice import check_precision, pick
 from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
-from jacdiag.measure.branch_norms import Effort
+from jacdiag.measure.branch_norms import NORMS, Effort
 from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.family_confidence import Family, count_intervals
 from jacdiag.measure.gradients import gradient_profile
@@ -70,12 +70,14 @@ from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of
 from jacdiag.spectra.interval import PAD, PAD_WITHOUT_FLOAT64
-from jacdiag.trace import Sites, Sublayer, sites
+from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace.discovery.declarations import declarations
 from jacdiag.trace.discovery.nothing_found import nothing_found
 from jacdiag.trace.execution.tensors import collect_deep
+from jacdiag.trace.tracer import Tracer
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-_NORMS = ("branch_norm", "core_norm", "residual_norm")
+_NORMS_OF_CONDITIONS = frozenset({"branch_norm", "core_norm"})
 _HELD_TOGETHER = 1 << 24  # numbers of weights
 
 Decided = Callable[[float, float], bool]  # of an interval's two ends
@@ -158,6 +160,18 @@ class Audit:
         """Take over the figures of weights that another audit of the same model has measured."""
         self._stats = other._stats
 
+    def share_independence(self, other: Audit) -> None:
+        """Take over what another audit has found independent; call it after `trace`.
+
+        Args:
+            other: of a model that runs the same code, with other weights or factors.
+        """
+        known = {site.name: site for site in other.sites}
+        for site in self.sites:
+            twin = known.get(site.name)
+            if twin is not None and twin.shortcut.dim() == site.shortcut.dim():
+                site.dims = twin.dims
+
     # -- steps -------------------------------------------------------------------------------------
     def _trace(self) -> None:
         """Record the model on its probe, once."""
@@ -173,14 +187,16 @@ class Audit:
         # 2. Record one forward, and find the sub-layers in it.
         options = self.request.options
         with self._phase("record"), self.probe.suspected():
-            self.sites = sites(
+            tracer = Tracer(
                 self.model,
-                *self.probe.args,
-                dtype=options.precision,
-                declared=options.declared,
-                weights=self.request.source.weights,
-                **self.probe.kwargs,
+                self.probe.args,
+                self.probe.kwargs,
+                options.precision,
+                declarations(options.declared),
+                self.request.source.weights,
+                keep_hooks=not self.request.scope.replay,
             )
+            self.sites = tracer.trace()
 
         # 3. Note what the dataflow hides, and end if it shows no sub-layer.
         self._notes += self._precision_notes()
@@ -435,7 +451,7 @@ class Audit:
         progress.start(len(groups), "first look")
         try:
             with self._phase("first look"):
-                effort = replace(self._effort(), early=True)
+                effort = replace(self._effort(), early=True, wanted=_NORMS_OF_CONDITIONS)
                 measured = Share()
                 for members in groups:
                     share = self._measure_sublayers(members, effort, self._weight_stds)
@@ -543,6 +559,7 @@ class Audit:
             options.seed,
             self._decider(),
             early=options.decide,
+            wanted=self.request.scope.norms,
         )
 
     def _measure_sublayers(
@@ -640,7 +657,7 @@ class Audit:
                 layers=self.layers,
                 thresholds=self.request.thresholds,
             )
-            return {name: _clear_of(points.get(name, ())) for name in _NORMS}
+            return {name: _clear_of(points.get(name, ())) for name in NORMS}
 
         return decided
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.distributed import Ranks
+from jacdiag.measure.branch_norms import NORMS
 from jacdiag.pipeline.options import AuditOptions
 from jacdiag.records import AgainstRecord, FiguresRecord, Report
 from jacdiag.rules import evaluate
@@ -19,14 +20,16 @@ class Scope:
     """The parts of an audit that are measured beside the norms.
 
     Attributes:
-        replay: check that a sub-layer that is run alone gives what the model's forward gave.
+        replay: check that parts of the model that are run alone give what the model gives.
         network: the gradient at every depth, dead paths and the end-to-end norm.
         contract: how every weight was drawn.
+        norms: of a sub-layer. The norm of the branch is always measured.
     """
 
     replay: bool = True
     network: bool = True
     contract: bool = True
+    norms: frozenset[str] = NORMS
 
 
 @dataclass(frozen=True, kw_only=True)

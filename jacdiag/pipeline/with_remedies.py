@@ -12,6 +12,7 @@ from torch import nn
 
 from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError
+from jacdiag.measure.branch_norms import NORMS
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
@@ -24,6 +25,8 @@ from jacdiag.sources import Source, load
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
 # These rules rest on figures of full width, which an audit that stops early does not have.
 _NEED_FULL_WIDTH = {"JD104", "JD105", "JD110"}
+# Norms, and the rules among those that can be aimed at that read them.
+_READERS = {"branch_norm": {"JD103"}, "core_norm": {"JD101"}}
 _USUAL_PROFILE = "default"  # its infos and warnings have the levels of the rules themselves
 
 
@@ -149,6 +152,7 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     trial = _Trial(
         request=request,
         state=report.state,
+        original=audit,
         aims=frozenset(aims(report)),
         confidence_all=level,
         decayed=frozenset(decayed),
@@ -171,6 +175,7 @@ class _Trial:
     Attributes:
         request: of the audit of the model itself.
         state: of its weights: a copy is not judged again.
+        original: the audit of the model itself, which has run.
         aims: the rules that remedies are tried against.
         confidence_all: of one trial; None if the confidence is that of each interval.
         decayed: names of the parameters that the optimizer decays.
@@ -178,6 +183,7 @@ class _Trial:
 
     request: Request
     state: Literal["init", "trained"] | None
+    original: Audit
     aims: frozenset[str]
     confidence_all: float | None
     decayed: frozenset[str]
@@ -195,14 +201,14 @@ class _Trial:
         """
         # A copy runs the code that the audit of the model itself has replayed.
         changed = replace(self._changed_request(model, spared, seed), scope=Scope(replay=False))
-        audit = Audit(changed)
+        audit = self._traced(changed)
         return changed.judged(audit.run()), audit.sites.output
 
     def confirm(self, model: nn.Module, spared: Iterable[str], seed: int) -> Report:
         """Audit a copy of a further seed by the rules that remedies are tried against alone.
 
         What none of these rules reads is not measured. Infos may remain, so that norms are solved
-        until warnings are decided.
+        until warnings are decided. A probe that is drawn or read here has one sequence.
 
         Args:
             model: the copy.
@@ -211,19 +217,32 @@ class _Trial:
         """
         # 1. What the rules read.
         changed = self._changed_request(model, spared, seed)
+        norms = frozenset(field for field, codes in _READERS.items() if codes & self.aims)
         needs_everything = bool(_NEED_FULL_WIDTH & self.aims)
         reads_weights = any(code.startswith("JD2") for code in self.aims)
         scope = Scope(
-            replay=False, network=needs_everything, contract=needs_everything or reads_weights
+            replay=False,
+            network=needs_everything,
+            contract=needs_everything or reads_weights,
+            norms=NORMS if needs_everything else norms,
         )
         changed = replace(changed, scope=scope).with_options(select=sorted(self.aims))
+        if not needs_everything:  # figures of a baseline are those of one probe
+            changed = changed.with_options(batch=1)
         if all(code.startswith("JD2") for code in self.aims):
             changed = changed.with_options(products=False)
 
         # 2. The cuts that decide. A profile may make warnings of infos.
         if self.request.options.profile == _USUAL_PROFILE:
             changed = replace(changed, thresholds=changed.thresholds.of_warnings())
-        return changed.judged(Audit(changed).run())
+        return changed.judged(self._traced(changed).run())
+
+    def _traced(self, changed: Request) -> Audit:
+        """Return the audit of a copy, traced, with what is the same for all copies."""
+        audit = Audit(changed)
+        audit.trace()
+        audit.share_independence(self.original)
+        return audit
 
     def _changed_request(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
         """Return the request of an audit of a copy; see `audit` for the arguments."""

@@ -143,7 +143,8 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
     """
     spared = _spared_names(remedy)
     # 1. The report's own seed.
-    after, output = bench.again(_changed(model, remedy, bench.seed), spared, bench.seed)
+    changed = _changed(copy.deepcopy(model), remedy, bench.seed)
+    after, output = bench.again(changed, spared, bench.seed)
     seeds = [bench.seed]
     is_enough = sufficient(report, after, remedy)
 
@@ -189,12 +190,11 @@ def _spared_names(remedy: Remedy) -> list[str]:
 
 
 def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
-    """Return a changed copy of a model."""
-    changed = copy.deepcopy(model)
+    """Change a model that nobody else needs, and return it."""
     with seeded(seed + _APART):
-        remedy.apply(changed)
+        remedy.apply(model)
 
-    return changed
+    return model
 
 
 def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:

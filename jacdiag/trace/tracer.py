@@ -110,6 +110,7 @@ class Tracer:
         dtype: precision of the run; a float64 model runs in float64 whatever this says.
         declared: sub-layers that the dataflow does not show.
         weights: the values of a model on the meta device, by name.
+        keep_hooks: the model's hooks are part of it: no run without them is compared with it.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class Tracer:
         dtype: torch.dtype,
         declared: Sequence[Declaration] = (),
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        keep_hooks: bool = False,
     ) -> None:
         # 1. Check the model and its inputs.
         check_module(model, "jacdiag.sites")
@@ -140,7 +143,7 @@ class Tracer:
         # 3. The copy that is run. Without values the model itself cannot be run to see what it
         # computes: then the copy keeps its hooks.
         has_hooks = has_foreign_hooks(self.model)
-        self.compares_with_model = has_hooks and weights is None
+        self.compares_with_model = has_hooks and weights is None and not keep_hooks
         self.skeleton = Skeleton(
             self.model,
             keep_hooks=has_hooks and not self.compares_with_model,
