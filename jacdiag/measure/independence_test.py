@@ -98,9 +98,14 @@ def examine_draws(tensors: Iterable[Tensor]) -> list[DrawTest | None]:
         if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
             continue
 
-        # What lies on an accelerator takes memory there until it is read.
+        # 1. On a CPU there is nothing to wait for.
         part = _part_of(tensor.detach())
-        waiting.append((place, part))
+        if part.device.type == "cpu":
+            results[place] = _test(part)
+            continue
+
+        # 2. On an accelerator a copy waits, which does not hold the tensor, until there is enough.
+        waiting.append((place, part.clone()))
         held += part.numel()
         if held >= _HELD:
             _test_waiting(waiting, results)
