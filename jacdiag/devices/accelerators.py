@@ -79,6 +79,7 @@ def kinds_in_use() -> list[str]:
 
 def _has_started(kind: str) -> bool:
     """Return whether this process has started an accelerator of a kind that torch knows."""
+    # What torch was built without was never started, and need not be asked.
     if not _is_built(kind):
         return False
     module = getattr(torch, kind, None)

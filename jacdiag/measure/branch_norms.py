@@ -54,7 +54,7 @@ class Effort:
         decided: field name -> predicate on (lower, upper): the rules have what they need.
         early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they
             are.
-        wanted: fields of the norms to solve. That of the branch is always solved.
+        norms: fields of the norms to solve. That of the branch is always solved.
         solver: what solves, in the place of `Solver`: (linearised, effort, token ids) -> one with
             `norms()`.
     """
@@ -65,7 +65,7 @@ class Effort:
     seed: int = 0
     decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
     early: bool = False
-    wanted: frozenset[str] = NORMS
+    norms: frozenset[str] = NORMS
     solver: Callable[..., Any] | None = None
 
 
@@ -106,16 +106,15 @@ class Solver:
         """Return core, branch and residual norm."""
         # 1. The maps whose norms are wanted.
         linearised = self.one
-        wanted = self.effort.wanted
         operator: Operator | None = None
         owned: list[Local] = []
         why = "not requested"
-        if "residual_norm" in wanted:
+        if "residual_norm" in self.effort.norms:
             operator, owned, why = residual_map(linearised.site, linearised.branch, linearised.dims)
         core_is_branch = linearised.core is linearised.branch
         maps: dict[str, Operator] = {"branch_norm": linearised.branch}
         core = linearised.core
-        if core is not None and not core_is_branch and "core_norm" in wanted:
+        if core is not None and not core_is_branch and "core_norm" in self.effort.norms:
             maps["core_norm"] = core
         if operator is not None:
             maps["residual_norm"] = operator

@@ -124,12 +124,15 @@ class MomentSums:
             if not piece.numel():
                 continue
 
+            # The ends are those of the stored numbers, the powers those of float64.
             ends = torch.aminmax(piece)
             centred = in_float64(piece.flatten(), copy=True).sub_(shift)
             square = centred * centred
             powers = centred.sum(), centred @ centred, square @ centred, square @ square
             self.figures += [torch.stack(powers), ends.min, ends.max, _count_tiny(piece)]
             self.count += piece.numel()
+
+        # What is not there cannot be read: a table of zeros alone has no figures.
         if self.count:
             self.figures += [shift, _is_orthogonal(tensor)]
 

@@ -77,6 +77,7 @@ from jacdiag.trace.execution.tensors import collect_deep
 from jacdiag.trace.tracer import Tracer
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+# No condition of the paper reads the residual norm.
 _NORMS_OF_CONDITIONS = frozenset({"branch_norm", "core_norm"})
 _HELD_TOGETHER = 1 << 24  # numbers of weights
 
@@ -159,18 +160,6 @@ class Audit:
     def share_stats(self, other: Audit) -> None:
         """Take over the figures of weights that another audit of the same model has measured."""
         self._stats = other._stats
-
-    def share_independence(self, other: Audit) -> None:
-        """Take over what another audit has found independent; call it after `trace`.
-
-        Args:
-            other: of a model that runs the same code, with other weights or factors.
-        """
-        known = {site.name: site for site in other.sites}
-        for site in self.sites:
-            twin = known.get(site.name)
-            if twin is not None and twin.shortcut.dim() == site.shortcut.dim():
-                site.dims = twin.dims
 
     # -- steps -------------------------------------------------------------------------------------
     def _trace(self) -> None:
@@ -451,7 +440,7 @@ class Audit:
         progress.start(len(groups), "first look")
         try:
             with self._phase("first look"):
-                effort = replace(self._effort(), early=True, wanted=_NORMS_OF_CONDITIONS)
+                effort = replace(self._effort(), early=True, norms=_NORMS_OF_CONDITIONS)
                 measured = Share()
                 for members in groups:
                     share = self._measure_sublayers(members, effort, self._weight_stds)
@@ -559,7 +548,7 @@ class Audit:
             options.seed,
             self._decider(),
             early=options.decide,
-            wanted=self.request.scope.norms,
+            norms=self.request.scope.norms,
         )
 
     def _measure_sublayers(

@@ -12,7 +12,6 @@ from torch import nn
 
 from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError
-from jacdiag.measure.branch_norms import NORMS
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
@@ -152,7 +151,6 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     trial = _Trial(
         request=request,
         state=report.state,
-        original=audit,
         aims=frozenset(aims(report)),
         confidence_all=level,
         decayed=frozenset(decayed),
@@ -175,7 +173,6 @@ class _Trial:
     Attributes:
         request: of the audit of the model itself.
         state: of its weights: a copy is not judged again.
-        original: the audit of the model itself, which has run.
         aims: the rules that remedies are tried against.
         confidence_all: of one trial; None if the confidence is that of each interval.
         decayed: names of the parameters that the optimizer decays.
@@ -183,7 +180,6 @@ class _Trial:
 
     request: Request
     state: Literal["init", "trained"] | None
-    original: Audit
     aims: frozenset[str]
     confidence_all: float | None
     decayed: frozenset[str]
@@ -201,7 +197,7 @@ class _Trial:
         """
         # A copy runs the code that the audit of the model itself has replayed.
         changed = replace(self._changed_request(model, spared, seed), scope=Scope(replay=False))
-        audit = self._traced(changed)
+        audit = Audit(changed)
         return changed.judged(audit.run()), audit.sites.output
 
     def confirm(self, model: nn.Module, spared: Iterable[str], seed: int) -> Report:
@@ -217,32 +213,20 @@ class _Trial:
         """
         # 1. What the rules read.
         changed = self._changed_request(model, spared, seed)
-        norms = frozenset(field for field, codes in _READERS.items() if codes & self.aims)
-        needs_everything = bool(_NEED_FULL_WIDTH & self.aims)
-        reads_weights = any(code.startswith("JD2") for code in self.aims)
-        scope = Scope(
-            replay=False,
-            network=needs_everything,
-            contract=needs_everything or reads_weights,
-            norms=NORMS if needs_everything else norms,
-        )
-        changed = replace(changed, scope=scope).with_options(select=sorted(self.aims))
-        if not needs_everything:  # figures of a baseline are those of one probe
-            changed = changed.with_options(batch=1)
+        changed = replace(changed, scope=_what_is_read_by(self.aims))
+        changed = changed.with_options(select=sorted(self.aims))
+
+        # 2. The init contract is read off the weights, and figures of a baseline are those of one
+        # probe. For anything else a sequence is enough.
         if all(code.startswith("JD2") for code in self.aims):
             changed = changed.with_options(products=False)
+        elif not _NEED_FULL_WIDTH & self.aims:
+            changed = changed.with_options(batch=1)
 
-        # 2. The cuts that decide. A profile may make warnings of infos.
+        # 3. The cuts that decide. A profile may make warnings of infos.
         if self.request.options.profile == _USUAL_PROFILE:
             changed = replace(changed, thresholds=changed.thresholds.of_warnings())
-        return changed.judged(self._traced(changed).run())
-
-    def _traced(self, changed: Request) -> Audit:
-        """Return the audit of a copy, traced, with what is the same for all copies."""
-        audit = Audit(changed)
-        audit.trace()
-        audit.share_independence(self.original)
-        return audit
+        return changed.judged(Audit(changed).run())
 
     def _changed_request(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
         """Return the request of an audit of a copy; see `audit` for the arguments."""
@@ -268,6 +252,18 @@ class _Trial:
         names = self.decayed - spared
         params = [parameter for name, parameter in model.named_parameters() if name in names]
         return [{"params": params, "weight_decay": 1.0}]
+
+
+def _what_is_read_by(codes: frozenset[str]) -> Scope:
+    """Return what has to be measured for some of the rules that can be aimed at."""
+    # 1. These rules read figures of the entire model.
+    if _NEED_FULL_WIDTH & codes:
+        return Scope(replay=False)
+
+    # 2. Any other reads norms of sub-layers, or weights.
+    norms = frozenset(name for name, readers in _READERS.items() if readers & codes)
+    reads_weights = any(code.startswith("JD2") for code in codes)
+    return Scope(replay=False, network=False, contract=reads_weights, norms=norms)
 
 
 def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +10,11 @@ import torch
 from torch import nn
 
 import jacdiag
-from jacdiag.distributed import enlisted
 from jacdiag.pipeline import with_remedies
-from jacdiag.pipeline.audit import AuditOptions
-from jacdiag.pipeline.measured_audit import Audit
-from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
 from jacdiag.remedies import trial
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import gpt
-from jacdiag.sources.python_source import source_of
 from jacdiag.trace.tracer import Tracer
 
 SOURCE = "jacdiag.sources.gpt:build"
@@ -26,7 +22,9 @@ SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 128, "block_size
 OPTIONS: dict[str, Any] = {"batch": 2, "seq": 16, "decide": True, "remedies": "first"}
 
 
-def tried(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Report, list[Report]]:
+def tried(
+    monkeypatch: pytest.MonkeyPatch, source: str = SOURCE, **options: Any
+) -> tuple[Report, list[Report]]:
     """Audit a model that asks for remedies; return its report and those of further seeds."""
     reports: list[Report] = []
     confirm = with_remedies._Trial.confirm
@@ -36,8 +34,9 @@ def tried(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Report, list
         return reports[-1]
 
     monkeypatch.setattr(with_remedies._Trial, "confirm", noting)
-    report = jacdiag.audit(SOURCE, model_args={"recipe": "vanilla", **SIZES}, **OPTIONS | options)
-    return report, reports
+    if source == SOURCE:
+        options["model_args"] = {"recipe": "vanilla", **SIZES}
+    return jacdiag.audit(source, **OPTIONS | options), reports
 
 
 def test_only_what_the_rules_read_is_measured_of_further_seeds(
@@ -110,27 +109,41 @@ def test_hooks_that_are_part_of_a_model_are_recorded_without_a_run_of_the_model(
     assert len(calls) < runs_compared
 
 
-def test_what_is_independent_is_found_once_for_all_copies() -> None:
+UNSCALED = """
+import torch
+from jacdiag.sources import gpt
+
+
+def model():
+    built = gpt.build("gpt2", n_layer=4, n_embd=64, n_head=2, vocab_size=128, block_size=32)
+    torch.nn.init.normal_(built.transformer.h[1].mlp.c_proj.weight, std=0.02)
+    return built
+"""
+
+
+def test_the_init_contract_of_further_seeds_needs_no_product(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "build.py").write_text(UNSCALED)
+    source = f"{tmp_path / 'build.py'}:model"
+    report, further = tried(monkeypatch, source, select=["JD2"])
+    assert {finding.code for finding in report.findings} == {"JD203"}
+    assert [(r.name, r.seeds) for r in report.remedies if r.recommended] == [
+        ("contract", [0, 1, 2])
+    ]
+    for of_seed in further:
+        assert of_seed.contract is not None and not of_seed.sublayers
+        assert [rule.status for rule in of_seed.rules] == ["clean"]
+
+
+def test_a_branch_that_a_remedy_wakes_up_is_looked_at_anew() -> None:
+    """A branch of zeros depends on nothing, and looks as if its tokens were independent."""
     model = gpt.build("vanilla", **SIZES)
-    first, again = traced(model), traced(model)
-    report = first.run()
-    again.share_independence(first)
-    shared = again.run()
-    for one, other in zip(report.sublayers, shared.sublayers, strict=True):
-        assert one.branch_norm is not None and one.branch_norm == other.branch_norm
-    assert spent(shared) < spent(report)
-
-
-def traced(model: nn.Module) -> Audit:
-    options = AuditOptions(batch=2, seq=16, state="init")
-    with enlisted(False) as ranks:
-        request = Request(
-            source=source_of(model), options=options, thresholds=load_thresholds(), ranks=ranks
-        )
-    audit = Audit(request)
-    audit.trace()
-    return audit
-
-
-def spent(report: Report) -> float:
-    return sum(row.cost or 0.0 for row in report.sublayers)
+    for block in model.transformer.h:
+        nn.init.zeros_(block.attn.c_proj.weight)
+    asleep = jacdiag.sites(model, torch.arange(16)[None])[0]
+    assert asleep.splits_tokens(asleep.independent())
+    for block in model.transformer.h:
+        nn.init.normal_(block.attn.c_proj.weight, std=0.02)
+    awake = jacdiag.sites(model, torch.arange(16)[None])[0]
+    assert not awake.splits_tokens(awake.independent())
