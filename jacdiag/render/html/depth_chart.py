@@ -27,6 +27,8 @@ _INSET = 12.0  # between the last point and the labels
 _CHARACTER = 6.9  # the width of one, on average, in bold
 _FOOT = 9.0  # the signs of what has no place on the scale stand so far above the axis
 _MOST_TICKS = 14  # on the depth axis
+# Factors of the ticks of a logarithmic axis, from few to many.
+_STEPS_OF_A_DECADE = ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0))
 _TICK_STEPS = [factor * 10**power for power in range(9) for factor in (1, 2, 5)]
 _CROWDED = 40  # points on a curve from which the markers are small
 _LABEL_HEIGHT = 15.0  # of a label
@@ -426,13 +428,25 @@ def _depths(last: float) -> list[int]:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """Return the values with a tick on a logarithmic axis: powers of 10, or 1, 2 and 5."""
+    """Return the values with a tick on a logarithmic axis: powers of 10, or 1, 2 and 5.
+
+    A scale that is too short for two of these has finer ones.
+
+    >>> _round_values(0.8, 30), _round_values(0.25, 0.8)
+    ([1.0, 2.0, 5.0, 10.0, 20.0], [0.25, 0.3, 0.4, 0.5, 0.6, 0.8])
+    """
     first, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors: tuple[float, ...] = (1.0, 2.0, 5.0)
+    steps = _STEPS_OF_A_DECADE[1:]
     if end - first > 3:
-        factors = (1.0,)
-    values = [factor * 10.0**power for power in range(first, end + 1) for factor in factors]
-    return [value for value in values if low <= value <= high]
+        steps = _STEPS_OF_A_DECADE[:1]
+
+    values: list[float] = []
+    for factors in steps:
+        values = [factor * 10.0**power for power in range(first, end + 1) for factor in factors]
+        values = [round(value, 12) for value in values if low <= value <= high]
+        if len(values) > 1:
+            break
+    return values
 
 
 def _moved_apart(heights: list[float]) -> list[float]:
