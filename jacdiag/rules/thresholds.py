@@ -95,8 +95,15 @@ class Thresholds:
         return self.table.get((figure, stratum)) or self.table.get((figure, "")) or Limits()
 
     def of_warnings(self) -> Thresholds:
-        """Return the cuts at which warnings begin alone: a report is judged by fewer products."""
-        table = {key: replace(limits, info=None, error=None) for key, limits in self.table.items()}
+        """Return the lowest cut of each figure from which on a rule is louder than an info.
+
+        To decide these alone takes fewer products.
+        """
+        table = {}
+        for key, limits in self.table.items():
+            has_warning = limits.warning is not None
+            error = None if has_warning else limits.error
+            table[key] = replace(limits, info=None, error=error)
         return replace(self, table=table)
 
     def to_dict(self) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ import jacdiag
 from jacdiag.pipeline import with_remedies
 from jacdiag.records import Report
 from jacdiag.remedies import trial
-from jacdiag.rules.thresholds import load_thresholds
+from jacdiag.rules.thresholds import Limits, Thresholds, load_thresholds
 from jacdiag.sources import gpt
 from jacdiag.trace.tracer import Tracer
 
@@ -82,7 +82,14 @@ def test_the_cuts_of_warnings_are_those_of_the_table() -> None:
     table, warnings = load_thresholds(), load_thresholds().of_warnings()
     for key, limits in table.table.items():
         assert warnings.table[key].warning == limits.warning
-        assert warnings.table[key].info is warnings.table[key].error is None
+        assert warnings.table[key].info is None
+
+
+def test_an_error_without_a_warning_below_it_stays_a_cut() -> None:
+    table = Thresholds({("norm_gain", ""): Limits(info=4.0, error=9.0)})
+    assert table.of_warnings().limits("norm_gain").cuts == (9.0,)
+    table = Thresholds({("norm_gain", ""): Limits(info=4.0, warning=8.0, error=9.0)})
+    assert table.of_warnings().limits("norm_gain").cuts == (8.0,)
 
 
 def test_the_model_itself_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
