@@ -74,6 +74,9 @@ def measure(source: list[str]) -> dict[str, Any]:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "jacdiag_cli", "audit", *source, "--json", str(report)]
         seen, seconds, code = run_on_terminal(command)
+        # 1 means that a rule fired; without a report there is nothing to read.
+        if not report.exists():
+            raise SystemExit(f"the command ended with {code} and wrote no report")
         cost = json.loads(report.read_text(encoding="utf-8"))["cost"]
     phases = cost["phases"]
     measured_once = phases.keys() - {"first look", "remedies"}
@@ -90,6 +93,7 @@ def measure(source: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, print, and write the results unless `--quick` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small GPT; prints only")
     quick = parser.parse_args().quick

@@ -90,7 +90,7 @@ class StepScores:
     """How far one step stands out, in standard deviations; None while there are too few steps.
 
     Attributes:
-        loss, gradient: above the mean of the last 1,000 steps.
+        loss, gradient: above the mean of the last steps, at most 1,000.
         gradient_ema: above the exponential mean.
         loss_recent, gradient_recent: above the line through the last 48 steps.
     """

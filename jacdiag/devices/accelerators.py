@@ -83,18 +83,18 @@ def _has_started(kind: str) -> bool:
     if not _is_built(kind):
         return False
     module = getattr(torch, kind, None)
-    ask = getattr(module, "is_initialized", None)
-    if ask is None:  # MPS cannot tell
-        ask = getattr(module, "is_available", None)
-    return ask is not None and bool(ask())
+    is_initialized = getattr(module, "is_initialized", None)
+    if is_initialized is None:  # MPS cannot tell
+        is_initialized = getattr(module, "is_available", None)
+    return is_initialized is not None and bool(is_initialized())
 
 
 @cache
 def _is_built(kind: str) -> bool:
     """Return whether this build of torch has a kind; True where it cannot tell."""
     backend = getattr(torch.backends, kind, None)
-    ask = getattr(backend, "is_built", None)
-    return ask is None or bool(ask())
+    is_built = getattr(backend, "is_built", None)
+    return is_built is None or bool(is_built())
 
 
 def _known_kinds() -> list[str]:

@@ -90,28 +90,32 @@ def examine_draws(tensors: Iterable[Tensor]) -> list[DrawTest | None]:
     Args:
         tensors: each is let go of before the next is taken, since it may come from a file.
     """
+    # `map` holds no tensor while the next one is read: both may not fit into memory.
     results: list[DrawTest | None] = []
     waiting: list[tuple[int, Tensor]] = []  # place of a tensor, and the part that is looked at
-    held = 0
-    for place, tensor in enumerate(tensors):
-        results.append(None)
-        if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
-            continue
-
+    for look in map(_look_at, tensors):
         # 1. On a CPU there is nothing to wait for.
-        part = _part_of(tensor.detach())
-        if part.device.type == "cpu":
-            results[place] = _test(part)
+        if not isinstance(look, Tensor):
+            results.append(look)
             continue
 
         # 2. On an accelerator a copy waits, which does not hold the tensor, until there is enough.
-        waiting.append((place, part.clone()))
-        held += part.numel()
-        if held >= _HELD:
+        waiting.append((len(results), look))
+        results.append(None)
+        if sum(part.numel() for _, part in waiting) >= _HELD:
             _test_waiting(waiting, results)
-            held = 0
     _test_waiting(waiting, results)
     return results
+
+
+def _look_at(tensor: Tensor) -> DrawTest | Tensor | None:
+    """Return the result for a matrix on a CPU, else a copy of the part to look at; None if none."""
+    if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
+        return None
+    part = _part_of(tensor.detach())
+    if part.device.type == "cpu":
+        return _test(part)
+    return part.clone()
 
 
 def _test_waiting(waiting: list[tuple[int, Tensor]], results: list[DrawTest | None]) -> None:

@@ -26,6 +26,7 @@ from jacdiag.devices.packed_download import download
 from jacdiag.measure.moments import CHUNK, Moments, MomentSums, moments, read_all
 
 ALPHA = 1e-6
+_MOST_FIGURES = 1024  # tensors of sums that wait on an accelerator before they are read
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 _MOST_SEARCHED = 16
@@ -249,25 +250,39 @@ class Draws:
         Args:
             weights: name -> `table` as in `draw_of`.
         """
-        # 1. What is not known yet. On a CPU every figure is there at once.
-        sums: dict[tuple[str, bool], MomentSums] = {}
+        # 1. What is not known yet. On a CPU every figure is there at once. On an accelerator sums
+        # wait until there are enough of them, since each takes memory there.
+        waiting: dict[tuple[str, bool], MomentSums] = {}
         for key in weights.items():
             if key in self._draws:
                 continue
-            name, table = key
-            tensor = self.params[name]
-            if tensor.device.type == "cpu" or not _has_values(tensor):
-                self._draws[key] = draw_of(tensor, table=table)
-            else:
-                sums[key] = MomentSums(tensor.detach(), table)
+            look = _look_at(self.params[key[0]], table=key[1])
+            if not isinstance(look, MomentSums):
+                self._draws[key] = look
+                continue
+            waiting[key] = look
+            if sum(len(sums.figures) for sums in waiting.values()) >= _MOST_FIGURES:
+                self._read(waiting)
+        self._read(waiting)
 
-        # 2. What lies on an accelerator, together.
-        for key, measured in zip(sums, read_all(list(sums.values())), strict=True):
+        # 2. All of them, in order.
+        return {name: self._draws[name, table] for name, table in weights.items()}
+
+    def _read(self, waiting: dict[tuple[str, bool], MomentSums]) -> None:
+        """Read the sums of weights that wait on an accelerator, in one download."""
+        for key, measured in zip(waiting, read_all(list(waiting.values())), strict=True):
             draw = _draw_from(measured, ALPHA)
             if draw is not None and draw.family == "other":
                 draw = _with_outliers(draw, self.params[key[0]])
             self._draws[key] = draw
-        return {name: self._draws[name, table] for name, table in weights.items()}
+        waiting.clear()
+
+
+def _look_at(tensor: Tensor, *, table: bool) -> FittedDraw | MomentSums | None:
+    """Return the draw of a weight on a CPU, else its sums, which are still to be read."""
+    if tensor.device.type == "cpu" or not _has_values(tensor):
+        return draw_of(tensor, table=table)
+    return MomentSums(tensor.detach(), table)
 
 
 def copies_of(

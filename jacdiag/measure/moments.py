@@ -132,7 +132,7 @@ class MomentSums:
             self.figures += [torch.stack(powers), ends.min, ends.max, _count_tiny(piece)]
             self.count += piece.numel()
 
-        # What is not there cannot be read: a table of zeros alone has no figures.
+        # A table that holds zeros alone has no figures.
         if self.count:
             self.figures += [shift, _is_orthogonal(tensor)]
 

@@ -69,7 +69,7 @@ def measure_group(
         # 2. Parallel branches together.
         are_parallel = len(sites) > 1
         all_built = len(built) == len(sites)
-        if are_parallel and all_built:
+        if are_parallel and all_built and "residual_norm" in effort.norms:
             joint = _joint_residual(built, effort)
             records = [replace(record, joint_residual_norm=joint) for record in records]
         return records

@@ -77,7 +77,7 @@ from jacdiag.trace.execution.tensors import collect_deep
 from jacdiag.trace.tracer import Tracer
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-# No condition of the paper reads the residual norm.
+# What the first look measures: no condition of the paper reads the residual norm.
 _NORMS_OF_CONDITIONS = frozenset({"branch_norm", "core_norm"})
 _HELD_TOGETHER = 1 << 24  # numbers of weights
 
@@ -183,7 +183,7 @@ class Audit:
                 options.precision,
                 declarations(options.declared),
                 self.request.source.weights,
-                keep_hooks=not self.request.scope.replay,
+                keep_hooks=self.request.scope.hooks,
             )
             self.sites = tracer.trace()
 

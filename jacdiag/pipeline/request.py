@@ -17,15 +17,18 @@ from jacdiag.sources import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """The parts of an audit that are measured beside the norms.
+    """What an audit measures and checks.
 
     Attributes:
+        hooks: record the model with its hooks. Else they are recorded only if they change what it
+            computes, which takes a run of the model itself.
         replay: check that parts of the model that are run alone give what the model gives.
         network: the gradient at every depth, dead paths and the end-to-end norm.
         contract: how every weight was drawn.
-        norms: of a sub-layer. The norm of the branch is always measured.
+        norms: fields of the norms of a sub-layer. That of the branch is always measured.
     """
 
+    hooks: bool = False
     replay: bool = True
     network: bool = True
     contract: bool = True
@@ -43,7 +46,7 @@ class Request:
         ranks: the processes that share the work.
         baseline: figures to compare with: those of the options, or of an earlier model.
         against: the comparison with an earlier model, once it was measured.
-        scope: what is measured. All of it, but for changed copies of a model.
+        scope: what is measured; less than everything for changed copies of a model.
     """
 
     source: Source

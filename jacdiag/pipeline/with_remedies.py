@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from jacdiag.devices.host_memory import free_host_memory
-from jacdiag.errors import JacdiagError, MeasureError
+from jacdiag.errors import JacdiagError, MeasureError, TraceError
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
@@ -20,11 +20,12 @@ from jacdiag.records import Report
 from jacdiag.remedies import Bench, aims, most_trials, remedies_for, try_remedies
 from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.sources import Source, load
+from jacdiag.trace.execution.wrappers import has_foreign_hooks
 
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
 # These rules rest on figures of full width, which an audit that stops early does not have.
 _NEED_FULL_WIDTH = {"JD104", "JD105", "JD110"}
-# Norms, and the rules among those that can be aimed at that read them.
+# The rules that read each norm, of those that a remedy can be tried against.
 _READERS = {"branch_norm": {"JD103"}, "core_norm": {"JD101"}}
 _USUAL_PROFILE = "default"  # its infos and warnings have the levels of the rules themselves
 
@@ -152,6 +153,7 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
         request=request,
         state=report.state,
         aims=frozenset(aims(report)),
+        own_hooks=not has_foreign_hooks(audit.model),
         confidence_all=level,
         decayed=frozenset(decayed),
     )
@@ -174,6 +176,7 @@ class _Trial:
         request: of the audit of the model itself.
         state: of its weights: a copy is not judged again.
         aims: the rules that remedies are tried against.
+        own_hooks: all hooks of a copy are those of a remedy, since the model has none.
         confidence_all: of one trial; None if the confidence is that of each interval.
         decayed: names of the parameters that the optimizer decays.
     """
@@ -181,6 +184,7 @@ class _Trial:
     request: Request
     state: Literal["init", "trained"] | None
     aims: frozenset[str]
+    own_hooks: bool
     confidence_all: float | None
     decayed: frozenset[str]
 
@@ -195,8 +199,9 @@ class _Trial:
         Returns:
             The judged report, and the output of the copy on the probe.
         """
-        # A copy runs the code that the audit of the model itself has replayed.
-        changed = replace(self._changed_request(model, spared, seed), scope=Scope(replay=False))
+        # The code of a copy is that of the model, whose parts were run alone and compared.
+        scope = Scope(hooks=self.own_hooks, replay=False)
+        changed = replace(self._changed_request(model, spared, seed), scope=scope)
         audit = Audit(changed)
         return changed.judged(audit.run()), audit.sites.output
 
@@ -204,7 +209,8 @@ class _Trial:
         """Audit a copy of a further seed by the rules that remedies are tried against alone.
 
         What none of these rules reads is not measured. Infos may remain, so that norms are solved
-        until warnings are decided. A probe that is drawn or read here has one sequence.
+        until warnings are decided. One sequence is the probe, if the model runs on one, and if no
+        rule compares figures of the entire probe.
 
         Args:
             model: the copy.
@@ -213,20 +219,32 @@ class _Trial:
         """
         # 1. What the rules read.
         changed = self._changed_request(model, spared, seed)
-        changed = replace(changed, scope=_what_is_read_by(self.aims))
-        changed = changed.with_options(select=sorted(self.aims))
+        scope = replace(_what_is_read_by(self.aims), hooks=self.own_hooks)
+        changed = replace(changed, scope=scope).with_options(select=sorted(self.aims))
+        if "JD110" not in self.aims:
+            changed = replace(changed, baseline=None, against=None)
+            changed = changed.with_options(baseline=None, against=None)
 
-        # 2. The init contract is read off the weights, and figures of a baseline are those of one
-        # probe. For anything else a sequence is enough.
+        # 2. The cuts that decide. A profile may make warnings of infos.
+        if self.request.options.profile == _USUAL_PROFILE:
+            changed = replace(changed, thresholds=changed.thresholds.of_warnings())
+
+        # 3. The init contract is read off the weights. Other rules need a probe.
         if all(code.startswith("JD2") for code in self.aims):
             changed = changed.with_options(products=False)
         elif not _NEED_FULL_WIDTH & self.aims:
-            changed = changed.with_options(batch=1)
-
-        # 3. The cuts that decide. A profile may make warnings of infos.
-        if self.request.options.profile == _USUAL_PROFILE:
-            changed = replace(changed, thresholds=changed.thresholds.of_warnings())
+            return self._confirm_on_one_sequence(changed)
         return changed.judged(Audit(changed).run())
+
+    def _confirm_on_one_sequence(self, changed: Request) -> Report:
+        """Audit a copy on one sequence; on the entire probe if the model does not run on one."""
+        small = changed.with_options(batch=1)
+        audit = Audit(small)
+        try:
+            audit.trace()
+        except TraceError:
+            return changed.judged(Audit(changed).run())
+        return small.judged(audit.run())
 
     def _changed_request(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
         """Return the request of an audit of a copy; see `audit` for the arguments."""

@@ -59,8 +59,8 @@ class Bench:
         again: audits a changed model with a seed, spending products until the rules are decided;
             the second argument names the parameters that weight decay is to spare. Returns the
             report, and the output at the probe.
-        confirm: the same for a further seed. The report is judged by the rules that remedies are
-            tried against, and by no other.
+        confirm: audits a changed model of a further seed, from the same arguments. Its report is
+            judged by the rules that remedies are tried against, and by no other.
         output: of the model as it is, at the probe.
         fresh: builds the model with another seed; None if there is one set of weights only.
         seed: of the report.
@@ -157,7 +157,9 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
             continue
 
         seeds.append(seed)
-        other_report = bench.confirm(_changed(other, remedy, seed), spared, seed)
+        # A factory may return a model that somebody else holds too.
+        changed = _changed(copy.deepcopy(other), remedy, seed)
+        other_report = bench.confirm(changed, spared, seed)
         is_enough = sufficient(report, other_report, remedy)
 
     # 3. How far the function changed, if it should not.
@@ -190,7 +192,7 @@ def _spared_names(remedy: Remedy) -> list[str]:
 
 
 def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
-    """Change a model that nobody else needs, and return it."""
+    """Change a copy in place, and return it."""
     with seeded(seed + _APART):
         remedy.apply(model)
 

@@ -110,7 +110,7 @@ class Tracer:
         dtype: precision of the run; a float64 model runs in float64 whatever this says.
         declared: sub-layers that the dataflow does not show.
         weights: the values of a model on the meta device, by name.
-        keep_hooks: the model's hooks are part of it: no run without them is compared with it.
+        keep_hooks: record the model with its hooks, without comparing it with a copy that has none.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import jacdiag
+from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.pipeline import with_remedies
 from jacdiag.records import Report
 from jacdiag.remedies import trial
@@ -74,8 +75,17 @@ def test_infos_need_no_products_unless_a_profile_makes_warnings_of_them(
     _, further = tried(monkeypatch)
     cuts = further[-1].settings["thresholds"]["branch_norm"]
     assert "warning" in cuts and "info" not in cuts
+    fewer = spent(further)
+    with monkeypatch.context() as patched:
+        patched.setattr(Thresholds, "of_warnings", lambda self: self)
+        _, further = tried(monkeypatch)
+    assert fewer < spent(further)
     _, further = tried(monkeypatch, profile="paper")
     assert "info" in further[-1].settings["thresholds"]["branch_norm"]
+
+
+def spent(reports: list[Report]) -> int:
+    return sum(report.cost.products or 0 for report in reports if report.cost is not None)
 
 
 def test_the_cuts_of_warnings_are_those_of_the_table() -> None:
@@ -111,8 +121,9 @@ def test_hooks_that_are_part_of_a_model_are_recorded_without_a_run_of_the_model(
     runs_compared = len(calls)
     calls.clear()
     kept = Tracer(model, (ids,), {}, torch.float32, keep_hooks=True).trace()
-    for one, other in zip(kept, compared, strict=True):
-        assert torch.equal(one.shortcut, other.shortcut) and torch.equal(one.value, other.value)
+    for site, compared_site in zip(kept, compared, strict=True):
+        assert torch.equal(site.shortcut, compared_site.shortcut)
+        assert torch.equal(site.value, compared_site.value)
     assert len(calls) < runs_compared
 
 
@@ -143,14 +154,111 @@ def test_the_init_contract_of_further_seeds_needs_no_product(
         assert [rule.status for rule in of_seed.rules] == ["clean"]
 
 
-def test_a_branch_that_a_remedy_wakes_up_is_looked_at_anew() -> None:
+def recommended(report: Report) -> list[tuple[str, list[int]]]:
+    return [(remedy.name, remedy.seeds) for remedy in report.remedies if remedy.recommended]
+
+
+def test_figures_of_another_model_do_not_stop_further_seeds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A baseline is of the entire probe, and a comparison needs norms; no rule here reads them."""
+    # 1. A baseline with a probe of two sequences.
+    plain = {**OPTIONS, "remedies": "none", "model_args": {"recipe": "vanilla", **SIZES}}
+    report, further = tried(monkeypatch, baseline=figures_of([jacdiag.audit(SOURCE, **plain)], 0.3))
+    assert recommended(report) == [("scaled-embed", [0, 1, 2])] and len(further) == 2
+
+    # 2. An earlier checkpoint, where only weights are judged.
+    (tmp_path / "build.py").write_text(UNSCALED)
+    source = f"{tmp_path / 'build.py'}:model"
+    report, _ = tried(monkeypatch, source, select=["JD2"], against=source)
+    assert recommended(report) == [("contract", [0, 1, 2])]
+
+
+HELD = """
+from jacdiag.sources import gpt
+
+MODEL = gpt.build("vanilla", n_layer=2, n_embd=64, n_head=2, vocab_size=128, block_size=32)
+
+
+def model():
+    return MODEL
+"""
+
+
+def test_a_model_that_a_factory_keeps_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "held_model.py").write_text(HELD)
+    monkeypatch.syspath_prepend(tmp_path)
+    import held_model  # type: ignore[import-not-found]
+
+    before = {name: tensor.clone() for name, tensor in held_model.MODEL.state_dict().items()}
+    report, further = tried(monkeypatch, "held_model:model", state="init")
+    assert further and recommended(report)
+    after = held_model.MODEL.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert not any(module._forward_hooks for module in held_model.MODEL.modules())
+
+
+TWO_AT_LEAST = """
+from jacdiag.sources import gpt
+
+
+class Pairs(gpt.GPT):
+    def forward(self, ids, targets=None):
+        assert len(ids) > 1, "a pair of sequences"
+        return super().forward(ids, targets)
+
+
+def model():
+    sizes = dict(n_layer=2, n_embd=64, n_head=2, vocab_size=128, block_size=32)
+    built = gpt.build("vanilla", **sizes)
+    built.__class__ = Pairs
+    return built
+"""
+
+
+def test_a_model_that_does_not_run_on_one_sequence_gets_the_entire_probe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "build.py").write_text(TWO_AT_LEAST)
+    report, further = tried(monkeypatch, f"{tmp_path / 'build.py'}:model")
+    assert recommended(report) == [("scaled-embed", [0, 1, 2])]
+    assert [of_seed.probe.batch for of_seed in further if of_seed.probe is not None] == [2, 2]
+
+
+ASLEEP = """
+import torch
+from jacdiag.sources import gpt
+
+
+def model():
+    sizes = dict(n_layer=4, n_embd=64, n_head=2, vocab_size=128, block_size=32)
+    built = gpt.build("gpt2", **sizes)
+    torch.nn.init.zeros_(built.transformer.h[1].attn.c_proj.weight)
+    return built
+"""
+
+
+def test_a_branch_that_a_remedy_wakes_up_is_looked_at_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A branch of zeros depends on nothing, and looks as if its tokens were independent."""
-    model = gpt.build("vanilla", **SIZES)
-    for block in model.transformer.h:
-        nn.init.zeros_(block.attn.c_proj.weight)
-    asleep = jacdiag.sites(model, torch.arange(16)[None])[0]
-    assert asleep.splits_tokens(asleep.independent())
-    for block in model.transformer.h:
-        nn.init.normal_(block.attn.c_proj.weight, std=0.02)
-    awake = jacdiag.sites(model, torch.arange(16)[None])[0]
-    assert not awake.splits_tokens(awake.independent())
+    (tmp_path / "build.py").write_text(ASLEEP)
+    woken: list[Report] = []
+    audit = with_remedies._Trial.audit
+
+    def noting(*arguments: Any) -> tuple[Report, Any]:
+        report, output = audit(*arguments)
+        woken.append(report)
+        return report, output
+
+    monkeypatch.setattr(with_remedies._Trial, "audit", noting)
+    options = {**OPTIONS, "remedies": "all"}
+    report = jacdiag.audit(f"{tmp_path / 'build.py'}:model", state="init", **options)
+    name = "transformer.h.1.attn"
+    (asleep,) = [row for row in report.sublayers if row.name == name]
+    assert asleep.problems == "one per token"
+    awake = [row for of_copy in woken for row in of_copy.sublayers if row.name == name]
+    assert "one per sequence" in {row.problems for row in awake}

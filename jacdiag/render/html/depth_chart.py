@@ -7,7 +7,7 @@ its interval as a text, which a picture file cannot have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jacdiag.records.number_format import between, three
@@ -432,18 +432,21 @@ def _round_values(low: float, high: float) -> list[float]:
 
     A scale that is too short for two of these has finer ones.
 
+    >>> _round_values(1e-13, 3e-13)
+    [1e-13, 2e-13]
     >>> _round_values(0.8, 30), _round_values(0.25, 0.8)
     ([1.0, 2.0, 5.0, 10.0, 20.0], [0.25, 0.3, 0.4, 0.5, 0.6, 0.8])
     """
     first, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = _STEPS_OF_A_DECADE[1:]
+    steps: Sequence[Sequence[float]] = _STEPS_OF_A_DECADE[1:]
     if end - first > 3:
         steps = _STEPS_OF_A_DECADE[:1]
 
     values: list[float] = []
     for factors in steps:
         values = [factor * 10.0**power for power in range(first, end + 1) for factor in factors]
-        values = [round(value, 12) for value in values if low <= value <= high]
+        # Products of floats have digits that nobody wants to read.
+        values = [float(f"{value:.12g}") for value in values if low <= value <= high]
         if len(values) > 1:
             break
     return values
