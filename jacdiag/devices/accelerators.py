@@ -82,10 +82,14 @@ def _has_started(kind: str) -> bool:
     # What torch was built without was never started, and need not be asked.
     if not _is_built(kind):
         return False
+
+    # MPS cannot tell whether it was started.
     module = getattr(torch, kind, None)
     is_initialized = getattr(module, "is_initialized", None)
-    if is_initialized is None:  # MPS cannot tell
+    if is_initialized is None:
         is_initialized = getattr(module, "is_available", None)
+
+    # A kind of another vendor may have neither function.
     return is_initialized is not None and bool(is_initialized())
 
 

@@ -110,18 +110,28 @@ def examine_draws(tensors: Iterable[Tensor]) -> list[DrawTest | None]:
 
 def _look_at(tensor: Tensor) -> DrawTest | Tensor | None:
     """Return the result for a matrix on a CPU, else a copy of the part to look at; None if none."""
-    if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
+    # 1. Nothing to test.
+    is_wide_enough = can_be_tested(tensor.shape)
+    if not tensor.is_floating_point() or not is_wide_enough:
         return None
+
+    # 2. On a CPU the part is tested at once.
     part = _part_of(tensor.detach())
     if part.device.type == "cpu":
         return _test(part)
+
+    # 3. On an accelerator a copy of it waits, which does not hold the tensor.
     return part.clone()
 
 
 def _test_waiting(waiting: list[tuple[int, Tensor]], results: list[DrawTest | None]) -> None:
     """Read the parts that wait in one download, and put the result of each into its place."""
+    # 1. One download.
+    places = [place for place, _ in waiting]
     parts = download([part for _, part in waiting])
-    for (place, _), part in zip(waiting, parts, strict=True):
+
+    # 2. Test each part.
+    for place, part in zip(places, parts, strict=True):
         results[place] = _test(part)
     waiting.clear()
 

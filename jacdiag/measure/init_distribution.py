@@ -270,18 +270,26 @@ class Draws:
 
     def _read(self, waiting: dict[tuple[str, bool], MomentSums]) -> None:
         """Read the sums of weights that wait on an accelerator, in one download."""
-        for key, measured in zip(waiting, read_all(list(waiting.values())), strict=True):
+        all_measured = read_all(list(waiting.values()))
+        for key, measured in zip(waiting, all_measured, strict=True):
             draw = _draw_from(measured, ALPHA)
+
+            # Only a tensor of no known family is looked at again.
+            name, _ = key
             if draw is not None and draw.family == "other":
-                draw = _with_outliers(draw, self.params[key[0]])
+                draw = _with_outliers(draw, self.params[name])
             self._draws[key] = draw
         waiting.clear()
 
 
 def _look_at(tensor: Tensor, *, table: bool) -> FittedDraw | MomentSums | None:
     """Return the draw of a weight on a CPU, else its sums, which are still to be read."""
-    if tensor.device.type == "cpu" or not _has_values(tensor):
+    # 1. What is known at once.
+    is_on_cpu = tensor.device.type == "cpu"
+    if is_on_cpu or not _has_values(tensor):
         return draw_of(tensor, table=table)
+
+    # 2. What an accelerator has to sum first.
     return MomentSums(tensor.detach(), table)
 
 

@@ -279,9 +279,14 @@ def _what_is_read_by(codes: frozenset[str]) -> Scope:
         return Scope(replay=False)
 
     # 2. Any other reads norms of sub-layers, or weights.
-    norms = frozenset(name for name, readers in _READERS.items() if readers & codes)
+    norms = set()
+    for name, readers in _READERS.items():
+        if readers & codes:
+            norms.add(name)
+
+    # 3. The rules on weights read the init contract.
     reads_weights = any(code.startswith("JD2") for code in codes)
-    return Scope(replay=False, network=False, contract=reads_weights, norms=norms)
+    return Scope(replay=False, network=False, contract=reads_weights, norms=frozenset(norms))
 
 
 def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
