@@ -84,7 +84,6 @@ def measure(source: list[str]) -> dict[str, Any]:
     return {
         "source": " ".join(source),
         "exit_code": code,
-        "load_at_start": round(os.getloadavg()[0], 2),
         "seconds_until_shown": {name: round(second, 1) for name, second in seen.items()},
         "seconds": round(seconds, 1),
         "seconds_of_phases": {name: round(spent, 1) for name, spent in phases.items()},

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from jacdiag_cli.progress import Bar, DrawnBar
 from rich.console import Console
@@ -30,9 +31,9 @@ class Display(Bar):
         self.looks.append(report)
 
 
-def small_gpt() -> nn.Module:
+def small_gpt(recipe: str = "gpt2") -> nn.Module:
     with seeded(0):
-        return gpt.build("gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=64, block_size=16)
+        return gpt.build(recipe, n_layer=2, n_embd=32, n_head=2, vocab_size=64, block_size=16)
 
 
 @cache
@@ -90,6 +91,17 @@ def test_the_second_look_has_the_conditions_of_the_report() -> None:
         assert wide.branch_norm is not None and narrow.branch_norm is not None
         assert wide.branch_norm.lower <= narrow.branch_norm.upper
         assert narrow.branch_norm.lower <= wide.branch_norm.upper
+
+
+@pytest.mark.parametrize("recipe", ["scaled-embed", "xavier"])
+def test_the_conditions_are_those_of_the_report_for_few_products(recipe: str) -> None:
+    """A branch norm decides no condition: its interval stays wide, at one product."""
+    display = Display()
+    report = jacdiag.audit(small_gpt(recipe), seq=16, state="init", progress=display)
+    first_look = display.looks[1]
+    assert first_look.conditions == report.conditions
+    for row in first_look.sublayers:
+        assert row.branch_norm is not None and row.branch_norm.products == 1
 
 
 def test_an_audit_that_stops_when_decided_is_measured_once() -> None:

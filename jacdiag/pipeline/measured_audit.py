@@ -440,7 +440,12 @@ class Audit:
         progress.start(len(groups), "first look")
         try:
             with self._phase("first look"):
-                effort = replace(self._effort(), early=True, norms=_NORMS_OF_CONDITIONS)
+                effort = replace(
+                    self._effort(),
+                    decided=self._decider_of_conditions(),
+                    early=True,
+                    norms=_NORMS_OF_CONDITIONS,
+                )
                 measured = Share()
                 for members in groups:
                     share = self._measure_sublayers(members, effort, self._weight_stds)
@@ -637,18 +642,28 @@ class Audit:
 
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Decided]]:
         """Return a function that says when each norm of a sub-layer decides the rules."""
+        return lambda site: _decided_by(self._decision_points(site))
+
+    def _decider_of_conditions(self) -> Callable[[Sublayer], Mapping[str, Decided]]:
+        """Return the same for the conditions of the paper, where they apply to a sub-layer."""
 
         def decided(site: Sublayer) -> Mapping[str, Decided]:
-            """Return for each norm of a sub-layer when its interval decides the rules."""
-            points = decision_points(
-                kind=site.kind,
-                placement=site.placement,
-                layers=self.layers,
-                thresholds=self.request.thresholds,
-            )
-            return {name: _clear_of(points.get(name, ())) for name in NORMS}
+            """Return for each norm of a sub-layer when its interval decides the condition."""
+            points = self._decision_points(site)
+            if "core_norm" in points:
+                points = {"core_norm": points["core_norm"]}
+            return _decided_by(points)
 
         return decided
+
+    def _decision_points(self, site: Sublayer) -> dict[str, tuple[float, ...]]:
+        """Return the values that the intervals of a sub-layer must not straddle."""
+        return decision_points(
+            kind=site.kind,
+            placement=site.placement,
+            layers=self.layers,
+            thresholds=self.request.thresholds,
+        )
 
     def _weight_figures(self, names: Sequence[str]) -> Mapping[str, WeightStats | None]:
         """Return the figures of weights, each measured once."""
@@ -845,6 +860,11 @@ def _intervals(record: SublayerRecord) -> list[Interval]:
     )
     by_identity = {id(interval): interval for interval in fields if interval is not None}
     return list(by_identity.values())
+
+
+def _decided_by(points: Mapping[str, tuple[float, ...]]) -> dict[str, Decided]:
+    """Return for each norm when its interval holds none of its points; one without any is free."""
+    return {name: _clear_of(points.get(name, ())) for name in NORMS}
 
 
 def _clear_of(points: Iterable[float]) -> Decided:
