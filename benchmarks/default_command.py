@@ -1,8 +1,7 @@
 """How long `jacdiag audit hf:gpt2` takes on a terminal, and when each verdict stands on the screen.
 
-The command runs in a terminal of its own (a pseudo-terminal). The clock starts
-before Python does.
-GPT-2 124M with random weights, 2 x 128 tokens, as the command does without options.
+The command runs in a terminal of its own (a pseudo-terminal), without options: GPT-2 124M with
+random weights, 2 x 128 tokens. The clock starts before Python does.
 
     python benchmarks/default_command.py            90 seconds; writes results/default_command.json
     python benchmarks/default_command.py --quick    a small GPT, seconds; prints only
@@ -43,7 +42,7 @@ def run_on_terminal(command: list[str]) -> tuple[dict[str, float], float, int]:
         command ended, and its exit code.
     """
     # 1. Start it.
-    begun = time.perf_counter()
+    start = time.perf_counter()
     child, terminal = pty.fork()
     if child == 0:
         size = {"COLUMNS": "120", "LINES": "40", "TERM": "xterm-256color"}
@@ -62,8 +61,8 @@ def run_on_terminal(command: list[str]) -> tuple[dict[str, float], float, int]:
         screen += ESCAPES.sub("", output.decode(errors="replace"))
         for name, text in SHOWN.items():
             if name not in seen and text.search(screen):
-                seen[name] = time.perf_counter() - begun
-    seconds = time.perf_counter() - begun
+                seen[name] = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     _, status = os.waitpid(child, 0)
     return seen, seconds, os.waitstatus_to_exitcode(status)
 

@@ -365,7 +365,7 @@ class JointDetector:
 
 
 def _describe_scores(scores: StepScores, *, are_both_high: bool) -> str:
-    """Return how far loss and gradient norm lie from their means of the last 1,000 steps.
+    """Return how far loss and gradient norm lie from their means of the steps before.
 
     Args:
         scores: of the step.
@@ -375,8 +375,8 @@ def _describe_scores(scores: StepScores, *, are_both_high: bool) -> str:
     loss, gradient = scores.loss, scores.gradient
     if are_both_high:
         return (
-            f"loss {plain(loss)} and gradient norm {plain(gradient)} standard deviations above "
-            f"{EARLIER_STEPS}"
+            f"loss {plain(loss)} and gradient norm {plain(gradient)} standard deviations "
+            f"above {EARLIER_STEPS}"
         )
 
     # 2. One of them, and where the other is.

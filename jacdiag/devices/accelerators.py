@@ -108,7 +108,7 @@ def _known_kinds() -> list[str]:
     if own is not None and own not in kinds:
         kinds.append(own)
 
-    # A backend of another vendor, beside that of the build. It may come at any time.
+    # A backend of another vendor, which may be imported at any time.
     further = torch._C._get_privateuse1_backend_name()
     if further not in kinds and hasattr(torch, further):
         kinds.append(further)
@@ -159,8 +159,8 @@ def wait_for(device: torch.device) -> None:
 def is_capturing() -> bool:
     """Return whether operations are recorded into a graph of a device, and not run."""
     for kind in kinds_in_use():
-        ask = getattr(module_of(kind), "is_current_stream_capturing", None)
-        if ask is not None and ask():
+        is_recording = getattr(module_of(kind), "is_current_stream_capturing", None)
+        if is_recording is not None and is_recording():
             return True
     return False
 

@@ -416,8 +416,9 @@ class Audit:
     def _show_first_look(self, checks: dict[str, Any]) -> None:
         """Show how the conditions come out as soon as that is known, if the display can.
 
-        The norms are measured twice then: until the rules are decided, and to their width. The
-        second measurement begins anew, so that its figures are those of an audit without a display.
+        Some norms are measured twice then: until the conditions are decided, and to their width.
+        The second measurement does not go on from the first, so that its figures are those of an
+        audit without a display.
 
         Args:
             checks: of the report.
@@ -435,7 +436,7 @@ class Audit:
         if self.request.options.decide:
             return
 
-        # 2. The norms, until the rules are decided.
+        # 2. The norms, until the conditions are decided.
         groups = self.sites.by_shortcut()
         progress.start(len(groups), "first look")
         try:

@@ -209,8 +209,8 @@ class _Trial:
         """Audit a copy of a further seed by the rules that remedies are tried against alone.
 
         What none of these rules reads is not measured. Infos may remain, so that norms are solved
-        until warnings are decided. One sequence is the probe, if the model runs on one, and if no
-        rule compares figures of the entire probe.
+        until warnings are decided. The probe has one sequence, unless the model does not run on
+        one, the input was passed, or a rule compares figures of the entire probe.
 
         Args:
             model: the copy.

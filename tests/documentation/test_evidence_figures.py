@@ -41,6 +41,27 @@ def result(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
 
 
+def test_what_the_host_waits_for_is_that_of_the_count() -> None:
+    counts = result("accelerator.json")["audit"]
+    for row in counts.values():
+        assert f"{row['waits']} of {row['waits_allowed']}" in page("docs/concepts/devices.md")
+        assert f"{row['waits_per_sublayer_beyond']}" in page("docs/concepts/devices.md")
+
+
+def test_the_default_command_takes_what_was_measured() -> None:
+    run = result("default_command.json")
+    shown, phases = run["seconds_until_shown"], run["seconds_of_phases"]
+    assert (
+        f"the first verdict is shown after {shown['large shortcut']:.0f} s, both after "
+        f"{shown['both conditions']:.0f} s. All of it takes {run['seconds']:.0f} s, "
+        f"{phases['remedies']:.0f} of them for remedies ({run['remedies_over_measuring']} of the "
+        "measuring)"
+    ) in page("docs/evidence/cost.md")
+    first_look, sublayers = phases["first look"], phases["sub-layers"]
+    claim = f"this takes {first_look:.0f} s, and the sub-layers {sublayers:.0f} s"
+    assert claim in page("docs/how-to/audit-a-model.md")
+
+
 class Backtest:
     """What a page that `jacdiag backtest --markdown` wrote says."""
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.measure.branch_norms import Effort, Solver
+from jacdiag.measure.branch_norms import NORMS, Effort, Solver
 from jacdiag.measure.linearization import linearise
+from jacdiag.measure.sublayer_norms import measure_group
 from jacdiag.records import Interval
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
@@ -34,8 +36,7 @@ def effort(points: dict[str, float], *, early: bool = True) -> Effort:
     def side(point: float | None) -> object:
         return lambda low, high: point is None or high <= point or low > point
 
-    fields = ("branch_norm", "core_norm", "residual_norm")
-    decided = {name: side(points.get(name)) for name in fields}
+    decided = {name: side(points.get(name)) for name in NORMS}
     return Effort(seed=1, decided=lambda site: decided, early=early)  # type: ignore[arg-type, return-value]
 
 
@@ -101,3 +102,28 @@ def test_deciding_costs_a_fraction() -> None:
     assert all(row.bound is None or row.kind == "mlp" for row in short.sublayers), (
         "Eq. 20 was not measured"
     )
+
+
+class ParallelBranches(nn.Module):
+    """Two branches that are added to one shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        return x + self.first(z).tanh() + self.second(z).relu()
+
+
+def test_a_joint_residual_norm_is_solved_only_if_residual_norms_are_requested() -> None:
+    torch.manual_seed(0)
+    sites = jacdiag.sites(ParallelBranches(), torch.randn(2, 3, 8))
+    for norms in (NORMS, NORMS - {"residual_norm"}):
+        records = measure_group(list(sites), Effort(norms=norms), None, "init", lambda _names: {})
+        assert len(records) == 2
+        for record in records:
+            has_residual = record.residual_norm is not None
+            assert has_residual == ("residual_norm" in norms)
+            assert (record.joint_residual_norm is not None) == has_residual
