@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jacdiag.records.report import Placement
 from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.independence import independent_by_dataflow
 from jacdiag.trace.discovery.matrix_order import roles_of
 from jacdiag.trace.discovery.naming import depths_of, kind_of, names_of
 from jacdiag.trace.discovery.norms import Anatomist, Norm
@@ -112,6 +113,9 @@ class _Assembler:
         operations = {record.name for record in records}
         custom_functions = {record.function for record in records} - {""}
         same_group = [other for other in self.sites if other.group == site.group]
+        branch = self.captured.branches[index]
+        feature_dim = self._feature_dim(site, norms.entry, products, x)
+        dims = independent_by_dataflow(self.graph, site, feature_dim, tuple(branch.shape))
 
         # 3. The sub-layer, then what depends on its kind.
         sublayer = Sublayer(
@@ -124,7 +128,7 @@ class _Assembler:
             parallel=len(same_group) > 1,
             nested=site.nested,
             shortcut=x,
-            value=self.captured.branches[index],
+            value=branch,
             branch=self.replayer.segment(owner, source, end),
             carry=self._carry(site, owner, source),
             input_norm=norms.entry,
@@ -139,10 +143,11 @@ class _Assembler:
             products=_weights(self.graph, products, self.skeleton),
             roles={},
             activations=sorted(operations & ACTIVATIONS),
-            feature_dim=self._feature_dim(site, norms.entry, products, x),
+            feature_dim=feature_dim,
             stream_dim=-2 if site.mixed else None,
             functions=tuple(sorted(custom_functions)),
             line=self.graph.nodes[site.addition].line,
+            dims=dims,
         )
         self._classify(sublayer, site, self.homes[index])
         if sublayer.kind == "attention" and norms.entry is not None and products:

@@ -10,6 +10,7 @@ import torch
 
 from jacdiag.trace.execution.rng_state import RandomState
 from jacdiag.trace.graph.additions import Term
+from jacdiag.trace.graph.arguments import Arguments
 from jacdiag.trace.graph.ops import CUTS
 
 INPUT, STATE, CONSTANT = -1, -2, -3
@@ -80,6 +81,7 @@ class Node:
         function: the custom autograd.Function whose forward made the call. Autograd does not see
             what happens there, so that no value inside can be replaced.
         added: the number that an addition adds to a tensor, 1 in `1 + weight`.
+        arguments: what the call was given, without its tensors.
     """
 
     index: int
@@ -93,6 +95,7 @@ class Node:
     operands: tuple[int, ...] = ()
     function: str = ""
     added: float = 0.0
+    arguments: Arguments = field(default_factory=Arguments)
 
     @property
     def operands_added(self) -> list[int]:
@@ -127,6 +130,7 @@ class Graph:
 
     Attributes:
         foreign: where tensors came in that no recorded call made.
+        unexplained: values that no recorded call made and that no module holds.
         start: where the generators stood; None if the forward drew nothing.
     """
 
@@ -137,6 +141,7 @@ class Graph:
     used_state: set[str]
     foreign: list[str] = field(default_factory=list)
     start: RandomState | None = None
+    unexplained: frozenset[int] = frozenset()
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:

@@ -34,6 +34,7 @@ from jacdiag.trace.execution.tensors import (
     writes_in_place,
 )
 from jacdiag.trace.graph.additions import number_added, terms_of
+from jacdiag.trace.graph.arguments import Arguments
 from jacdiag.trace.graph.graph import (
     CONSTANT,
     INPUT,
@@ -159,6 +160,8 @@ class Recorder(TorchFunctionMode):
         self.stream_shapes: set[tuple[int, ...]] = set()
         # Tensors of a live value's shape that no recorded call made, and what may have made them.
         self.foreign: list[tuple[Tensor, str]] = []
+        # Floats that no recorded call made, and their values.
+        self.unmade: list[tuple[Tensor, int]] = []
 
     # -- values ------------------------------------------------------------------------------------
     def new_value(
@@ -222,7 +225,10 @@ class Recorder(TorchFunctionMode):
 
         # Made by code that is not recorded, or before the run.
         self._note_foreign(tensor)
-        return self.new_value(tensor, CONSTANT)
+        value = self.new_value(tensor, CONSTANT)
+        if is_float(tensor) and tensor.numel() > 1:
+            self.unmade.append((tensor, value))
+        return value
 
     def _note_foreign(self, tensor: Tensor) -> None:
         """Note a tensor of a live value's shape that no recorded call made."""
@@ -344,6 +350,7 @@ class Recorder(TorchFunctionMode):
             operands=tuple(value_of[id(tensor)][-1] for tensor in read),
             function=custom_function(),
             added=number_added(name, args, kwargs),
+            arguments=Arguments.of(args, kwargs),
         )
         self.nodes.append(node)
 
@@ -554,6 +561,7 @@ def record(
     outputs = tuple(recorder.lookup(tensor)[-1] for tensor in results)
     constants = skeleton.attribute_tensors()
     foreign = [line for tensor, line in recorder.foreign if id(tensor) not in constants]
+    unexplained = {value for tensor, value in recorder.unmade if id(tensor) not in constants}
 
     # 3. The graph.
     graph = Graph(
@@ -564,6 +572,7 @@ def record(
         used_state=recorder.used_state,
         foreign=list(dict.fromkeys(foreign)),
         start=start if drew_numbers else None,
+        unexplained=frozenset(unexplained),
     )
     return graph, output
 
