@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.devices.packed_download import download
 from jacdiag.measure.gradients import GradientProfile, end_of
+from jacdiag.measure.linearization import Linearised
 from jacdiag.records.report import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.records.signal_propagation import (
     BackwardRecord,
@@ -24,6 +26,7 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
+from jacdiag.spectra.operator import flat, shaped
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_additions
@@ -479,10 +482,6 @@ def verify_replay(
 ) -> dict[str, float]:
     """Compare J^T w of every branch with that of a re-run of the entire model.
 
-    In the run of the model each shortcut is a tensor to differentiate by, so that one forward and
-    one backward through each branch suffice. A recorded cache, or a value that reaches the branch
-    past its shortcut, shows here alone.
-
     Args:
         sites: of one recorded forward.
         seed: of the cotangents; each sub-layer has its own.
@@ -491,31 +490,72 @@ def verify_replay(
     Returns:
         Name of each sub-layer -> relative error.
     """
-    # A nested sub-layer is part of another one.
-    chosen = [index for index, site in enumerate(sites) if not site.nested]
-    if only is not None:
-        chosen = [index for index in chosen if index in only]
-    if not chosen:
-        return {}
+    return ReplayCheck(sites, seed, only).finish()
 
-    # 1. Run the model, and again with gradients for the branches that it runs under no_grad.
-    pulls = _ModelPulls(sites, chosen, seed)
-    with torch.enable_grad(), sites.replayer.whole_graph():
-        pulls.run()
-        if pulls.cut_off:
-            pulls.run(grad=True)
 
-    # 2. Compare with each branch's own pull.
-    errors = {}
-    for index in chosen:
-        site = sites[index]
+class ReplayCheck:
+    """Compares J^T w of every branch with that of a re-run of the entire model.
+
+    In the run of the model each shortcut is a tensor to differentiate by, so that one forward and
+    one backward through each branch suffice. A recorded cache, or a value that reaches the branch
+    past its shortcut, shows here alone. A branch that is linearised for its norms is compared by that
+    Jacobian. Any other is run by itself.
+
+    Args:
+        sites: of one recorded forward.
+        seed: of the cotangents; each sub-layer has its own.
+        only: indices of the sub-layers to look at; all if not given.
+    """
+
+    def __init__(self, sites: Sites, seed: int = 0, only: Collection[int] | None = None) -> None:
+        self._sites = sites
+        self._seed = seed
+        self._errors: dict[str, float] = {}
+
+        # 1. A nested sub-layer is part of another one.
+        chosen = [index for index, site in enumerate(sites) if not site.nested]
+        if only is not None:
+            chosen = [index for index in chosen if index in only]
+        self._waiting = dict.fromkeys(chosen)
+        self._pulled: dict[int, Tensor] = {}
+        if not chosen:
+            return
+
+        # 2. Run the model, and again with gradients for the branches that it runs under no_grad.
+        pulls = _ModelPulls(sites, chosen, seed)
+        with torch.enable_grad(), sites.replayer.whole_graph():
+            pulls.run()
+            if pulls.cut_off:
+                pulls.run(grad=True)
+        self._pulled = pulls.pulled
+
+    def compare(self, linearised: Linearised) -> None:
+        """Compare the Jacobian of a branch that was linearised, which takes one product."""
+        site = linearised.site
+        if site.index not in self._waiting:
+            return
+
+        def pull(cotangent: Tensor) -> Tensor:
+            rows = linearised.branch.pull(flat(cotangent, linearised.dims))
+            return shaped(rows, linearised.dims, site.shortcut.shape)
+
+        self._compare(site, pull)
+
+    def finish(self) -> dict[str, float]:
+        """Compare the branches that are left; return name of each sub-layer -> relative error."""
+        for index in list(self._waiting):
+            site = self._sites[index]
+            self._compare(site, partial(_own_pull, site))
+        return self._errors
+
+    def _compare(self, site: Sublayer, pull: Callable[[Tensor], Tensor]) -> None:
+        """Note the error of a branch's own pull."""
+        expected = self._pulled.pop(site.index, None)
         error = math.inf  # the run of the model did not meet it
-        pulled = pulls.pulled.get(index)
-        if pulled is not None:
-            error = _relative(pulled, _own_pull(site, _cotangent(site, seed)))
-        errors[site.name] = error
-
-    return errors
+        if expected is not None:
+            error = _relative(expected, pull(_cotangent(site, self._seed)))
+        self._errors[site.name] = error
+        del self._waiting[site.index]
 
 
 class _ModelPulls:

@@ -34,6 +34,7 @@ def measure_group(
     token_ids: Tensor | None,
     state: Literal["init", "trained"],
     figures: WeightFigures,
+    check: Callable[[Linearised], None] | None = None,
 ) -> list[SublayerRecord]:
     """Measure the sub-layers that share one shortcut (one, or parallel branches).
 
@@ -43,6 +44,7 @@ def measure_group(
         token_ids: (B, T) ids of the probe, to name tokens.
         state: Eq. 15 and 20 are given at init only.
         figures: names of weights -> std and spectral norm of each that is a matrix.
+        check: is shown every branch once it is linearised.
     """
     built: list[Linearised] = []
 
@@ -52,6 +54,8 @@ def measure_group(
 
         linearised = linearise(site)
         built.append(linearised)
+        if check is not None:
+            check(linearised)
         return _measure(linearised, effort, token_ids, state, figures)
 
     try:

@@ -38,10 +38,10 @@ from jacdiag.measure.init_or_trained import (
 from jacdiag.measure.model_summary import model_record
 from jacdiag.measure.moments import std_of
 from jacdiag.measure.network import (
+    ReplayCheck,
     backward_record,
     end_to_end,
     network_record,
-    verify_replay,
     with_flow,
 )
 from jacdiag.measure.nonfinite_weights import non_finite_state
@@ -146,6 +146,7 @@ class Audit:
         self._family: Family | None = None
         self._stats: dict[str, WeightStats | None] = {}
         self._first_look = Share()
+        self._replay_check: ReplayCheck | None = None
 
     def run(self) -> Report:
         """Measure the model and return the report, not yet judged."""
@@ -476,9 +477,9 @@ class Audit:
         if progress is not None:
             progress.start(sum(job.units for job in jobs), "measuring")
         try:
-            # 1. Check that running a sub-layer alone gives what the recorded forward gave.
+            # 1. What running a sub-layer alone has to give, by a run of the entire model.
             with self._phase("verify"):
-                shares.append(self._verify_replay())
+                self._replay_check = self._run_for_replay()
 
             # 2. Do the jobs that this rank takes.
             for index, handed_out in ranks.jobs([job.cost for job in jobs]):
@@ -488,12 +489,18 @@ class Audit:
                     units = sum(jobs[other].units for other in handed_out)
                     progress.advance(units, jobs[index].name)
 
-            # 3. Put together the results of all ranks.
+            # 3. Compare the sub-layers that no job has compared.
+            jobs_done = len(shares)
+            if self._replay_check is not None:
+                with self._phase("verify"):
+                    shares.append(Share(errors=self._replay_check.finish()))
+
+            # 4. Put together the results of all ranks.
             use = Use(
                 ranks.rank,
                 socket.gethostname(),
                 str(self.request.source.device),
-                len(shares) - 1,
+                jobs_done,
                 time.perf_counter() - start,
                 peak_memory_mb(self.request.source.device),
             )
@@ -514,12 +521,13 @@ class Audit:
         # `not <=`: an error that is NaN counts, too.
         return {name: error for name, error in errors.items() if not error <= tolerance}
 
-    def _verify_replay(self) -> Share:
-        """Return the errors of replay of this rank's stretch of the sub-layers."""
+    def _run_for_replay(self) -> ReplayCheck | None:
+        """Return what this rank checks of the replay; None if nothing is checked."""
         if self.broken or not self.request.scope.replay:
-            return Share()
-        stretch = self.request.ranks.part(range(len(self.sites)))
-        return Share(errors=verify_replay(self.sites, self.request.options.seed, stretch))
+            return None
+        ranks = self.request.ranks
+        stretch = ranks.part(range(len(self.sites)))
+        return ReplayCheck(self.sites, self.request.options.seed, stretch)
 
     def _jobs(self) -> list[Job]:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
@@ -564,7 +572,10 @@ class Audit:
         figures: WeightFigures,
     ) -> Share:
         """Measure the sub-layers of one shortcut, and count the products that were spent."""
-        records = measure_group(members, effort, self._ids_to_name, self.state, figures)
+        check = None
+        if self._replay_check is not None:
+            check = self._replay_check.compare
+        records = measure_group(members, effort, self._ids_to_name, self.state, figures, check)
         return Share(records, sum(_count_products(record) for record in records))
 
     def _measure_network(self) -> Share:

@@ -279,6 +279,7 @@ def read_together(runs: Sequence[Bidiagonalisation]) -> None:
             run.accept([next(arrived) for _ in own])
 
 
+_CAPACITY = 16  # directions for which a basis has room at first: an interval of 5% takes fewer
 _CHUNK = 1024
 _SMALL = 1e-12
 
@@ -308,7 +309,7 @@ def norms(w: Tensor) -> Tensor:
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
     """Write vector k into a (P, capacity, n) basis, which doubles when full."""
     if k == basis.shape[1]:
-        grown = basis.new_empty(basis.shape[0], max(8, 2 * k), basis.shape[2])
+        grown = basis.new_empty(basis.shape[0], max(_CAPACITY, 2 * k), basis.shape[2])
         grown[:, :k] = basis[:, :k]
         basis = grown
     basis[:, k] = vector

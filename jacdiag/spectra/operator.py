@@ -184,7 +184,7 @@ class JacobianOperator(Operator):
         with torch.no_grad(), full_precision():
             for first in range(0, len(vectors), at_once):
                 chunk = vectors[first : first + at_once]
-                stack = torch.stack([shaped(v, self.dims, shape) for v in chunk])
+                stack = torch.stack([_shaped_view(v, self.dims, shape) for v in chunk])
                 results += self._stacked(product, stack)
         return [flat(t, self.dims) for t in results]
 
@@ -234,10 +234,15 @@ def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
         dims: the batch dimensions.
         shape: of the result.
     """
+    return _laid_out(_shaped_view(rows, dims, shape))
+
+
+def _shaped_view(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
+    """Return what `shaped` does, with strides that no gradient may have."""
     lead = [shape[d] for d in dims]
     inner = [n for d, n in enumerate(shape) if d not in dims]
     apart = rows.reshape(*lead, *inner)
-    return _laid_out(apart.movedim(tuple(range(len(dims))), tuple(dims)))
+    return apart.movedim(tuple(range(len(dims))), tuple(dims))
 
 
 def _laid_out(vector: Tensor) -> Tensor:

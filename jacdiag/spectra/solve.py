@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
 Decide = Callable[[float, float], bool]
-_PATIENCE = 3  # products for which the ends may be left as they are
+_PATIENCE = 4  # products for which the ends may be left as they are
+_SPEED_UP = 2.0  # the width may fall this many times as fast as it last did
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,29 @@ class Ends:
         problems = lanczos.operator.problems
         self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
         self.waited = 0
+        self.factor = 2.0  # by which a product may narrow the interval
+
+    @property
+    def width(self) -> float:
+        """The relative width of the interval of the maximum, infinite before the first look."""
+        low, high = float(self.low.max()), float(self.high.max())
+        return high / low - 1 if low > 0 else math.inf
 
     def due(self, tol: float) -> bool:
         """Return whether the interval may have come down to `tol`.
 
-        A product seldom more than halves its width. Ends that are not computed are only wider: a
-        wrong guess costs at most `_PATIENCE` products too many.
+        A product seldom more than halves its width, nor does it fall much faster than before. Ends
+        that are not computed are only wider: a wrong guess costs at most `_PATIENCE` products too
+        many.
         """
-        wide = self.high.max() > self.low.max() * (1 + tol * 2 ** (self.waited + 1))
         self.waited += 1
-        return not wide or self.waited > _PATIENCE
+        is_wide = self.width > tol * self.factor**self.waited
+        return not is_wide or self.waited > _PATIENCE
 
     def update(self) -> None:
         """Compute the ends of the problems that are not settled."""
-        lanczos, self.waited = self.lanczos, 0
+        lanczos = self.lanczos
+        before, products, self.waited = self.width, self.waited, 0
         open_ = (self.high > self.low.max()) | (self.high == np.inf)
         alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
         top = ritz_values(alphas, betas)[:, 0]
@@ -150,6 +161,12 @@ class Ends:
         )
         self.low[open_] = top * (1 - self.pad)
         self.high[open_] = upper * (1 + self.pad)
+
+        # How much faster the width may fall from now on.
+        is_narrower = products > 0 and 0 < self.width < before < math.inf
+        if is_narrower:
+            by_product = (before / self.width) ** (1 / products)
+            self.factor = min(2.0, by_product**_SPEED_UP)
 
     def final(self, finite: bool) -> tuple[Array, Array, Array]:
         """Return largest Ritz values, lower and upper ends of all problems."""
