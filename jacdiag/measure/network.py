@@ -26,10 +26,11 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
-from jacdiag.spectra.operator import flat, shaped
+from jacdiag.spectra.operator import draw_cotangents, flat, shaped
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_additions
+from jacdiag.trace.discovery.independence import independent_between
 from jacdiag.trace.execution.tap import Spot, Where
 
 _SAMPLED = 2  # sub-layers whose independent dimensions are looked at: attention and FFN, mostly
@@ -75,15 +76,7 @@ def end_to_end(
     members = chain.from_iterable(group.sites for group in groups)
     dims = _trivially_independent([sites[index] for index in members])
     if dims is None or not _keeps(dims, operator.value.shape):
-        dims = independent_dims(
-            operator.pull_shaped,
-            first.shortcut.shape,
-            operator.value.shape,
-            first.feature_dim,
-            first.shortcut.dtype,
-            first.shortcut.device,
-            generator,
-        )
+        dims = _independent_over_depth(sites, groups[0].shortcut, first, operator, generator)
     operator.set_batch_dims(dims)
 
     # 3. Its norm.
@@ -93,6 +86,34 @@ def end_to_end(
     interval = solution.interval()
     operator.release()
     return interval
+
+
+def _independent_over_depth(
+    sites: Sites,
+    shortcut: int,
+    first: Sublayer,
+    operator: JacobianOperator,
+    generator: torch.Generator,
+) -> tuple[int, ...]:
+    """Return the dimensions that the chain keeps apart, by its operations if they show it.
+
+    Args:
+        sites: of one recorded forward.
+        shortcut: value index of the chain's beginning.
+        first: the sub-layer there.
+        operator: the Jacobian of the chain.
+        generator: gives the same numbers either way, so that the solver's start is the same.
+    """
+    x_shape, y_shape = first.shortcut.shape, operator.value.shape
+    dims = independent_between(sites.graph, shortcut, end_of(sites), first.feature_dim)
+    if dims is not None:
+        draw_cotangents(x_shape, y_shape, first.feature_dim, generator)
+        return dims
+
+    x = first.shortcut
+    return independent_dims(
+        operator.pull_shaped, x_shape, y_shape, first.feature_dim, x.dtype, x.device, generator
+    )
 
 
 def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | None:
@@ -498,8 +519,8 @@ class ReplayCheck:
 
     In the run of the model each shortcut is a tensor to differentiate by, so that one forward and
     one backward through each branch suffice. A recorded cache, or a value that reaches the branch
-    past its shortcut, shows here alone. A branch that is linearised for its norms is compared by that
-    Jacobian. Any other is run by itself.
+    past its shortcut, shows here alone. A branch that is linearised for its norms is compared by
+    that Jacobian. Any other is run by itself.
 
     Args:
         sites: of one recorded forward.

@@ -123,7 +123,7 @@ def all_weight_stats(
 ) -> dict[str, WeightStats | None]:
     """Return what `weight_stats` returns for each of several weights.
 
-    Their norms are solved in step, so that an accelerator is waited for once for all of them.
+    On an accelerator norms are solved in step, so that it is waited for once for all of them.
 
     Args:
         weights: by name.
@@ -164,14 +164,27 @@ def all_weight_stats(
 
 def _norms_of(matrices: Mapping[str, Tensor], seed: int) -> dict[str, float]:
     """Return the upper end of the spectral norm of each matrix, in float32 at least."""
-    questions = []
-    for matrix in matrices.values():
+    # 1. One problem for each.
+    questions: dict[str, Question] = {}
+    for name, matrix in matrices.items():
         if matrix.dtype not in (torch.float32, torch.float64):
             matrix = matrix.float()
-        questions.append(Question(DenseOperator(matrix), torch.Generator().manual_seed(seed)))
-    solutions = in_step(questions, tol=_NORM_WIDTH, max_products=400)
-    norms = [float(solution.upper.max()) for solution in solutions]
-    return dict(zip(matrices, norms, strict=True))
+        questions[name] = Question(DenseOperator(matrix), torch.Generator().manual_seed(seed))
+
+    # 2. In step an accelerator is waited for once for all. A CPU keeps one matrix in its cache.
+    on_cpu = all(question.operator.device.type == "cpu" for question in questions.values())
+    groups = [list(questions)]
+    if on_cpu:
+        groups = [[name] for name in questions]
+
+    # 3. Solve them.
+    norms = {}
+    for group in groups:
+        together = [questions[name] for name in group]
+        solutions = in_step(together, tol=_NORM_WIDTH, max_products=400)
+        for name, solution in zip(group, solutions, strict=True):
+            norms[name] = float(solution.upper.max())
+    return norms
 
 
 def _if_finite(std: float | None) -> float | None:

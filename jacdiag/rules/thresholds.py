@@ -106,6 +106,18 @@ class Thresholds:
             table[key] = replace(limits, info=None, error=error)
         return replace(self, table=table)
 
+    def without_infos(self, figure: str) -> Thresholds:
+        """Return the same cuts, without the infos of a figure where it has warnings too.
+
+        Args:
+            figure: such as "branch_norm".
+        """
+        table = dict(self.table)
+        for key, limits in self.table.items():
+            if key[0] == figure and limits.warning is not None:
+                table[key] = replace(limits, info=None)
+        return replace(self, table=table)
+
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Return plain cuts by "figure" or "figure.stratum", for a report."""
         table: dict[str, dict[str, float]] = {}

@@ -328,14 +328,11 @@ def independent_dims(
     if len(x_shape) != len(y_shape):
         return ()
     feature = feature_dim % len(x_shape)
-    same_size = {d for d in range(len(x_shape)) if x_shape[d] == y_shape[d]}
-    candidates = sorted(same_size - {feature})
+    candidates = _candidates(x_shape, y_shape, feature)
 
     # 1. A cotangent for every place, on one index of every dimension but the features.
     all_places = _places_to_look_at(y_shape, set(candidates))
-    vectors = [
-        torch.randn(y_shape[feature], generator=generator, dtype=torch.float64) for _ in all_places
-    ]
+    vectors = draw_cotangents(x_shape, y_shape, feature_dim, generator)
     uploaded = torch.stack(vectors).to(dtype).to(device)
 
     # 2. For every place and dimension: whether the pull leaves that index.
@@ -357,6 +354,28 @@ def independent_dims(
         if is_left:
             dependent.add(d)
     return tuple(d for d in candidates if d not in dependent)
+
+
+def draw_cotangents(
+    x_shape: torch.Size, y_shape: torch.Size, feature_dim: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Draw the vectors that `independent_dims` pulls, one for each place.
+
+    Args:
+        x_shape: of the point.
+        y_shape: of the function's value, of as many dimensions.
+        feature_dim: along which a vector lies.
+        generator: of the random numbers.
+    """
+    feature = feature_dim % len(x_shape)
+    places = _places_to_look_at(y_shape, set(_candidates(x_shape, y_shape, feature)))
+    return [torch.randn(y_shape[feature], generator=generator, dtype=torch.float64) for _ in places]
+
+
+def _candidates(x_shape: torch.Size, y_shape: torch.Size, feature: int) -> list[int]:
+    """Return the dimensions that may be independent: of the same size, and not the features."""
+    same_size = {d for d in range(len(x_shape)) if x_shape[d] == y_shape[d]}
+    return sorted(same_size - {feature})
 
 
 def _places_to_look_at(shape: torch.Size, candidates: set[int]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.measure.linearization import linearise
-from jacdiag.trace.discovery.independence import independent_by_dataflow
+from jacdiag.trace.discovery.independence import independent_between, independent_by_dataflow
 from jacdiag.trace.graph.index_layout import IndexPiece, UnclearError, regrouped, source_layout
 
 pytestmark = pytest.mark.check("trace")
@@ -330,3 +330,32 @@ def test_reshapes_keep_indices_where_they_are(first: list[int], second: list[int
             index = places[piece.source] // piece.stride % piece.size
             along = torch.arange(shapes[1][dim]).reshape([-1 if d == dim else 1 for d in range(4)])
             assert torch.equal(index, along.expand(shapes[1]))
+
+
+class Stack(nn.Module):
+    """Two sub-layers of any kind, one after the other."""
+
+    def __init__(self, functions: list[Map]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Net(function) for function in functions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("names", "dims"),
+    [
+        (["gelu", "attention"], (0,)),
+        (["gelu", "norm"], (0, 1)),
+        (["mean", "gelu"], (1,)),
+        (["attention", "outer"], (0,)),
+    ],
+)
+def test_a_chain_of_sublayers(names: list[str], dims: tuple[int, ...]) -> None:
+    model, x = Stack([STEPS[name] for name in names]).double().eval(), torch.randn(SHAPE).double()
+    sites = jacdiag.sites(model, x, dtype=torch.float64)
+    groups = sites.streams.groups
+    assert independent_between(sites.graph, groups[0].shortcut, groups[-1].output, -1) == dims

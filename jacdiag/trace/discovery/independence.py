@@ -31,21 +31,63 @@ def independent_by_dataflow(
         The dimensions, ascending; those of size 1 count as independent. None if the operations
         leave one of them open: values have to show it then.
     """
-    # 1. Dimensions that may be independent. What no recorded call made may hide any path.
-    shape = graph.values[site.shortcut].shape
-    if len(shape) != len(branch_shape) or not shape:
-        return None
-    candidates = {dim for dim, size in enumerate(shape) if branch_shape[dim] == size}
-    candidates.discard(feature_dim % len(shape))
-
-    # 2. Follow their indices to the branch's end.
     try:
-        flow = _Flow(graph, site)
-        layout = flow.layout_of_branch(branch_shape)
+        flow = _Flow(graph, site.shortcut, site.addition, site.cone_set)
+        layout = flow.layout_of_branch(site, branch_shape)
     except UnclearError:
         return None
+    return _decided(flow, layout, feature_dim, branch_shape)
 
-    # 3. A label that arrives is a proof. One that a sum took away is known not to arrive.
+
+def independent_between(
+    graph: Graph, source: int, end: int, feature_dim: int
+) -> tuple[int, ...] | None:
+    """Return the dimensions over which the Jacobian between two values is block diagonal.
+
+    Args:
+        graph: what one forward did.
+        source: index of the value to differentiate by.
+        end: index of the value that is differentiated.
+        feature_dim: the dimension of the source that is never independent.
+
+    Returns:
+        As `independent_by_dataflow`.
+    """
+    shape = graph.values[end].shape
+    last = graph.values[end].node
+    try:
+        flow = _Flow(graph, source, last + 1, _calls_before(graph, end, source))
+        layout = flow.layout_of(end, shape)
+    except UnclearError:
+        return None
+    return _decided(flow, layout, feature_dim, shape)
+
+
+def _calls_before(graph: Graph, end: int, source: int) -> set[int]:
+    """Return the calls on the way to a value that were made after its source."""
+    first = graph.values[source].node
+    calls: set[int] = set()
+    waiting = [end]
+    while waiting:
+        node = graph.values[waiting.pop()].node
+        if node > first and node not in calls:
+            calls.add(node)
+            waiting += graph.nodes[node].inputs
+    return calls
+
+
+def _decided(
+    flow: _Flow, layout: Layout, feature_dim: int, end_shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Return the independent dimensions; None if one is left open."""
+    # 1. Dimensions that may be independent.
+    shape = flow.graph.values[flow.source].shape
+    if len(shape) != len(end_shape) or not shape:
+        return None
+    candidates = {dim for dim, size in enumerate(shape) if end_shape[dim] == size}
+    candidates.discard(feature_dim % len(shape))
+
+    # 2. A label that arrives is a proof. One that a sum took away is known not to arrive.
     independent = {dim for dim in candidates if layout[dim] == labelled(dim, shape[dim])}
     open_dims = candidates - independent - flow.mixed
     if open_dims:
@@ -55,63 +97,74 @@ def independent_by_dataflow(
 
 @dataclass
 class _Flow:
-    """The layouts of all values between a shortcut and the end of its branch.
+    """The layouts of all values that depend on a source.
 
     Attributes:
         graph: what one forward did.
-        site: the residual sum.
-        layouts: of the values that depend on the shortcut; None where nothing is known.
-        mixed: dimensions of the shortcut that a call of the branch sums over.
+        source: index of the value whose indices are followed.
+        stop: the first call that is not looked at.
+        path: the calls that lead to the end.
+        layouts: of the values that depend on the source; None where nothing is known.
+        mixed: dimensions of the source that a call of the path sums over.
     """
 
     graph: Graph
-    site: Site
+    source: int
+    stop: int
+    path: Collection[int]
     layouts: dict[int, Layout | None] = field(default_factory=dict)
     mixed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Follow the indices through every call up to the sum."""
-        source = self.graph.values[self.site.shortcut]
+        """Follow the indices through every call."""
+        source = self.graph.values[self.source]
         self.layouts[source.index] = source_layout(source.shape)
-        for node in self.graph.nodes[max(source.node + 1, 0) : self.site.addition]:
+        for node in self.graph.nodes[max(source.node + 1, 0) : self.stop]:
             self._follow(node)
 
-    def layout_of_branch(self, shape: tuple[int, ...]) -> Layout:
-        """Return the layout of the branch, as the sum reads it.
+    def layout_of(self, value: int, shape: tuple[int, ...]) -> Layout:
+        """Return the layout of a value.
+
+        Raises:
+            UnclearError: it is not known.
+        """
+        layout = self.layouts.get(value)
+        if layout is None or self.graph.values[value].shape != shape:
+            raise UnclearError("the end")
+        return layout
+
+    def layout_of_branch(self, site: Site, shape: tuple[int, ...]) -> Layout:
+        """Return the layout of a branch, as its sum reads it.
 
         Raises:
             UnclearError: it is not known.
         """
         # 1. A value of its own.
-        site = self.site
         value = site.result
         if value is None:
             value = site.term.operand
         if value is not None:
-            layout = self.layouts.get(value)
-            if layout is None or self.graph.values[value].shape != shape:
-                raise UnclearError("the end of the branch")
-            return layout
+            return self.layout_of(value, shape)
 
         # 2. A part of the sum: a multiple of a value, or a product inside the call.
         node = self.graph.nodes[site.addition]
         return self._layout_after(node, set(site.term.values), shape, counts=True)
 
     def _follow(self, node: Node) -> None:
-        """Set the layouts of what a call makes of values that depend on the shortcut."""
-        # 1. Nothing that it makes depends on the shortcut by a derivative.
+        """Set the layouts of what a call makes of values that depend on the source."""
+        # 1. Nothing that it makes depends on the source by a derivative.
         if self.layouts.keys().isdisjoint(node.inputs) or node.name in CUTS:
             return
 
         # 2. Each of its results.
-        is_in_branch = node.index in self.site.cone_set
+        leads_to_end = node.index in self.path
         for output in node.outputs:
             value = self.graph.values[output]
             has_derivative = value.is_float and 0 not in value.shape
             if not has_derivative:
                 continue
             try:
-                layout = self._layout_after(node, None, value.shape, counts=is_in_branch)
+                layout = self._layout_after(node, None, value.shape, counts=leads_to_end)
             except UnclearError:
                 self.layouts[output] = None
             else:
@@ -136,7 +189,7 @@ class _Flow:
         if node.function or set(node.inputs) != set(node.operands):
             raise UnclearError("a call whose operands are not known")
 
-        # 2. The operands that depend on the shortcut.
+        # 2. The operands that depend on the source.
         layouts: dict[int, Layout] = {}
         for position, operand in enumerate(node.operands):
             if only is not None and operand not in only:
@@ -160,12 +213,12 @@ class _Flow:
         return layout
 
     def _may_depend_unseen(self, value: int) -> bool:
-        """Return whether a value may depend on the shortcut in a way that was not recorded."""
+        """Return whether a value may depend on the source in a way that was not recorded."""
         # 1. No recorded call made it, nor is it an attribute of a module.
         if value in self.graph.unexplained:
             return True
 
-        # 2. It shares the memory of what a call made of the shortcut.
+        # 2. It shares the memory of what a call made of the source.
         maker = self.graph.values[value].node
         if maker < 0 or value in self.layouts:
             return False
