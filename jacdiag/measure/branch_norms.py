@@ -3,9 +3,10 @@
 With branch = core o norm and residual = a I + branch, |branch| <= |core| max gain and |residual| <=
 |a| + |branch|. From below, one product with the other's top vector gives as much as several steps.
 
-Inherited intervals are wider. They are used if only the rules count and the intervals decide them.
-Otherwise the norm is solved. If every norm is wanted to its width, all are solved in step, each for
-itself, so that they share the branch's matrix products.
+Inherited intervals are wider. If only the rules count, they are used where the intervals decide
+them. If every norm is wanted to its width, the others are solved in step, so that they share the
+branch's matrix products. A branch that treats tokens one by one then inherits from its core all the
+same: each token has one gain, and the core is solved a little further.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jacdiag.devices.accelerators import in_float64
 from jacdiag.measure.linearization import Linearised, Local, residual_map
 from jacdiag.records.report import Interval
 from jacdiag.spectra import (
+    Aim,
     JacobianOperator,
     Operator,
     Question,
@@ -32,6 +34,7 @@ from jacdiag.spectra import (
     inherited,
     top_singular,
 )
+from jacdiag.spectra.interval import Array
 from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
@@ -123,7 +126,7 @@ class Solver:
         if self.effort.early:
             solved = self._one_by_one(maps)
         else:
-            solved = self.in_step(maps)
+            solved = self._to_width(maps)
         intervals = {name: self.interval(solution) for name, solution in solved.items()}
         for inner in owned:
             inner.release()
@@ -166,22 +169,53 @@ class Solver:
         solved["residual_norm"] = residual
         return solved
 
+    def _to_width(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+        """Solve each norm to its width; that of the branch by its core's, if that is enough."""
+        # 1. Problems of one token each have one gain. Then |core| times the gain is a close bound.
+        gains = self._gains()
+        are_of_one_token = self.one.site.splits_tokens(self.one.dims)
+        if gains is None or not are_of_one_token or "core_norm" not in maps:
+            return self.in_step(maps)
+
+        # 2. Room for what the norm takes off the core's top vector: a share of 1/d for each of its
+        # two directions (the mean and z) where weights are random, and as much again.
+        width = self.effort.tol - 4 / self.one.shape[-1]
+        if width < self.effort.tol / 2:
+            return self.in_step(maps)
+
+        # 3. The core, far enough for the branch too, and the residual map.
+        others = {name: operator for name, operator in maps.items() if name != "branch_norm"}
+        solved = self.in_step(others, Aim(gains, width))
+
+        # 4. The branch.
+        branch = self._branch_of(solved["core_norm"])
+        if branch is None or not branch.converged:
+            branch = self.solve(maps["branch_norm"], "branch_norm")
+        return {**solved, "branch_norm": branch}
+
     def solve(self, operator: Operator, name: str) -> Solution:
         """Solve one norm by Lanczos from the start that belongs to this sub-layer and norm."""
         return self.in_step({name: operator})[name]
 
-    def in_step(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+    def in_step(
+        self, maps: Mapping[str, Operator], scaled_core: Aim | None = None
+    ) -> dict[str, Solution]:
         """Solve norms by Lanczos, in step.
 
         Each begins at the start that belongs to this sub-layer and norm.
+
+        Args:
+            maps: field of the norm -> operator.
+            scaled_core: a maximum of the core's problems times factors, which is wanted too.
         """
         # 1. A problem for each norm.
         effort = self.effort
         site = self.one.site
-        questions = [
-            Question(operator, start_of(effort.seed, site.name, name), self.decided.get(name))
-            for name, operator in maps.items()
-        ]
+        questions = []
+        for name, operator in maps.items():
+            start = start_of(effort.seed, site.name, name)
+            scaled = scaled_core if name == "core_norm" else None
+            questions.append(Question(operator, start, self.decided.get(name), scaled))
 
         # 2. All of them together: products with the same Jacobian are made in one call.
         solutions = in_step(
@@ -201,18 +235,24 @@ class Solver:
 
     def _branch_of(self, core: Solution | None) -> Solution | None:
         """Return the branch's norm by that of its core, if that decides the rules."""
+        gains = self._gains()
+        if core is None or gains is None:
+            return None
+
+        return self._taken(self.one.branch, core, core.upper * gains, "branch_norm")
+
+    def _gains(self) -> Array | None:
+        """Return the largest gain of the input norm at each independent index, (P,).
+
+        It is known only for a norm whose gain is known. The norm's Jacobian is no larger.
+        """
         norm = self.one.site.input_norm
-        if core is None or norm is None:
+        if norm is None or not norm.closed_form:
             return None
 
-        # Only then is its largest gain known.
-        if not norm.closed_form:
-            return None
-
-        # The largest gain of each independent index.
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
-        largest = in_float64(gains.amax(1)).cpu().numpy()
-        return self._taken(self.one.branch, core, core.upper * largest, "branch_norm")
+        largest: Array = in_float64(gains.amax(1)).cpu().numpy()
+        return largest
 
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
         """Return the residual norm by that of the branch, if that decides the rules."""
@@ -233,19 +273,24 @@ class Solver:
             return None
 
         # 1. The lower end costs one product.
-        tol, confidence = self.effort.tol, self.effort.confidence
-        solution = inherited(operator, source.right, upper, confidence=confidence, tol=tol)
+        effort = self.effort
+        solution = inherited(
+            operator, source.right, upper, confidence=effort.confidence, tol=effort.tol
+        )
         self.products += solution.products
-        if solution.converged:
-            return solution
 
-        # 2. Ends that are far apart are used if they decide the rules.
+        # 2. Whether the ends decide the rules.
         decide = self.decided.get(name)
-        if decide is None:
-            return None
+        is_decided = decide is not None and decide(
+            float(solution.lower.max()), float(solution.upper.max())
+        )
 
-        is_decided = decide(float(solution.lower.max()), float(solution.upper.max()))
-        return solution if is_decided else None
+        # 3. If only the rules count, either is enough. Else both are wanted.
+        if effort.early:
+            is_enough = solution.converged or is_decided
+        else:
+            is_enough = solution.converged and (decide is None or is_decided)
+        return solution if is_enough else None
 
 
 def heads_norm(one: Linearised, effort: Effort) -> Interval | None:

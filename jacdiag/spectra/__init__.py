@@ -15,9 +15,10 @@ from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shift
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims, products_together
 from jacdiag.spectra.solution import Solution, Stop
-from jacdiag.spectra.solve import Question, in_step, inherited, top_singular
+from jacdiag.spectra.solve import Aim, Question, in_step, inherited, top_singular
 
 __all__ = [
+    "Aim",
     "Composed",
     "DenseOperator",
     "JacobianOperator",

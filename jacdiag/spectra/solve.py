@@ -21,6 +21,19 @@ _SPEED_UP = 2.0  # the width may fall this many times as fast as it last did
 
 
 @dataclass(frozen=True)
+class Aim:
+    """A maximum over problems whose interval is wanted.
+
+    Attributes:
+        factors: (P,) what the norm of each problem is multiplied by before the maximum is taken.
+        tol: relative width that is wanted.
+    """
+
+    factors: Array
+    tol: float
+
+
+@dataclass(frozen=True)
 class Question:
     """An operator whose norm is to be found.
 
@@ -30,11 +43,13 @@ class Question:
             nothing.
         decide: predicate on (lower, upper) of the maximum: whether these ends decide what the norm
             is needed for.
+        scaled: another maximum that is wanted, of the same problems times factors.
     """
 
     operator: Operator
     generator: torch.Generator | None = None
     decide: Decide | None = None
+    scaled: Aim | None = None
 
 
 def top_singular(
@@ -117,42 +132,56 @@ def in_step(
 
 
 class Ends:
-    """The ends of every problem, kept up to date only if they can still matter to the maximum.
+    """The ends of every problem, kept up to date only if they can still matter to a maximum.
 
     The upper end's event depends on the start only, so that the lowest upper end of all products
     holds. A problem whose upper end has come down to the largest lower end is settled: it is left
     alone until the end.
     """
 
-    def __init__(self, lanczos: Bidiagonalisation, eps: float, pad: float) -> None:
-        self.lanczos, self.eps, self.pad = lanczos, eps, pad
+    def __init__(
+        self, lanczos: Bidiagonalisation, eps: float, pad: float, aims: Sequence[Aim]
+    ) -> None:
+        self.lanczos, self.eps, self.pad, self.aims = lanczos, eps, pad, aims
         problems = lanczos.operator.problems
         self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
         self.waited = 0
         self.factor = 2.0  # by which a product may narrow the interval
 
-    @property
-    def width(self) -> float:
-        """The relative width of the interval of the maximum, infinite before the first look."""
-        low, high = float(self.low.max()), float(self.high.max())
+    def width(self, aim: Aim) -> float:
+        """Return the relative width of a maximum's interval, infinite before the first look."""
+        low = float((aim.factors * self.low).max())
+        high = float((aim.factors * self.high).max())
         return high / low - 1 if low > 0 else math.inf
 
-    def due(self, tol: float) -> bool:
-        """Return whether the interval may have come down to `tol`.
+    def are_narrow(self) -> bool:
+        """Return whether every maximum has the interval that is wanted."""
+        return all(
+            _narrow(aim.factors * self.low, aim.factors * self.high, aim.tol) for aim in self.aims
+        )
 
-        A product seldom more than halves its width, nor does it fall much faster than before. Ends
+    def due(self) -> bool:
+        """Return whether the intervals may have come down to the widths that are wanted.
+
+        A product seldom more than halves a width, nor does it fall much faster than before. Ends
         that are not computed are only wider: a wrong guess costs at most `_PATIENCE` products too
         many.
         """
         self.waited += 1
-        is_wide = self.width > tol * self.factor**self.waited
-        return not is_wide or self.waited > _PATIENCE
+        reach = self.factor**self.waited
+        are_wide = any(self.width(aim) > aim.tol * reach for aim in self.aims)
+        return not are_wide or self.waited > _PATIENCE
 
     def update(self) -> None:
         """Compute the ends of the problems that are not settled."""
+        # 1. The problems that may still matter.
         lanczos = self.lanczos
-        before, products, self.waited = self.width, self.waited, 0
-        open_ = (self.high > self.low.max()) | (self.high == np.inf)
+        before, products, self.waited = self.width(self.aims[0]), self.waited, 0
+        open_ = self.high == np.inf
+        for aim in self.aims:
+            open_ |= aim.factors * self.high > (aim.factors * self.low).max()
+
+        # 2. Their ends.
         alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
         top = ritz_values(alphas, betas)[:, 0]
         known = self.high[open_] / (1 + self.pad)
@@ -162,11 +191,11 @@ class Ends:
         self.low[open_] = top * (1 - self.pad)
         self.high[open_] = upper * (1 + self.pad)
 
-        # How much faster the width may fall from now on.
-        is_narrower = products > 0 and 0 < self.width < before < math.inf
+        # 3. How fast the width may fall from now on.
+        after = self.width(self.aims[0])
+        is_narrower = products > 0 and 0 < after < before < math.inf
         if is_narrower:
-            by_product = (before / self.width) ** (1 / products)
-            self.factor = min(2.0, by_product**_SPEED_UP)
+            self.factor = min(2.0, (before / after) ** (_SPEED_UP / products))
 
     def final(self, finite: bool) -> tuple[Array, Array, Array]:
         """Return largest Ritz values, lower and upper ends of all problems."""
@@ -194,7 +223,10 @@ class _Run:
         if pad is None:
             pad = rounding_pad(self.operator.dtype, self.operator.device)
         self.lanczos = Bidiagonalisation(self.operator, question.generator)
-        self.ends = Ends(self.lanczos, eps, pad)
+        aims = [Aim(np.ones(self.operator.problems), tol)]
+        if question.scaled is not None:
+            aims.append(question.scaled)
+        self.ends = Ends(self.lanczos, eps, pad, aims)
         self.stop: Stop | None = None
         self._may_be_narrow = False
 
@@ -207,7 +239,7 @@ class _Run:
         lanczos = self.lanczos
         may_be_decided = self.early and self.decide is not None
         is_spent = lanczos.products >= self.max_products
-        self._may_be_narrow = may_be_decided or is_spent or self.ends.due(self.tol)
+        self._may_be_narrow = may_be_decided or is_spent or self.ends.due()
 
         # 2. The first product shows whether the map is 0, the last whether an invariant subspace
         # was found.
@@ -236,7 +268,7 @@ class _Run:
         lower, upper = float(ends.low.max()), float(ends.high.max())
         is_decided = self.decide is not None and self.decide(lower, upper)
         needs_decision = self.decide is not None and not is_decided
-        if _narrow(ends.low, ends.high, self.tol) and not needs_decision:
+        if ends.are_narrow() and not needs_decision:
             return Stop.WIDTH
         if self.early and is_decided:
             return Stop.DECIDED
