@@ -126,7 +126,7 @@ class Solver:
         if self.effort.early:
             solved = self._one_by_one(maps)
         else:
-            solved = self._to_width(maps)
+            solved = self.to_width(maps)
         intervals = {name: self.interval(solution) for name, solution in solved.items()}
         for inner in owned:
             inner.release()
@@ -169,7 +169,7 @@ class Solver:
         solved["residual_norm"] = residual
         return solved
 
-    def _to_width(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+    def to_width(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
         """Solve each norm to its width; that of the branch by its core's, if that is enough."""
         # 1. Problems of one token each have one gain. Then |core| times the gain is a close bound.
         gains = self._gains()
@@ -189,7 +189,7 @@ class Solver:
 
         # 4. The branch.
         branch = self._branch_of(solved["core_norm"])
-        if branch is None or not branch.converged:
+        if branch is None:
             branch = self.solve(maps["branch_norm"], "branch_norm")
         return {**solved, "branch_norm": branch}
 

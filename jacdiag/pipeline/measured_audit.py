@@ -38,6 +38,7 @@ from jacdiag.measure.init_or_trained import (
 from jacdiag.measure.model_summary import model_record
 from jacdiag.measure.moments import std_of
 from jacdiag.measure.network import (
+    REPLAY_TOLERANCE,
     ReplayCheck,
     backward_record,
     end_to_end,
@@ -76,7 +77,6 @@ from jacdiag.trace.discovery.nothing_found import nothing_found
 from jacdiag.trace.execution.tensors import collect_deep
 from jacdiag.trace.tracer import Tracer
 
-REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # What the first look measures: no condition of the paper reads the residual norm.
 _NORMS_OF_CONDITIONS = frozenset({"branch_norm", "core_norm"})
 _HELD_TOGETHER = 1 << 24  # numbers of weights

@@ -56,10 +56,10 @@ def assert_same(one: Solution, other: Solution) -> None:
 @pytest.mark.parametrize("kind", ["random", "rows beyond the range of squares", "decaying"])
 def test_a_solve_has_the_digits_of_the_cpu_and_few_waits(counts: Counts, kind: str) -> None:
     matrix = matrix_of(kind)
-    expected = top_singular(DenseOperator(matrix), tol=1e-4, generator=start(1))
+    expected = top_singular(DenseOperator(matrix), tol=1e-3, generator=start(1))
     there = DenseOperator(matrix.to(NAME))
     counts.clear()
-    solution = top_singular(there, tol=1e-4, generator=start(1))
+    solution = top_singular(there, tol=1e-3, generator=start(1))
     assert_same(solution, expected)
     assert counts.uploads == 1, "the start"
     assert counts.waits <= 2 + solution.products / 2

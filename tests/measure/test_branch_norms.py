@@ -4,6 +4,8 @@ they decide.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,3 +129,84 @@ def test_a_joint_residual_norm_is_solved_only_if_residual_norms_are_requested() 
             has_residual = record.residual_norm is not None
             assert has_residual == ("residual_norm" in norms)
             assert (record.joint_residual_norm is not None) == has_residual
+
+
+class TokenWise(nn.Module):
+    """A branch that treats tokens one by one, after a norm: tanh of a matrix that is chosen."""
+
+    def __init__(self, matrix: Tensor, *, centred: bool) -> None:
+        super().__init__()
+        width = len(matrix)
+        self.norm: nn.Module = nn.LayerNorm(width)
+        if not centred:
+            self.norm = nn.RMSNorm(width)
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.norm(x) @ self.matrix.T)
+
+
+def to_width(model: nn.Module, x: Tensor, tol: float = 0.05) -> tuple[dict[str, Interval], Any]:
+    """The norms of the only sub-layer to their width, and the sub-layer."""
+    [site] = jacdiag.sites(model.double().eval(), x.double(), dtype=torch.float64)
+    one = linearise(site)
+    norms = Solver(one, Effort(tol=tol)).norms()
+    one.release()
+    assert norms.core is not None and norms.branch is not None and norms.residual is not None
+    return {"core": norms.core, "branch": norms.branch, "residual": norms.residual}, site
+
+
+def hold_the_truth(norms: dict[str, Interval], site: Any) -> None:
+    truths = {
+        "branch": dense_norm(site.branch, site.shortcut),
+        "core": dense_norm(site.core, site.normalized),
+        "residual": dense_norm(site.residual, site.shortcut),
+    }
+    for name, true in truths.items():
+        assert norms[name].lower <= true <= norms[name].upper, name
+        assert norms[name].converged and norms[name].upper <= norms[name].lower * 1.0501, name
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+def test_a_token_wise_branch_follows_from_its_core(centred: bool, spread: float) -> None:
+    """Also where one token has a gain ten times as large, and not the largest core."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(192, 192, generator=generator) * 0.05
+    x = torch.randn(1, 3, 192, generator=generator)
+    x[0, 1] /= spread
+    norms, site = to_width(TokenWise(matrix, centred=centred), x)
+    hold_the_truth(norms, site)
+    assert norms["branch"].products == 1
+    assert "follows from another norm" in norms["branch"].stop
+
+
+@pytest.mark.parametrize("direction", ["mean", "z"])
+def test_a_norm_that_takes_off_what_the_core_would_enlarge(direction: str) -> None:
+    """Then the branch is far smaller than gain times core, and is solved by itself."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 192, generator=generator)
+    taken_off = torch.ones(192)
+    if direction == "z":
+        taken_off = x[0, 0] - x.mean()
+    taken_off = taken_off / taken_off.norm()
+    matrix = torch.randn(192, 192, generator=generator) * 0.002
+    matrix += 0.2 * torch.outer(torch.randn(192, generator=generator) / 192**0.5, taken_off)
+    norms, site = to_width(TokenWise(matrix, centred=True), x)
+    hold_the_truth(norms, site)
+    gain = 1 / float(x.std(correction=0))
+    assert norms["branch"].upper < 0.8 * gain * norms["core"].lower
+    assert "follows" not in norms["branch"].stop
+
+
+def test_narrow_branches_and_branches_that_mix_tokens_are_solved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, _ = to_width(
+        TokenWise(torch.randn(16, 16, generator=generator), centred=True),
+        torch.randn(1, 3, 16, generator=generator),
+    )
+    attention = traced("vanilla")[0]
+    assert attention.kind == "attention"
+    mixing = Solver(linearise(attention), Effort()).norms()
+    for interval in (narrow["branch"], mixing.branch):
+        assert interval is not None and "follows" not in interval.stop

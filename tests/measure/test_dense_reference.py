@@ -283,6 +283,52 @@ def loss_by_hand(report: Report, truth: Truth) -> Callable[[Tensor], Tensor]:
     return functional
 
 
+def test_replay_is_verified_by_the_jacobians_that_measuring_builds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jacdiag.measure import network
+    from jacdiag.measure.linearization import linearise
+    from jacdiag.sources import gpt
+
+    torch.manual_seed(0)
+    model = gpt.build(
+        "vanilla", n_layer=2, n_embd=16, n_head=2, vocab_size=32, block_size=8
+    ).double()
+    sites = jacdiag.sites(model, torch.randint(32, (2, 8)), dtype=torch.float64)
+    by_itself = network.verify_replay(sites)
+
+    # 1. No branch is run by itself, but for the one that was not linearised.
+    own_pulls = []
+    own_pull = network._own_pull
+    monkeypatch.setattr(
+        network, "_own_pull", lambda site, w: own_pulls.append(site.name) or own_pull(site, w)
+    )
+    check = network.ReplayCheck(sites)
+    for site in sites[:3]:
+        check.compare(linearise(site))
+    errors = check.finish()
+    assert own_pulls == [sites[3].name]
+    assert errors.keys() == by_itself.keys() and max(errors.values()) < 1e-12
+
+    # 2. One whose Jacobian rounds otherwise is run by itself, too.
+    own_pulls.clear()
+    other = linearise(sites[0])
+    pull = other.branch.pull
+    monkeypatch.setattr(other.branch, "pull", lambda w: (1 + 1e-6) * pull(w))
+    check = network.ReplayCheck(sites, only=[0])
+    check.compare(other)
+    assert check.finish()[sites[0].name] < 1e-12
+    assert own_pulls == [sites[0].name]
+
+    # 3. One that is not the model's is found.
+    site, branch = sites[1], sites[1].branch
+    monkeypatch.setattr(site, "core_of_norm", lambda z: branch(z) * 1.01)
+    monkeypatch.setattr(site, "branch", lambda x: branch(x) * 1.01)
+    check = network.ReplayCheck(sites, only=[1])
+    check.compare(linearise(site))
+    assert check.finish()[site.name] == pytest.approx(0.01 / 1.01)
+
+
 def test_replay_is_verified_in_parts_as_in_whole() -> None:
     """Ranks look at some sub-layers each."""
     from jacdiag.measure.network import verify_replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,43 @@ def test_infos_need_no_products_unless_a_profile_makes_warnings_of_them(
     assert "info" in further[-1].settings["thresholds"]["branch_norm"]
 
 
+def test_infos_of_branches_are_left_open_in_the_first_trial_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They decide neither a condition nor a verdict, unless a profile makes warnings of them."""
+    reports: list[Report] = []
+    audit = with_remedies._Trial.audit
+
+    def noting(*arguments: Any) -> tuple[Report, Any]:
+        reports.append(audit(*arguments)[0])
+        return audit(*arguments)
+
+    monkeypatch.setattr(with_remedies._Trial, "audit", noting)
+    report, _ = tried(monkeypatch)
+    cuts = reports[-1].settings["thresholds"]
+    assert "info" not in cuts["branch_norm"] and "info" in cuts["norm_gain"]
+    assert report.remedies[-1].sufficient and not report.remedies[-1].after.undecided
+    assert report.remedies[-1].after.large_shortcut == "met"
+
+    tried(monkeypatch, profile="paper")
+    assert "info" in reports[-1].settings["thresholds"]["branch_norm"]
+
+
 def test_the_cuts_of_warnings_are_those_of_the_table() -> None:
     table, warnings = load_thresholds(), load_thresholds().of_warnings()
     for key, limits in table.table.items():
         assert warnings.table[key].warning == limits.warning
         assert warnings.table[key].info is None
+
+
+def test_infos_of_one_figure_can_be_left_out() -> None:
+    table, fewer = load_thresholds(), load_thresholds().without_infos("branch_norm")
+    for key, limits in table.table.items():
+        # Where an info is the only cut, it decides whether the rule applies.
+        has_both = key[0] == "branch_norm" and limits.warning is not None
+        assert fewer.table[key] == (replace(limits, info=None) if has_both else limits)
+    assert fewer.limits("branch_norm", "pre").info is None
+    assert fewer.limits("branch_norm", "post").info is not None
 
 
 def test_an_error_without_a_warning_below_it_stays_a_cut() -> None:
@@ -234,7 +267,7 @@ def model():
 def test_a_branch_that_a_remedy_wakes_up_is_looked_at_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A branch of zeros depends on nothing, and looks as if its tokens were independent."""
+    """A branch of zeros depends on nothing. Its operations show that it mixes tokens."""
     (tmp_path / "build.py").write_text(ASLEEP)
     woken: list[Report] = []
     audit = with_remedies._Trial.audit
@@ -249,6 +282,5 @@ def test_a_branch_that_a_remedy_wakes_up_is_looked_at_again(
     report = jacdiag.audit(f"{tmp_path / 'build.py'}:model", state="init", **options)
     name = "transformer.h.1.attn"
     (asleep,) = [row for row in report.sublayers if row.name == name]
-    assert asleep.problems == "one per token"
     awake = [row for of_copy in woken for row in of_copy.sublayers if row.name == name]
-    assert "one per sequence" in {row.problems for row in awake}
+    assert awake and {row.problems for row in [asleep, *awake]} == {"one per sequence"}

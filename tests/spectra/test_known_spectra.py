@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jacdiag.spectra import DenseOperator, Stop, top_singular
+from jacdiag.spectra import Aim, DenseOperator, Question, Stop, in_step, top_singular
 from jacdiag.spectra.golub_kahan import Bidiagonalisation
 from jacdiag.spectra.interval import (
     PAD,
@@ -208,6 +208,33 @@ def test_a_settled_problem_keeps_valid_ends() -> None:
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
     assert np.isfinite(solution.upper).all()
     assert np.abs(solution.estimate / truth - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("smallest", [0.01, 0.5])
+def test_a_maximum_of_scaled_problems_comes_to_its_width_too(smallest: float) -> None:
+    """The factors turn the order around: what is settled for one maximum decides the other."""
+    problems = 12
+    size = torch.linspace(1, smallest, problems, dtype=torch.float64)
+    matrix = torch.randn(
+        problems, 40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
+    matrix *= size.reshape(-1, 1, 1)
+    truth = torch.linalg.svdvals(matrix)[:, 0].numpy()
+    factors = (1 / size**2).numpy()
+
+    def start() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    operator = DenseOperator(matrix)
+    alone = top_singular(operator, tol=0.1, generator=start())
+    question = Question(operator, start(), scaled=Aim(factors, 0.01))
+    [both] = in_step([question], tol=0.1)
+    assert (both.lower <= truth).all() and (truth <= both.upper).all()
+    low, high = (factors * both.lower).max(), (factors * both.upper).max()
+    assert low <= (factors * truth).max() <= high <= low * 1.01
+    assert both.upper.max() <= both.lower.max() * 1.1
+    assert both.products > alone.products
+    assert (factors * alone.upper).max() > (factors * alone.lower).max() * 1.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
