@@ -272,10 +272,15 @@ class Solver:
         if not np.isfinite(upper).all():
             return None
 
-        # 1. The lower end costs one product.
+        # 1. The lower end costs one product. A second one is cheaper than to solve to the width.
         effort = self.effort
         solution = inherited(
-            operator, source.right, upper, confidence=effort.confidence, tol=effort.tol
+            operator,
+            source.right,
+            upper,
+            confidence=effort.confidence,
+            tol=effort.tol,
+            most_products=1 if effort.early else 2,
         )
         self.products += solution.products
 

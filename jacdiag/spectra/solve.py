@@ -300,11 +300,18 @@ class _Run:
 
 
 def inherited(
-    operator: Operator, vectors: Tensor, upper: Array, *, confidence: float, tol: float
+    operator: Operator,
+    vectors: Tensor,
+    upper: Array,
+    *,
+    confidence: float,
+    tol: float,
+    most_products: int = 1,
 ) -> Solution:
-    """Return the ends that one product gives, with an upper end known from another operator.
+    """Return the ends that one or two products give, with an upper end known from another operator.
 
-    The lower end is |A v| / |v|.
+    The lower end is |A v| / |v|. A second product, with A^T, makes it |A^T u| / |u| of u = A v,
+    which is no smaller.
 
     Args:
         operator: P problems (m, n).
@@ -312,12 +319,24 @@ def inherited(
         upper: (P,) ends.
         confidence: probability with which they hold.
         tol: relative width that counts as converged.
+        most_products: 2 to make the second one if the first does not give this width.
     """
+    # 1. The first product.
     pad = rounding_pad(operator.dtype, operator.device)
-    unit = vectors / norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1).to(
-        vectors
-    )
-    reached = norms(operator.push(unit)).cpu().double().numpy()
+    right = _unit(vectors)
+    pushed = operator.push(right)
+    reached = _on_host(norms(pushed))
+    products = 1
+
+    # 2. The second.
+    is_wide = not _narrow(reached, np.maximum(upper, reached), tol)
+    if is_wide and most_products > 1:
+        pulled = operator.pull(_unit(pushed))
+        reached = np.maximum(reached, _on_host(norms(pulled)))
+        right = _unit(pulled)
+        products = 2
+
+    # 3. The ends.
     low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
     nothing = np.zeros((len(reached), 0))
     return Solution(
@@ -325,14 +344,25 @@ def inherited(
         high,
         reached,
         confidence,
-        1,
+        products,
         1,
         Stop.INHERITED,
         _narrow(low, high, tol),
-        unit.unsqueeze(1),
+        right.unsqueeze(1),
         reached[:, None],
         nothing,
     )
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Return rows (P, n) divided by their norms; one of zeros stays as it is."""
+    sizes = norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny)
+    return vectors / sizes.unsqueeze(1).to(vectors)
+
+
+def _on_host(values: Tensor) -> Array:
+    """Return numbers as float64 on the CPU."""
+    return values.cpu().double().numpy()
 
 
 def _narrow(low: Array, high: Array, tol: float) -> bool:
