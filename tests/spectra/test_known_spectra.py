@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from jacdiag.spectra import Aim, DenseOperator, Question, Stop, in_step, top_singular
+from jacdiag.spectra import (
+    Aim,
+    DenseOperator,
+    Question,
+    Solution,
+    Stop,
+    in_step,
+    inherited,
+    top_singular,
+)
 from jacdiag.spectra.golub_kahan import Bidiagonalisation
 from jacdiag.spectra.interval import (
     PAD,
@@ -325,3 +334,28 @@ def test_long_rows_in_any_memory_and_of_any_size(scale: float) -> None:
     solution = top_singular(_Laid(matrix), tol=0.01, generator=torch.Generator().manual_seed(7))
     assert solution.converged
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_second_product_raises_an_inherited_lower_end(seed: int) -> None:
+    """|A^T u| / |u| of u = A v lies between |A v| / |v| and the norm."""
+    matrix = torch.randn(
+        3, 40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    truth = torch.linalg.svdvals(matrix)[:, 0].numpy()
+    vectors = torch.randn(3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    vectors[2] = 0
+    operator, upper = DenseOperator(matrix), 1.01 * truth
+
+    def ends(most_products: int, tol: float) -> Solution:
+        return inherited(
+            operator, vectors, upper, confidence=0.999, tol=tol, most_products=most_products
+        )
+
+    first, second = ends(1, 0.05), ends(2, 0.05)
+    assert (first.products, second.products) == (1, 2)
+    assert (first.lower[:2] < second.lower[:2]).all() and (second.lower <= truth).all()
+    assert second.lower[2] == 0, "nothing is known from a vector of zeros"
+    assert ends(2, 1e3).products == 1, "the first is narrow enough"
+    left = torch.bmm(matrix, second.right.unsqueeze(2)).norm(dim=1).squeeze(1).numpy()
+    assert (left[:2] >= second.estimate[:2] * (1 - 1e-12)).all()
