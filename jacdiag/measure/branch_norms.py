@@ -6,7 +6,8 @@ With branch = core o norm and residual = a I + branch, |branch| <= |core| max ga
 Inherited intervals are wider. If only the rules count, they are used where the intervals decide
 them. If every norm is wanted to its width, the others are solved in step, so that they share the
 branch's matrix products. A branch that treats tokens one by one then inherits from its core all the
-same: each token has one gain, and the core is solved a little further.
+same: a token has one gain (of its parallel streams, the largest counts), and the core is solved a
+little further.
 """
 
 from __future__ import annotations
@@ -252,7 +253,8 @@ class Solver:
 
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
         largest: Array = in_float64(gains.amax(1)).cpu().numpy()
-        return largest
+        are_known = bool(np.isfinite(largest).all() and (largest > 0).all())
+        return largest if are_known else None
 
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
         """Return the residual norm by that of the branch, if that decides the rules."""

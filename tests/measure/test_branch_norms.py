@@ -199,6 +199,24 @@ def test_a_norm_that_takes_off_what_the_core_would_enlarge(direction: str) -> No
     assert "follows" not in norms["branch"].stop
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("level", [0.0, 3.0, 0.1])
+def test_a_token_whose_features_are_all_the_same(centred: bool, level: float) -> None:
+    """Its gain is 1 / sqrt(eps) after a LayerNorm: a padding row of zeros has the largest norm."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(192, 192, generator=generator) * 0.05
+    x = torch.randn(1, 3, 192, generator=generator)
+    x[0, 2] = level
+    norms, site = to_width(TokenWise(matrix, centred=centred), x)
+    hold_the_truth(norms, site)
+    assert site.input_norm is not None
+    gain = float(site.input_norm.gain[0, 2])
+    deviation = 0.0 if centred else level
+    # The default eps of RMSNorm is that of the type of the run.
+    eps = 1e-5 if centred else torch.finfo(torch.float64).eps
+    assert gain == pytest.approx((deviation**2 + eps) ** -0.5, rel=1e-6)
+
+
 def test_narrow_branches_and_branches_that_mix_tokens_are_solved() -> None:
     generator = torch.Generator().manual_seed(0)
     narrow, _ = to_width(

@@ -55,10 +55,9 @@ def claimed(function: Map, shape: tuple[int, ...] = SHAPE) -> tuple[int, ...] | 
     """The dimensions that the operations are said to show; None if they leave one open."""
     net, x = net_and_point(function, shape)
     sites = jacdiag.sites(net, x, dtype=torch.float64)
-    [site] = sites
-    return independent_by_dataflow(
-        sites.graph, sites.raw[0], site.feature_dim, tuple(site.value.shape)
-    )
+    [site] = [site for site in sites if not site.nested]
+    raw = sites.raw[site.index]
+    return independent_by_dataflow(sites.graph, raw, site.feature_dim, tuple(site.value.shape))
 
 
 def true_dims(function: Map, shape: tuple[int, ...] = SHAPE) -> tuple[int, ...]:
@@ -265,15 +264,66 @@ class Square(torch.autograd.Function):
         return (2 * x * gradient).roll(1, 1)
 
 
-@pytest.mark.parametrize("hidden", [_scripted_shift, Square.apply], ids=["script", "function"])
-def test_hidden_code_proves_nothing(hidden: Callable[[Tensor], Tensor]) -> None:
+def _mapped_shift(x: Tensor) -> Tensor:
+    return torch.vmap(lambda sequence: sequence.roll(1, 0))(x)
+
+
+def _gradient(x: Tensor) -> Tensor:
+    result: Tensor = torch.func.grad(lambda z: (z.sum(1) ** 3).sum())(x)
+    return result
+
+
+_LIBRARY = torch.library.Library("jacdiag_tests", "DEF")
+_LIBRARY.define("gelu(Tensor x) -> Tensor")
+_LIBRARY.impl("gelu", lambda x: x.roll(1, 1), "CompositeImplicitAutograd")
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "script": _scripted_shift,
+    "function": Square.apply,
+    "vmap": _mapped_shift,
+    "grad": _gradient,
+    "an operator with the name of another": lambda x: torch.ops.jacdiag_tests.gelu(x),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("after", ["at once", "scaled", "a layer later"])
+def test_hidden_code_proves_nothing(name: str, after: str) -> None:
     """Tokens that mix where no call is recorded are not taken for independent."""
 
-    def function(_net: Net, x: Tensor) -> Tensor:
-        return x + hidden(x)
+    def function(net: Net, x: Tensor) -> Tensor:
+        hidden = HIDDEN[name](x)
+        if after == "scaled":
+            hidden = hidden * 2
+        if after == "a layer later":
+            hidden = (hidden @ net.weight).relu()
+        return x + hidden
 
     assert true_dims(function) == (0,)
     assert claimed(function) is None
+
+
+BY_NAME: dict[str, Map] = {
+    "matmul": lambda net, x: torch.matmul(other=x, input=net.over_tokens),
+    "bmm": lambda net, x: torch.bmm(mat2=x, input=net.over_tokens.expand(2, 4, 4)),
+    "values of attention": lambda net, x: F.scaled_dot_product_attention(
+        value=x, query=net.weight[:4].expand(2, 4, 6), key=net.weight[2:].expand(2, 4, 6)
+    ),
+    "keys of attention": lambda net, x: F.scaled_dot_product_attention(
+        key=x, query=net.weight[:4].expand(2, 4, 6), value=net.weight[2:].expand(2, 4, 6)
+    ),
+    "attention in order": lambda _net, x: F.scaled_dot_product_attention(query=x, key=x, value=x),
+    "a mask of one dimension": lambda _net, x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=x.mean((0, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_operands_that_are_given_by_name(name: str) -> None:
+    found = claimed(BY_NAME[name])
+    assert found is None or set(found) <= set(true_dims(BY_NAME[name]))
+    assert (found == (0,)) == (name == "attention in order")
 
 
 def test_a_constant_that_no_module_holds_proves_nothing() -> None:

@@ -153,7 +153,9 @@ class _Flow:
     def _follow(self, node: Node) -> None:
         """Set the layouts of what a call makes of values that depend on the source."""
         # 1. Nothing that it makes depends on the source by a derivative.
-        if self.layouts.keys().isdisjoint(node.inputs) or node.name in CUTS:
+        depends = not self.layouts.keys().isdisjoint(node.inputs)
+        depends_unseen = any(self._may_depend_unseen(value) for value in node.inputs)
+        if node.name in CUTS or not (depends or depends_unseen):
             return
 
         # 2. Each of its results.
@@ -186,8 +188,10 @@ class _Flow:
         """
         # 1. An operand that was written to through another view has two values. Inside a custom
         # autograd.Function, the backward is the model's own.
-        if node.function or set(node.inputs) != set(node.operands):
-            raise UnclearError("a call whose operands are not known")
+        arguments = node.arguments
+        are_known = not node.function and set(node.inputs) == set(node.operands)
+        if arguments is None or not are_known:
+            raise UnclearError("a call whose operands or derivative are not known")
 
         # 2. The operands that depend on the source.
         layouts: dict[int, Layout] = {}
@@ -204,7 +208,7 @@ class _Flow:
 
         # 3. The rule of the operation.
         shapes = [self.graph.values[operand].shape for operand in node.operands]
-        call = IndexedCall(node.arguments, shapes, layouts)
+        call = IndexedCall(arguments, shapes, layouts)
         layout = layout_after(node.name, call, shape)
         if len(layout) != len(shape):
             raise UnclearError("a result with another number of dimensions")

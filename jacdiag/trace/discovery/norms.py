@@ -476,10 +476,49 @@ class Anatomist:
             gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
 
             # 3. Whether it fits.
-            if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
-                feature_dim = -1 if dim == last else dim
-                return Norm(spot, normalise, z, gain.abs(), centred, feature_dim)
+            if not _close(gain.unsqueeze(-1) * base, flat, 1e-3):
+                continue
+            feature_dim = -1 if dim == last else dim
+            norm = Norm(spot, normalise, z, gain.abs(), centred, feature_dim)
+
+            # 4. A token whose features are all the same has no factor: 0 / 0, or rounding.
+            features = in_float64(x).movedim(dim, -1)
+            rounding = 8 * torch.finfo(x.dtype).eps * features.norm(dim=-1)
+            is_flat = base.norm(dim=-1) <= rounding
+            if bool(is_flat.any()):
+                norm = replace(norm, gain=_gain_of_flat_tokens(norm, x, is_flat))
+            return norm
         return None
+
+
+def _gain_of_flat_tokens(norm: Norm, x: Tensor, is_flat: Tensor) -> Tensor:
+    """Return the gains of a norm, those of flat tokens by its gradient.
+
+    Its Jacobian there is the gain times a projection: J^T w = gain * P w.
+
+    Args:
+        norm: with the gains of the other tokens.
+        x: what the norm was given.
+        is_flat: which tokens have features that are all the same.
+    """
+    # 1. J^T w.
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        z = norm.normalise(leaf)
+        if not z.requires_grad:
+            return norm.gain
+        generator = torch.Generator().manual_seed(0)
+        w = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        (pulled,) = torch.autograd.grad(z, leaf, w)
+
+    # 2. P w, and the factor between them. NaN, as of an RMSNorm without eps, stays unknown.
+    along = in_float64(pulled).movedim(norm.feature_dim, -1)
+    projected = in_float64(w).reshape(along.shape)
+    if norm.centred:
+        projected = projected - projected.mean(-1, keepdim=True)
+    by_gradient = along.norm(dim=-1) / projected.norm(dim=-1)
+    is_known = is_flat & torch.isfinite(by_gradient)
+    return torch.where(is_known, by_gradient.reshape(is_flat.shape).to(norm.gain), norm.gain)
 
 
 def _ignores_scale(normalise: Callable[[Tensor], Tensor], x: Tensor) -> bool:

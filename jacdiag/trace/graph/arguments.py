@@ -16,6 +16,26 @@ _PLAIN = (bool, int, float, str, torch.dtype, EllipsisType, type(None))
 _CONTAINERS = (tuple, list, dict, slice)
 
 
+def is_of_torch(function: Any) -> bool:
+    """Return whether a function is torch's own; a custom operator may have the name of one.
+
+    >>> is_of_torch(torch.Tensor.add), is_of_torch(torch.ops.aten.gelu.default)
+    (True, True)
+    >>> is_of_torch(is_of_torch)
+    False
+    """
+    # 1. Operators of the dispatcher: "aten::gelu".
+    qualified = getattr(function, "_qualified_op_name", None)
+    if qualified is None and isinstance(function, torch._ops.OpOverload):
+        qualified = function.name()
+    if qualified is not None:
+        return str(qualified).startswith("aten::")
+
+    # 2. Functions of torch's modules. Methods of tensors in C name no module.
+    module = getattr(function, "__module__", None)
+    return module is None or module.split(".")[0] == "torch"
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """Stands for a tensor among the arguments of a call.

@@ -81,7 +81,8 @@ class Node:
         function: the custom autograd.Function whose forward made the call. Autograd does not see
             what happens there, so that no value inside can be replaced.
         added: the number that an addition adds to a tensor, 1 in `1 + weight`.
-        arguments: what the call was given, without its tensors.
+        arguments: what the call was given, without its tensors; None if the function is not torch's
+            own, whatever its name.
     """
 
     index: int
@@ -95,7 +96,7 @@ class Node:
     operands: tuple[int, ...] = ()
     function: str = ""
     added: float = 0.0
-    arguments: Arguments = field(default_factory=Arguments)
+    arguments: Arguments | None = None
 
     @property
     def operands_added(self) -> list[int]:

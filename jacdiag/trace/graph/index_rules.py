@@ -92,7 +92,38 @@ def layout_after(name: str, call: IndexedCall, shape: tuple[int, ...]) -> Layout
     rule = _RULES.get(_plain_name(name))
     if rule is None:
         raise UnclearError(f"no rule for {name}")
-    return rule(call, shape)
+    _check_order_of_names(call.arguments)
+    try:
+        return rule(call, shape)
+    except (IndexError, ValueError, TypeError) as error:  # arguments that the rule does not expect
+        raise UnclearError(str(error)) from error
+
+
+# Operands are told apart by their position. Those that are given by name stand in this order.
+_NAMED_OPERANDS = (
+    "tensors input self condition query key value mat1 batch1 other mat2 batch2 weight bias "
+    "running_mean running_var key_padding_mask attn_mask mask q_proj_weight k_proj_weight "
+    "v_proj_weight"
+).split()
+
+
+def _check_order_of_names(arguments: Arguments) -> None:
+    """Raise if a tensor is given by a name that is not known, or before one it comes after."""
+    last = -1
+    for name, value in (arguments.named or {}).items():
+        if not _holds_operand(value):
+            continue
+        place = _NAMED_OPERANDS.index(name) if name in _NAMED_OPERANDS else -1
+        if place <= last:
+            raise UnclearError(f"a tensor that is given as {name}")
+        last = place
+
+
+def _holds_operand(value: Any) -> bool:
+    """Return whether an argument is a tensor, or a list that holds one."""
+    if isinstance(value, tuple | list):
+        return any(_holds_operand(item) for item in value)
+    return isinstance(value, Operand)
 
 
 def _plain_name(name: str) -> str:
@@ -461,7 +492,9 @@ def _convolution(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
     layout, own_shape = call.only_operand()
     if len(call.shapes) < 2 or len(own_shape) != len(call.shapes[1]):
         raise UnclearError("a convolution without a batch")
-    call.mix(layout[1:2])
+    # In groups, a channel does not reach all others.
+    if call.arguments.get(6, "groups", default=1) == 1:
+        call.mix(layout[1:2])
     strides = call.arguments.get(3, "stride", default=1)
     paddings = call.arguments.get(4, "padding", default=0)
 

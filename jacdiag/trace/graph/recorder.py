@@ -34,7 +34,7 @@ from jacdiag.trace.execution.tensors import (
     writes_in_place,
 )
 from jacdiag.trace.graph.additions import number_added, terms_of
-from jacdiag.trace.graph.arguments import Arguments
+from jacdiag.trace.graph.arguments import Arguments, is_of_torch
 from jacdiag.trace.graph.graph import (
     CONSTANT,
     INPUT,
@@ -226,7 +226,7 @@ class Recorder(TorchFunctionMode):
         # Made by code that is not recorded, or before the run.
         self._note_foreign(tensor)
         value = self.new_value(tensor, CONSTANT)
-        if is_float(tensor) and tensor.numel() > 1:
+        if is_float(tensor):
             self.unmade.append((tensor, value))
         return value
 
@@ -350,7 +350,7 @@ class Recorder(TorchFunctionMode):
             operands=tuple(value_of[id(tensor)][-1] for tensor in read),
             function=custom_function(),
             added=number_added(name, args, kwargs),
-            arguments=Arguments.of(args, kwargs),
+            arguments=Arguments.of(args, kwargs) if is_of_torch(func) else None,
         )
         self.nodes.append(node)
 
