@@ -341,7 +341,7 @@ def goals(result: dict[str, Any]) -> list[tuple[str, float | None, str, float]]:
             "share of the audit outside products",
             result["audit"]["share_outside_products"],
             "<=",
-            0.25,
+            0.20,
         ),
         (
             "peak memory over a training step + basis",
