@@ -245,10 +245,10 @@ class Solver:
     def _gains(self) -> Array | None:
         """Return the largest gain of the input norm at each independent index, (P,).
 
-        It is known only for a norm whose gain is known. The norm's Jacobian is no larger.
+        The norm's Jacobian is no larger, if it is that of the closed form.
         """
         norm = self.one.site.input_norm
-        if norm is None or not norm.closed_form:
+        if norm is None or self.one.norm is None:
             return None
 
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)

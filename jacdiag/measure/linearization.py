@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from jacdiag.spectra import Composed, JacobianOperator, NormJacobian, Operator, Shifted, Summed
+from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
+_ROUNDINGS = 64  # by which two ways to compute a product may differ
 Local = JacobianOperator | NormJacobian  # operators whose independent dimensions can be set again
 
 
@@ -16,7 +19,8 @@ Local = JacobianOperator | NormJacobian  # operators whose independent dimension
 class Linearised:
     """A branch's Jacobian and its factors, built once.
 
-    `pulls` products were spent to find out what is independent.
+    `pulls` products were spent to find out what is independent. `norm` is the Jacobian of the norm
+    at the beginning, if it is in closed form.
     """
 
     site: Sublayer
@@ -26,6 +30,7 @@ class Linearised:
     dims: tuple[int, ...]
     notes: dict[str, str] = field(default_factory=dict)
     pulls: int = 0
+    norm: NormJacobian | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -45,12 +50,16 @@ def linearise(site: Sublayer) -> Linearised:
     """
     # 1. Build the branch as core o norm, or as one map. The first operator that is built says
     # which dimensions are independent.
+    norm: NormJacobian | None = None
     if _is_factored(site):
         main = JacobianOperator(site.core, site.normalized, ())
         dims = site.independent(main.pull_shaped)
         pulls = main.products
-        owned: list[Local] = [main, _norm_jacobian(site)]
-        branch: Operator = Composed(owned[0], owned[1])
+        of_norm = _norm_jacobian(site)
+        owned: list[Local] = [main, of_norm]
+        branch: Operator = Composed(main, of_norm)
+        if isinstance(of_norm, NormJacobian):
+            norm = of_norm
         core: Operator | None = main
     else:
         main = JacobianOperator(site.branch, site.shortcut, ())
@@ -62,7 +71,7 @@ def linearise(site: Sublayer) -> Linearised:
     for operator in owned:
         operator.set_batch_dims(dims)
     if core is not None:
-        return Linearised(site, branch, core, owned, dims, {}, pulls)
+        return Linearised(site, branch, core, owned, dims, {}, pulls, norm)
 
     # 2. The branch begins with a norm that cannot be taken apart from it.
     if site.has_input_norm:
@@ -90,14 +99,49 @@ def _is_factored(site: Sublayer) -> bool:
 
 
 def _norm_jacobian(site: Sublayer) -> Local:
-    """Return the Jacobian of the norm at the beginning of a branch."""
+    """Return the Jacobian of the norm at the beginning of a branch, if possible in closed form."""
+    # 1. One of torch's own norms.
     norm = site.input_norm
     assert norm is not None
-    # Without a gain and a bias that are known, it is differentiated like any other map.
+    closed = NormJacobian(norm.value, norm.gain, centred=norm.centred, batch_dims=())
     if norm.closed_form:
-        return NormJacobian(norm.value, norm.gain, centred=norm.centred, batch_dims=())
+        return closed
 
-    return JacobianOperator(site.norm, site.shortcut, ())
+    # 2. One that is written out is differentiated like any other map, unless that is the same.
+    built = JacobianOperator(site.norm, site.shortcut, ())
+    if not _are_same(closed, built, norm.gain):
+        return built
+    built.release()
+    return closed
+
+
+def _are_same(closed: NormJacobian, built: JacobianOperator, gain: Tensor) -> bool:
+    """Return whether the closed form is the Jacobian of a norm, up to rounding.
+
+    Two matrices that differ give different products with a random vector. What two norms differ in,
+    such as the place of eps, lies along z or along the mean: these directions are looked at, too.
+
+    Args:
+        closed: g (I - 1 1^T / d - z z^T / d) of each token.
+        built: the Jacobian of the norm by autograd.
+        gain: g of each token.
+    """
+    if built.value.shape != closed.z.shape:
+        return False
+
+    # 1. The vectors.
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(closed.z.shape, generator=generator, dtype=torch.float64).to(closed.z)
+    vectors = [random, closed.z, torch.ones_like(closed.z)]
+
+    # 2. The difference of the products with each, over gain times length.
+    allowed = _ROUNDINGS * torch.finfo(closed.dtype).eps
+    same = torch.ones((), dtype=torch.bool, device=closed.device)
+    for vector in vectors:
+        difference = built.pull_shaped(vector) - closed.pull(flat(vector, ())).reshape(vector.shape)
+        length = torch.linalg.vector_norm(vector, dim=-1)
+        same &= (torch.linalg.vector_norm(difference, dim=-1) <= allowed * gain * length).all()
+    return bool(same)
 
 
 def residual_map(

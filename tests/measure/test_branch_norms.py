@@ -181,6 +181,39 @@ def test_a_token_wise_branch_follows_from_its_core(centred: bool, spread: float)
     assert "follows from another norm" in norms["branch"].stop
 
 
+class WrittenOut(nn.Module):
+    """A norm by hand, of the mean square or of the variance; eps stands in the root or after it."""
+
+    def __init__(self, *, centred: bool, within: float, after: float) -> None:
+        super().__init__()
+        self.centred, self.within, self.after = centred, within, after
+        self.weight = nn.Parameter(torch.ones(192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        root = torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.within)
+        return self.weight * (x / (root + self.after))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("within", "after"), [(1e-5, 0.0), (0.3, 0.0), (0.0, 0.3), (0.0, 1e-16)])
+def test_a_norm_by_hand_has_the_closed_form_only_if_it_is_one(
+    centred: bool, within: float, after: float
+) -> None:
+    """An eps after the root makes another Jacobian, along z, unless eps is tiny."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(192, 192, generator=generator) * 0.05
+    model = TokenWise(matrix, centred=centred)
+    model.norm = WrittenOut(centred=centred, within=within, after=after)
+    norms, site = to_width(model, torch.randn(1, 3, 192, generator=generator))
+    hold_the_truth(norms, site)
+    one = linearise(site)
+    assert (one.norm is not None) == (after != 0.3)
+    assert ("follows" in norms["branch"].stop) == (one.norm is not None)
+    one.release()
+
+
 @pytest.mark.parametrize("direction", ["mean", "z"])
 def test_a_norm_that_takes_off_what_the_core_would_enlarge(direction: str) -> None:
     """Then the branch is far smaller than gain times core, and is solved by itself."""
