@@ -114,7 +114,11 @@ class Thresholds:
         """
         table = dict(self.table)
         for key, limits in self.table.items():
-            if key[0] == figure and limits.warning is not None:
+            name, _ = key
+            has_warning = limits.warning is not None
+
+            # An only cut decides whether a rule applies.
+            if name == figure and has_warning:
                 table[key] = replace(limits, info=None)
         return replace(self, table=table)
 

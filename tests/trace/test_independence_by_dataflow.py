@@ -6,6 +6,7 @@ A dimension that is claimed must be independent. One that is not claimed costs n
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import jacdiag
 from jacdiag.measure.linearization import linearise
 from jacdiag.trace.discovery.independence import independent_between, independent_by_dataflow
+from jacdiag.trace.graph.arguments import Arguments
 from jacdiag.trace.graph.index_layout import IndexPiece, UnclearError, regrouped, source_layout
 
 pytestmark = pytest.mark.check("trace")
@@ -324,6 +326,12 @@ def test_operands_that_are_given_by_name(name: str) -> None:
     found = claimed(BY_NAME[name])
     assert found is None or set(found) <= set(true_dims(BY_NAME[name]))
     assert (found == (0,)) == (name == "attention in order")
+
+
+def test_a_container_that_is_not_understood_hides_the_arguments() -> None:
+    tensor = torch.ones(2)
+    assert Arguments.of(([tensor, (tensor, slice(tensor, 1))],), {"dim": 0}) is not None
+    assert Arguments.of((deque([tensor]), tensor), {}) is None
 
 
 def test_a_constant_that_no_module_holds_proves_nothing() -> None:

@@ -80,14 +80,17 @@ def _decided(
     flow: _Flow, layout: Layout, feature_dim: int, end_shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Return the independent dimensions; None if one is left open."""
-    # 1. Dimensions that may be independent.
+    # 1. The end has to have the dimensions of the source.
     shape = flow.graph.values[flow.source].shape
-    if len(shape) != len(end_shape) or not shape:
+    has_dimensions = len(shape) == len(end_shape)
+    if not shape or not has_dimensions:
         return None
+
+    # 2. Dimensions that may be independent.
     candidates = {dim for dim, size in enumerate(shape) if end_shape[dim] == size}
     candidates.discard(feature_dim % len(shape))
 
-    # 2. A label that arrives is a proof. One that a sum took away is known not to arrive.
+    # 3. A label that arrives is a proof. One that a sum took away is known not to arrive.
     independent = {dim for dim in candidates if layout[dim] == labelled(dim, shape[dim])}
     open_dims = candidates - independent - flow.mixed
     if open_dims:
@@ -129,7 +132,10 @@ class _Flow:
             UnclearError: it is not known.
         """
         layout = self.layouts.get(value)
-        if layout is None or self.graph.values[value].shape != shape:
+        has_shape = self.graph.values[value].shape == shape
+
+        # A sum may broadcast its terms.
+        if layout is None or not has_shape:
             raise UnclearError("the end")
         return layout
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from jacdiag.trace.execution.tensors import collect
 
 # What is kept as it is. It cannot change, and holds no tensor.
 _PLAIN = (bool, int, float, str, torch.dtype, EllipsisType, type(None))
@@ -67,21 +71,36 @@ class Arguments:
     """
 
     positional: tuple[Any, ...] = ()
-    named: Mapping[str, Any] | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments | None:
         """Return the arguments of a call; a tensor is replaced by its position.
 
         Args:
             args: the positional arguments.
             kwargs: the keyword arguments.
+
+        Returns:
+            None if a container among them is not understood, so that positions are not known.
         """
-        outline = _Outline()
-        positional = tuple(outline.of(value) for value in args)
-        if not kwargs:
-            return cls(positional)
-        return cls(positional, {name: outline.of(value) for name, value in kwargs.items()})
+        numbers = itertools.count()
+
+        def outline(leaf: Any) -> Any:
+            """Return what is kept of one argument."""
+            if isinstance(leaf, Tensor):
+                return Operand(next(numbers))
+            if isinstance(leaf, slice):
+                return slice(outline(leaf.start), outline(leaf.stop), outline(leaf.step))
+            if isinstance(leaf, _PLAIN):
+                return leaf
+            return Opaque()
+
+        positional, named = tree_map(outline, (args, dict(kwargs)))
+        tensors: list[Tensor] = []
+        collect((args, kwargs), tensors)
+        is_understood = next(numbers) == len(tensors)
+        return cls(positional, named) if is_understood else None
 
     def get(self, position: int, *names: str, default: Any = None) -> Any:
         """Return an argument that may be given by position or by name.
@@ -91,38 +110,14 @@ class Arguments:
             *names: of the keyword argument; torch has two for some, such as "dim" and "axis".
             default: what is returned if it was not given.
         """
+        # 1. By position.
         if position < len(self.positional):
             return self.positional[position]
-        named = self.named or {}
+
+        # 2. By one of its names.
         for name in names:
-            if name in named:
-                return named[name]
+            if name in self.named:
+                return self.named[name]
+
+        # 3. It was not given.
         return default
-
-
-class _Outline:
-    """Numbers the tensors of a call in the order in which `collect` finds them."""
-
-    def __init__(self) -> None:
-        self.tensors = 0
-
-    def of(self, value: Any) -> Any:
-        """Return a value with each tensor in it replaced."""
-        if isinstance(value, Tensor):
-            self.tensors += 1
-            return Operand(self.tensors - 1)
-        if isinstance(value, _CONTAINERS):
-            return self._of_container(value)
-        if isinstance(value, _PLAIN):
-            return value
-        return Opaque()
-
-    def _of_container(self, value: Any) -> Any:
-        """Return a container with each tensor in it replaced; `torch.Size` is a tuple."""
-        if isinstance(value, dict):
-            return {name: self.of(item) for name, item in value.items()}
-        if isinstance(value, slice):
-            return slice(self.of(value.start), self.of(value.stop), self.of(value.step))
-        if isinstance(value, list):
-            return [self.of(item) for item in value]
-        return tuple(self.of(item) for item in value)

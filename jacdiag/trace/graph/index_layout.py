@@ -44,8 +44,11 @@ class IndexPiece:
 
     def joined(self, inner: IndexPiece) -> IndexPiece | None:
         """Return this piece and the one inside it as one; None if they do not belong together."""
+        # 1. Parts of two dimensions.
         if self.source != inner.source:
             return None
+
+        # 2. Parts of one dimension, which have to follow each other.
         is_continued = self.stride == inner.size * inner.stride
         if self.source is not None and not is_continued:
             return None
@@ -67,6 +70,8 @@ def source_layout(shape: Sequence[int]) -> Layout:
     """
     if 0 in shape:
         raise UnclearError("a tensor without elements")
+
+    # One piece for each dimension.
     return tuple(labelled(dim, size) for dim, size in enumerate(shape))
 
 
@@ -109,22 +114,22 @@ def regrouped(layout: Layout, shape: Sequence[int]) -> Layout:
         True
     """
     pieces_in_order = _joined([piece for pieces in layout for piece in pieces])
-    rest = list(reversed(pieces_in_order))
-    if math.prod(shape) != math.prod(piece.size for piece in rest):
+    remaining = list(reversed(pieces_in_order))
+    if math.prod(shape) != math.prod(piece.size for piece in remaining):
         raise UnclearError("a reshape that changes the number of elements")
 
     dimensions = []
     for size in shape:
         pieces: list[IndexPiece] = []
         while size > 1:
-            piece = rest.pop()
+            piece = remaining.pop()
 
             # 1. A piece that reaches beyond this dimension is cut.
             if piece.size > size:
                 if piece.size % size:
                     raise UnclearError("a reshape that cuts an index unevenly")
                 piece, inner = piece.cut(size)
-                rest.append(inner)
+                remaining.append(inner)
 
             # 2. It is the next factor of this dimension.
             if size % piece.size:
@@ -179,5 +184,8 @@ def combined(contributions: Sequence[Layout], shape: Sequence[int]) -> Layout:
     dimensions = []
     for dim, size in enumerate(shape):
         alternatives = {layout[dim] for layout in contributions}
-        dimensions.append(alternatives.pop() if len(alternatives) == 1 else blank(size))
+        do_agree = len(alternatives) == 1
+
+        # What two operands hold in different places, the result holds in none.
+        dimensions.append(alternatives.pop() if do_agree else blank(size))
     return tuple(dimensions)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.utils._pytree import tree_leaves
+
 from jacdiag.trace.graph.arguments import Arguments, Operand
 from jacdiag.trace.graph.index_layout import (
     Dimension,
@@ -65,14 +67,16 @@ class IndexedCall:
 
     def dimensions(self, position: int, *names: str, default: Any = None) -> list[int]:
         """Return the argument that names one dimension or several, counted from 0."""
-        given = self.arguments.get(position, *(names or _DIM), default=default)
-        if _is_int(given):
-            given = (given,)
-        are_known = isinstance(given, tuple | list) and all(_is_int(dim) for dim in given)
-        if not are_known:
+        # 1. One number, or several.
+        argument = self.arguments.get(position, *(names or _DIM), default=default)
+        if _is_int(argument):
+            argument = (argument,)
+        if not _are_ints(argument):
             raise UnclearError("a dimension that is no number")
+
+        # 2. A negative one counts from the end.
         rank = len(self.shapes[0])
-        return [dim % rank for dim in given]
+        return [dim % rank for dim in argument]
 
 
 Rule = Callable[[IndexedCall, tuple[int, ...]], Layout]
@@ -110,20 +114,26 @@ _NAMED_OPERANDS = (
 def _check_order_of_names(arguments: Arguments) -> None:
     """Raise if a tensor is given by a name that is not known, or before one it comes after."""
     last = -1
-    for name, value in (arguments.named or {}).items():
+    for name, value in arguments.named.items():
+        # 1. Numbers are found by their names.
         if not _holds_operand(value):
             continue
-        place = _NAMED_OPERANDS.index(name) if name in _NAMED_OPERANDS else -1
-        if place <= last:
+
+        # 2. A tensor whose place is not known.
+        if name not in _NAMED_OPERANDS:
             raise UnclearError(f"a tensor that is given as {name}")
+
+        # 3. One that is out of order.
+        place = _NAMED_OPERANDS.index(name)
+        if place <= last:
+            raise UnclearError(f"{name} after a tensor that it comes before")
         last = place
 
 
 def _holds_operand(value: Any) -> bool:
     """Return whether an argument is a tensor, or a list that holds one."""
-    if isinstance(value, tuple | list):
-        return any(_holds_operand(item) for item in value)
-    return isinstance(value, Operand)
+    leaves = tree_leaves(value)
+    return any(isinstance(leaf, Operand) for leaf in leaves)
 
 
 def _plain_name(name: str) -> str:
@@ -141,6 +151,15 @@ def _plain_name(name: str) -> str:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ints(values: Any) -> bool:
+    """Return whether a value is a tuple or a list of whole numbers."""
+    if not isinstance(values, tuple | list):
+        return False
+
+    # A list may hold tensors.
+    return all(map(_is_int, values))
 
 
 # -- by element --------------------------------------------------------------------------------
@@ -162,12 +181,14 @@ def _reshape(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
 
 def _permute(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
     layout, _ = call.only_operand()
-    # `x.permute(0, 2, 1)` and `x.permute((0, 2, 1))`.
-    given = call.arguments.positional[1:]
-    if len(given) > 1:
-        order = [dim % len(shape) for dim in given if _is_int(dim)]
+    # 1. `x.permute(0, 2, 1)` and `x.permute((0, 2, 1))`.
+    listed = call.arguments.positional[1:]
+    if len(listed) > 1 and _are_ints(listed):
+        order = [dim % len(shape) for dim in listed]
     else:
         order = call.dimensions(1, "dims")
+
+    # 2. Every dimension has a new place.
     if sorted(order) != list(range(len(layout))):
         raise UnclearError("a permutation that does not name every dimension")
     return tuple(layout[dim] for dim in order)
@@ -209,8 +230,12 @@ def _cut(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
     layout, own_shape = call.only_operand()
     if len(own_shape) != len(shape):
         raise UnclearError("a part with another number of dimensions")
-    sizes = zip(layout, own_shape, shape, strict=True)
-    return tuple(kept if size == whole else blank(size) for kept, whole, size in sizes)
+
+    dimensions = []
+    for dimension, whole, size in zip(layout, own_shape, shape, strict=True):
+        is_whole = size == whole
+        dimensions.append(dimension if is_whole else blank(size))
+    return tuple(dimensions)
 
 
 def _repeat_interleave(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
@@ -227,11 +252,12 @@ def _pad(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
         raise UnclearError("padding that is not known")
 
     # Two widths for each dimension, the last dimension first.
-    padded = set()
+    dimensions = list(layout)
     for number, width in enumerate(widths):
+        dim = len(shape) - 1 - number // 2
         if width != 0:
-            padded.add(len(shape) - 1 - number // 2)
-    return tuple(blank(shape[dim]) if dim in padded else kept for dim, kept in enumerate(layout))
+            dimensions[dim] = blank(shape[dim])
+    return tuple(dimensions)
 
 
 def _take_out(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
@@ -247,8 +273,8 @@ def _index(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
     """Return the layout of `x[...]` with numbers, slices, None and an ellipsis."""
     # 1. The index, with the ellipsis written out.
     layout, own_shape = call.only_operand()
-    given = call.arguments.get(1, "index")
-    items = list(given) if isinstance(given, tuple) else [given]
+    index = call.arguments.get(1, "index")
+    items = list(index) if isinstance(index, tuple) else [index]
     consuming = sum(item is not None and item is not Ellipsis for item in items)
     missing = [slice(None)] * (len(own_shape) - consuming)
     if Ellipsis in items:
@@ -276,9 +302,12 @@ def _index(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
 
 def _sliced(dimension: Dimension, size: int, part: slice) -> Dimension:
     """Return what is known along a dimension after a slice."""
-    bounds = (part.start, part.stop, part.step)
-    if not all(bound is None or _is_int(bound) for bound in bounds):
+    # 1. Its ends.
+    bounds = [bound for bound in (part.start, part.stop, part.step) if bound is not None]
+    if not _are_ints(bounds):
         raise UnclearError("a slice whose ends are no numbers")
+
+    # 2. What it leaves.
     chosen = range(size)[part]
     if chosen == range(size):
         return dimension
@@ -357,8 +386,11 @@ def _reduction(position: int) -> Rule:
 
         # 2. What is left, with dimensions of size 1 in their places or without.
         if len(shape) == len(own_shape):
-            return tuple(() if dim in reduced else kept for dim, kept in enumerate(layout))
-        left = tuple(kept for dim, kept in enumerate(layout) if dim not in reduced)
+            dimensions = list(layout)
+            for dim in reduced:
+                dimensions[dim] = ()
+            return tuple(dimensions)
+        left = tuple(layout[dim] for dim in range(len(layout)) if dim not in reduced)
         if len(left) != len(shape):
             raise UnclearError("a reduction that was not understood")
         return left
@@ -376,7 +408,10 @@ def _extreme(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
 def _batch_norm(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
     """Return the layout after a batch norm by running statistics, which is a map by element."""
     layout, own_shape = call.only_operand()
-    if call.arguments.get(5, "training", default=False) is not False or own_shape != shape:
+    in_training = call.arguments.get(5, "training", default=False) is not False
+
+    # In training every element depends on the entire batch.
+    if in_training or own_shape != shape:
         raise UnclearError("a norm over the batch")
     return layout
 
@@ -444,7 +479,7 @@ def _einsum(call: IndexedCall, shape: tuple[int, ...]) -> Layout:
         if len(set(own)) < len(own):
             raise UnclearError("a diagonal")
         by_letter = dict(zip(own, layout, strict=True))
-        call.mix(kept for letter, kept in by_letter.items() if letter not in result)
+        call.mix(by_letter[letter] for letter in own if letter not in result)
         sizes = zip(result, shape, strict=True)
         contributions.append(tuple(by_letter.get(letter) or blank(size) for letter, size in sizes))
     return combined(contributions, shape)
@@ -515,11 +550,15 @@ _NO_PADDING = (0, "valid", "same")  # of a kernel of 1
 
 def _on_axis(value: Any, axis: int) -> Any:
     """Return an argument that is given for all axes of a convolution, or for each."""
-    if isinstance(value, tuple | list) and len(value) > 1:
-        return value[axis]
-    if isinstance(value, tuple | list):
+    # 1. One for all.
+    if not isinstance(value, tuple | list):
+        return value
+
+    # 2. Also in a list of one.
+    is_for_all = len(value) == 1
+    if is_for_all:
         return value[0]
-    return value
+    return value[axis]
 
 
 _BY_ELEMENT = ACTIVATIONS | frozenset(
