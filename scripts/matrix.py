@@ -28,6 +28,7 @@ TESTS = (
     "tests/trace/test_wrappers.py",
     "tests/trace/test_hooks.py",
     "tests/trace/test_general_mechanisms.py",
+    "tests/trace/test_independence_by_dataflow.py",
     "tests/spectra",
     "tests/measure/test_branch_norms.py",
     "tests/sources/test_source_strings.py",
