@@ -17,7 +17,7 @@ from _coverage.build import Built, CannotBuild, build
 from _coverage.expect import FamilyFacts, family_facts
 from _coverage.expected import Expected
 from _coverage.told import told_by_class, told_cross
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.spectra import JacobianOperator, independent_dims, spectral_norm
 
 DENSE_PER_KIND, DENSE_LIMIT = 2, 1024

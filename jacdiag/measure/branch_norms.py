@@ -248,12 +248,10 @@ class Solver:
         The norm's Jacobian is no larger, if it is that of the closed form.
         """
         norm = self.one.site.input_norm
-        is_known = norm is not None and self.one.norm is not None
-        if not is_known:
+        if norm is None or self.one.norm is None:
             return None
 
         # The largest of each problem. NaN, or 0, bounds nothing.
-        assert norm is not None
         gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
         largest: Array = in_float64(gains.amax(1)).cpu().numpy()
         are_known = bool(np.isfinite(largest).all() and (largest > 0).all())

@@ -38,14 +38,13 @@ from jacdiag.measure.init_or_trained import (
 from jacdiag.measure.model_summary import model_record
 from jacdiag.measure.moments import std_of
 from jacdiag.measure.network import (
-    REPLAY_TOLERANCE,
-    ReplayCheck,
     backward_record,
     end_to_end,
     network_record,
     with_flow,
 )
 from jacdiag.measure.nonfinite_weights import non_finite_state
+from jacdiag.measure.replay_check import REPLAY_TOLERANCE, ReplayCheck
 from jacdiag.measure.stream_statistics import forward_record
 from jacdiag.measure.structure import with_structure
 from jacdiag.measure.sublayer_norms import WeightFigures, describe_unmeasured, measure_group

@@ -286,7 +286,7 @@ def loss_by_hand(report: Report, truth: Truth) -> Callable[[Tensor], Tensor]:
 def test_replay_is_verified_by_the_jacobians_that_measuring_builds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from jacdiag.measure import network
+    from jacdiag.measure import replay_check
     from jacdiag.measure.linearization import linearise
     from jacdiag.sources import gpt
 
@@ -295,18 +295,18 @@ def test_replay_is_verified_by_the_jacobians_that_measuring_builds(
         "vanilla", n_layer=2, n_embd=16, n_head=2, vocab_size=32, block_size=8
     ).double()
     sites = jacdiag.sites(model, torch.randint(32, (2, 8)), dtype=torch.float64)
-    by_itself = network.verify_replay(sites)
+    by_itself = replay_check.verify_replay(sites)
 
     # 1. No branch is run by itself, but for the one that was not linearised.
     own_pulls: list[str] = []
-    own_pull = network._own_pull
+    own_pull = replay_check._own_pull
 
     def noted(site: Any, cotangent: torch.Tensor) -> torch.Tensor:
         own_pulls.append(site.name)
         return own_pull(site, cotangent)
 
-    monkeypatch.setattr(network, "_own_pull", noted)
-    check = network.ReplayCheck(sites)
+    monkeypatch.setattr(replay_check, "_own_pull", noted)
+    check = replay_check.ReplayCheck(sites)
     for site in sites[:3]:
         check.compare(linearise(site))
     errors = check.finish()
@@ -318,7 +318,7 @@ def test_replay_is_verified_by_the_jacobians_that_measuring_builds(
     other = linearise(sites[0])
     pull = other.branch.pull
     monkeypatch.setattr(other.branch, "pull", lambda w: (1 + 1e-6) * pull(w))
-    check = network.ReplayCheck(sites, only=[0])
+    check = replay_check.ReplayCheck(sites, only=[0])
     check.compare(other)
     assert check.finish()[sites[0].name] < 1e-12
     assert own_pulls == [sites[0].name]
@@ -327,14 +327,14 @@ def test_replay_is_verified_by_the_jacobians_that_measuring_builds(
     wrong = linearise(sites[0])
     right = wrong.branch.pull
     monkeypatch.setattr(wrong.branch, "pull", lambda w: 1.1 * right(w))
-    check = network.ReplayCheck(sites, only=[0])
+    check = replay_check.ReplayCheck(sites, only=[0])
     check.compare(wrong)
     assert check.finish()[sites[0].name] == pytest.approx(0.1 / 1.1)
 
 
 def test_replay_is_verified_in_parts_as_in_whole() -> None:
     """Ranks look at some sub-layers each."""
-    from jacdiag.measure.network import verify_replay
+    from jacdiag.measure.replay_check import verify_replay
     from jacdiag.sources import gpt
 
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import JacdiagError
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.trace import Sites, declare
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.graph.graph import CONSTANT

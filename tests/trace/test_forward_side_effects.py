@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacdiag
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 
 D = 8
 

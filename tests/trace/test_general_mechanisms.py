@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 
 D = 8
 

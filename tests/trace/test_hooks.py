@@ -16,7 +16,7 @@ from test_model_stays_unchanged import unchanged
 from test_wrappers import assert_equal_sites, plain, sites_of
 from torch import Tensor, nn
 
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.trace import Sites
 
 pytestmark = pytest.mark.check("trace")

@@ -136,6 +136,7 @@ DECIDED: dict[str, tuple[Map, tuple[int, ...]]] = {
     "cut and put together": (lambda net, x: x.reshape(4, 2, 3, 2).exp().reshape(SHAPE), (0, 1)),
     "a norm by hand": (norm_by_hand, (0, 1)),
     "a layer norm": (lambda net, x: F.layer_norm(x, (6,), eps=1e-5), (0, 1)),
+    "a layer norm over a size": (lambda _, x: F.layer_norm(x, x.shape[-1:]), (0, 1)),
     "a layer norm of whole sequences": (lambda net, x: F.layer_norm(x, (4, 6)), (0,)),
     "softmax over features": (lambda net, x: torch.softmax(x, dim=-1), (0, 1)),
     "softmax over tokens": (lambda net, x: torch.softmax(x, dim=1), (0,)),
@@ -416,4 +417,4 @@ def test_a_chain_of_sublayers(names: list[str], dims: tuple[int, ...]) -> None:
     model, x = Stack([STEPS[name] for name in names]).double().eval(), torch.randn(SHAPE).double()
     sites = jacdiag.sites(model, x, dtype=torch.float64)
     groups = sites.streams.groups
-    assert independent_between(sites.graph, groups[0].shortcut, groups[-1].output, -1) == dims
+    assert independent_between(sites.finder, groups[0].shortcut, groups[-1].output, -1) == dims

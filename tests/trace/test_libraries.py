@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import jacdiag
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.trace import Sites, declare
 
 IDS = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(0))

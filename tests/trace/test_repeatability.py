@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import jacdiag
 from jacdiag.errors import JacdiagError
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.trace.execution.skeleton import Skeleton
 
 

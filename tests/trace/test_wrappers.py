@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import jacdiag
-from jacdiag.measure.network import verify_replay
+from jacdiag.measure.replay_check import verify_replay
 from jacdiag.records import Report
 from jacdiag.trace import Sites
 

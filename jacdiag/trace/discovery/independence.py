@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from jacdiag.trace.discovery.residual import Site
+from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.graph import Graph, Node
 from jacdiag.trace.graph.index_layout import Layout, UnclearError, labelled, source_layout
 from jacdiag.trace.graph.index_rules import IndexedCall, layout_after
@@ -40,12 +40,12 @@ def independent_by_dataflow(
 
 
 def independent_between(
-    graph: Graph, source: int, end: int, feature_dim: int
+    finder: Finder, source: int, end: int, feature_dim: int
 ) -> tuple[int, ...] | None:
     """Return the dimensions over which the Jacobian between two values is block diagonal.
 
     Args:
-        graph: what one forward did.
+        finder: of the graph of one forward.
         source: index of the value to differentiate by.
         end: index of the value that is differentiated.
         feature_dim: the dimension of the source that is never independent.
@@ -53,27 +53,16 @@ def independent_between(
     Returns:
         As `independent_by_dataflow`.
     """
+    graph = finder.graph
     shape = graph.values[end].shape
     last = graph.values[end].node
+    path = frozenset(finder.cone(source, [end]))
     try:
-        flow = _Flow(graph, source, last + 1, _calls_before(graph, end, source))
+        flow = _Flow(graph, source, last + 1, path)
         layout = flow.layout_of(end, shape)
     except UnclearError:
         return None
     return _decided(flow, layout, feature_dim, shape)
-
-
-def _calls_before(graph: Graph, end: int, source: int) -> set[int]:
-    """Return the calls on the way to a value that were made after its source."""
-    first = graph.values[source].node
-    calls: set[int] = set()
-    waiting = [end]
-    while waiting:
-        node = graph.values[waiting.pop()].node
-        if node > first and node not in calls:
-            calls.add(node)
-            waiting += graph.nodes[node].inputs
-    return calls
 
 
 def _decided(

@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_map
 from jacdiag.trace.execution.tensors import collect
 
 # What is kept as it is. It cannot change, and holds no tensor.
-_PLAIN = (bool, int, float, str, torch.dtype, EllipsisType, type(None))
-
-_CONTAINERS = (tuple, list, dict, slice)
+_PLAIN = (bool, int, float, str, torch.Size, torch.dtype, EllipsisType, type(None))
 
 
 def is_of_torch(function: Any) -> bool:

@@ -1,13 +1,13 @@
 """Where the indices of a source are found in a tensor that was computed from it.
 
-The index along one dimension of a tensor is a row-major number of factors, its *pieces*. A piece
-with the label d is (a part of) the index along dimension d of the source: what stands at that index
-of the tensor depends on the source at the same index alone. About a piece without a label nothing
-is known. Reshapes cut pieces and put them together, transpositions move them, and whatever sums
-over a dimension takes its labels away.
+A reshape can make one dimension of several, such as batch times tokens. So the index along a
+dimension is made of *pieces*, the outermost first. A piece may have a label: the dimension of the
+source whose index it is. What stands at an index of the tensor then depends on the source at the
+same index alone. Of a piece without a label nothing is known.
 
-A piece is carried as far as every call on the way keeps it apart, so that a label at the end of a
-branch is a proof that its Jacobian is block diagonal.
+Reshapes cut pieces and join them. Transpositions move them. A call that sums over a dimension takes
+its labels away. If the label of a dimension is found at the end of a branch, each call on the way
+has kept the indices apart, and the Jacobian of the branch is block diagonal over that dimension.
 """
 
 from __future__ import annotations
