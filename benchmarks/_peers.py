@@ -131,10 +131,8 @@ class Contest:
         """Linearises and solves. That sequences (and tokens) are independent is known, as it is to
         the peers.
         """
-        one = linearise(self.site)
-        solution = top_singular(
-            one.branch, generator=torch.Generator().manual_seed(seed), **options
-        )
+        one = linearise(self.site, seed)
+        solution = top_singular(one.branch, start=one.start, **options)
         one.release()
         return solution
 

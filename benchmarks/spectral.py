@@ -86,7 +86,7 @@ def whole_audit(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
 
         return call
 
-    names = ("__init__", "_push", "_pull", "pull_shaped", "products_of")
+    names = ("__init__", "pull_shaped", "products_of")
     originals = {name: getattr(JacobianOperator, name) for name in names}
     for name, original in originals.items():
         setattr(JacobianOperator, name, clocked(original))

@@ -12,18 +12,15 @@ little further.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-from zlib import crc32
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
-from jacdiag.measure.linearization import Linearised, Local, residual_map
+from jacdiag.measure.linearization import Linearised, Local, generator_of, residual_map
 from jacdiag.records.report import Interval
 from jacdiag.spectra import (
     Aim,
@@ -53,8 +50,8 @@ class Effort:
         tol: relative width of an interval that is requested.
         confidence: probability with which an upper end holds.
         max_products: budget of products per norm.
-        seed: of the random starts; each norm draws its own, so that results do not depend on the
-            order of work.
+        seed: of the random starts; each sub-layer draws its own, so that results do not depend on
+            the order of work.
         decided: field name -> predicate on (lower, upper): the rules have what they need.
         early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they
             are.
@@ -75,20 +72,18 @@ class Effort:
 
 @dataclass
 class Norms:
-    """What was found about one sub-layer, and what it cost.
+    """What was found about one sub-layer.
 
     Attributes:
         core, branch, residual: None where there is no such map; `core` is `branch` where they are
             one map.
         why: reasons for what is None, by field.
-        products: with J and J^T, over all norms.
     """
 
     core: Interval | None = None
     branch: Interval | None = None
     residual: Interval | None = None
     why: dict[str, str] = field(default_factory=dict)
-    products: int = 0
 
 
 class Solver:
@@ -104,7 +99,6 @@ class Solver:
         self.decided: Mapping[str, Decide] = {}  # by field
         if effort.decided is not None:
             self.decided = effort.decided(one.site)
-        self.products = 0
 
     def norms(self) -> Norms:
         """Return core, branch and residual norm."""
@@ -137,7 +131,6 @@ class Solver:
             core=intervals.get("core_norm"),
             branch=intervals["branch_norm"],
             residual=intervals.get("residual_norm"),
-            products=self.products,
         )
 
         # 4. What another map gives, and what there is no map for.
@@ -195,7 +188,7 @@ class Solver:
         return {**solved, "branch_norm": branch}
 
     def solve(self, operator: Operator, name: str) -> Solution:
-        """Solve one norm by Lanczos from the start that belongs to this sub-layer and norm."""
+        """Solve one norm by Lanczos from the start that belongs to this sub-layer."""
         return self.in_step({name: operator})[name]
 
     def in_step(
@@ -203,7 +196,8 @@ class Solver:
     ) -> dict[str, Solution]:
         """Solve norms by Lanczos, in step.
 
-        Each begins at the start that belongs to this sub-layer and norm.
+        They begin at one start. Each interval holds with its confidence all the same, since the
+        start is random.
 
         Args:
             maps: field of the norm -> operator.
@@ -214,9 +208,14 @@ class Solver:
         site = self.one.site
         questions = []
         for name, operator in maps.items():
-            start = start_of(effort.seed, site.name, name)
-            scaled = scaled_core if name == "core_norm" else None
-            questions.append(Question(operator, start, self.decided.get(name), scaled))
+            question = Question(operator, decide=self.decided.get(name))
+            if self._begins_at_start(operator):
+                question = replace(question, start=self.one.start)
+            else:
+                question = replace(question, generator=generator_of(effort.seed, site.name, name))
+            if name == "core_norm":
+                question = replace(question, scaled=scaled_core)
+            questions.append(question)
 
         # 2. All of them together: products with the same Jacobian are made in one call.
         solutions = in_step(
@@ -226,8 +225,12 @@ class Solver:
             max_products=effort.max_products,
             early=effort.early,
         )
-        self.products += sum(solution.products for solution in solutions)
         return dict(zip(maps, solutions, strict=True))
+
+    def _begins_at_start(self, operator: Operator) -> bool:
+        """Return whether the sub-layer's start is one of this operator's."""
+        start = self.one.start
+        return start is not None and start.shape == (operator.problems, operator.codomain)
 
     def interval(self, solution: Solution) -> Interval:
         """Return the interval of a solution, with its distribution over independent indices."""
@@ -285,7 +288,6 @@ class Solver:
             tol=effort.tol,
             most_products=1 if effort.early else 2,
         )
-        self.products += solution.products
 
         # 2. Whether the ends decide the rules.
         decide = self.decided.get(name)
@@ -320,15 +322,8 @@ def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
             tol=max(effort.tol, 0.2),
             confidence=effort.confidence,
             max_products=effort.max_products,
-            generator=start_of(effort.seed, site.name, "heads_norm"),
+            generator=generator_of(effort.seed, site.name, "heads_norm"),
         )
         return solution.interval()
     finally:
         operator.release()
-
-
-def start_of(seed: int, *names: str) -> torch.Generator:
-    """Return the random start of one sub-layer and norm, the same in any order of measurement."""
-    return torch.Generator().manual_seed(
-        crc32("/".join((str(seed), *names)).encode()) & math.floor(2**31 - 1)
-    )

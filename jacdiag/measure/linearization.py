@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -19,8 +21,8 @@ Local = JacobianOperator | NormJacobian  # operators whose independent dimension
 class Linearised:
     """A branch's Jacobian and its factors, built once.
 
-    `pulls` products were spent to find out what is independent. `norm` is the Jacobian of the norm
-    at the beginning, if it is in closed form.
+    `norm` is the Jacobian of the norm at the beginning, if it is in closed form. All norms of the
+    sub-layer begin at `start`, (P, m): a random vector, whose product is made once for all of them.
     """
 
     site: Sublayer
@@ -29,13 +31,23 @@ class Linearised:
     owned: list[Local]
     dims: tuple[int, ...]
     notes: dict[str, str] = field(default_factory=dict)
-    pulls: int = 0
     norm: NormJacobian | None = None
+    start: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the shortcut."""
         return self.site.shortcut.shape
+
+    @property
+    def products(self) -> int:
+        """How many products were made with the Jacobians of the branch and of its core."""
+        own: set[JacobianOperator] = set()
+        for operator in (self.branch, self.core):
+            if isinstance(operator, JacobianOperator):
+                own.add(operator)
+
+        return sum(jacobian.products for jacobian in own)
 
     def release(self) -> None:
         """Free the graphs that the operators hold."""
@@ -43,10 +55,14 @@ class Linearised:
             operator.release()
 
 
-def linearise(site: Sublayer) -> Linearised:
+def linearise(site: Sublayer, seed: int = 0) -> Linearised:
     """Build the Jacobian of a branch at its recorded shortcut.
 
     It is core o norm where the branch begins with a norm.
+
+    Args:
+        site: the sub-layer.
+        seed: of the start of its norms.
     """
     # 1. Build the branch as core o norm, or as one map. The first operator that is built says
     # which dimensions are independent.
@@ -54,7 +70,6 @@ def linearise(site: Sublayer) -> Linearised:
     if _is_factored(site):
         main = JacobianOperator(site.core, site.normalized, ())
         dims = site.independent(main.pull_shaped)
-        pulls = main.products
         of_norm = _norm_jacobian(site)
         owned: list[Local] = [main, of_norm]
         branch: Operator = Composed(main, of_norm)
@@ -64,28 +79,44 @@ def linearise(site: Sublayer) -> Linearised:
     else:
         main = JacobianOperator(site.branch, site.shortcut, ())
         dims = site.independent(main.pull_shaped)
-        pulls = main.products
         owned = [main]
         branch = main
         core = None
     for operator in owned:
         operator.set_batch_dims(dims)
-    if core is not None:
-        return Linearised(site, branch, core, owned, dims, {}, pulls, norm)
 
-    # 2. The branch begins with a norm that cannot be taken apart from it.
+    # 2. The product that all norms begin with.
+    start = flat(start_of_branch(site, seed), dims)
+    main.keep(start)
+    if core is not None:
+        return Linearised(site, branch, core, owned, dims, {}, norm, start)
+
+    # 3. The branch begins with a norm that cannot be taken apart from it.
     if site.has_input_norm:
         reason = "the norm's output has another shape than the shortcut, or is laid out otherwise"
-        return Linearised(site, branch, None, owned, dims, {"core_norm": reason}, pulls)
+        return Linearised(site, branch, None, owned, dims, {"core_norm": reason}, None, start)
 
-    # 3. Without a norm at its beginning, the branch is its own core, up to a norm at its end.
+    # 4. Without a norm at its beginning, the branch is its own core, up to a norm at its end.
     if site.placement == "reordered" and site.before_output_norm is not None:
         inner = JacobianOperator(site.before_output_norm, site.shortcut, ())
         inner.set_batch_dims(dims)
         owned.append(inner)
-        return Linearised(site, branch, inner, owned, dims, {}, pulls)
+        return Linearised(site, branch, inner, owned, dims, {}, None, start)
 
-    return Linearised(site, branch, main, owned, dims, {}, pulls)
+    return Linearised(site, branch, main, owned, dims, {}, None, start)
+
+
+def start_of_branch(site: Sublayer, seed: int) -> Tensor:
+    """Draw the vector that all norms of a sub-layer begin with, in the shape of its branch."""
+    generator = generator_of(seed, site.name, "start")
+    start = torch.randn(site.value.shape, generator=generator, dtype=torch.float32)
+    return start.to(site.value)
+
+
+def generator_of(seed: int, *names: str) -> torch.Generator:
+    """Return the random numbers of one sub-layer and figure, the same in any order of work."""
+    words = "/".join((str(seed), *names))
+    return torch.Generator().manual_seed(crc32(words.encode()) & math.floor(2**31 - 1))
 
 
 def _is_factored(site: Sublayer) -> bool:

@@ -20,6 +20,7 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
+from jacdiag.spectra.golub_kahan import draw_start
 from jacdiag.spectra.operator import draw_cotangents
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
@@ -59,16 +60,20 @@ def end_to_end(
     with replayer.whole_graph():
         operator = JacobianOperator(lambda x: segment(x).to(device), first.shortcut, batch_dims=())
 
-    # 2. The dimensions over which it is made of independent problems.
-    members = chain.from_iterable(group.sites for group in groups)
-    dims = _trivially_independent([sites[index] for index in members])
-    if dims is None or not _keeps(dims, operator.value.shape):
-        dims = _independent_over_depth(sites, groups[0].shortcut, first, operator, generator)
-    operator.set_batch_dims(dims)
+        # 2. The dimensions over which it is made of independent problems.
+        members = chain.from_iterable(group.sites for group in groups)
+        dims = _trivially_independent([sites[index] for index in members])
+        if dims is None or not _keeps(dims, operator.value.shape):
+            dims = _independent_over_depth(sites, groups[0].shortcut, first, operator, generator)
+        operator.set_batch_dims(dims)
 
-    # 3. Its norm.
+        # 3. The first product, which keeps a graph through the model as well.
+        start = draw_start(operator, generator)
+        operator.keep(start)
+
+    # 4. Its norm.
     solution = top_singular(
-        operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
+        operator, tol=tol, confidence=confidence, max_products=max_products, start=start
     )
     interval = solution.interval()
     operator.release()

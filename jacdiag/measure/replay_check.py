@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.devices.packed_download import download
-from jacdiag.measure.linearization import Linearised
-from jacdiag.spectra.operator import flat, shaped
+from jacdiag.measure.linearization import Linearised, start_of_branch
+from jacdiag.spectra.operator import shaped
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.execution.tap import Spot, Where
 
@@ -75,15 +75,18 @@ class ReplayCheck:
         self._pulled = pulls.pulled
 
     def compare(self, linearised: Linearised) -> None:
-        """Compare the Jacobian of a branch that was linearised, which takes one product."""
+        """Compare the Jacobian of a branch that was linearised with the same seed.
+
+        The product is the one that its norms begin with.
+        """
         site = linearised.site
         expected = self._pulled.get(site.index)
         if expected is None or site.index not in self._waiting:
             return
 
         # 1. The norm at its beginning is in closed form there, which rounds otherwise.
-        cotangent = _cotangent(site, self._seed)
-        rows = linearised.branch.pull(flat(cotangent, linearised.dims))
+        assert linearised.start is not None
+        rows = linearised.branch.pull(linearised.start)
         pulled = shaped(rows, linearised.dims, site.shortcut.shape)
         error = _relative(expected, pulled)
 
@@ -100,7 +103,7 @@ class ReplayCheck:
             expected = self._pulled.get(index)
             error = math.inf  # the run of the model did not meet it
             if expected is not None:
-                error = _relative(expected, _own_pull(site, _cotangent(site, self._seed)))
+                error = _relative(expected, _own_pull(site, start_of_branch(site, self._seed)))
             self._note(site, error)
         return self._errors
 
@@ -177,18 +180,12 @@ class _ModelPulls:
             return
 
         # 2. The pull, and whether the branch ran under no_grad.
-        cotangent = _cotangent(self.sites[index], self.seed).reshape(term.shape)
+        cotangent = start_of_branch(self.sites[index], self.seed).reshape(term.shape)
         self.pulled[index] = _pull(term, leaf, cotangent)
         if term.requires_grad:
             self.cut_off.discard(index)
         else:
             self.cut_off.add(index)
-
-
-def _cotangent(site: Sublayer, seed: int) -> Tensor:
-    """Return a random cotangent of a branch, the same in both runs."""
-    generator = torch.Generator().manual_seed(seed + site.index)
-    return torch.randn(site.value.shape, generator=generator, dtype=torch.float64).to(site.value)
 
 
 def _pull(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:

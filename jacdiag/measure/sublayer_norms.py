@@ -18,11 +18,17 @@ from jacdiag.devices.packed_download import download
 from jacdiag.errors import JacdiagError, SourceError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.branch_norms import Effort, Solver, heads_norm
-from jacdiag.measure.linearization import Linearised, linearise, residual_map
+from jacdiag.measure.linearization import (
+    Linearised,
+    linearise,
+    residual_map,
+    start_of_branch,
+)
 from jacdiag.measure.token_statistics import gain_interval, spread_of_stds, stds_of
 from jacdiag.records.report import Interval, SublayerRecord, WeightStats
 from jacdiag.sources.foreign_code import is_foreign
 from jacdiag.spectra import JacobianOperator, Summed
+from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
 WeightFigures = Callable[[Sequence[str]], Mapping[str, WeightStats | None]]
@@ -52,7 +58,7 @@ def measure_group(
         if not site.finite:
             return _blank(site, token_ids, "not finite: NaN or Inf in the shortcut or the branch")
 
-        linearised = linearise(site)
+        linearised = linearise(site, effort.seed)
         built.append(linearised)
         if check is not None:
             check(linearised)
@@ -141,12 +147,12 @@ def _measure(
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
 
-    # 3. What it cost: products, and a forward and a backward for each operator.
-    built = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
-    spent = norms.products + linearised.pulls
+    # 3. What it cost: a forward for each operator, and products.
+    forwards = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
+    products = linearised.products
     if heads is not None:
-        built += 1
-        spent += heads.products
+        forwards += 1
+        products += heads.products
     return replace(
         record,
         branch_norm=norms.branch,
@@ -157,7 +163,7 @@ def _measure(
         tightness=tight,
         weights=weights,
         notes={**record.notes, **linearised.notes, **norms.why, **bounds.notes},
-        cost=float(spent + 2 * built),
+        cost=float(forwards + products),
     )
 
 
@@ -182,7 +188,8 @@ def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | N
         return None
 
     # 3. Its norm.
-    joint = Linearised(site, residual, None, owned, dims)
+    start = flat(start_of_branch(site, effort.seed), dims)
+    joint = Linearised(site, residual, None, owned, dims, start=start)
     solver = Solver(joint, effort)
     interval = solver.interval(solver.solve(residual, "joint_residual_norm"))
     joint.release()

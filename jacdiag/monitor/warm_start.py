@@ -111,7 +111,6 @@ class WarmSolver(Solver):
             pulled = operator.pull(_unit(u))
             best = np.fmax(best, _sizes(pulled))  # |J^T u| with u = J v / |J v| is at least |J v|
             v = _unit(pulled)
-        self.products += 2 * rounds
 
         # 2. Raise the bounds, and keep the better vectors.
         pad = rounding_pad(operator.dtype, operator.device)

@@ -24,38 +24,44 @@ from jacdiag.spectra.operator import Operator, Way
 class Bidiagonalisation:
     """A bidiagonalisation of P problems at once.
 
-    A v_j = beta_{j-1} u_{j-1} + alpha_j u_j, A^T u_j = alpha_j v_j + beta_j v_{j+1}.
+    A^T u_j = beta_{j-1} v_{j-1} + alpha_j v_j, A v_j = alpha_j u_j + beta_j u_{j+1}.
 
-    A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
+    It begins on the left: the first product with a Jacobian has to be J^T w, by whose graph J u is
+    made. A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
     and the problem is frozen, because an invariant subspace has been found.
 
     Attributes:
         operator: P matrices A of shape (m, n).
-        v: (P, n), the last direction on the right.
         u: (P, m), the last direction on the left.
+        v: (P, n), the last direction on the right.
         right: (P, capacity, n), all directions on the right; what is beyond them is not set.
         products: how many products were made.
+
+    Args:
+        operator: the matrices.
+        start: (P, m) random numbers of a normal distribution, as `draw_start` gives. The first
+            product is made with this very object.
     """
 
-    def __init__(self, operator: Operator, generator: torch.Generator | None) -> None:
-        # 1. The start, drawn on the CPU: it has the same digits on every device.
+    def __init__(self, operator: Operator, start: Tensor) -> None:
+        # 1. The start.
         self.operator = operator
         problems, domain, codomain = operator.problems, operator.domain, operator.codomain
-        start = torch.randn((problems, domain), generator=generator)
-        start = start.to(operator.device, operator.dtype)
-        self.v = start / norms(start).unsqueeze(1).to(start)
-        self.u = self.v.new_zeros(problems, codomain)
+        self._start = start
+        self._start_size = norms(start)
+        self.u = start / self._start_size.unsqueeze(1).to(start)
+        self.v = self.u.new_zeros(problems, domain)
 
         # 2. The directions so far.
-        self.right = _stored(self.v.new_empty(problems, 0, domain), 0, self.v)
-        self.left = self.u.new_empty(problems, 0, codomain)
+        self.left = _stored(self.u.new_empty(problems, 0, codomain), 0, self.u)
+        self.right = self.v.new_empty(problems, 0, domain)
 
         # 3. The coefficients so far: alpha_1, beta_1, alpha_2, and so on.
         self.products = 0
         self._count = 0
         self._unread: list[Tensor] = []  # each (P,), on the device
         self._read: list[Array] = []  # each (P,), on the host
-        self._last = self.v.new_zeros(problems, dtype=widest(operator.device))
+        self._last = self.u.new_zeros(problems, dtype=widest(operator.device))
 
         # 4. Breakdowns: what is no more than rounding of the largest coefficient.
         self._tiny = 10 * torch.finfo(operator.dtype).eps / 2 * max(domain, codomain) ** 0.5
@@ -69,58 +75,64 @@ class Bidiagonalisation:
 
     # -- products ----------------------------------------------------------------------------------
     def step(self) -> None:
-        """Make a product with A and one with A^T."""
+        """Make a product with A^T and one with A."""
         self.advance()
         self.advance()
 
     def advance(self) -> None:
-        """Make the next product: A v_k, or A^T u_k."""
+        """Make the next product: A^T u_k, or A v_k."""
         way, vector = self.wanted
         self.take(self.operator.push(vector) if way == "push" else self.operator.pull(vector))
 
     @property
     def wanted(self) -> tuple[Way, Tensor]:
         """The next product: which way, and of what."""
-        return ("push", self.v) if self._count % 2 == 0 else ("pull", self.u)
+        if self._count == 0:
+            return "pull", self._start
+
+        # They take turns.
+        return ("pull", self.u) if self._count % 2 == 0 else ("push", self.v)
 
     @property
     def steps(self) -> int:
-        """How many products with A were made; the last product with A^T may be missing."""
+        """How many products with A^T were made; the last product with A may be missing."""
         return (self._count + 1) // 2
 
     def take(self, product: Tensor) -> None:
         """Go on with the product that was `wanted`."""
         self.products += 1
-        if self._count % 2 == 0:
-            self._pushed(product)
-        else:
+        if self._count == 0:
+            self._pulled(product / self._start_size.unsqueeze(1).to(product))
+        elif self._count % 2 == 0:
             self._pulled(product)
-
-    def _pushed(self, w: Tensor) -> None:
-        """Take w = A v_k: alpha_k and u_k."""
-        # 1. Take off what lies along the last u, then along all before it.
-        k = self._count // 2
-        if k:
-            w -= self._column(self._last) * self.u
-        w, size = _reorthogonalised(w, self.left, k)
-
-        # 2. The rest gives the coefficient and the next direction.
-        self.u = self._direction(w, size, is_last=k >= self.operator.codomain)
-        self.left = _stored(self.left, k, self.u)
+        else:
+            self._pushed(product)
 
     def _pulled(self, z: Tensor) -> None:
-        """Take z = A^T u_k: beta_k and v_{k+1}."""
-        k = self.steps
-        if k == 1:
-            self._differs = self._inner_products_differ(z)
-
+        """Take z = A^T u_k: alpha_k and v_k."""
         # 1. Take off what lies along the last v, then along all before it.
-        z = z - self._column(self._last) * self.v
+        k = self._count // 2
+        if k:
+            z = z - self._column(self._last) * self.v
         z, size = _reorthogonalised(z, self.right, k)
 
         # 2. The rest gives the coefficient and the next direction.
         self.v = self._direction(z, size, is_last=k >= self.operator.domain)
         self.right = _stored(self.right, k, self.v)
+
+    def _pushed(self, w: Tensor) -> None:
+        """Take w = A v_k: beta_k and u_{k+1}."""
+        k = self.steps
+        if k == 1:
+            self._differs = self._inner_products_differ(w)
+
+        # 1. Take off what lies along the last u, then along all before it.
+        w = w - self._column(self._last) * self.u
+        w, size = _reorthogonalised(w, self.left, k)
+
+        # 2. The rest gives the coefficient and the next direction.
+        self.u = self._direction(w, size, is_last=k >= self.operator.codomain)
+        self.left = _stored(self.left, k, self.u)
 
     def _direction(self, w: Tensor, size: Tensor, is_last: bool) -> Tensor:
         """Return w / |w|, and keep |w| as the next coefficient; 0 in their places at a breakdown.
@@ -143,7 +155,7 @@ class Bidiagonalisation:
         return w * self._column(size.reciprocal().masked_fill(self._frozen, 0.0))
 
     def _column(self, values: Tensor) -> Tensor:
-        return values.to(self.v.dtype).unsqueeze(1)
+        return values.to(self.u.dtype).unsqueeze(1)
 
     # -- what the host knows -----------------------------------------------------------------------
     @property
@@ -153,13 +165,13 @@ class Bidiagonalisation:
 
     @property
     def alphas(self) -> Array:
-        """(P, k) coefficients of A V = U B. Reading one downloads all that are new."""
+        """(P, k) coefficients of A^T U = V B. Reading one downloads all that are new."""
         self._download()
         return self._side_by_side(self._read[0::2])
 
     @property
     def betas(self) -> Array:
-        """(P, k - 1) after A v_k, or (P, k) after A^T u_k."""
+        """(P, k - 1) after A^T u_k, or (P, k) after A v_k."""
         self._download()
         return self._side_by_side(self._read[1::2])
 
@@ -197,7 +209,6 @@ class Bidiagonalisation:
             RuntimeError: J u and J^T w do not belong to one matrix.
         """
         # 1. The coefficients. Those that are 0 are breakdowns.
-        is_first = not self._read
         count = len(self._unread)
         for column in arrived[:count]:
             values = column.double().numpy()
@@ -205,37 +216,28 @@ class Bidiagonalisation:
             self._exact = self._exact | (values == 0)
             self._finite = self._finite and bool(np.isfinite(values).all())
 
-        # 2. The check. If A v = 0, there are no inner products to compare.
+        # 2. The check.
         differs = any(bool(flags.any()) for flags in arrived[count:])
         self._unread = []
         self._differs = None
-        if is_first and not self._read[0].any():
-            differs = self._pulls_something()
         if differs:
             raise RuntimeError(self._adjoint_cause())
 
     # -- whether the products belong to one matrix -------------------------------------------------
-    def _inner_products_differ(self, pulled: Tensor) -> Tensor:
-        """Return for which problems <v, A^T u> is not alpha = <A v, u>, which costs no product.
+    def _inner_products_differ(self, pushed: Tensor) -> Tensor:
+        """Return for which problems <u, A v> is not alpha = <A^T u, v>, which costs no product.
 
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and
         A v comes out too small: without this check a wrong norm would be certified.
         """
         # 1. Compare the two inner products.
         alpha = self._last
-        inner = (self.v.to(alpha.dtype) * pulled.to(alpha.dtype)).sum(1)
-        size = torch.linalg.vector_norm(pulled, dim=1, dtype=alpha.dtype)
+        inner = (self.u.to(alpha.dtype) * pushed.to(alpha.dtype)).sum(1)
+        size = torch.linalg.vector_norm(pushed, dim=1, dtype=alpha.dtype)
         differs = (inner - alpha).abs() > 1e-3 * torch.maximum(size, alpha)
 
         # 2. At a product that is not finite the solver stops, and says so.
-        return differs & torch.isfinite(alpha).all() & torch.isfinite(pulled).all()
-
-    def _pulls_something(self) -> bool:
-        """Return whether A^T w is not 0 for some w, by more than underflow; one product."""
-        probe = torch.ones_like(self.u).cumsum(1).cos()
-        self.products += 1
-        largest = self.operator.pull(probe).abs().max()
-        return bool(largest > torch.finfo(largest.dtype).tiny)
+        return differs & torch.isfinite(alpha).all() & torch.isfinite(pushed).all()
 
     def _adjoint_cause(self) -> str:
         """Return why J u and J^T w do not belong to one matrix, as far as it can be known.
@@ -244,9 +246,9 @@ class Bidiagonalisation:
         the way.
         """
         # 1. Compare J v with the product of a v scaled down.
-        start = self.right[:, 0]
-        pushed = self.operator.push(start).to(widest(start.device))
-        scaled = self.operator.push(start * _SHRUNK).to(pushed.dtype) / _SHRUNK
+        first = self.right[:, 0]
+        pushed = self.operator.push(first).to(widest(first.device))
+        scaled = self.operator.push(first * _SHRUNK).to(pushed.dtype) / _SHRUNK
         self.products += 2
         difference = float((pushed - scaled).abs().max())
         is_linear = difference <= 1e-2 * float(pushed.abs().max())  # False for NaN
@@ -261,6 +263,13 @@ class Bidiagonalisation:
         name = str(self.operator.dtype).removeprefix("torch.")
         advice = "" if name == "float64" else "; --dtype float64 may hold it"
         return f"{event}: a product leaves the range of {name} on the way{advice}"
+
+
+def draw_start(operator: Operator, generator: torch.Generator | None) -> Tensor:
+    """Draw a random start, (P, m), on the CPU: it has the same digits on every device."""
+    shape = (operator.problems, operator.codomain)
+    start = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return start.to(operator.device, operator.dtype)
 
 
 def read_together(runs: Sequence[Bidiagonalisation]) -> None:

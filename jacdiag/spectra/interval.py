@@ -11,13 +11,14 @@ at the same price: the spectral measure mu of the start has an atom of at least 
 norm^2, and no measure with these coefficients has a larger atom at x than the Christoffel function
 1 / sum_{j<=k} p_j(x)^2.
 
-Every product moves both ends. After A^T u_k the moments 0..2k of mu are known, which are those of
-p_0..p_k. After A v_k only 0..2k-1 are, which is one more than p_0..p_{k-1} can use; but mu lies on
-t >= 0, so that d nu = t d mu / alpha_1^2 is a probability measure as well, its moments 0..2k-2 are
-known, its Jacobi matrix is B B^T (it is the measure of u_1 = A v_1 / alpha_1), and its atom at x is
-at least delta^2 x / alpha_1^2. Hence delta^2 x / alpha_1^2 <= 1 / sum_{j<k} q_j(x)^2 with the q_j
-of nu. From below, A V_k = U_k B_k (k x k) after A v_k, and after A^T u_k also A^T U_k = V_{k+1}
-[B_k, beta_k e_k]^T, whose norm is the larger one.
+The start u_1 lies on the left, so that mu is its spectral measure with A A^T. Every product moves
+both ends. After A v_k the moments 0..2k of mu are known, which are those of p_0..p_k. After A^T u_k
+only 0..2k-1 are, which is one more than p_0..p_{k-1} can use; but mu lies on t >= 0, so that d nu =
+t d mu / alpha_1^2 is a probability measure as well, its moments 0..2k-2 are known, its Jacobi
+matrix is B B^T (it is the measure of v_1 = A^T u_1 / alpha_1), and its atom at x is at least
+delta^2 x / alpha_1^2. Hence delta^2 x / alpha_1^2 <= 1 / sum_{j<k} q_j(x)^2 with the q_j of nu.
+From below, A^T U_k = V_k B_k (k x k) after A^T u_k, and after A v_k also A V_k = U_{k+1} [B_k,
+beta_k e_k]^T, whose norm is the larger one.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def bidiagonal(alphas: Array, betas: Array) -> Array:
 
     Args:
         alphas: (P, k) diagonals.
-        betas: (P, k - 1) after A v_k, or (P, k) after A^T u_k.
+        betas: (P, k - 1) after A^T u_k, or (P, k) after A v_k.
 
     Returns:
         (P, k, k), or (P, k, k + 1).
@@ -88,15 +89,15 @@ def upper_ends(
     alphas: Array,
     betas: Array,
     exact: NDArray[np.bool_],
-    domain: int,
+    codomain: int,
     eps: float,
     known: Array | None = None,
 ) -> Array:
     """Return the upper end per problem: the root x of sum_j p_j(x)^2 = delta^-2, as sqrt(x).
 
     p_j are the orthonormal polynomials of the start's spectral measure, whose Jacobi matrix is B^T
-    B; delta = eps sqrt(pi / (2 n)). Where the last product was A v_k, q_j and B B^T stand in their
-    places, and x / alpha_1^2 before the sum (see above).
+    B; delta = eps sqrt(pi / (2 m)). Where the last product was A^T u_k, q_j and B B^T stand in
+    their places, and x / alpha_1^2 before the sum (see above).
 
     Args:
         top: (P,) largest Ritz values.
@@ -104,7 +105,7 @@ def upper_ends(
         betas: (P, k - 1) or (P, k) coefficients.
         exact: (P,) problems whose factorisation broke down: an invariant subspace, `top` is the
             norm.
-        domain: n, the size of the domain of one problem.
+        codomain: m, the size of the start of one problem.
         eps: probability of failure.
         known: (P,) upper ends of fewer products, or inf. They hold as well, since the event is the
             start's alone: the lower of the two is returned, and found in less time. One that `top`
@@ -120,8 +121,8 @@ def upper_ends(
     scale = top[open_, None]
     a, b = alphas[open_] / scale, betas[open_] / scale
 
-    # 3. The Jacobi matrix: B B^T after A v_k, B^T B after A^T u_k.
-    right: Array | float = -math.log(eps * math.sqrt(math.pi / (2 * domain)))
+    # 3. The Jacobi matrix: B B^T after A^T u_k, B^T B after A v_k.
+    right: Array | float = -math.log(eps * math.sqrt(math.pi / (2 * codomain)))
     is_half_step = b.shape[1] < a.shape[1]
     if is_half_step:
         diagonal, off = a[:, :-1] ** 2 + b**2, b * a[:, 1:]

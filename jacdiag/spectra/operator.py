@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -82,10 +83,11 @@ class Operator:
 class JacobianOperator(Operator):
     """The Jacobian of `fn` at `x`, as one problem per index of the batch dimensions.
 
-    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the
-    transpose), so that only a differentiable backward is needed and the primal is never computed
-    again. Where torch.func refuses the function (a custom autograd.Function without setup_context,
-    saved-tensor hooks), the same two transposes are made with torch.autograd.
+    `pull` is the vjp of one forward, `push` the vjp of that pull (the transpose of the transpose),
+    so that only a differentiable backward is needed and the primal is never computed again. The
+    graph of the first pull is kept for it. Where torch.func refuses the function (a custom
+    autograd.Function without setup_context, saved-tensor hooks), the same two transposes are made
+    with torch.autograd.
 
     Args:
         fn: the function; its output may have another shape than x, with the batch dimensions at the
@@ -109,12 +111,11 @@ class JacobianOperator(Operator):
     def __init__(self, fn: Map, x: Tensor, batch_dims: Sequence[int] = (0,)) -> None:
         self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.stacks = True
-        with torch.inference_mode(False), torch.enable_grad(), full_precision():
-            point = x.detach().clone()
-            try:
-                self.value, self._pull_map, self._push_map = _transposes(fn, point)
-            except RuntimeError:
-                self.value, self._pull_map, self._push_map = _transposes_by_autograd(fn, point)
+        self._kept: tuple[Tensor, Tensor] | None = None
+        with _graphs():
+            self._pulls = _pulls_of(fn, x.detach().clone())
+        self.value = self._pulls.value
+        self._push_map: Map | None = None
         self.set_batch_dims(batch_dims)
 
     def set_batch_dims(self, dims: Sequence[int]) -> None:
@@ -133,6 +134,7 @@ class JacobianOperator(Operator):
                     got=f"{tuple(dims)} of {rank}",
                 )
         self.dims = tuple(sorted({d % rank for d in dims}))
+        self._kept = None
 
         # 2. The output has to have them too.
         y_shape = self.value.shape
@@ -151,11 +153,29 @@ class JacobianOperator(Operator):
         self.domain = self.x_shape.numel() // self.problems
         self.codomain = self.value.numel() // self.problems
 
+    def keep(self, w: Tensor) -> None:
+        """Make J^T w, and keep it: `pull` with this very object costs no product any more.
+
+        Args:
+            w: (P, m); it must not be written to.
+        """
+        self._kept = (w, self.pull(w))
+
     def pull_shaped(self, w: Tensor) -> Tensor:
         """Return J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
         with torch.no_grad(), full_precision():
-            return self._pull_map(_laid_out(w))
+            return self._pulled(_laid_out(w))
+
+    def push(self, u: Tensor) -> Tensor:
+        """Return J u: (P, n) -> (P, m)."""
+        (product,) = self.products_of("push", [u])
+        return product
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Return J^T w: (P, m) -> (P, n)."""
+        (product,) = self.products_of("pull", [w])
+        return product
 
     def steps(self, way: Way, vector: Tensor) -> Steps:  # noqa: ARG002  (of Operator; a single map has one way)
         """Make the product as a generator that yields itself as the only Jacobian."""
@@ -168,15 +188,32 @@ class JacobianOperator(Operator):
 
     def products_of(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return products with several vectors, made in one call if the vectors are short."""
+        # 1. Make those that are not kept.
+        kept, answer = None, None
+        if way == "pull" and self._kept is not None:
+            kept, answer = self._kept
+        made = iter(self._made(way, [vector for vector in vectors if vector is not kept]))
+
+        # 2. All of them, in their order.
+        products = []
+        for vector in vectors:
+            if answer is not None and vector is kept:
+                products.append(answer)
+            else:
+                products.append(next(made))
+        return products
+
+    def _made(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Make products with several vectors, which count."""
         self.products += len(vectors)
         if way == "push":
-            product, shape = self._push_map, self.x_shape
+            product, shape = self._pushed, self.x_shape
         else:
-            product, shape = self._pull_map, self.value.shape
+            product, shape = self._pulled, self.value.shape
 
-        # 1. How many fit into one call.
+        # 1. How many fit into one call. The first of all keeps its graph, and is made alone.
         at_once = 1
-        if self.stacks:
+        if self.stacks and self._push_map is not None:
             at_once = max(1, _NARROW // max(1, shape.numel()))
 
         # 2. The products.
@@ -184,7 +221,10 @@ class JacobianOperator(Operator):
         with torch.no_grad(), full_precision():
             for first in range(0, len(vectors), at_once):
                 chunk = vectors[first : first + at_once]
-                stack = torch.stack([_shaped_view(v, self.dims, shape) for v in chunk])
+                # As new tensors: `torch.stack` may take over the strides of what it stacks.
+                stack = chunk[0].new_empty((len(chunk), *shape))
+                for place, vector in zip(stack, chunk, strict=True):
+                    place.copy_(_shaped_view(vector, self.dims, shape))
                 results += self._stacked(product, stack)
         return [flat(t, self.dims) for t in results]
 
@@ -203,17 +243,27 @@ class JacobianOperator(Operator):
         # 2. One after the other.
         return [product(t) for t in stack]
 
-    def _push(self, u: Tensor) -> Tensor:
-        with torch.no_grad(), full_precision():
-            return flat(self._push_map(shaped(u, self.dims, self.x_shape)), self.dims)
+    def _pulled(self, w: Tensor) -> Tensor:
+        """Return J^T w in the shapes of fn. The first one keeps the graph, for `_pushed`."""
+        if self._push_map is None:
+            with _graphs():
+                pulled, self._push_map = self._pulls.transposed_at(w.clone())
+            return pulled
 
-    def _pull(self, w: Tensor) -> Tensor:
-        with torch.no_grad(), full_precision():
-            return flat(self._pull_map(shaped(w, self.dims, self.value.shape)), self.dims)
+        return self._pulls.pull(w)
+
+    def _pushed(self, u: Tensor) -> Tensor:
+        """Return J u in the shapes of fn."""
+        if self._push_map is None:
+            self._pulled(torch.zeros_like(self.value))
+        assert self._push_map is not None
+        return self._push_map(u)
 
     def release(self) -> None:
         """Drop graphs; the operator cannot be used afterwards."""
-        self._push_map = self._pull_map = _released
+        self._push_map = _released
+        self._pulls = _Released()
+        self._kept = None
 
 
 # numbers in vectors that are worth stacking; wider products gain nothing, and memory would grow
@@ -256,10 +306,6 @@ def _laid_out(vector: Tensor) -> Tensor:
     return vector.clone(memory_format=torch.contiguous_format)
 
 
-def _released(_: Tensor) -> Tensor:
-    raise RuntimeError("this operator was released")
-
-
 def _checked(value: object) -> Tensor:
     """Return what a function gave back; raise unless it is a floating tensor."""
     if not isinstance(value, Tensor):
@@ -270,31 +316,119 @@ def _checked(value: object) -> Tensor:
     return value
 
 
-def _transposes(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    """Return fn(x), the pull and the push, by torch.func."""
-    value, vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
-    _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))  # type: ignore[misc]
-    return value.detach(), lambda w: vjp(w)[0], lambda u: transposed(u)[0]
+@contextmanager
+def _graphs() -> Iterator[None]:
+    """Build graphs in full precision, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), full_precision():
+        yield
 
 
-def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    """Return fn(x), the pull and the push, by torch.autograd."""
-    x = x.requires_grad_()
-    value = _checked(fn(x))
-    w0 = torch.zeros_like(value).requires_grad_()
+class _Pulls(Protocol):
+    """J^T w of a function at a point, and the transpose of that.
 
-    def grad(y: Tensor, at: Tensor, w: Tensor, create: bool = False) -> Tensor:
-        if not y.requires_grad:
-            return torch.zeros_like(at)
-        (g,) = torch.autograd.grad(
-            y, at, w, retain_graph=True, create_graph=create, allow_unused=True
-        )
-        if g is None:  # y does not depend on it
-            return torch.zeros_like(at)
-        return g
+    Attributes:
+        value: of the function at the point.
+    """
 
-    pulled = grad(value, x, w0, create=True)
-    return value.detach(), lambda w: grad(value, x, w), lambda u: grad(pulled, w0, u)
+    value: Tensor
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Return J^T w."""
+
+    def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
+        """Return J^T w, and J u as a function of u, by the graph of this very product."""
+
+
+def _pulls_of(fn: Map, x: Tensor) -> _Pulls:
+    """Return the pulls of a function, by torch.func unless that refuses it."""
+    try:
+        return _PullsByFunc(fn, x)
+    except RuntimeError:
+        return _PullsByAutograd(fn, x)
+
+
+class _PullsByFunc:
+    """Pulls by torch.func; by torch.autograd from the moment that it refuses to transpose them."""
+
+    def __init__(self, fn: Map, x: Tensor) -> None:
+        self._make_other = lambda: _PullsByAutograd(fn, x)
+        self._other: _PullsByAutograd | None = None
+        value, self._vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
+        self.value = value.detach()
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Return J^T w."""
+        if self._other is not None:
+            return self._other.pull(w)
+
+        return self._vjp(w)[0]
+
+    def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
+        """Return J^T w, and J u as a function of u."""
+        try:
+            pulled, push = torch.func.vjp(lambda w: self._vjp(w)[0], w)  # type: ignore[misc]
+        except RuntimeError:
+            self._other = self._make_other()
+            return self._other.transposed_at(w)
+
+        return pulled.detach(), lambda u: push(u)[0]
+
+
+class _PullsByAutograd:
+    """Pulls by torch.autograd."""
+
+    def __init__(self, fn: Map, x: Tensor) -> None:
+        self._x = x.requires_grad_()
+        self._y = _checked(fn(self._x))
+        self.value = self._y.detach()
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Return J^T w."""
+        return _gradient(self._y, self._x, w)
+
+    def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
+        """Return J^T w, and J u as a function of u."""
+        w = w.requires_grad_()
+        pulled = _gradient(self._y, self._x, w, keep_graph=True)
+        return pulled.detach(), lambda u: _gradient(pulled, w, u)
+
+
+class _Released:
+    """Stands for the pulls of an operator whose graphs were dropped."""
+
+    value = torch.empty(0)
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Raise."""
+        return _released(w)
+
+    def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
+        """Raise."""
+        return _released(w), _released
+
+
+def _released(_: Tensor) -> Tensor:
+    raise RuntimeError("this operator was released")
+
+
+def _gradient(y: Tensor, x: Tensor, w: Tensor, keep_graph: bool = False) -> Tensor:
+    """Return J^T w of the map from x to y; zeros if y does not depend on x.
+
+    Args:
+        y: value of the map.
+        x: its point.
+        w: of the shape of y.
+        keep_graph: keep the graph of this product, too.
+    """
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+
+    (gradient,) = torch.autograd.grad(
+        y, x, w, retain_graph=True, create_graph=keep_graph, allow_unused=True
+    )
+    if gradient is None:
+        return torch.zeros_like(x)
+    return gradient
 
 
 def independent_dims(

@@ -56,8 +56,8 @@ class Solution:
     @property
     def right(self) -> Tensor:
         """(P, n) top right singular vectors."""
-        _, _, vt = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
-        weights = torch.from_numpy(np.ascontiguousarray(vt[:, 0])).to(self.basis)
+        u, _, _ = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
+        weights = torch.from_numpy(np.ascontiguousarray(u[:, :, 0])).to(self.basis)
         return torch.bmm(weights.unsqueeze(1), self.basis[:, : weights.shape[1]]).squeeze(1)
 
     @property

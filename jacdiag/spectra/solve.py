@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms, read_together
+from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start, norms, read_together
 from jacdiag.spectra.interval import Array, ritz_values, rounding_pad, upper_ends
 from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
@@ -41,6 +41,7 @@ class Question:
         operator: P problems (m, n).
         generator: of the random start (CPU). The upper end needs it: a warm start certifies
             nothing.
+        start: (P, m) random numbers of a normal distribution, if they are drawn already.
         decide: predicate on (lower, upper) of the maximum: whether these ends decide what the norm
             is needed for.
         scaled: another maximum that is wanted, of the same problems times factors.
@@ -48,6 +49,7 @@ class Question:
 
     operator: Operator
     generator: torch.Generator | None = None
+    start: Tensor | None = None
     decide: Decide | None = None
     scaled: Aim | None = None
 
@@ -59,6 +61,7 @@ def top_singular(
     confidence: float = 0.999,
     max_products: int = 200,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
     decide: Decide | None = None,
     early: bool = True,
     pad: float | None = None,
@@ -71,6 +74,7 @@ def top_singular(
         confidence: of the upper end.
         max_products: budget.
         generator: of the random start (CPU).
+        start: (P, m) random numbers of a normal distribution, if they are drawn already.
         decide: whether ends (lower, upper) of the maximum decide what the norm is needed for.
         early: stop as soon as `decide` is true, however wide the interval is; else go on to `tol`,
             and beyond `tol` until it is true.
@@ -80,7 +84,7 @@ def top_singular(
         A `Solution`; running out of budget is a value of `stop`, not an exception.
     """
     (solution,) = in_step(
-        [Question(operator, generator, decide)],
+        [Question(operator, generator, start, decide)],
         tol=tol,
         confidence=confidence,
         max_products=max_products,
@@ -186,7 +190,7 @@ class Ends:
         top = ritz_values(alphas, betas)[:, 0]
         known = self.high[open_] / (1 + self.pad)
         upper = upper_ends(
-            top, alphas, betas, lanczos.exact[open_], lanczos.operator.domain, self.eps, known
+            top, alphas, betas, lanczos.exact[open_], lanczos.operator.codomain, self.eps, known
         )
         self.low[open_] = top * (1 - self.pad)
         self.high[open_] = upper * (1 + self.pad)
@@ -222,7 +226,10 @@ class _Run:
         self.tol, self.max_products, self.early = tol, max_products, early
         if pad is None:
             pad = rounding_pad(self.operator.dtype, self.operator.device)
-        self.lanczos = Bidiagonalisation(self.operator, question.generator)
+        start = question.start
+        if start is None:
+            start = draw_start(self.operator, question.generator)
+        self.lanczos = Bidiagonalisation(self.operator, start)
         aims = [Aim(np.ones(self.operator.problems), tol)]
         if question.scaled is not None:
             aims.append(question.scaled)

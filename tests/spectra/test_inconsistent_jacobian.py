@@ -65,8 +65,8 @@ def test_a_backward_that_is_cut_off_entirely_is_no_map_of_norm_zero() -> None:
         top_singular(cut_off)
 
 
-def test_a_map_of_norm_zero_is_found_with_one_more_product() -> None:
+def test_a_map_of_norm_zero_is_found_with_the_first_product() -> None:
     constant = JacobianOperator(lambda x: 0 * x, torch.randn(1, 4))
     solution = top_singular(constant)
-    assert solution.stop is Stop.EXACT and solution.products == 2
+    assert solution.stop is Stop.EXACT and solution.products == 1
     assert solution.upper[0] == 0

@@ -18,7 +18,7 @@ from jacdiag.spectra import (
     inherited,
     top_singular,
 )
-from jacdiag.spectra.golub_kahan import Bidiagonalisation
+from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start
 from jacdiag.spectra.interval import (
     PAD,
     _sum_of_squares,
@@ -54,6 +54,11 @@ def operator_with(
     u, _ = np.linalg.qr(rng.standard_normal((m, k)))
     v, _ = np.linalg.qr(rng.standard_normal((n, k)))
     return (u * spectrum) @ v.T, float(spectrum.max(initial=0.0))
+
+
+def begin(matrices: torch.Tensor, generator: torch.Generator) -> Bidiagonalisation:
+    operator = DenseOperator(matrices)
+    return Bidiagonalisation(operator, draw_start(operator, generator))
 
 
 def random_operators(count: int, seed: int) -> list[tuple[str, np.ndarray, float]]:
@@ -94,13 +99,13 @@ def test_interval_contains_the_truth_at_every_product() -> None:
     generator = torch.Generator().manual_seed(5)
     failed, tried = 0, 0
     for _, matrix, norm in random_operators(120, seed=3):
-        lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
+        lanczos = begin(torch.from_numpy(matrix), generator)
         bad = False
         for _ in range(2 * min(25, min(matrix.shape) + 2)):
             lanczos.advance()
             theta = ritz_values(lanczos.alphas, lanczos.betas)
             high = upper_ends(
-                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3
+                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[0], 1e-3
             )
             assert theta[0, 0] <= norm * (1 + 1e-13) + 1e-300
             bad |= high[0] * (1 + PAD["float64"]) < norm * (1 - 1e-14)
@@ -121,7 +126,7 @@ def test_upper_end_fails_about_as_often_as_announced(products: int) -> None:
         spectrum[20:] = 0.002
     matrix, norm = operator_with(spectrum, 40, 40, rng)
     problems = torch.from_numpy(matrix).expand(2000, 40, 40).contiguous()
-    lanczos = Bidiagonalisation(DenseOperator(problems), torch.Generator().manual_seed(1))
+    lanczos = begin(problems, torch.Generator().manual_seed(1))
     for _ in range(products):
         lanczos.advance()
     theta = ritz_values(lanczos.alphas, lanczos.betas)
@@ -148,9 +153,8 @@ def test_upper_end_holds_for_every_start_that_sees_the_top_vector(trials: int) -
         start[0] = 0.0
         start *= np.sqrt(1 - delta**2) / np.linalg.norm(start)
         start[0] = delta
-        lanczos = Bidiagonalisation(DenseOperator(torch.diag(torch.from_numpy(spectrum))), None)
-        lanczos.v = torch.from_numpy(start)[None]
-        lanczos.right[:, 0] = lanczos.v
+        diagonal = DenseOperator(torch.diag(torch.from_numpy(spectrum)))
+        lanczos = Bidiagonalisation(diagonal, 3 * torch.from_numpy(start)[None])
         for _ in range(2 * n):
             lanczos.advance()
             if lanczos.exact[0]:
@@ -168,18 +172,18 @@ def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
     generator = torch.Generator().manual_seed(5)
     gained = []
     for _, matrix, _ in random_operators(24, seed=9):
-        lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
+        lanczos = begin(torch.from_numpy(matrix), generator)
         for _ in range(min(matrix.shape)):
             lanczos.step()
             theta = ritz_values(lanczos.alphas, lanczos.betas)
             if lanczos.exact[0]:
                 break
             high = upper_ends(
-                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3
+                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[0], 1e-3
             )
             square = ritz_values(lanczos.alphas, lanczos.betas[:, :-1])
             last = _last_polynomial_end(
-                square[0], lanczos.alphas[0], lanczos.betas[0], matrix.shape[1]
+                square[0], lanczos.alphas[0], lanczos.betas[0], matrix.shape[0]
             )
             assert theta[0, 0] <= high[0] <= last * (1 + 1e-9)
             gained.append(high[0] < last * (1 - 1e-6))

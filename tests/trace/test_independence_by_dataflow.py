@@ -346,7 +346,7 @@ def test_no_product_is_spent_where_operations_decide() -> None:
     dims = []
     for site in jacdiag.sites(layer, torch.randn(2, 4, 8)):
         one = linearise(site)
-        assert one.pulls == 0
+        assert one.products == 1, "that of the start"
         dims.append(one.dims)
         one.release()
     assert dims == [(0,), (0, 1)]
