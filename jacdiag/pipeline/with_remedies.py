@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -296,7 +296,10 @@ def _what_is_read_by(codes: frozenset[str]) -> Scope:
 
 
 def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
-    """Return a function that builds the source with another seed; None if it has one set only."""
+    """Return a function that builds the source with another seed; None if it has one set only.
+
+    Nobody else holds what it builds.
+    """
     # 1. A file holds one set of weights.
     if source.info.get("format") not in ("factory", "hf-config"):
         return None
@@ -308,8 +311,14 @@ def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
     # 2. A factory or a config draws others.
     def build(seed: int) -> nn.Module | None:
         """Return the model with weights of this seed; None if it cannot be built again."""
-        with contextlib.suppress(JacdiagError):
-            return load(factory, model_args=model_args, seed=seed).model
-        return None
+        try:
+            built = load(factory, model_args=model_args, seed=seed)
+        except JacdiagError:
+            return None
+
+        # A factory may return a model that somebody else holds too.
+        if built.info.get("format") == "factory":
+            return copy.deepcopy(built.model)
+        return built.model
 
     return build

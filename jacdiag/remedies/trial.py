@@ -62,7 +62,8 @@ class Bench:
         confirm: audits a changed model of a further seed, from the same arguments. Its report is
             judged by the rules that remedies are tried against, and by no other.
         output: of the model as it is, at the probe.
-        fresh: builds the model with another seed; None if there is one set of weights only.
+        fresh: builds the model with another seed, to be changed in place; None if there is one set
+            of weights only.
         seed: of the report.
         attempt: a context around each trial; on several ranks it fails on all of them, or on none.
     """
@@ -157,8 +158,7 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
             continue
 
         seeds.append(seed)
-        # A factory may return a model that somebody else holds too.
-        changed = _changed(copy.deepcopy(other), remedy, seed)
+        changed = _changed(other, remedy, seed)
         other_report = bench.confirm(changed, spared, seed)
         is_enough = sufficient(report, other_report, remedy)
 

@@ -206,9 +206,9 @@ class JacobianOperator(Operator):
     def _made(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Make products with several vectors, which count."""
         self.products += len(vectors)
-        if way == "push":
-            product, shape = self._pushed, self.x_shape
-        else:
+        product: Map = self._pushed
+        shape = self.x_shape
+        if way == "pull":
             product, shape = self._pulled, self.value.shape
 
         # 1. How many fit into one call. The first of all keeps its graph, and is made alone.
@@ -351,7 +351,7 @@ class _PullsByFunc:
     """Pulls by torch.func; by torch.autograd from the moment that it refuses to transpose them."""
 
     def __init__(self, fn: Map, x: Tensor) -> None:
-        self._make_other = lambda: _PullsByAutograd(fn, x)
+        self._fn, self._x = fn, x
         self._other: _PullsByAutograd | None = None
         value, self._vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
         self.value = value.detach()
@@ -361,14 +361,15 @@ class _PullsByFunc:
         if self._other is not None:
             return self._other.pull(w)
 
-        return self._vjp(w)[0]
+        pulled: Tensor = self._vjp(w)[0]
+        return pulled
 
     def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
         """Return J^T w, and J u as a function of u."""
         try:
             pulled, push = torch.func.vjp(lambda w: self._vjp(w)[0], w)  # type: ignore[misc]
         except RuntimeError:
-            self._other = self._make_other()
+            self._other = _PullsByAutograd(self._fn, self._x)
             return self._other.transposed_at(w)
 
         return pulled.detach(), lambda u: push(u)[0]
