@@ -451,7 +451,8 @@ class Team:
             self._wait_until(lambda: self.store.has("failure"))
             self.failure = Failure.from_dict(self.store.get("failure"))
         except Exception:
-            self.failure = failure
+            # 3. The store does not answer. Then this rank fails because another one has died.
+            self.failure = failure if self.store.serves else self._failure_of_store()
 
     # -- the end -----------------------------------------------------------------------------------
     def fail(

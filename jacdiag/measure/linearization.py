@@ -21,8 +21,9 @@ Local = JacobianOperator | NormJacobian  # operators whose independent dimension
 class Linearised:
     """A branch's Jacobian and its factors, built once.
 
-    `norm` is the Jacobian of the norm at the beginning, if it is in closed form. All norms of the
-    sub-layer begin at `start`, (P, m): a random vector, whose product is made once for all of them.
+    `norm` is the Jacobian of the norm at the beginning, if it is in closed form. The norms of the
+    sub-layer begin at `start`, a random (P, m). Its product with the branch's Jacobian, or that of
+    its core, is kept.
     """
 
     site: Sublayer
@@ -85,7 +86,7 @@ def linearise(site: Sublayer, seed: int = 0) -> Linearised:
     for operator in owned:
         operator.set_batch_dims(dims)
 
-    # 2. The product that all norms begin with.
+    # 2. The product that the norms begin with, unless a map ends in a norm of its own.
     start = flat(start_of_branch(site, seed), dims)
     main.keep(start)
     if core is not None:
@@ -107,7 +108,7 @@ def linearise(site: Sublayer, seed: int = 0) -> Linearised:
 
 
 def start_of_branch(site: Sublayer, seed: int) -> Tensor:
-    """Draw the vector that all norms of a sub-layer begin with, in the shape of its branch."""
+    """Draw the vector at which the norms of a sub-layer begin, in the shape of its branch."""
     generator = generator_of(seed, site.name, "start")
     start = torch.randn(site.value.shape, generator=generator, dtype=torch.float32)
     return start.to(site.value)

@@ -67,7 +67,7 @@ def end_to_end(
             dims = _independent_over_depth(sites, groups[0].shortcut, first, operator, generator)
         operator.set_batch_dims(dims)
 
-        # 3. The first product, which keeps a graph through the model as well.
+        # 3. The product that the norm begins with. The first one keeps a graph through the model.
         start = draw_start(operator, generator)
         operator.keep(start)
 

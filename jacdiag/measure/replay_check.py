@@ -77,7 +77,7 @@ class ReplayCheck:
     def compare(self, linearised: Linearised) -> None:
         """Compare the Jacobian of a branch that was linearised with the same seed.
 
-        The product is the one that its norms begin with.
+        The product was made for the norms of the branch already.
         """
         site = linearised.site
         expected = self._pulled.get(site.index)

@@ -41,6 +41,7 @@ def measure_group(
     state: Literal["init", "trained"],
     figures: WeightFigures,
     check: Callable[[Linearised], None] | None = None,
+    count: Callable[[int], None] | None = None,
 ) -> list[SublayerRecord]:
     """Measure the sub-layers that share one shortcut (one, or parallel branches).
 
@@ -51,8 +52,10 @@ def measure_group(
         state: Eq. 15 and 20 are given at init only.
         figures: names of weights -> std and spectral norm of each that is a matrix.
         check: is shown every branch once it is linearised.
+        count: is given the number of products with the Jacobians of the branches and cores.
     """
     built: list[Linearised] = []
+    solved: list[Linearised] = []
 
     def measure(site: Sublayer) -> SublayerRecord:
         if not site.finite:
@@ -62,7 +65,9 @@ def measure_group(
         built.append(linearised)
         if check is not None:
             check(linearised)
-        return _measure(linearised, effort, token_ids, state, figures)
+        record = _measure(linearised, effort, token_ids, state, figures)
+        solved.append(linearised)
+        return record
 
     try:
         # 1. Each sub-layer. One that cannot be measured has a record with the reason.
@@ -76,14 +81,16 @@ def measure_group(
                 record = _blank(site, token_ids, _why(site, error))
             records.append(record)
 
-        # 2. Parallel branches together.
+        # 2. Parallel branches together, if each of them can be measured.
         are_parallel = len(sites) > 1
-        all_built = len(built) == len(sites)
-        if are_parallel and all_built and "residual_norm" in effort.norms:
-            joint = _joint_residual(built, effort)
+        all_solved = len(solved) == len(sites)
+        if are_parallel and all_solved and "residual_norm" in effort.norms:
+            joint = _joint_residual(solved, effort)
             records = [replace(record, joint_residual_norm=joint) for record in records]
         return records
     finally:
+        if count is not None:
+            count(sum(linearised.products for linearised in built))
         for linearised in built:
             linearised.release()
 
@@ -147,7 +154,7 @@ def _measure(
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
 
-    # 3. What it cost: a forward for each operator, and products.
+    # 3. What it cost: a forward for each Jacobian, and the products with those of the branch.
     forwards = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
     products = linearised.products
     if heads is not None:

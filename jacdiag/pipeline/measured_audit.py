@@ -55,7 +55,6 @@ from jacdiag.pipeline.request import Request
 from jacdiag.records import (
     ContractRecord,
     Cost,
-    Interval,
     ModelRecord,
     NetworkRecord,
     Report,
@@ -574,8 +573,11 @@ class Audit:
         check = None
         if self._replay_check is not None:
             check = self._replay_check.compare
-        records = measure_group(members, effort, self._ids_to_name, self.state, figures, check)
-        return Share(records, sum(_count_products(record) for record in records))
+        products: list[int] = []
+        records = measure_group(
+            members, effort, self._ids_to_name, self.state, figures, check, products.append
+        )
+        return Share(records, sum(products))
 
     def _measure_network(self) -> Share:
         """Measure the entire network: the gradient at every depth, and the end-to-end norm."""
@@ -861,18 +863,6 @@ class Audit:
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
 
-def _intervals(record: SublayerRecord) -> list[Interval]:
-    """Return the intervals of a sub-layer; one that two fields share counts once."""
-    fields = (
-        record.branch_norm,
-        record.residual_norm,
-        record.core_norm,
-        record.joint_residual_norm,
-    )
-    by_identity = {id(interval): interval for interval in fields if interval is not None}
-    return list(by_identity.values())
-
-
 def _decided_by(points: Mapping[str, tuple[float, ...]]) -> dict[str, Decided]:
     """Return for each norm when its interval holds none of its points; one without any is free."""
     return {name: _clear_of(points.get(name, ())) for name in NORMS}
@@ -887,8 +877,3 @@ def _clear_of(points: Iterable[float]) -> Decided:
         return all(upper <= limit or lower > limit for limit in limits)
 
     return is_clear
-
-
-def _count_products(record: SublayerRecord) -> int:
-    """Return how many products the norms of a sub-layer took."""
-    return sum(interval.products for interval in _intervals(record))

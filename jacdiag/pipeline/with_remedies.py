@@ -12,6 +12,7 @@ from torch import nn
 
 from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError, TraceError
+from jacdiag.measure.branch_norms import NORMS
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
@@ -192,7 +193,8 @@ class _Trial:
         """Audit a copy.
 
         Infos may remain, so that the norm of a branch is solved until warnings are decided. The
-        infos of other figures decide whether a condition is met.
+        infos of other figures decide whether a condition is met. Of the residual maps, rules read
+        norms of full width alone.
 
         Args:
             model: the copy.
@@ -204,6 +206,8 @@ class _Trial:
         """
         # The code of a copy is that of the model, whose parts were run alone and compared.
         scope = Scope(hooks=self.own_hooks, replay=False)
+        if not _NEED_FULL_WIDTH & self.aims:
+            scope = replace(scope, norms=NORMS - {"residual_norm"})
         changed = replace(self._changed_request(model, spared, seed), scope=scope)
         if self.request.options.profile == _USUAL_PROFILE:
             thresholds = changed.thresholds.without_infos("branch_norm")
@@ -298,7 +302,7 @@ def _what_is_read_by(codes: frozenset[str]) -> Scope:
 def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
     """Return a function that builds the source with another seed; None if it has one set only.
 
-    Nobody else holds what it builds.
+    The caller alone holds each model that the function builds.
     """
     # 1. A file holds one set of weights.
     if source.info.get("format") not in ("factory", "hf-config"):

@@ -26,8 +26,8 @@ class Bidiagonalisation:
 
     A^T u_j = beta_{j-1} v_{j-1} + alpha_j v_j, A v_j = alpha_j u_j + beta_j u_{j+1}.
 
-    It begins on the left: the first product with a Jacobian has to be J^T w, by whose graph J u is
-    made.
+    It begins on the left: J u is made by the graph of a product J^T w, which is one that is wanted
+    anyway then.
 
     A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
     and the problem is frozen, because an invariant subspace has been found.

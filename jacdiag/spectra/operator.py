@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Literal, Protocol
 
@@ -112,14 +113,24 @@ class JacobianOperator(Operator):
         self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.stacks = True
         self._kept: tuple[Tensor, Tensor] | None = None
-        with _graphs():
-            self._pulls = _pulls_of(fn, x.detach().clone())
-        self.value = self._pulls.value
         self._push_map: Map | None = None
+        self._pulls: _Pulls
+        with _graphs():
+            point = x.detach().clone()
+            self._pulls_by_autograd: Callable[[], _Pulls] | None = partial(
+                _PullsByAutograd, fn, point
+            )
+            try:
+                self._pulls = _PullsByFunc(fn, point)
+            except RuntimeError:
+                self._pulls = self._pulls_by_autograd()
+        self.value = self._pulls.value
         self.set_batch_dims(batch_dims)
 
     def set_batch_dims(self, dims: Sequence[int]) -> None:
         """Set which dimensions are independent, without rebuilding the operator.
+
+        The product that was kept is dropped, since its rows were of other problems.
 
         Raises:
             MeasureError: the output has no such dimension of the same size, so that problems cannot
@@ -157,14 +168,14 @@ class JacobianOperator(Operator):
         """Make J^T w, and keep it: `pull` with this very object costs no product any more.
 
         Args:
-            w: (P, m); it must not be written to.
+            w: (P, m). Neither this vector nor its product must be written to.
         """
         self._kept = (w, self.pull(w))
 
     def pull_shaped(self, w: Tensor) -> Tensor:
         """Return J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
-        with torch.no_grad(), full_precision():
+        with _products():
             return self._pulled(_laid_out(w))
 
     def push(self, u: Tensor) -> Tensor:
@@ -188,19 +199,17 @@ class JacobianOperator(Operator):
 
     def products_of(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return products with several vectors, made in one call if the vectors are short."""
+        if way == "push" or self._kept is None:
+            return self._made(way, vectors)
+
         # 1. Make those that are not kept.
-        kept, answer = None, None
-        if way == "pull" and self._kept is not None:
-            kept, answer = self._kept
-        made = iter(self._made(way, [vector for vector in vectors if vector is not kept]))
+        start, product = self._kept
+        others = iter(self._made(way, [vector for vector in vectors if vector is not start]))
 
         # 2. All of them, in their order.
-        products = []
+        products: list[Tensor] = []
         for vector in vectors:
-            if answer is not None and vector is kept:
-                products.append(answer)
-            else:
-                products.append(next(made))
+            products.append(product if vector is start else next(others))
         return products
 
     def _made(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -211,14 +220,14 @@ class JacobianOperator(Operator):
         if way == "pull":
             product, shape = self._pulled, self.value.shape
 
-        # 1. How many fit into one call. The first of all keeps its graph, and is made alone.
+        # 1. How many fit into one call. The very first call keeps a graph: it takes one at a time.
         at_once = 1
         if self.stacks and self._push_map is not None:
             at_once = max(1, _NARROW // max(1, shape.numel()))
 
         # 2. The products.
         results: list[Tensor] = []
-        with torch.no_grad(), full_precision():
+        with _products():
             for first in range(0, len(vectors), at_once):
                 chunk = vectors[first : first + at_once]
                 # As new tensors: `torch.stack` may take over the strides of what it stacks.
@@ -247,10 +256,26 @@ class JacobianOperator(Operator):
         """Return J^T w in the shapes of fn. The first one keeps the graph, for `_pushed`."""
         if self._push_map is None:
             with _graphs():
-                pulled, self._push_map = self._pulls.transposed_at(w.clone())
-            return pulled
+                return self._first_pulled(w.clone())
 
         return self._pulls.pull(w)
+
+    def _first_pulled(self, w: Tensor) -> Tensor:
+        """Return J^T w, and keep the graph by which J u is made from now on."""
+        # 1. The transpose of the pull. torch.func may refuse it where it made the pull itself.
+        by_autograd = self._pulls_by_autograd
+        try:
+            pulled, self._push_map = self._pulls.transposed_at(w)
+        except RuntimeError:
+            if by_autograd is None or isinstance(self._pulls, _PullsByAutograd):
+                raise
+            self._pulls = _Released()  # its graph is freed before the other is built
+            self._pulls = by_autograd()
+            pulled, self._push_map = self._pulls.transposed_at(w)
+
+        # 2. The function is not run again.
+        self._pulls_by_autograd = None
+        return pulled
 
     def _pushed(self, u: Tensor) -> Tensor:
         """Return J u in the shapes of fn."""
@@ -263,6 +288,7 @@ class JacobianOperator(Operator):
         """Drop graphs; the operator cannot be used afterwards."""
         self._push_map = _released
         self._pulls = _Released()
+        self._pulls_by_autograd = None
         self._kept = None
 
 
@@ -323,6 +349,13 @@ def _graphs() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _products() -> Iterator[None]:
+    """Make products in full precision, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision():
+        yield
+
+
 class _Pulls(Protocol):
     """J^T w of a function at a point, and the transpose of that.
 
@@ -339,39 +372,21 @@ class _Pulls(Protocol):
         """Return J^T w, and J u as a function of u, by the graph of this very product."""
 
 
-def _pulls_of(fn: Map, x: Tensor) -> _Pulls:
-    """Return the pulls of a function, by torch.func unless that refuses it."""
-    try:
-        return _PullsByFunc(fn, x)
-    except RuntimeError:
-        return _PullsByAutograd(fn, x)
-
-
 class _PullsByFunc:
-    """Pulls by torch.func; by torch.autograd from the moment that it refuses to transpose them."""
+    """Pulls by torch.func."""
 
     def __init__(self, fn: Map, x: Tensor) -> None:
-        self._fn, self._x = fn, x
-        self._other: _PullsByAutograd | None = None
         value, self._vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
         self.value = value.detach()
 
     def pull(self, w: Tensor) -> Tensor:
         """Return J^T w."""
-        if self._other is not None:
-            return self._other.pull(w)
-
         pulled: Tensor = self._vjp(w)[0]
         return pulled
 
     def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
         """Return J^T w, and J u as a function of u."""
-        try:
-            pulled, push = torch.func.vjp(lambda w: self._vjp(w)[0], w)  # type: ignore[misc]
-        except RuntimeError:
-            self._other = _PullsByAutograd(self._fn, self._x)
-            return self._other.transposed_at(w)
-
+        pulled, push = torch.func.vjp(lambda w: self._vjp(w)[0], w)  # type: ignore[misc]
         return pulled.detach(), lambda u: push(u)[0]
 
 

@@ -39,9 +39,10 @@ class Question:
 
     Attributes:
         operator: P problems (m, n).
-        generator: of the random start (CPU). The upper end needs it: a warm start certifies
-            nothing.
-        start: (P, m) random numbers of a normal distribution, if they are drawn already.
+        generator: of the random start (CPU).
+        start: (P, m) random numbers of a normal distribution, in the place of a start that is drawn
+            here. The upper end needs a random start: a warm one certifies nothing. The first
+            product is made with this very object.
         decide: predicate on (lower, upper) of the maximum: whether these ends decide what the norm
             is needed for.
         scaled: another maximum that is wanted, of the same problems times factors.
@@ -74,7 +75,8 @@ def top_singular(
         confidence: of the upper end.
         max_products: budget.
         generator: of the random start (CPU).
-        start: (P, m) random numbers of a normal distribution, if they are drawn already.
+        start: (P, m) random numbers of a normal distribution, in the place of a start that is drawn
+            here.
         decide: whether ends (lower, upper) of the maximum decide what the norm is needed for.
         early: stop as soon as `decide` is true, however wide the interval is; else go on to `tol`,
             and beyond `tol` until it is true.
@@ -105,7 +107,7 @@ def in_step(
 ) -> list[Solution]:
     """Solve several norms in step: their products with the same Jacobian are made in one call.
 
-    Each has a start of its own and stops for itself, as it would alone. Arguments as in
+    Each stops for itself, as it would alone. They may begin at one start. Arguments as in
     `top_singular`.
     """
     runs = [
@@ -206,8 +208,24 @@ class Ends:
         if not finite:
             nothing = np.full_like(self.low, np.nan)
             return nothing, np.zeros_like(self.low), np.full_like(self.low, np.inf)
-        top = ritz_values(self.lanczos.alphas, self.lanczos.betas)[:, 0]
-        return top, top * (1 - self.pad), self.high
+        lanczos = self.lanczos
+        top = ritz_values(lanczos.alphas, lanczos.betas)[:, 0]
+
+        # A problem that was left alone may have passed its upper end, which was false then.
+        passed = top > self.high / (1 + self.pad)
+        if passed.any():
+            alphas, betas = lanczos.alphas[passed], lanczos.betas[passed]
+            upper = upper_ends(
+                top[passed],
+                alphas,
+                betas,
+                lanczos.exact[passed],
+                lanczos.operator.codomain,
+                self.eps,
+            )
+            self.high[passed] = upper * (1 + self.pad)
+        self.low = top * (1 - self.pad)
+        return top, self.low, self.high
 
 
 class _Run:

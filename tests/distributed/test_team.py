@@ -233,6 +233,60 @@ def test_a_silent_rank_is_named() -> None:
     assert heard[1] == "no sign of life for 1 s"
 
 
+class EndingStore(dist.Store):  # type: ignore[misc]
+    """A store whose server may end, as rank 0 does when it is killed."""
+
+    def __init__(self, raw: dist.Store) -> None:
+        super().__init__()
+        self.raw = raw
+        self.has_ended = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("set", "get", "add", "check"):
+            if self.has_ended:
+                raise dist.DistNetworkError("Connection was likely closed")
+            return getattr(self.raw, name)
+        return super().__getattribute__(name)
+
+
+def test_work_that_meets_the_end_of_the_store_first_says_which_rank_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the thread that looks for signs of life does."""
+    monkeypatch.setattr("jacdiag.distributed.audit_team.BEAT", 5.0)
+    both = threading.Barrier(2)
+
+    def work(team: Team) -> str:
+        store = team.store.raw
+        both.wait(10)
+        if team.rank == 0:
+            time.sleep(0.5)
+            raise LookupError("killed")  # it says no more: its store is gone
+        store.has_ended = True
+        with pytest.raises(RankError) as ended, job(team):
+            next(team.jobs([1.0, 2.0]))
+        assert team.reports_failure
+        return str(ended.value)
+
+    raw = dist.HashStore()
+    results: list[Any] = [None, None]
+
+    def rank(k: int) -> None:
+        try:
+            results[k] = work(Team(Store(EndingStore(raw)), k, 2))
+        except BaseException as error:
+            results[k] = error
+
+    threads = [threading.Thread(target=rank, args=(k,), daemon=True) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert isinstance(results[0], LookupError)
+    assert "rank 0 of 2" in results[1] and "died" in results[1]
+    assert "no longer answers" in results[1]
+
+
 def test_a_rank_that_never_comes() -> None:
     with pytest.raises(RankError, match=r"rank 0 of 3 .*not all of 3 ranks have joined") as caught:
         Team(Store(dist.HashStore()), 0, 3, patience=0.2)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import jacdiag
 from jacdiag.measure.branch_norms import NORMS, Effort, Solver
@@ -17,7 +18,7 @@ from jacdiag.measure.sublayer_norms import measure_group
 from jacdiag.records import Interval
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
-from jacdiag.spectra import dense_norm
+from jacdiag.spectra import JacobianOperator, dense_norm
 from jacdiag.trace import Sites
 
 
@@ -261,3 +262,66 @@ def test_narrow_branches_and_branches_that_mix_tokens_are_solved() -> None:
     mixing = Solver(linearise(attention), Effort()).norms()
     for interval in (narrow["branch"], mixing.branch):
         assert interval is not None and "follows" not in interval.stop
+
+
+class CutOff(torch.autograd.Function):
+    """Tanh with a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class Parallel(nn.Module):
+    """x + f(n1(x)) + g(n2(x)), whose second branch may be one that cannot be measured."""
+
+    def __init__(self, second: Any) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second = second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.n1(x)).tanh() + self.second(self.g(self.n2(x)))
+
+
+@pytest.mark.parametrize(("second", "is_measured"), [(torch.tanh, True), (CutOff.apply, False)])
+def test_a_parallel_branch_that_cannot_be_measured_leaves_the_other(
+    second: Any, is_measured: bool
+) -> None:
+    with seeded(0):
+        report = jacdiag.audit(Parallel(second), torch.randn(2, 3, 8), state="init")
+    first, other = report.sublayers
+    assert first.branch_norm is not None and first.branch_norm.converged
+    assert (other.branch_norm is not None) == is_measured
+    assert (first.joint_residual_norm is not None) == is_measured
+    if not is_measured:
+        assert "once_differentiable" in other.notes["branch_norm"]
+
+
+def test_the_cost_of_a_report_is_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core, branch, residual map and the check of the replay share their first product."""
+    made: list[int] = []
+    make = JacobianOperator._made
+    monkeypatch.setattr(
+        JacobianOperator,
+        "_made",
+        lambda self, way, vectors: (made.append(len(vectors)), make(self, way, vectors))[1],
+    )
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True).eval()
+    report = jacdiag.audit(layer, torch.randn(2, 4, 8), state="trained")
+    assert report.cost is not None and report.network is not None
+    assert report.cost.products == sum(made)
+
+    # Each sub-layer shares one product among three norms, and its Jacobian takes one forward.
+    for row in report.sublayers:
+        norms = (row.core_norm, row.branch_norm, row.residual_norm)
+        counted = sum(norm.products for norm in norms if norm is not None)
+        assert row.cost in (counted - 2 + 1, counted - 1 + 1), "an inherited norm begins elsewhere"

@@ -223,6 +223,22 @@ def test_a_settled_problem_keeps_valid_ends() -> None:
     assert np.abs(solution.estimate / truth - 1).max() < 1e-6
 
 
+def test_an_upper_end_that_a_settled_problem_has_passed_is_not_kept() -> None:
+    """At a confidence of 0.9 a start may hide the larger problem until it is left alone."""
+    first, second = [1.0, 0.9, 0.8, 0.5, 0.2, 0.1], [1.05, 0.6, 0.5, 0.3, 0.2, 0.1]
+    matrices = torch.zeros(2, 20, 20, dtype=torch.float64)
+    for matrix, spectrum in zip(matrices, (first, second), strict=True):
+        matrix.diagonal()[:6] = torch.tensor(spectrum, dtype=torch.float64)
+
+    missed = 0
+    for seed in range(200):
+        start = torch.Generator().manual_seed(seed)
+        solution = top_singular(DenseOperator(matrices), tol=1e-9, confidence=0.9, generator=start)
+        assert (solution.lower <= solution.upper).all(), seed
+        missed += float(solution.upper.max()) < 1.05
+    assert missed < 20
+
+
 @pytest.mark.parametrize("smallest", [0.01, 0.5])
 def test_a_maximum_of_scaled_problems_comes_to_its_width_too(smallest: float) -> None:
     """The factors turn the order around: what is settled for one maximum decides the other."""

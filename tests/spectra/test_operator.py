@@ -5,6 +5,7 @@ independent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from jacdiag.spectra import (
     independent_dims,
     top_singular,
 )
-from jacdiag.spectra.operator import flat
+from jacdiag.spectra.operator import Way, flat
 
 pytestmark = pytest.mark.check("spectra")
 
@@ -233,3 +234,78 @@ def test_norm_jacobian_is_that_of_autograd(centred: bool, dims: tuple[int, ...])
     torch.testing.assert_close(closed.push(u), built.push(u), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(closed.pull(u), built.pull(u), rtol=1e-10, atol=1e-12)
     assert closed.products == 2
+
+
+class WithoutSetup(torch.autograd.Function):
+    """a * b in the old form, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        return gradient * b, gradient * a
+
+
+class RefusedWhenTransposed(torch.autograd.Function):
+    """Tanh, whose backward is made of a function that torch.func refuses."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return WithoutSetup.apply(gradients[0], 1 - x.tanh() ** 2)
+
+
+@pytest.mark.parametrize("first", ["push", "pull"])
+def test_a_function_that_torch_func_refuses_late_has_the_same_products(first: str) -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    operator = JacobianOperator(lambda x: mixing(RefusedWhenTransposed.apply(x)), x)
+    plain = JacobianOperator(lambda x: mixing(x.tanh()), x)
+    vectors = [torch.randn(2, 12, dtype=torch.float64, generator=generator(k)) for k in range(3)]
+    ways: tuple[Way, Way] = ("push", "pull") if first == "push" else ("pull", "push")
+    for way in ways:
+        expected = plain.products_of(way, vectors)
+        for product, other in zip(operator.products_of(way, vectors), expected, strict=True):
+            torch.testing.assert_close(product, other)
+
+
+def test_a_product_that_is_kept_is_made_once() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    operator = JacobianOperator(mixing, x)
+    w = torch.randn(2, 12, dtype=torch.float64, generator=generator(1))
+    operator.keep(w)
+    assert operator.products == 1
+    expected = JacobianOperator(mixing, x).pull(w)
+    for product in operator.products_of("pull", [w, w.clone(), w]):
+        torch.testing.assert_close(product, expected)
+    assert operator.products == 2, "a copy is another vector"
+    pushed = JacobianOperator(mixing, x).push(w)
+    torch.testing.assert_close(operator.push(w), pushed)
+    assert operator.products == 3, "the other way is another product"
+
+    # Rows of other problems are another vector, too.
+    operator.set_batch_dims(())
+    row = w.reshape(1, -1)
+    torch.testing.assert_close(operator.pull(row), expected.reshape(1, -1))
+    assert operator.products == 4
+
+
+def test_a_checkpointed_function_has_products_in_any_mode() -> None:
+    x = torch.randn(2, 3, 4, generator=generator())
+    vectors = [torch.randn(2, 12, generator=generator(k)) for k in range(2)]
+    expected = JacobianOperator(mixing, x).products_of("pull", vectors)
+    with torch.inference_mode():
+        operator = JacobianOperator(FUNCTIONS["checkpointed"], x)
+        for vector, product in zip(vectors, expected, strict=True):
+            torch.testing.assert_close(operator.pull(vector), product)
