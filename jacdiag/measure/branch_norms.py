@@ -13,7 +13,7 @@ little further.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -208,14 +208,10 @@ class Solver:
         site = self.one.site
         questions = []
         for name, operator in maps.items():
-            question = Question(operator, decide=self.decided.get(name))
-            if self._begins_at_start(operator):
-                question = replace(question, start=self.one.start)
-            else:
-                question = replace(question, generator=generator_of(effort.seed, site.name, name))
-            if name == "core_norm":
-                question = replace(question, scaled=scaled_core)
-            questions.append(question)
+            generator = generator_of(effort.seed, site.name, name)
+            start = self.one.start if self._begins_at_start(operator) else None
+            scaled = scaled_core if name == "core_norm" else None
+            questions.append(Question(operator, generator, start, self.decided.get(name), scaled))
 
         # 2. All of them together: products with the same Jacobian are made in one call.
         solutions = in_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -117,7 +116,7 @@ def start_of_branch(site: Sublayer, seed: int) -> Tensor:
 def generator_of(seed: int, *names: str) -> torch.Generator:
     """Return the random numbers of one sub-layer and figure, the same in any order of work."""
     words = "/".join((str(seed), *names))
-    return torch.Generator().manual_seed(crc32(words.encode()) & math.floor(2**31 - 1))
+    return torch.Generator().manual_seed(crc32(words.encode()) & (2**31 - 1))
 
 
 def _is_factored(site: Sublayer) -> bool:
