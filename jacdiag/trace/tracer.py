@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import device_of, tensors_in
 from jacdiag.trace.execution.wrappers import has_foreign_hooks, refuse_flat_shards
 from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.ops import PRODUCTS
 from jacdiag.trace.graph.recorder import Recorder, observe, record
 from jacdiag.trace.site_list import Sites
 from jacdiag.trace.stages import Captured, Recording, Residuals
@@ -304,7 +306,7 @@ def capture(residuals: Residuals) -> Captured:
     groups = residuals.streams.groups
     replayer = recording.replayer
 
-    # 1. Which module calls are to be made again later.
+    # 1. Which module calls are to be made again later. Those of norms come with the values.
     owners = [_owner(recording.graph, site) for site in sites]
     owners_after = [_owner_after(recording.graph, group) for group in groups]
 
@@ -320,7 +322,8 @@ def capture(residuals: Residuals) -> Captured:
     terms = {("term", k): replayer.end_of(site, 0) for k, site in enumerate(sites)}
 
     # 4. Run.
-    output, tensors = replayer.capture({0, *owners, *owners_after}, results, terms)
+    of_norms = _calls_without_products(recording.graph, values_to_keep)
+    output, tensors = replayer.capture({0, *owners, *owners_after, *of_norms}, results, terms)
     tensors |= replayer.calls[0].tensors
 
     # 5. Whether the run was the same as the recorded one.
@@ -348,6 +351,27 @@ def _same_with_other_numbers(recording: Recording) -> bool:
     args, kwargs = recording.replayer.root.arguments()
     _, output = observe(Recorder, recording.skeleton, args, kwargs, recording.dtype)
     return same_output(output, recording.output)
+
+
+def _calls_without_products(graph: Graph, values: Set[int]) -> list[int]:
+    """Return the module calls that are given one of some values and make no matrix product.
+
+    A norm is such a call.
+    """
+    # 1. The products, in the order of the run.
+    products = [node.index for node in graph.nodes if node.name in PRODUCTS]
+
+    # 2. Calls between whose beginning and end there is none.
+    found: list[int] = []
+    for call in graph.invocations:
+        if values.isdisjoint(call.arguments):
+            continue
+
+        first_inside = bisect_left(products, call.start)
+        has_none = first_inside == len(products) or products[first_inside] >= call.end
+        if has_none and call.end >= 0:
+            found.append(call.index)
+    return found
 
 
 def _owner(graph: Graph, site: Site) -> int:

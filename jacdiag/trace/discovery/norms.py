@@ -161,9 +161,8 @@ class Anatomist:
         It is the last point that every path passes, with no parameter before it but a gain, that
         is a norm of the shortcut.
         """
-        source = self.replayer.spot_of(site.shortcut, owner)
         for candidate in reversed(self._input_candidates(site)):
-            norm = self._norm(owner, source, x, candidate)
+            norm = self._norm(owner, site.shortcut, x, candidate)
             if norm is not None:
                 return norm
         return None
@@ -236,11 +235,10 @@ class Anatomist:
             y: the value's tensor.
         """
         cone = self.finder.cone(value, until)
-        source = self.replayer.spot_of(value, owner)
         for node in waists(self.graph, cone, value):
             # 1. A fused norm.
             if self._is_fused_norm(node):
-                return self._norm(owner, source, y, _Candidate(node, Where.NORMALISED))
+                return self._norm(owner, value, y, _Candidate(node, Where.NORMALISED))
 
             # 2. Any other call that reads a parameter ends the search.
             if self.graph.reads_weight(node):
@@ -249,7 +247,7 @@ class Anatomist:
             # 3. The last call of a norm of several calls.
             before = self._calls_reading_state(cone, until=node)
             candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
-            norm = self._norm(owner, source, y, candidate)
+            norm = self._norm(owner, value, y, candidate)
             if norm is not None:
                 return norm
         return None
@@ -285,11 +283,10 @@ class Anatomist:
 
         # 2. The norm of it.
         live = self.graph.float_inputs(node)[0]
-        entry = self.replayer.spot_of(live.index, owner)
-        norm = self._norm(owner, entry, h, _Candidate(node, Where.NORMALISED))
+        norm = self._norm(owner, live.index, h, _Candidate(node, Where.NORMALISED))
         if norm is None:
             return None
-        return norm, entry
+        return norm, self.replayer.spot_of(live.index, owner)
 
     def _may_normalise(self, before: int, after: int, cone: tuple[int, ...]) -> bool:
         """Return whether a norm that is no fused call may lie between two waists.
@@ -312,13 +309,14 @@ class Anatomist:
         # summed.
         starts = [points[0], *(start for start, _ in suspects)]
         for start in dict.fromkeys(starts):
-            entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
+            value = self.graph.nodes[start].outputs[0]
+            entry = self.replayer.spot_of(value, owner)
             h = self.replayer.run(owner, source, x, entry)
             stops = [stop for first, stop in suspects if first >= start]
             for stop in stops:
                 between = self._calls_reading_state(cone, after=start, until=stop)
                 candidate = _Candidate(stop, Where.RESULT, self._gain_call(between))
-                norm = self._norm(owner, entry, h, candidate)
+                norm = self._norm(owner, value, h, candidate)
                 if norm is not None:
                     return norm, entry
         return None
@@ -336,22 +334,23 @@ class Anatomist:
                 pairs.append((start, stop))
         return pairs
 
-    def _norm(self, owner: int, source: Spot, x: Tensor, candidate: _Candidate) -> Norm | None:
+    def _norm(self, owner: int, value: int, x: Tensor, candidate: _Candidate) -> Norm | None:
         """Return the norm at a call, if its value is a norm of x.
 
         Args:
-            owner: module call that is run again.
-            source: where x is met.
-            x: what may be normalised.
+            owner: module call that holds the branch.
+            value: what may be normalised.
+            x: its tensor.
             candidate: the call.
         """
         # 1. The function from x to the value. There is none if the call itself makes x.
         node = candidate.node
+        source = self.replayer.spot_of(value, owner)
         spot = self.replayer.spot_at(candidate.where, node, owner)
         if spot.is_same_call(source) and source.where is not Where.READ:
             return None
 
-        segment = self.replayer.segment(owner, source, spot)
+        segment = self._narrow_segment(owner, value, candidate)
 
         # 2. Its gain comes after the value.
         if candidate.gain_call is None:
@@ -366,6 +365,27 @@ class Anatomist:
         if norm is None:
             return None
         return replace(norm, gain_before=gain)
+
+    def _narrow_segment(
+        self, owner: int, value: int, candidate: _Candidate
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function from a value to a call that may be a norm of it.
+
+        A norm is mostly a module of its own, which is given the value. Then it alone is run again,
+        rather than all that the block computes before it.
+        """
+        # 1. The innermost module call that can be made again.
+        narrowest = owner
+        for index in self.graph.ancestors(self.graph.nodes[candidate.node].invocation):
+            is_given = value in self.graph.invocations[index].arguments
+            if index == owner or (is_given and index in self.replayer.calls):
+                narrowest = index
+                break
+
+        # 2. The value and the call, as that one meets them.
+        source = self.replayer.spot_of(value, narrowest)
+        spot = self.replayer.spot_at(candidate.where, candidate.node, narrowest)
+        return self.replayer.segment(narrowest, source, spot)
 
     def _gain_of(self, owner: int, source: Spot, x: Tensor, call: int) -> Tensor | None:
         """Return the gain that a call multiplies by: one number per feature of x, none of them 0.
