@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jacdiag.distributed.failure import Explanation, Failure, explained
@@ -451,8 +451,13 @@ class Team:
             self._wait_until(lambda: self.store.has("failure"))
             self.failure = Failure.from_dict(self.store.get("failure"))
         except Exception:
-            # 3. The store does not answer. Then this rank fails because another one has died.
-            self.failure = failure if self.store.serves else self._failure_of_store()
+            # 3. The store does not answer. Unless it lives here, its process has ended.
+            if self.store.serves:
+                self.failure = failure
+                return
+            gone = self._failure_of_store()
+            here = failure.got or failure.what
+            self.failure = replace(gone, got=f"{gone.got}; {self.me.name} met: {here}")
 
     # -- the end -----------------------------------------------------------------------------------
     def fail(

@@ -196,8 +196,8 @@ class Solver:
     ) -> dict[str, Solution]:
         """Solve norms by Lanczos, in step.
 
-        They begin at one start. Each interval holds with its confidence all the same, since the
-        start is random.
+        They begin at the start of the sub-layer, unless a map has other sizes. Each interval holds
+        with its confidence all the same, since the start is random.
 
         Args:
             maps: field of the norm -> operator.

@@ -88,22 +88,25 @@ def linearise(site: Sublayer, seed: int = 0) -> Linearised:
     # 2. The product that the norms begin with, unless a map ends in a norm of its own.
     start = flat(start_of_branch(site, seed), dims)
     main.keep(start)
+    linearised = Linearised(site, branch, core, owned, dims, norm=norm, start=start)
     if core is not None:
-        return Linearised(site, branch, core, owned, dims, {}, norm, start)
+        return linearised
 
     # 3. The branch begins with a norm that cannot be taken apart from it.
     if site.has_input_norm:
-        reason = "the norm's output has another shape than the shortcut, or is laid out otherwise"
-        return Linearised(site, branch, None, owned, dims, {"core_norm": reason}, None, start)
+        linearised.notes["core_norm"] = (
+            "the norm's output has another shape than the shortcut, or is laid out otherwise"
+        )
+        return linearised
 
     # 4. Without a norm at its beginning, the branch is its own core, up to a norm at its end.
+    linearised.core = main
     if site.placement == "reordered" and site.before_output_norm is not None:
         inner = JacobianOperator(site.before_output_norm, site.shortcut, ())
         inner.set_batch_dims(dims)
         owned.append(inner)
-        return Linearised(site, branch, inner, owned, dims, {}, None, start)
-
-    return Linearised(site, branch, main, owned, dims, {}, None, start)
+        linearised.core = inner
+    return linearised
 
 
 def start_of_branch(site: Sublayer, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.devices.packed_download import download
 from jacdiag.measure.linearization import Linearised, start_of_branch
-from jacdiag.spectra.operator import shaped
+from jacdiag.spectra.operator import gradient, shaped
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.execution.tap import Spot, Where
 
@@ -181,31 +181,18 @@ class _ModelPulls:
 
         # 2. The pull, and whether the branch ran under no_grad.
         cotangent = start_of_branch(self.sites[index], self.seed).reshape(term.shape)
-        self.pulled[index] = _pull(term, leaf, cotangent)
+        self.pulled[index] = gradient(term, leaf, cotangent)
         if term.requires_grad:
             self.cut_off.discard(index)
         else:
             self.cut_off.add(index)
 
 
-def _pull(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
-    """Return J^T w of the map from a leaf to a value; zeros if the value does not depend on it."""
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
-
-    (gradient,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=True, allow_unused=True)
-    # Something else has a gradient.
-    if gradient is None:
-        return torch.zeros_like(leaf)
-
-    return gradient
-
-
 def _own_pull(site: Any, cotangent: Tensor) -> Tensor:
     """Return J^T w of a branch that is run by itself."""
     with torch.enable_grad():
         x = site.shortcut.detach().clone().requires_grad_()
-        return _pull(site.branch(x), x, cotangent.reshape(site.value.shape))
+        return gradient(site.branch(x), x, cotangent.reshape(site.value.shape))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -26,8 +26,8 @@ class Bidiagonalisation:
 
     A^T u_j = beta_{j-1} v_{j-1} + alpha_j v_j, A v_j = alpha_j u_j + beta_j u_{j+1}.
 
-    It begins on the left: J u is made by the graph of a product J^T w, which is one that is wanted
-    anyway then.
+    It begins on the left, with A^T u. A Jacobian makes A v by the graph of such a product, so that
+    none is made for the graph alone.
 
     A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
     and the problem is frozen, because an invariant subspace has been found.

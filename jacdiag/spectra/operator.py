@@ -400,13 +400,13 @@ class _PullsByAutograd:
 
     def pull(self, w: Tensor) -> Tensor:
         """Return J^T w."""
-        return _gradient(self._y, self._x, w)
+        return gradient(self._y, self._x, w)
 
     def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
         """Return J^T w, and J u as a function of u."""
         w = w.requires_grad_()
-        pulled = _gradient(self._y, self._x, w, keep_graph=True)
-        return pulled.detach(), lambda u: _gradient(pulled, w, u)
+        pulled = gradient(self._y, self._x, w, keep_graph=True)
+        return pulled.detach(), lambda u: gradient(pulled, w, u)
 
 
 class _Released:
@@ -427,7 +427,7 @@ def _released(_: Tensor) -> Tensor:
     raise RuntimeError("this operator was released")
 
 
-def _gradient(y: Tensor, x: Tensor, w: Tensor, keep_graph: bool = False) -> Tensor:
+def gradient(y: Tensor, x: Tensor, w: Tensor, keep_graph: bool = False) -> Tensor:
     """Return J^T w of the map from x to y; zeros if y does not depend on x.
 
     Args:

@@ -306,7 +306,7 @@ def capture(residuals: Residuals) -> Captured:
     groups = residuals.streams.groups
     replayer = recording.replayer
 
-    # 1. Which module calls are to be made again later. Those of norms come with the values.
+    # 1. Which module calls are to be made again later.
     owners = [_owner(recording.graph, site) for site in sites]
     owners_after = [_owner_after(recording.graph, group) for group in groups]
 
@@ -318,15 +318,17 @@ def capture(residuals: Residuals) -> Captured:
         if spot.where is not Where.ARGUMENT:
             results[value] = spot
 
-    # 3. Where each branch is met.
+    # 3. A norm of such a value is mostly a module of its own, to be made again alone.
+    of_norms = _calls_without_products(recording.graph, values_to_keep)
+
+    # 4. Where each branch is met.
     terms = {("term", k): replayer.end_of(site, 0) for k, site in enumerate(sites)}
 
-    # 4. Run.
-    of_norms = _calls_without_products(recording.graph, values_to_keep)
+    # 5. Run.
     output, tensors = replayer.capture({0, *owners, *owners_after, *of_norms}, results, terms)
     tensors |= replayer.calls[0].tensors
 
-    # 5. Whether the run was the same as the recorded one.
+    # 6. Whether the run was the same as the recorded one.
     same = same_output(output, recording.output) and _same_with_other_numbers(recording)
     return Captured(
         residuals=residuals,
@@ -362,16 +364,17 @@ def _calls_without_products(graph: Graph, values: Set[int]) -> list[int]:
     products = [node.index for node in graph.nodes if node.name in PRODUCTS]
 
     # 2. Calls between whose beginning and end there is none.
-    found: list[int] = []
+    calls: list[int] = []
     for call in graph.invocations:
         if values.isdisjoint(call.arguments):
             continue
 
-        first_inside = bisect_left(products, call.start)
-        has_none = first_inside == len(products) or products[first_inside] >= call.end
-        if has_none and call.end >= 0:
-            found.append(call.index)
-    return found
+        # A call that has not ended has no end.
+        if call.end < 0:
+            continue
+        if bisect_left(products, call.start) == bisect_left(products, call.end):
+            calls.append(call.index)
+    return calls
 
 
 def _owner(graph: Graph, site: Site) -> int:

@@ -309,3 +309,20 @@ def test_a_checkpointed_function_has_products_in_any_mode() -> None:
         operator = JacobianOperator(FUNCTIONS["checkpointed"], x)
         for vector, product in zip(vectors, expected, strict=True):
             torch.testing.assert_close(operator.pull(vector), product)
+
+
+def test_norms_of_pixels_after_a_batch_norm_hold_the_dense_norm() -> None:
+    """The vectors of one image's pixels have strides that the backward of a batch norm misreads."""
+    channels = 6
+    mix, mean = torch.randn(2, channels, channels, dtype=torch.float64, generator=generator())
+    var = torch.rand(channels, dtype=torch.float64, generator=generator()) + 0.5
+
+    def fn(x: Tensor) -> Tensor:
+        mixed = torch.einsum("ij,bjhw->bihw", mix, x)
+        return nn.functional.batch_norm(mixed, mean[0], var)
+
+    x = torch.randn(1, channels, 3, 4, dtype=torch.float64, generator=generator(1))
+    true = float(torch.linalg.svdvals(dense_jacobian(fn, x))[0])
+    for batch_dims in ((0,), (0, 2, 3), ()):
+        norm = jacdiag.spectral_norm(fn, x, batch_dims=batch_dims)
+        assert float(norm.lower.max()) <= true <= float(norm.upper.max()), batch_dims
