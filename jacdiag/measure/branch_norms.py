@@ -171,9 +171,10 @@ class Solver:
         if gains is None or not are_of_one_token or "core_norm" not in maps:
             return self.in_step(maps)
 
-        # 2. Room for what the norm takes off the core's top vector: a share of 1/d for each of its
-        # two directions (the mean and z) where weights are random, and as much again.
-        width = self.effort.tol - 4 / self.one.shape[-1]
+        # 2. Room for what the norm takes off the core's top right vector. Where weights are random
+        # each of its two directions (the mean and z) holds a share 1/d of the square, so that the
+        # length falls by 1/d. As much again is left free.
+        width = self.effort.tol - 2 / self.one.shape[-1]
         if width < self.effort.tol / 2:
             return self.in_step(maps)
 
@@ -278,7 +279,7 @@ class Solver:
         effort = self.effort
         solution = inherited(
             operator,
-            source.right,
+            source.left,
             upper,
             confidence=effort.confidence,
             tol=effort.tol,

@@ -2,7 +2,7 @@
 
 The last top vectors give the lower bound, and a random start gives the upper one. A warm start
 certifies nothing from above, since its event is not random. So every norm still has one random
-start. From below, |J v| and |J^T u| of any unit vectors are rigorous, and the last probe's top
+start. From below, |J^T u| and |J v| of any unit vectors are rigorous, and the last probe's top
 vectors are close. Two steps of power iteration from there give more than eight Lanczos steps from
 a random vector.
 """
@@ -25,7 +25,7 @@ _PRODUCTS = 4
 
 
 class TopVectors:
-    """Top right vectors by sub-layer and norm, (P, n) each, from the last probe."""
+    """Top left vectors by sub-layer and norm, (P, m) each, from the last probe."""
 
     def __init__(self) -> None:
         """Begin without vectors."""
@@ -37,8 +37,8 @@ class TopVectors:
         if vectors is None:
             return None
 
-        # A batch of another size has a domain of its own.
-        if vectors.shape != (operator.problems, operator.domain):
+        # A batch of another size has a codomain of its own.
+        if vectors.shape != (operator.problems, operator.codomain):
             return None
         return vectors
 
@@ -84,7 +84,7 @@ class WarmSolver(Solver):
             finally:
                 self.effort = effort
             solution = self._warmed(operator, solution, vectors, _PRODUCTS // 2)
-        self.memory.vectors[key] = solution.right
+        self.memory.vectors[key] = solution.left
         return solution
 
     def _taken(self, operator: Operator, akin: Solution, upper: Any, name: str) -> Solution | None:
@@ -94,9 +94,9 @@ class WarmSolver(Solver):
         key = f"{self.one.site.name}/{name}"
         vectors = self.memory.recall(key, operator)
         if vectors is None:
-            vectors = solution.right
+            vectors = solution.left
         solution = self._warmed(operator, solution, vectors, 1)
-        self.memory.vectors[key] = solution.right
+        self.memory.vectors[key] = solution.left
         return solution
 
     def _warmed(
@@ -105,20 +105,20 @@ class WarmSolver(Solver):
         """Return the solution with its lower bounds raised by power iteration from `vectors`."""
         # 1. Power iteration; every iterate gives a lower bound.
         best = np.zeros(operator.problems)
-        v = vectors
+        u = vectors
         for _ in range(rounds):
-            u = operator.push(v)
-            pulled = operator.pull(_unit(u))
-            best = np.fmax(best, _sizes(pulled))  # |J^T u| with u = J v / |J v| is at least |J v|
-            v = _unit(pulled)
+            v = operator.pull(u)
+            pushed = operator.push(_unit(v))
+            best = np.fmax(best, _sizes(pushed))  # |J v| with v = J^T u / |J^T u|, at least |J^T u|
+            u = _unit(pushed)
 
         # 2. Raise the bounds, and keep the better vectors.
         pad = rounding_pad(operator.dtype, operator.device)
         estimate = np.fmax(solution.estimate, best)
         lower = np.fmax(solution.lower, best * (1 - pad))
         upper = np.fmax(solution.upper, estimate)
-        ahead = torch.from_numpy(best > solution.estimate).to(v.device).unsqueeze(1)
-        basis = torch.where(ahead, v, solution.right).unsqueeze(1)
+        ahead = torch.from_numpy(best > solution.estimate).to(u.device).unsqueeze(1)
+        basis = torch.where(ahead, u, solution.left).unsqueeze(1)
         nothing = np.zeros((operator.problems, 0))
         return replace(
             solution,

@@ -1,4 +1,11 @@
-"""Batched Golub-Kahan-Lanczos bidiagonalisation, reorthogonalised in full.
+"""Batched Golub-Kahan-Lanczos bidiagonalisation, reorthogonalised on the side of the start.
+
+The coefficients are those of a matrix that differs from A by rounding as soon as the directions of
+one side are orthogonal (Barlow 2013, "Reorthogonalization for the Golub-Kahan-Lanczos bidiagonal
+reduction"; Simon and Zha 2000). The interval rests on the spectral measure of the start, which lies
+on the left: so it is the directions on the left that are kept and reorthogonalised. Those on the
+right are dropped after use, which halves the memory. Only of a matrix with fewer columns than rows
+both are kept: there the directions on the right run out first, and the solver is to see it.
 
 Nothing in a step depends on the value of a coefficient, so that an accelerator is never waited for:
 coefficients, breakdowns and the check of the products stay on the device of the vectors. The host
@@ -36,7 +43,8 @@ class Bidiagonalisation:
         operator: P matrices A of shape (m, n).
         u: (P, m), the last direction on the left.
         v: (P, n), the last direction on the right.
-        right: (P, capacity, n), all directions on the right; what is beyond them is not set.
+        left: (P, capacity, m), all directions on the left; what is beyond them is not set.
+        right: (P, capacity, n), those on the right where they are kept; None elsewhere.
         products: how many products were made.
 
     Args:
@@ -56,7 +64,9 @@ class Bidiagonalisation:
 
         # 2. The directions so far.
         self.left = _stored(self.u.new_empty(problems, 0, codomain), 0, self.u)
-        self.right = self.v.new_empty(problems, 0, domain)
+        self.right: Tensor | None = None
+        if domain < codomain:
+            self.right = self.v.new_empty(problems, 0, domain)
 
         # 3. The coefficients so far: alpha_1, beta_1, alpha_2, and so on.
         self.products = 0
@@ -112,14 +122,20 @@ class Bidiagonalisation:
 
     def _pulled(self, z: Tensor) -> None:
         """Take z = A^T u_k: alpha_k and v_k."""
-        # 1. Take off what lies along the last v, then along all before it.
+        # 1. Take off what lies along the last v.
         k = self._count // 2
         if k:
-            z = z - self._column(self._last) * self.v
-        z, size = _reorthogonalised(z, self.right, k)
+            z = torch.addcmul(z, self._column(self._last), self.v, value=-1)
 
         # 2. The rest gives the coefficient and the next direction.
-        self.v = self._direction(z, size, is_last=k >= self.operator.domain)
+        is_last = k >= self.operator.domain
+        if self.right is None:
+            self.v = self._direction(z, norms(z), is_last)
+            return
+
+        # 3. The same, if the directions on the right are kept.
+        z, size = _reorthogonalised(z, self.right, k)
+        self.v = self._direction(z, size, is_last)
         self.right = _stored(self.right, k, self.v)
 
     def _pushed(self, w: Tensor) -> None:
@@ -129,7 +145,7 @@ class Bidiagonalisation:
             self._differs = self._inner_products_differ(w)
 
         # 1. Take off what lies along the last u, then along all before it.
-        w = w - self._column(self._last) * self.u
+        w = torch.addcmul(w, self._column(self._last), self.u, value=-1)
         w, size = _reorthogonalised(w, self.left, k)
 
         # 2. The rest gives the coefficient and the next direction.
@@ -247,11 +263,12 @@ class Bidiagonalisation:
         A linear map scales with its argument. One that does not has left the range of its dtype on
         the way.
         """
-        # 1. Compare J v with the product of a v scaled down.
-        first = self.right[:, 0]
+        # 1. Compare J v with the product of a v scaled down, where v is the first one.
+        pulled = self.operator.pull(self.left[:, 0])
+        first = pulled / self._column(norms(pulled))
         pushed = self.operator.push(first).to(widest(first.device))
         scaled = self.operator.push(first * _SHRUNK).to(pushed.dtype) / _SHRUNK
-        self.products += 2
+        self.products += 3
         difference = float((pushed - scaled).abs().max())
         is_linear = difference <= 1e-2 * float(pushed.abs().max())  # False for NaN
 

@@ -39,6 +39,8 @@ class Solution:
             be half.
         stop: why the solver stopped; `converged`: the requested width, or the exact value, was
             reached.
+        basis: (P, capacity, m) directions on the left, of which A^T U = V B.
+        alphas, betas: coefficients of B, see `jacdiag.spectra.interval.bidiagonal`.
     """
 
     lower: Array
@@ -54,10 +56,10 @@ class Solution:
     betas: Array = field(repr=False)
 
     @property
-    def right(self) -> Tensor:
-        """(P, n) top right singular vectors."""
-        u, _, _ = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
-        weights = torch.from_numpy(np.ascontiguousarray(u[:, :, 0])).to(self.basis)
+    def left(self) -> Tensor:
+        """(P, m) top left singular vectors."""
+        _, _, rows = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
+        weights = torch.from_numpy(np.ascontiguousarray(rows[:, 0])).to(self.basis)
         return torch.bmm(weights.unsqueeze(1), self.basis[:, : weights.shape[1]]).squeeze(1)
 
     @property

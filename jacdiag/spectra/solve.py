@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start, norms, read_together
-from jacdiag.spectra.interval import Array, ritz_values, rounding_pad, upper_ends
+from jacdiag.spectra.interval import Array, largest_ritz_values, rounding_pad, upper_ends
 from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
@@ -189,7 +189,7 @@ class Ends:
 
         # 2. Their ends.
         alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
-        top = ritz_values(alphas, betas)[:, 0]
+        top = largest_ritz_values(alphas, betas)
         known = self.high[open_] / (1 + self.pad)
         upper = upper_ends(
             top, alphas, betas, lanczos.exact[open_], lanczos.operator.codomain, self.eps, known
@@ -209,7 +209,7 @@ class Ends:
             nothing = np.full_like(self.low, np.nan)
             return nothing, np.zeros_like(self.low), np.full_like(self.low, np.inf)
         lanczos = self.lanczos
-        top = ritz_values(lanczos.alphas, lanczos.betas)[:, 0]
+        top = largest_ritz_values(lanczos.alphas, lanczos.betas)
 
         # A problem that was left alone may have passed its upper end, which was false then.
         passed = top > self.high / (1 + self.pad)
@@ -318,7 +318,7 @@ class _Run:
             lanczos.steps,
             self.stop,
             converged,
-            lanczos.right,
+            lanczos.left,
             lanczos.alphas,
             lanczos.betas,
         )
@@ -335,12 +335,12 @@ def inherited(
 ) -> Solution:
     """Return the ends that one or two products give, with an upper end known from another operator.
 
-    The lower end is |A v| / |v|. A second product, with A^T, makes it |A^T u| / |u| of u = A v,
+    The lower end is |A^T u| / |u|. A second product, with A, makes it |A v| / |v| of v = A^T u,
     which is no smaller.
 
     Args:
         operator: P problems (m, n).
-        vectors: (P, n), such as the top right vectors of a similar operator.
+        vectors: (P, m), such as the top left vectors of a similar operator.
         upper: (P,) ends.
         confidence: probability with which they hold.
         tol: relative width that counts as converged.
@@ -348,17 +348,17 @@ def inherited(
     """
     # 1. The first product.
     pad = rounding_pad(operator.dtype, operator.device)
-    right = _unit(vectors)
-    pushed = operator.push(right)
-    reached = _on_host(norms(pushed))
+    left = _unit(vectors)
+    pulled = operator.pull(left)
+    reached = _on_host(norms(pulled))
     products = 1
 
     # 2. The second.
     is_wide = not _narrow(reached, np.maximum(upper, reached), tol)
     if is_wide and most_products > 1:
-        pulled = operator.pull(_unit(pushed))
-        reached = np.maximum(reached, _on_host(norms(pulled)))
-        right = _unit(pulled)
+        pushed = operator.push(_unit(pulled))
+        reached = np.maximum(reached, _on_host(norms(pushed)))
+        left = _unit(pushed)
         products = 2
 
     # 3. The ends.
@@ -373,7 +373,7 @@ def inherited(
         1,
         Stop.INHERITED,
         _narrow(low, high, tol),
-        right.unsqueeze(1),
+        left.unsqueeze(1),
         reached[:, None],
         nothing,
     )

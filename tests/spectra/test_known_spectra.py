@@ -22,6 +22,8 @@ from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start
 from jacdiag.spectra.interval import (
     PAD,
     _sum_of_squares,
+    bidiagonal,
+    largest_ritz_values,
     ritz_values,
     upper_ends,
 )
@@ -165,6 +167,63 @@ def test_upper_end_holds_for_every_start_that_sees_the_top_vector(trials: int) -
             assert high[0] >= spectrum[0] * (1 - 1e-9), (trial, lanczos.steps)
 
 
+NEARLY_ONE_VALUE = {
+    "identity and a little": lambda k: 1 + 1e-3 * np.linspace(0, 1, k),
+    "one cluster": lambda k: 1 - 1e-4 * np.arange(k) / k,
+    "two clusters": lambda k: np.where(np.arange(k) % 2, 1.0, 0.5) - 1e-5 * np.arange(k) / k,
+    "slow geometric": lambda k: 0.97 ** np.arange(k),
+    "fast geometric": lambda k: 0.1 ** np.arange(k),
+}
+
+
+@pytest.mark.parametrize("spectrum", NEARLY_ONE_VALUE)
+@pytest.mark.parametrize("shape", [(8, 8), (60, 60), (5, 40), (40, 5), (64, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_distinct_values_neither_break_orthogonality_nor_the_exact_norm(
+    spectrum: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Small coefficients enlarge rounding. Reorthogonalised on the wrong side alone, norms that are
+    called exact are off by 1e-5 here.
+    """
+    # 1. A run until every problem is exact.
+    rng = np.random.default_rng(4)
+    values = NEARLY_ONE_VALUE[spectrum](min(shape))
+    matrices = [torch.from_numpy(operator_with(values, *shape, rng)[0]) for _ in range(4)]
+    problems = torch.stack(matrices).to(dtype)
+    truth = torch.linalg.svdvals(problems.double())[:, 0].numpy()
+    lanczos = begin(problems, torch.Generator().manual_seed(2))
+    for _ in range(2 * max(shape) + 2):
+        lanczos.advance()
+        top = largest_ritz_values(lanczos.alphas, lanczos.betas)
+        assert (top <= truth * (1 + PAD[str(dtype).removeprefix("torch.")])).all()
+        if lanczos.exact.all():
+            break
+    assert lanczos.exact.all()
+
+    # 2. The norm is exact to rounding.
+    rounding = 100 * torch.finfo(dtype).eps
+    assert np.abs(top / truth - 1).max() < rounding
+
+    # 3. The directions that were kept are orthogonal, those of a breakdown are 0.
+    count = min(lanczos.steps, shape[0])
+    inner = lanczos.left[:, :count] @ lanczos.left[:, :count].transpose(1, 2)
+    sizes = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(sizes)).abs().max() < rounding
+    assert ((sizes - 1).abs().minimum(sizes.abs()) < rounding).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_kept"), [((30, 30), False), ((30, 50), False), ((50, 30), True)]
+)
+def test_directions_on_the_right_are_kept_only_where_they_run_out_first(
+    shape: tuple[int, int], is_kept: bool
+) -> None:
+    lanczos = begin(torch.randn(2, *shape), torch.Generator().manual_seed(2))
+    for _ in range(6):
+        lanczos.advance()
+    assert (lanczos.right is not None) is is_kept
+
+
 def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
     """The end of van Dorsselaer et al., by bisection: log s + sum log(s + 1 - theta_j^2 /
     theta_1^2) = const.
@@ -276,8 +335,8 @@ def test_batched_problems_agree_with_svdvals(dtype: torch.dtype) -> None:
     assert solution.converged
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
     assert np.abs(solution.estimate / truth - 1).max() < 2e-3
-    right = solution.right.double()
-    stretched = torch.bmm(matrix.double(), right.unsqueeze(2)).norm(dim=1).squeeze(1).numpy()
+    left = solution.left.double()
+    stretched = torch.bmm(left.unsqueeze(1), matrix.double()).norm(dim=2).squeeze(1).numpy()
     assert np.abs(stretched / solution.estimate - 1).max() < 1e-3
 
 
@@ -356,14 +415,25 @@ def test_long_rows_in_any_memory_and_of_any_size(scale: float) -> None:
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-12, 1.0, 1e12, 1e200])
+def test_largest_ritz_values_are_the_largest_of_all_to_rounding(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    for steps in (1, 2, 5, 20):
+        alphas = scale * rng.random((30, steps))
+        for betas in (scale * rng.random((30, steps - 1)), scale * rng.random((30, steps))):
+            every = np.linalg.svd(bidiagonal(alphas, betas), compute_uv=False)
+            assert largest_ritz_values(alphas, betas) == pytest.approx(every[:, 0], rel=1e-14)
+    assert (largest_ritz_values(np.zeros((3, 2)), np.zeros((3, 1))) == 0).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_second_product_raises_an_inherited_lower_end(seed: int) -> None:
-    """|A^T u| / |u| of u = A v lies between |A v| / |v| and the norm."""
+    """|A v| / |v| of v = A^T u lies between |A^T u| / |u| and the norm."""
     matrix = torch.randn(
         3, 40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
     truth = torch.linalg.svdvals(matrix)[:, 0].numpy()
-    vectors = torch.randn(3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    vectors = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     vectors[2] = 0
     operator, upper = DenseOperator(matrix), 1.01 * truth
 
@@ -377,5 +447,5 @@ def test_a_second_product_raises_an_inherited_lower_end(seed: int) -> None:
     assert (first.lower[:2] < second.lower[:2]).all() and (second.lower <= truth).all()
     assert second.lower[2] == 0, "nothing is known from a vector of zeros"
     assert ends(2, 1e3).products == 1, "the first is narrow enough"
-    left = torch.bmm(matrix, second.right.unsqueeze(2)).norm(dim=1).squeeze(1).numpy()
-    assert (left[:2] >= second.estimate[:2] * (1 - 1e-12)).all()
+    pulled = torch.bmm(second.left.unsqueeze(1), matrix).norm(dim=2).squeeze(1).numpy()
+    assert (pulled[:2] >= second.estimate[:2] * (1 - 1e-12)).all()
