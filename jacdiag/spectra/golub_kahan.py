@@ -364,8 +364,11 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]
     size = norms(once.squeeze(1))
 
     # 2. That is enough if the norm did not fall below sqrt(1/2) of what it was: by Pythagoras, if
-    # what is left is no shorter than what was taken off. A CPU looks.
-    is_enough = (size >= torch.linalg.vector_norm(components, dim=(1, 2))).all()
+    # what is left is no shorter than what was taken off. In units of what is left, no square
+    # leaves the range of its type. A CPU looks.
+    least = torch.finfo(components.dtype).tiny
+    ratios = components / size.to(components).clamp_min(least)[:, None, None]
+    is_enough = (torch.linalg.vector_norm(ratios, dim=(1, 2)) <= 1).all()  # False for NaN
     if _is_free_to_read(is_enough) and bool(is_enough):
         return once.squeeze(1), size
 

@@ -172,6 +172,7 @@ NEARLY_ONE_VALUE = {
     "one cluster": lambda k: 1 - 1e-4 * np.arange(k) / k,
     "two clusters": lambda k: np.where(np.arange(k) % 2, 1.0, 0.5) - 1e-5 * np.arange(k) / k,
     "slow geometric": lambda k: 0.97 ** np.arange(k),
+    "halves": lambda k: 0.5 ** np.arange(k),
     "fast geometric": lambda k: 0.1 ** np.arange(k),
 }
 
@@ -210,6 +211,26 @@ def test_few_distinct_values_neither_break_orthogonality_nor_the_exact_norm(
     sizes = inner.diagonal(dim1=1, dim2=2)
     assert (inner - torch.diag_embed(sizes)).abs().max() < rounding
     assert ((sizes - 1).abs().minimum(sizes.abs()) < rounding).all()
+
+
+@pytest.mark.parametrize("spectrum", ["slow geometric", "halves", "fast geometric", "two clusters"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e25])
+def test_a_tiny_or_huge_problem_among_others_keeps_its_own_interval(
+    spectrum: str, scale: float
+) -> None:
+    """Squares of what is taken off a direction leave the range of float32 here."""
+    rng = np.random.default_rng(5)
+    extreme = operator_with(scale * NEARLY_ONE_VALUE[spectrum](60), 60, 60, rng)[0]
+    usual = operator_with(np.linspace(0.1, 1, 60), 60, 60, rng)[0]
+    problems = torch.from_numpy(np.stack([extreme, usual])).float()
+    truth = torch.linalg.svdvals(problems.double())[:, 0].numpy()
+    for batch, norm in ((problems, truth), (problems[:1], truth[:1])):
+        for tol in (0.05, 1e-3, 1e-5):
+            solution = top_singular(
+                DenseOperator(batch), tol=tol, generator=torch.Generator().manual_seed(2)
+            )
+            assert solution.converged
+            assert (solution.lower <= norm).all() and (norm <= solution.upper).all()
 
 
 @pytest.mark.parametrize(
