@@ -15,8 +15,9 @@ from jacdiag.trace.discovery.naming import depths_of, kind_of, names_of
 from jacdiag.trace.discovery.norms import Anatomist, Norm
 from jacdiag.trace.discovery.norms_by_structure import looks_token_wise
 from jacdiag.trace.discovery.residual import Site
+from jacdiag.trace.execution.routes import Endpoint
 from jacdiag.trace.execution.skeleton import Skeleton
-from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.execution.tap import Where
 from jacdiag.trace.graph.graph import Graph
 from jacdiag.trace.graph.ops import ACTIVATIONS, TRANSPOSITIONS
 from jacdiag.trace.stages import Captured
@@ -40,7 +41,7 @@ class _Norms:
 
     entry: Norm | None
     exit: Norm | None = None
-    before_exit: Spot | None = None
+    before_exit: Endpoint | None = None
     post: Norm | None = None
     after: Map | None = None
 
@@ -100,11 +101,11 @@ class _Assembler:
 
     def _sublayer(self, index: int) -> Sublayer:
         """Build one sub-layer, still without a name and a depth."""
-        # 1. Where its branch begins and ends in the module call that holds it.
+        # 1. Where its branch begins and ends, and the module call that holds it.
         site, owner = self.sites[index], self.captured.owners[index]
         x = self.captured.values[site.shortcut]
-        source = self.replayer.spot_of(site.shortcut, owner)
-        end = self.replayer.end_of(site, owner)
+        source = Endpoint.of_value(self.graph, site.shortcut)
+        end = self.replayer.endpoint_of(site)
 
         # 2. Its norms, products and operations.
         norms = self._norms_of(index, x)
@@ -129,7 +130,7 @@ class _Assembler:
             nested=site.nested,
             shortcut=x,
             value=branch,
-            branch=self.replayer.segment(owner, source, end),
+            branch=self.replayer.between(owner, source, end),
             carry=self._carry(site, owner, source),
             input_norm=norms.entry,
             core_of_norm=self._core(owner, norms.entry, end),
@@ -151,7 +152,7 @@ class _Assembler:
         )
         self._classify(sublayer, site, self.homes[index])
         if sublayer.kind == "attention" and norms.entry is not None and products:
-            sublayer.heads = self._heads(owner, norms.entry.spot, products[-1])
+            sublayer.heads = self._heads(owner, norms.entry.endpoint, products[-1])
         return sublayer
 
     # -- norms -------------------------------------------------------------------------------------
@@ -187,9 +188,9 @@ class _Assembler:
         if norm is None:
             return _Norms(None)
         self.groups_with_post_norm.add(index)
-        source = self.replayer.spot_of(group.output, owner)
-        sink = self.replayer.spot_of(group.after, owner)
-        return _Norms(None, post=norm, after=self.replayer.segment(owner, source, sink))
+        source = Endpoint.of_value(self.graph, group.output)
+        sink = Endpoint.of_value(self.graph, group.after)
+        return _Norms(None, post=norm, after=self.replayer.between(owner, source, sink))
 
     def _norm_belongs_to_sublayer(self, index: int) -> bool:
         """Return whether a norm after a sum is the sub-layer's own, not the model's final norm.
@@ -212,41 +213,41 @@ class _Assembler:
         return is_made_by_part and self.captured.owners_after[index] == module
 
     # -- maps --------------------------------------------------------------------------------------
-    def _core(self, owner: int, norm: Norm | None, end: Spot) -> Map | None:
+    def _core(self, owner: int, norm: Norm | None, end: Endpoint) -> Map | None:
         """Return the branch after its input norm as a function of z, the learned gain included."""
         if norm is None:
             return None
 
         # A gain that comes before z is applied to it first.
-        segment = self.replayer.segment(owner, norm.spot, end)
+        segment = self.replayer.between(owner, norm.endpoint, end)
         if norm.gain_before is None:
             return segment
         return lambda z: segment(norm.with_gain(z))
 
-    def _before_exit(self, owner: int, source: Spot, norms: _Norms) -> Map | None:
+    def _before_exit(self, owner: int, source: Endpoint, norms: _Norms) -> Map | None:
         """Return the branch up to the norm at its end; None if it has no such norm."""
         sink = norms.before_exit
         if sink is None:
             return None
-        return self.replayer.segment(owner, source, sink)
+        return self.replayer.between(owner, source, sink)
 
-    def _carry(self, site: Site, owner: int, source: Spot) -> Map | None:
+    def _carry(self, site: Site, owner: int, source: Endpoint) -> Map | None:
         """Return the shortcut's way into the sum; None if the sum adds the shortcut itself."""
         if not site.scaled:
             return None
         addition, position = site.carrier
-        sink = self.replayer.spot_at(Where.TERM, addition, owner, position)
-        return self.replayer.segment(owner, source, sink)
+        sink = Endpoint(Where.TERM, addition, position)
+        return self.replayer.between(owner, source, sink)
 
-    def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
+    def _heads(self, owner: int, source: Endpoint, last_product: int) -> Map | None:
         """Return the map from z to what the last product (W_O) reads."""
         read = self.graph.float_indices(last_product)
         if len(read) != 1:
             return None
 
         # The concatenated heads.
-        sink = self.replayer.spot_of(read[0], owner)
-        return self.replayer.segment(owner, source, sink)
+        sink = Endpoint.of_value(self.graph, read[0])
+        return self.replayer.between(owner, source, sink)
 
     def _sum_of_group(self, group: int | None) -> Tensor | None:
         """Return the sum of a group as captured; None for a sub-layer that is on no stream."""

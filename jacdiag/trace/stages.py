@@ -79,8 +79,8 @@ class Captured:
 
     Attributes:
         residuals: the sums.
-        owners: for each site, the module call that is run again for its branch.
-        owners_after: for each group of the streams, the call that is run again for what follows.
+        owners: for each site, the module call that holds its branch and the sum.
+        owners_after: for each group of the streams, the call that holds the sum and what follows.
         values: shortcuts, sums and arguments by value index.
         branches: f(x) of each site.
         deterministic: two runs gave the same output bit for bit.

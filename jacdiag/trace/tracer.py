@@ -32,6 +32,7 @@ from jacdiag.trace.execution.hook_parity import OriginalRun
 from jacdiag.trace.execution.module_call import Call, prepared
 from jacdiag.trace.execution.replay import Replayer
 from jacdiag.trace.execution.rng_state import another_draw, borrowed
+from jacdiag.trace.execution.routes import Endpoint
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import device_of, tensors_in
@@ -318,14 +319,18 @@ def capture(residuals: Residuals) -> Captured:
         if spot.where is not Where.ARGUMENT:
             results[value] = spot
 
-    # 3. A norm of such a value is mostly a module of its own, to be made again alone.
-    of_norms = _calls_without_products(recording.graph, values_to_keep)
+    # 3. Smaller module calls by which a branch can be run, without what the owner does before it.
+    # A norm of a value that is kept is mostly a module of its own.
+    smaller = _calls_without_products(recording.graph, values_to_keep)
+    for site, owner in zip(sites, owners, strict=True):
+        smaller |= _calls_on_routes(replayer, site, owner)
 
     # 4. Where each branch is met.
     terms = {("term", k): replayer.end_of(site, 0) for k, site in enumerate(sites)}
 
     # 5. Run.
-    output, tensors = replayer.capture({0, *owners, *owners_after, *of_norms}, results, terms)
+    calls = {0, *owners, *owners_after, *smaller}
+    output, tensors = replayer.capture(calls, results, terms)
     tensors |= replayer.calls[0].tensors
 
     # 6. Whether the run was the same as the recorded one.
@@ -355,7 +360,24 @@ def _same_with_other_numbers(recording: Recording) -> bool:
     return same_output(output, recording.output)
 
 
-def _calls_without_products(graph: Graph, values: Set[int]) -> list[int]:
+def _calls_on_routes(replayer: Replayer, site: Site, owner: int) -> set[int]:
+    """Return the module calls by which a branch, and its shortcut's way into the sum, are run."""
+    # 1. Where both end.
+    ends = [replayer.endpoint_of(site)]
+    if site.scaled:
+        addition, position = site.carrier
+        ends.append(Endpoint(Where.TERM, addition, position))
+
+    # 2. The routes to there.
+    source = Endpoint.of_value(replayer.graph, site.shortcut)
+    calls: set[int] = set()
+    for end in ends:
+        route = replayer.routes.find(owner, source, end)
+        calls.update(leg.invocation for leg in route.legs)
+    return calls
+
+
+def _calls_without_products(graph: Graph, values: Set[int]) -> set[int]:
     """Return the module calls that are given one of some values and make no matrix product.
 
     A norm is such a call.
@@ -364,7 +386,7 @@ def _calls_without_products(graph: Graph, values: Set[int]) -> list[int]:
     products = [node.index for node in graph.nodes if node.name in PRODUCTS]
 
     # 2. Calls between whose beginning and end there is none.
-    calls: list[int] = []
+    calls: set[int] = set()
     for call in graph.invocations:
         if values.isdisjoint(call.arguments):
             continue
@@ -373,7 +395,7 @@ def _calls_without_products(graph: Graph, values: Set[int]) -> list[int]:
         if call.end < 0:
             continue
         if bisect_left(products, call.start) == bisect_left(products, call.end):
-            calls.append(call.index)
+            calls.add(call.index)
     return calls
 
 

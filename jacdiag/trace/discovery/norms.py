@@ -18,7 +18,8 @@ from jacdiag.devices.accelerators import in_float64
 from jacdiag.trace.discovery.norms_by_structure import looks_like_norm
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.replay import Replayer
-from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.execution.routes import Endpoint
+from jacdiag.trace.execution.tap import Where
 from jacdiag.trace.graph.graph import Graph, Node
 from jacdiag.trace.graph.ops import FUSED_NORMS, PRODUCTS_BY_ELEMENT
 
@@ -28,7 +29,7 @@ class Norm:
     """A norm in the dataflow.
 
     Attributes:
-        spot: where a re-run meets its value z, before the learned gain and bias.
+        endpoint: where its value z is met, before the learned gain and bias.
         normalise: the norm as a function of its input, without the learned gain.
         value: z at the recorded input.
         gain: factor per token from the (centred) input to z: 1 / sqrt(var + eps). Shape of z
@@ -38,11 +39,11 @@ class Norm:
             case z is laid out as the input is. A norm of channels-first data is given a transposed
             one.
         gain_before: the learned gain where it is applied before the division, as in g * (x - mean)
-            / (std + eps), one number per feature; the value at `spot` is then gain_before * z. None
-            where it comes after z.
+            / (std + eps), one number per feature; the value at `endpoint` is then gain_before * z.
+            None where it comes after z.
     """
 
-    spot: Spot
+    endpoint: Endpoint
     normalise: Callable[[Tensor], Tensor]
     value: Tensor
     gain: Tensor
@@ -51,7 +52,7 @@ class Norm:
     gain_before: Tensor | None = None
 
     def with_gain(self, z: Tensor) -> Tensor:
-        """Return the value at `spot` that belongs to z."""
+        """Return the value at `endpoint` that belongs to z."""
         return z if self.gain_before is None else z * self.gain_before
 
     @property
@@ -65,7 +66,7 @@ class Norm:
 
         That is so for torch's own layer_norm or rms_norm, on data that it need not transpose.
         """
-        return self.spot.where is Where.NORMALISED and self.aligned
+        return self.endpoint.where is Where.NORMALISED and self.aligned
 
 
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
@@ -148,9 +149,18 @@ class _Candidate:
     where: Where
     gain_call: int | None = None
 
+    def endpoint(self, graph: Graph) -> Endpoint:
+        """Return where its value is met."""
+        if self.where is Where.NORMALISED:
+            return Endpoint(self.where, self.node)
+
+        # The call has one result.
+        (value,) = graph.nodes[self.node].outputs
+        return Endpoint.of_value(graph, value)
+
 
 class Anatomist:
-    """Finds norms around one site, by numerical tests on re-runs of the owning module call."""
+    """Finds norms around one site, by numerical tests on re-runs of module calls."""
 
     def __init__(self, replayer: Replayer, finder: Finder) -> None:
         self.replayer, self.finder, self.graph = replayer, finder, replayer.graph
@@ -194,12 +204,12 @@ class Anatomist:
         """Return whether a call is one of torch's norms of each token."""
         return self.graph.nodes[node].name in FUSED_NORMS
 
-    def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
+    def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Endpoint] | None:
         """Return a norm after the last matrix product, and where its input h is met.
 
         Args:
             site: the sub-layer.
-            owner: the module call that is run again.
+            owner: module call that holds the branch.
             x: the shortcut's tensor.
         """
         # 1. The points that every path passes, from the last product on.
@@ -207,7 +217,7 @@ class Anatomist:
         points = self._points_from_last_product(site, products)
 
         # 2. A fused norm.
-        source = self.replayer.spot_of(site.shortcut, owner)
+        source = Endpoint.of_value(self.graph, site.shortcut)
         for node in points:
             if self._is_fused_norm(node) and node not in products:
                 return self._norm_of_operand(owner, source, x, node)
@@ -231,7 +241,7 @@ class Anatomist:
         Args:
             value: a sum on the stream.
             until: the values that the stream then becomes.
-            owner: the module call that is run again.
+            owner: module call that holds both.
             y: the value's tensor.
         """
         cone = self.finder.cone(value, until)
@@ -274,19 +284,19 @@ class Anatomist:
         return call
 
     def _norm_of_operand(
-        self, owner: int, source: Spot, x: Tensor, node: int
-    ) -> tuple[Norm, Spot] | None:
+        self, owner: int, source: Endpoint, x: Tensor, node: int
+    ) -> tuple[Norm, Endpoint] | None:
         """Return a fused norm as a norm of its own operand, and where that is met."""
         # 1. The operand, met in a run.
-        operand = self.replayer.spot_at(Where.OPERAND, node, owner)
-        h = self.replayer.run(owner, source, x, operand)
+        operand = Endpoint(Where.OPERAND, node)
+        h = self.replayer.between(owner, source, operand)(x)
 
         # 2. The norm of it.
         live = self.graph.float_inputs(node)[0]
         norm = self._norm(owner, live.index, h, _Candidate(node, Where.NORMALISED))
         if norm is None:
             return None
-        return norm, self.replayer.spot_of(live.index, owner)
+        return norm, Endpoint.of_value(self.graph, live.index)
 
     def _may_normalise(self, before: int, after: int, cone: tuple[int, ...]) -> bool:
         """Return whether a norm that is no fused call may lie between two waists.
@@ -297,8 +307,8 @@ class Anatomist:
         return has_second_path or "norm" in self.graph.nodes[after].name
 
     def _unfused_after(
-        self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
-    ) -> tuple[Norm, Spot] | None:
+        self, owner: int, source: Endpoint, x: Tensor, points: list[int], cone: tuple[int, ...]
+    ) -> tuple[Norm, Endpoint] | None:
         """Return a norm between two points of a branch, and where its input is met."""
         # 1. Pairs of neighbouring points that may hold a norm.
         suspects = self._pairs_that_may_normalise(points, cone)
@@ -310,8 +320,8 @@ class Anatomist:
         starts = [points[0], *(start for start, _ in suspects)]
         for start in dict.fromkeys(starts):
             value = self.graph.nodes[start].outputs[0]
-            entry = self.replayer.spot_of(value, owner)
-            h = self.replayer.run(owner, source, x, entry)
+            entry = Endpoint.of_value(self.graph, value)
+            h = self.replayer.between(owner, source, entry)(x)
             stops = [stop for first, stop in suspects if first >= start]
             for stop in stops:
                 between = self._calls_reading_state(cone, after=start, until=stop)
@@ -345,49 +355,27 @@ class Anatomist:
         """
         # 1. The function from x to the value. There is none if the call itself makes x.
         node = candidate.node
-        source = self.replayer.spot_of(value, owner)
-        spot = self.replayer.spot_at(candidate.where, node, owner)
-        if spot.is_same_call(source) and source.where is not Where.READ:
+        if self.graph.values[value].node == node:
             return None
-
-        segment = self._narrow_segment(owner, value, candidate)
+        source = Endpoint.of_value(self.graph, value)
+        endpoint = candidate.endpoint(self.graph)
+        segment = self.replayer.between(owner, source, endpoint)
 
         # 2. Its gain comes after the value.
         if candidate.gain_call is None:
-            return self._tested(x, node, spot, segment)
+            return self._tested(x, node, endpoint, segment)
 
         # 3. Its gain came before, and is taken off again.
         gain = self._gain_of(owner, source, x, candidate.gain_call)
         if gain is None:
             return None
 
-        norm = self._tested(x, node, spot, lambda x: segment(x) / gain)
+        norm = self._tested(x, node, endpoint, lambda x: segment(x) / gain)
         if norm is None:
             return None
         return replace(norm, gain_before=gain)
 
-    def _narrow_segment(
-        self, owner: int, value: int, candidate: _Candidate
-    ) -> Callable[[Tensor], Tensor]:
-        """Return the function from a value to a call that may be a norm of it.
-
-        A norm is mostly a module of its own, which is given the value. Then it alone is run again,
-        rather than all that the block computes before it.
-        """
-        # 1. The innermost module call that can be made again.
-        narrowest = owner
-        for index in self.graph.ancestors(self.graph.nodes[candidate.node].invocation):
-            is_given = value in self.graph.invocations[index].arguments
-            if index == owner or (is_given and index in self.replayer.calls):
-                narrowest = index
-                break
-
-        # 2. The value and the call, as that one meets them.
-        source = self.replayer.spot_of(value, narrowest)
-        spot = self.replayer.spot_at(candidate.where, candidate.node, narrowest)
-        return self.replayer.segment(narrowest, source, spot)
-
-    def _gain_of(self, owner: int, source: Spot, x: Tensor, call: int) -> Tensor | None:
+    def _gain_of(self, owner: int, source: Endpoint, x: Tensor, call: int) -> Tensor | None:
         """Return the gain that a call multiplies by: one number per feature of x, none of them 0.
 
         None is returned if it multiplies by anything else.
@@ -402,10 +390,9 @@ class Anatomist:
             return None
 
         # 2. Its value, met in a run.
-        spot = self.replayer.spot_at(Where.OPERAND, call, owner, position)
-        spot = replace(spot, shape=features)
+        factor = Endpoint(Where.OPERAND, call, position)
         with torch.no_grad():
-            gain = self.replayer.run(owner, source, x, spot).detach()
+            gain = self.replayer.between(owner, source, factor)(x).detach()
 
         # 3. What was multiplied by 0 cannot be divided again.
         if gain.is_meta or bool((gain != 0).all()):
@@ -423,13 +410,13 @@ class Anatomist:
         return is_learned.index(True)
 
     def _tested(
-        self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
+        self, x: Tensor, node: int, endpoint: Endpoint, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
-        """Return a function of x, whose value is met at a spot, as a norm; None if it is none."""
+        """Return a function of x, whose value is met at a place, as a norm; None if it is none."""
         with torch.no_grad():
             # 1. Without numbers to test it on.
             if not x.is_meta and not bool(torch.isfinite(x).all()):
-                return self._norm_without_numbers(x, node, spot, normalise)
+                return self._norm_without_numbers(x, node, endpoint, normalise)
 
             # 2. It has to return as many floats as it is given.
             z = normalise(x)
@@ -438,43 +425,43 @@ class Anatomist:
 
             # 3. A norm whose operations are known needs no test of its scale.
             if x.is_meta:
-                return self._norm_by_structure(z, spot, normalise, node)
-            if spot.where is Where.NORMALISED:
-                return self._factor(x, z, spot, normalise)
+                return self._norm_by_structure(z, endpoint, normalise, node)
+            if endpoint.where is Where.NORMALISED:
+                return self._factor(x, z, endpoint, normalise)
 
             # 4. The value of any other does not change with the scale of x.
             if not _ignores_scale(normalise, x):
                 return None
-        return self._factor(x, z, spot, normalise)
+        return self._factor(x, z, endpoint, normalise)
 
     def _norm_without_numbers(
-        self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
+        self, x: Tensor, node: int, endpoint: Endpoint, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
         """Return a norm of an x with NaN or Inf, tested on random numbers; its gain is unknown."""
         other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        norm = self._tested(other, node, spot, normalise)
+        norm = self._tested(other, node, endpoint, normalise)
         if norm is None:
             return None
         return replace(norm, value=norm.normalise(x), gain=torch.full_like(norm.gain, math.nan))
 
     def _norm_by_structure(
-        self, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
+        self, z: Tensor, endpoint: Endpoint, normalise: Callable[[Tensor], Tensor], node: int
     ) -> Norm | None:
         """Return a norm as its operations show it, without values; its gain is unknown."""
         # 1. A fused norm says by its name what it is.
         unknown_gain = z.new_empty(z.shape[:-1])
         if self._is_fused_norm(node):
             is_layer_norm = self.graph.nodes[node].name == "layer_norm"
-            return Norm(spot, normalise, z, unknown_gain, centred=is_layer_norm)
+            return Norm(endpoint, normalise, z, unknown_gain, centred=is_layer_norm)
 
         # 2. One of several calls.
         is_norm, centred = looks_like_norm(self.graph, node)
         if not is_norm:
             return None
-        return Norm(spot, normalise, z, unknown_gain, centred)
+        return Norm(endpoint, normalise, z, unknown_gain, centred)
 
     def _factor(
-        self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]
+        self, x: Tensor, z: Tensor, endpoint: Endpoint, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
         """Return the norm if z is the (centred) x times one number per token.
 
@@ -499,7 +486,7 @@ class Anatomist:
             if not _close(gain.unsqueeze(-1) * base, flat, 1e-3):
                 continue
             feature_dim = -1 if dim == last else dim
-            norm = Norm(spot, normalise, z, gain.abs(), centred, feature_dim)
+            norm = Norm(endpoint, normalise, z, gain.abs(), centred, feature_dim)
 
             # 4. A token whose features are all the same has no factor: 0 / 0, or rounding.
             features = in_float64(x).movedim(dim, -1)

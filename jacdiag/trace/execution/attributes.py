@@ -150,24 +150,56 @@ class Attributes:
         """Put back what was written to since; return the names of those attributes."""
         written: list[str] = []
         for module, originals in self._originals:
-            # 1. Attributes that a run added.
             attributes = vars(module)
-            added = [name for name in attributes if name not in originals and name not in _OWN]
-            for name in added:
-                del attributes[name]
-            written += added
+            for name in _names_written(attributes, originals):
+                written.append(name)
 
-            # 2. Attributes that a run changed, or put another object in place of.
-            for name, original in originals.items():
-                is_same_object = name in attributes and attributes[name] is original.value
-                if is_same_object and _fingerprint(original.value) == original.fingerprint:
+                # 1. An attribute that a run added.
+                if name not in originals:
+                    del attributes[name]
                     continue
 
-                # A fresh copy of what it was.
-                originals[name] = original.renewed()
+                # 2. One that a run changed, or put another object in place of: a fresh copy of
+                # what it was.
+                originals[name] = originals[name].renewed()
                 attributes[name] = originals[name].value
-                written.append(name)
         return written
+
+    def written_to(self) -> list[nn.Module]:
+        """Return the modules with an attribute that was written to since, and put nothing back."""
+        modules: list[nn.Module] = []
+        for module, originals in self._originals:
+            if _names_written(vars(module), originals):
+                modules.append(module)
+        return modules
+
+    def unchanged_tensors(self) -> list[Tensor]:
+        """Return the tensors in attributes that were not written to since."""
+        tensors: list[Tensor] = []
+        for module, originals in self._originals:
+            written = _names_written(vars(module), originals)
+            for name, original in originals.items():
+                if name not in written:
+                    collect_attribute_tensors(original.value, tensors)
+        return tensors
+
+
+def _names_written(attributes: dict[str, Any], originals: dict[str, _Original]) -> list[str]:
+    """Return the plain attributes of a module that were added or changed.
+
+    Args:
+        attributes: all attributes of the module.
+        originals: its plain attributes as they were.
+    """
+    # 1. Attributes that a run added.
+    names = [name for name in attributes if name not in originals and name not in _OWN]
+
+    # 2. Attributes that it changed, or put another object in place of.
+    for name, original in originals.items():
+        is_same_object = name in attributes and attributes[name] is original.value
+        if not is_same_object or _fingerprint(original.value) != original.fingerprint:
+            names.append(name)
+    return names
 
 
 def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) -> None:

@@ -1,20 +1,20 @@
 """Run a module of a model again, with one value replaced, up to another.
 
 A *segment* is the function from one value of the record to another. It is evaluated by running the
-model's own code again, of the innermost module call that holds all of it, with the value replaced
-right after the call that made it (or among the module's arguments) and stopped where the other
-value is known. Calls are identified by function, source line and occurrence within the module call,
-so that code whose number of calls changes (routing) is still met at the right place; a mismatch
-raises.
+model's own code again, of a module call that holds all of it or of a few that do so together
+(`routes`). The value is replaced right after the call that made it, or among the module's
+arguments, and the run is stopped where the other value is known. Calls are identified by function,
+source line and occurrence within the module call, so that code whose number of calls changes
+(routing) is still met at the right place; a mismatch raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,18 @@ from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.plain_mode import first_reader, modules_with_functions, plain_run
 from jacdiag.trace.execution.precision import Precision, Raisings
 from jacdiag.trace.execution.rng_state import RandomState, borrowed
+from jacdiag.trace.execution.routes import Endpoint, Routes, is_inside
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import SinkReached, Spot, Tap, Visit, Where
 from jacdiag.trace.graph.graph import CallKey, Graph
+
+
+class _LegRun(NamedTuple):
+    """A leg of a route, with its places as the run of its module call meets them."""
+
+    invocation: int
+    source: Spot
+    sink: Spot
 
 
 @dataclass
@@ -58,12 +67,23 @@ class Replayer:
         for invocation in self.graph.invocations:
             for path in self.graph.paths_around(invocation.index):
                 # It runs inside that module, and is not registered in it.
-                is_registered = _is_inside(invocation.module, path)
+                is_registered = is_inside(invocation.module, path)
                 if not is_registered:
                     names.add(path)
         return names
 
+    @cached_property
+    def routes(self) -> Routes:
+        """The module calls through which segments are run."""
+        return Routes(self.graph, self.skeleton.aliases, self.with_modules_from_outside)
+
     # -- places ------------------------------------------------------------------------------------
+    def spot(self, endpoint: Endpoint, invocation: int) -> Spot:
+        """Return where a place of the record is met when the given module call is run again."""
+        if endpoint.value is not None:
+            return self.spot_of(endpoint.value, invocation)
+        return self.spot_at(endpoint.where, endpoint.node, invocation, endpoint.position)
+
     def spot_of(self, value: int, invocation: int) -> Spot:
         """Return where a value is met when the given module call is run again.
 
@@ -97,42 +117,32 @@ class Replayer:
             where: what of the call.
             node: the call.
             invocation: index of the module call that is run again.
-            position: among the operands or terms. Of a result, the first one is met.
+            position: among the operands or terms.
         """
-        if where is Where.RESULT:
-            position = self._position_of_result(node)
         return Spot(where, *self.occurrence(node, invocation), position)
 
-    def _position_of_result(self, node: int) -> int:
-        """Return the position of a call's first result; of what it wrote to, if it returns none.
+    def endpoint_of(self, site: Site) -> Endpoint:
+        """Return where a site's branch ends: a term of its addition.
 
-        `y[:, 1:] = z` returns nothing.
-        """
-        outputs = self.graph.nodes[node].outputs
-        if not outputs:
-            return 0
-
-        # What a call wrote to has a position below 0.
-        positions = [self.graph.values[output].position for output in outputs]
-        returned = [position for position in positions if position >= 0]
-        if returned:
-            return min(returned)
-        return positions[0]
-
-    def end_of(self, site: Site, invocation: int) -> Spot:
-        """Return where a site's branch is met: as a term of its addition.
-
-        A declared branch is met where it is made.
+        A declared branch ends where it is made.
 
         Args:
             site: the residual sum.
-            invocation: index of the module call that is run again.
         """
         if site.result is not None:
-            return self.spot_of(site.result, invocation)
+            return Endpoint.of_value(self.graph, site.result)
 
         # The addition need not be run: the re-run computes the term alone.
-        return self.spot_at(Where.TERM, site.addition, invocation, site.position)
+        return Endpoint(Where.TERM, site.addition, site.position)
+
+    def end_of(self, site: Site, invocation: int) -> Spot:
+        """Return where the end of a site's branch is met when a module call is run again.
+
+        Args:
+            site: the residual sum.
+            invocation: index of the module call.
+        """
+        return self.spot(self.endpoint_of(site), invocation)
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
         """Return a call's key, and how many calls of the module call with that key come before."""
@@ -153,40 +163,67 @@ class Replayer:
         # The weights themselves are what the graph keeps.
         return nullcontext()
 
+    def between(self, owner: int, source: Endpoint, sink: Endpoint) -> Callable[[Tensor], Tensor]:
+        """Return the function from one place of the record to another.
+
+        It runs the module calls of a route again.
+
+        Args:
+            owner: index of the module call that holds all of it.
+            source: where its argument takes the place of the recorded value.
+            sink: where its value is met.
+        """
+        legs: list[_LegRun] = []
+        for leg in self.routes.find(owner, source, sink, self.calls).legs:
+            start = self.spot(leg.source, leg.invocation)
+            end = self.spot(leg.sink, leg.invocation)
+            legs.append(_LegRun(leg.invocation, start, end))
+        return lambda x: self._run(legs, x)
+
     def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
         """Return the function from the source's value to the sink's.
 
         It runs one module call again.
         """
-        return lambda x: self.run(invocation, source, x, sink)
+        leg = _LegRun(invocation, source, sink)
+        return lambda x: self._run([leg], x)
 
-    def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
-        """Run a module call with `x` at `source` and return the value at `sink`.
+    def _run(self, legs: Sequence[_LegRun], x: Tensor) -> Tensor:
+        """Run module calls with `x` at the source of the first; return what the last one meets.
 
         Args:
-            invocation: index of the module call.
-            source: where `x` takes the place of the recorded value.
-            x: of the shape of that value.
-            sink: where the run ends.
+            legs: the module calls, each of which goes on where the one before it ends.
+            x: of the shape of the value at the source.
 
         Raises:
-            TraceError: the run does not meet the sink.
+            TraceError: a run does not meet its sink.
         """
-        y = self._run(invocation, source, x, sink)
+        y = self._run_each(legs, x)
 
         # No graph leads from x to y: the model's code ran it under no_grad.
         needs_graph = x.requires_grad and torch.is_grad_enabled()
         if needs_graph and not y.requires_grad:
-            return self._run(invocation, source, x, sink, grad=True)
+            return self._run_each(legs, x, grad=True)
         return y
 
-    def _run(
-        self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False
-    ) -> Tensor:
-        """Run a module call as `run` does, with `grad` also what the model puts under no_grad."""
-        # 1. The value to put in. The model may write in place, and a leaf must not be written to.
-        call = self.calls[invocation]
+    def _run_each(self, legs: Sequence[_LegRun], x: Tensor, grad: bool = False) -> Tensor:
+        """Run module calls as `_run` does, with `grad` also what the model puts under no_grad."""
+        # The model may write in place, and a leaf must not be written to.
+        self.skeleton.restore()
         value = x if _expanded(x) else x.clone()
+
+        # Nobody writes to a value between two module calls: to copy it could change its strides,
+        # and with them the digits of products.
+        for leg in legs:
+            value = self._run_one(leg, value, grad)
+        return value
+
+    def _run_one(self, leg: _LegRun, value: Tensor, grad: bool) -> Tensor:
+        """Run a module call with a value at its source; return the value at its sink."""
+        invocation, source, sink = leg
+        call = self.calls[invocation]
+
+        # 1. Where the value is put in.
         met = source.where is Where.ARGUMENT
         replaced = {source.position: value} if met else None
         args, kwargs = call.arguments(replaced)
@@ -229,6 +266,7 @@ class Replayer:
             replaced: value -> tensor: inputs of the model to replace.
             grad: differentiate also what the model's code runs under no_grad.
         """
+        self.skeleton.restore()
         root = self.calls.get(0, self.root)
         args, kwargs = root.arguments(replaced)
         handles = []
@@ -255,7 +293,6 @@ class Replayer:
     ) -> Any:
         """Run a module once, with its weights in place and taps at the spots."""
         # 1. The module. One that calls other modules of the model needs the weights of all.
-        self.skeleton.restore()
         part = self.skeleton.module(module)
         prefix = module
         if module in self.with_modules_from_outside:
@@ -327,14 +364,6 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, tensors
-
-
-def _is_inside(module: str, path: str) -> bool:
-    """Return whether a module is another one or lies inside it, by name; all lie in the model."""
-    # The model itself has no name.
-    if not path:
-        return True
-    return f"{module}.".startswith(f"{path}.")
 
 
 class _Part(nn.Module):

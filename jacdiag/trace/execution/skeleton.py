@@ -191,6 +191,14 @@ class Skeleton:
         """Undo what a run wrote to plain attributes (a cache, a counter)."""
         self._attributes.restore()
 
+    def modules_written_to(self) -> frozenset[str]:
+        """Return the names of the modules whose plain attributes the last run changed."""
+        return frozenset(self.names[id(module)] for module in self._attributes.written_to())
+
+    def unchanged_tensors(self) -> set[int]:
+        """Return the ids of the tensors in plain attributes that the last run did not change."""
+        return set(map(id, self._attributes.unchanged_tensors()))
+
     def attribute_tensors(self) -> set[int]:
         """Return the ids of the tensors that modules hold as plain attributes.
 

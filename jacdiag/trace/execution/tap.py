@@ -66,10 +66,6 @@ class Spot:
         _, file, line = self.key
         return f"{file}:{line}"
 
-    def is_same_call(self, other: Spot) -> bool:
-        """Return whether two places are at one call."""
-        return self.key == other.key and self.occurrence == other.occurrence
-
 
 Visit = Callable[[Spot, Tensor], Tensor]
 # Positional arguments of torch's fused norms.

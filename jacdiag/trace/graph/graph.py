@@ -29,6 +29,7 @@ class Value:
         from_state: it depends on parameters or buffers.
         routed: it is an index or a mask that was computed from live floats.
         mutated: its memory was written to later.
+        read_by_python: the model's code read numbers of it, which the record does not follow.
         consumers: the calls that read it.
     """
 
@@ -42,6 +43,7 @@ class Value:
     from_state: bool = False
     routed: bool = False
     mutated: bool = False
+    read_by_python: bool = False
     consumers: list[int] = field(default_factory=list)
 
     @property
@@ -113,7 +115,11 @@ class Node:
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of one module: its name, the calls [start, end) it made, and the one around it."""
+    """One call of one module: its name, the calls [start, end) it made, and the one around it.
+
+    Attributes:
+        autocast: autocast was on when it began.
+    """
 
     index: int
     module: str
@@ -123,6 +129,7 @@ class Invocation:
     arguments: tuple[int, ...] = ()
     cls: str = ""
     outputs: tuple[int, ...] = ()
+    autocast: bool = False
 
 
 @dataclass
@@ -132,6 +139,8 @@ class Graph:
     Attributes:
         foreign: where tensors came in that no recorded call made.
         unexplained: values that no recorded call made and that no module holds.
+        constants_of_modules: values that modules held before the forward and after it.
+        modules_written_to: names of modules whose plain attributes the forward changed.
         start: where the generators stood; None if the forward drew nothing.
     """
 
@@ -143,6 +152,8 @@ class Graph:
     foreign: list[str] = field(default_factory=list)
     start: RandomState | None = None
     unexplained: frozenset[int] = frozenset()
+    constants_of_modules: frozenset[int] = frozenset()
+    modules_written_to: frozenset[str] = frozenset()
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:

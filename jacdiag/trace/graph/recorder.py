@@ -45,7 +45,7 @@ from jacdiag.trace.graph.graph import (
     Node,
     Value,
 )
-from jacdiag.trace.graph.ops import FIRST_ONLY, METADATA_ONLY, SELECT_ROWS
+from jacdiag.trace.graph.ops import FIRST_ONLY, METADATA_ONLY, SELECT_ROWS, VALUE_QUESTIONS
 
 _TORCH_DIR = torch.__file__.rsplit("/", 1)[0]
 _PLUMBING = (
@@ -160,7 +160,7 @@ class Recorder(TorchFunctionMode):
         self.stream_shapes: set[tuple[int, ...]] = set()
         # Tensors of a live value's shape that no recorded call made, and what may have made them.
         self.foreign: list[tuple[Tensor, str]] = []
-        # Floats that no recorded call made, and their values.
+        # Tensors that no recorded call made, and their values.
         self.unmade: list[tuple[Tensor, int]] = []
 
     # -- values ------------------------------------------------------------------------------------
@@ -226,8 +226,7 @@ class Recorder(TorchFunctionMode):
         # Made by code that is not recorded, or before the run.
         self._note_foreign(tensor)
         value = self.new_value(tensor, CONSTANT)
-        if is_float(tensor):
-            self.unmade.append((tensor, value))
+        self.unmade.append((tensor, value))
         return value
 
     def _note_foreign(self, tensor: Tensor) -> None:
@@ -326,6 +325,8 @@ class Recorder(TorchFunctionMode):
         results: list[Tensor] = []
         collect(result, results)
         if not results and not mutated:
+            if key[0] in VALUE_QUESTIONS:
+                self._note_question(args)
             return result
         read = _tensors_read(key[0], args, kwargs)
         value_of = {id(tensor): self.lookup(tensor) for tensor in read}
@@ -372,6 +373,17 @@ class Recorder(TorchFunctionMode):
             if node.terms:
                 node.line = user_line(3)
         return result
+
+    def _note_question(self, args: Any) -> None:
+        """Note that Python reads numbers of tensors, as in `if x.max() > 1`."""
+        tensors: list[Tensor] = []
+        collect(args, tensors)
+        for tensor in tensors:
+            # The value of the object, and the last write to its memory.
+            known = (self._value_of_object(tensor), self._storages.get(storage_of(tensor)))
+            for index in known:
+                if index is not None:
+                    self.values[index].read_by_python = True
 
     def _inherited(
         self, name: str, inputs: tuple[int, ...], value_of: dict[int, tuple[int, ...]], args: Any
@@ -515,6 +527,7 @@ class Recorder(TorchFunctionMode):
             start=len(self.nodes),
             arguments=self._last_values(arguments),
             cls=cls,
+            autocast=torch._C._is_any_autocast_enabled(),
         )
         self.invocations.append(call)
         self.stack.append(call.index)
@@ -561,7 +574,12 @@ def record(
     outputs = tuple(recorder.lookup(tensor)[-1] for tensor in results)
     constants = skeleton.attribute_tensors()
     foreign = [line for tensor, line in recorder.foreign if id(tensor) not in constants]
-    unexplained = {value for tensor, value in recorder.unmade if id(tensor) not in constants}
+    unmade_floats = [(tensor, value) for tensor, value in recorder.unmade if is_float(tensor)]
+    unexplained = {value for tensor, value in unmade_floats if id(tensor) not in constants}
+
+    # Other values may have been left on a module by this run.
+    unchanged = skeleton.unchanged_tensors()
+    constants_of_modules = {value for tensor, value in recorder.unmade if id(tensor) in unchanged}
 
     # 3. The graph.
     graph = Graph(
@@ -573,6 +591,8 @@ def record(
         foreign=list(dict.fromkeys(foreign)),
         start=start if drew_numbers else None,
         unexplained=frozenset(unexplained),
+        constants_of_modules=frozenset(constants_of_modules),
+        modules_written_to=skeleton.modules_written_to(),
     )
     return graph, output
 
