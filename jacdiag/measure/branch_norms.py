@@ -172,9 +172,9 @@ class Solver:
             return self.in_step(maps)
 
         # 2. Room for what the norm takes off the core's top right vector. Where weights are random
-        # each of its two directions (the mean and z) holds a share 1/d of the square, so that the
-        # length falls by 1/d. As much again is left free.
-        width = self.effort.tol - 2 / self.one.shape[-1]
+        # each of its two directions (the mean and z) holds a share 1/d of the square on average, so
+        # that the length falls by 1/d. That of one token may fall by more: by 3/d once in twenty.
+        width = self.effort.tol - 3 / self.one.shape[-1]
         if width < self.effort.tol / 2:
             return self.in_step(maps)
 

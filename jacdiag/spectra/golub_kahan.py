@@ -1,11 +1,12 @@
 """Batched Golub-Kahan-Lanczos bidiagonalisation, reorthogonalised on the side of the start.
 
-The coefficients are those of a matrix that differs from A by rounding as soon as the directions of
-one side are orthogonal (Barlow 2013, "Reorthogonalization for the Golub-Kahan-Lanczos bidiagonal
-reduction"; Simon and Zha 2000). The interval rests on the spectral measure of the start, which lies
-on the left: so it is the directions on the left that are kept and reorthogonalised. Those on the
-right are dropped after use, which halves the memory. Only of a matrix with fewer columns than rows
-both are kept: there the directions on the right run out first, and the solver is to see it.
+The interval rests on the spectral measure of the start, which lies on the left. So the directions
+on the left are kept and reorthogonalised. If there are no more rows than columns, that is enough:
+the coefficients are those of a matrix that differs from A by rounding (Barlow 2013,
+"Reorthogonalization for the Golub-Kahan-Lanczos bidiagonal reduction", after Simon and Zha 2000).
+The directions on the right are dropped after use, which halves the memory. Of a matrix with fewer
+columns than rows both are kept: a run ends there when all columns are used up, and the norm is
+exact only if the directions on the right are orthogonal too.
 
 Nothing in a step depends on the value of a coefficient, so that an accelerator is never waited for:
 coefficients, breakdowns and the check of the products stay on the device of the vectors. The host
@@ -265,7 +266,8 @@ class Bidiagonalisation:
         """
         # 1. Compare J v with the product of a v scaled down, where v is the first one.
         pulled = self.operator.pull(self.left[:, 0])
-        first = pulled / self._column(norms(pulled))
+        least = torch.finfo(pulled.dtype).tiny  # a problem of zeros stays one
+        first = pulled / self._column(norms(pulled)).clamp_min(least)
         pushed = self.operator.push(first).to(widest(first.device))
         scaled = self.operator.push(first * _SHRUNK).to(pushed.dtype) / _SHRUNK
         self.products += 3

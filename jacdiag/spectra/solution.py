@@ -39,8 +39,8 @@ class Solution:
             be half.
         stop: why the solver stopped; `converged`: the requested width, or the exact value, was
             reached.
-        basis: (P, capacity, m) directions on the left, of which A^T U = V B.
-        alphas, betas: coefficients of B, see `jacdiag.spectra.interval.bidiagonal`.
+        basis: (P, capacity, m) directions on the left, which `left` is made of.
+        alphas, betas: coefficients of the bidiagonal matrix that says how.
     """
 
     lower: Array
@@ -57,7 +57,10 @@ class Solution:
 
     @property
     def left(self) -> Tensor:
-        """(P, m) top left singular vectors."""
+        """(P, m) top left singular vectors. They are zeros if a product was not finite."""
+        if self.stop is Stop.NON_FINITE:
+            return torch.zeros_like(self.basis[:, 0])
+
         _, _, rows = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
         weights = torch.from_numpy(np.ascontiguousarray(rows[:, 0])).to(self.basis)
         return torch.bmm(weights.unsqueeze(1), self.basis[:, : weights.shape[1]]).squeeze(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jacdiag.spectra import JacobianOperator, Operator, Stop, top_singular
+from jacdiag.spectra import DenseOperator, JacobianOperator, Operator, Stop, top_singular
 
 
 class Once(torch.autograd.Function):
@@ -40,6 +40,29 @@ def test_once_differentiable_is_named_for_what_it_does() -> None:
     with pytest.raises(RuntimeError, match="once_differentiable") as refused:
         top_singular(operator)
     assert "float64" not in str(refused.value)
+
+
+class Halved(DenseOperator):
+    """Products with A are half of what the transpose of the others is."""
+
+    def _push(self, u: Tensor) -> Tensor:
+        return 0.5 * super()._push(u)
+
+
+def test_a_problem_of_zeros_changes_nothing_of_the_cause() -> None:
+    matrices = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0))
+    matrices[1] = 0
+    with pytest.raises(RuntimeError, match="once_differentiable") as refused:
+        top_singular(Halved(matrices))
+    assert "float64" not in str(refused.value)
+
+
+def test_products_that_are_not_finite_have_no_top_vector() -> None:
+    matrices = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    matrices[1, 0, 0] = float("nan")
+    solution = top_singular(DenseOperator(matrices))
+    assert solution.stop is Stop.NON_FINITE
+    assert (solution.left == 0).all() and solution.left.shape == (3, 8)
 
 
 def test_a_product_out_of_range_is_named_so() -> None:
