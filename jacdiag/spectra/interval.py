@@ -87,8 +87,9 @@ def ritz_values(alphas: Array, betas: Array) -> Array:
 def largest_ritz_values(alphas: Array, betas: Array) -> Array:
     """Return the largest singular values of the bidiagonal matrices, (P,).
 
-    They are the roots of the largest eigenvalues of B B^T. Of many problems these take half the time
-    of all singular values. They are as precise: what squaring loses, it loses of the small ones.
+    They are the roots of the largest eigenvalues of B B^T. Of many problems these take half the
+    time of all singular values. They are as precise: what squaring loses, it loses of the small
+    ones.
 
     Args:
         alphas: (P, k) diagonals.
