@@ -173,8 +173,8 @@ class Solver:
 
         # 2. Room for what the norm takes off the core's top right vector. Where weights are random
         # each of its two directions (the mean and z) holds a share 1/d of the square on average, so
-        # that the length falls by 1/d. That of one token may fall by more: by 3/d once in twenty.
-        width = self.effort.tol - 3 / self.one.shape[-1]
+        # that the length falls by 1/d. That of one token may fall by more: by 4/d once in fifty.
+        width = self.effort.tol - 4 / self.one.shape[-1]
         if width < self.effort.tol / 2:
             return self.in_step(maps)
 
