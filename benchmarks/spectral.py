@@ -280,7 +280,7 @@ def memory_child(what: str, shape: dict[str, Any]) -> None:
 
 def memory(shape: str) -> dict[str, float]:
     sizes, batch = SHAPES[shape]["sizes"], SHAPES[shape]["batch"]
-    vectors = 2 * 32  # left and right, capacity of the basis
+    vectors = 32  # capacity of the basis, which is on the left
     basis = vectors * batch * sizes["block_size"] * sizes["n_embd"] * 4 / 2**20
     peaks = {what: round(peak_of(what, shape)) for what in ("build", "step", "audit")}
     return {**{f"{k}_mb": v for k, v in peaks.items()}, "basis_mb": round(basis)}
