@@ -37,6 +37,7 @@ from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
 Decide = Callable[[float, float], bool]
+_MOST_INHERITED = 4  # products by which the lower end of an inherited norm may be raised
 
 NORMS = frozenset({"branch_norm", "core_norm", "residual_norm"})
 """Fields of a sub-layer's record that hold the norm of a map."""
@@ -275,7 +276,7 @@ class Solver:
         if not np.isfinite(upper).all():
             return None
 
-        # 1. The lower end costs one product. A second one is cheaper than to solve to the width.
+        # 1. The lower end costs one product. A few more are cheaper than to solve to the width.
         effort = self.effort
         solution = inherited(
             operator,
@@ -283,7 +284,7 @@ class Solver:
             upper,
             confidence=effort.confidence,
             tol=effort.tol,
-            most_products=1 if effort.early else 2,
+            most_products=1 if effort.early else _MOST_INHERITED,
         )
 
         # 2. Whether the ends decide the rules.

@@ -24,7 +24,7 @@ class Stop(enum.Enum):
         "a product was not finite: it left the range of the dtype (try float64), or a "
         "derivative is NaN or Inf"
     )
-    INHERITED = "it follows from another norm of the sub-layer and one or two products"
+    INHERITED = "it follows from another norm of the sub-layer and a few products"
 
 
 @dataclass

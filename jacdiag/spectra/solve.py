@@ -333,10 +333,10 @@ def inherited(
     tol: float,
     most_products: int = 1,
 ) -> Solution:
-    """Return the ends that one or two products give, with an upper end known from another operator.
+    """Return the ends that a few products give, with an upper end known from another operator.
 
     The lower end is |A^T u| / |u|. A second product, with A, makes it |A v| / |v| of v = A^T u,
-    which is no smaller.
+    which is no smaller, and so on: these are steps of power iteration.
 
     Args:
         operator: P problems (m, n).
@@ -344,25 +344,30 @@ def inherited(
         upper: (P,) ends.
         confidence: probability with which they hold.
         tol: relative width that counts as converged.
-        most_products: 2 to make the second one if the first does not give this width.
+        most_products: how many may be made, if fewer do not give this width.
     """
-    # 1. The first product.
+    # 1. Products with A^T and A in turn, until the ends are narrow.
     pad = rounding_pad(operator.dtype, operator.device)
-    left = _unit(vectors)
-    pulled = operator.pull(left)
-    reached = _on_host(norms(pulled))
-    products = 1
+    left = vector = _unit(vectors)
+    reached = np.zeros(operator.problems)
+    products = 0
+    is_narrow = False
+    while products < most_products and not is_narrow:
+        is_on_left = products % 2 == 0
+        if is_on_left:
+            left = vector
+        image = operator.pull(vector) if is_on_left else operator.push(vector)
+        products += 1
+        reached = np.maximum(reached, _on_host(norms(image)))
+        vector = _unit(image)
 
-    # 2. The second.
-    is_wide = not _narrow(reached, np.maximum(upper, reached), tol)
-    if is_wide and most_products > 1:
-        pushed = operator.push(_unit(pulled))
-        reached = np.maximum(reached, _on_host(norms(pushed)))
-        left = _unit(pushed)
-        products = 2
+        # 2. The ends.
+        low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
+        is_narrow = _narrow(low, high, tol)
 
-    # 3. The ends.
-    low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
+    # 3. The last vector on the left.
+    if products % 2 == 0:
+        left = vector
     nothing = np.zeros((len(reached), 0))
     return Solution(
         low,
@@ -372,7 +377,7 @@ def inherited(
         products,
         1,
         Stop.INHERITED,
-        _narrow(low, high, tol),
+        is_narrow,
         left.unsqueeze(1),
         reached[:, None],
         nothing,

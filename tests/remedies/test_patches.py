@@ -71,7 +71,7 @@ def test_the_subclass_for_transformers_draws_models_that_pass(
     stable = namespace[f"Stable{cls.__name__}"]
     with seeded(9):
         model = stable(config).eval()
-    assert loud(cls(config)) == set(best.codes) and not loud(model)
+    assert loud(fresh(cls, config)) == set(best.codes) and not loud(model)
     model.save_pretrained(tmp_path)
     again = stable.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits), "what is loaded is not scaled twice"

@@ -468,5 +468,10 @@ def test_a_second_product_raises_an_inherited_lower_end(seed: int) -> None:
     assert (first.lower[:2] < second.lower[:2]).all() and (second.lower <= truth).all()
     assert second.lower[2] == 0, "nothing is known from a vector of zeros"
     assert ends(2, 1e3).products == 1, "the first is narrow enough"
-    pulled = torch.bmm(second.left.unsqueeze(1), matrix).norm(dim=2).squeeze(1).numpy()
-    assert (pulled[:2] >= second.estimate[:2] * (1 - 1e-12)).all()
+    third, fourth = ends(3, 1e-9), ends(4, 1e-9)
+    assert (third.products, fourth.products) == (3, 4)
+    assert (second.lower <= third.lower).all() and (third.lower <= fourth.lower).all()
+    assert (fourth.lower <= truth).all()
+    for solution in (second, fourth):
+        pulled = torch.bmm(solution.left.unsqueeze(1), matrix).norm(dim=2).squeeze(1).numpy()
+        assert (pulled[:2] >= solution.estimate[:2] * (1 - 1e-12)).all()
