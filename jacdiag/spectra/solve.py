@@ -344,30 +344,31 @@ def inherited(
         upper: (P,) ends.
         confidence: probability with which they hold.
         tol: relative width that counts as converged.
-        most_products: how many may be made, if fewer do not give this width.
+        most_products: how many may be made, if fewer do not give this width. One always is.
     """
-    # 1. Products with A^T and A in turn, until the ends are narrow.
     pad = rounding_pad(operator.dtype, operator.device)
     left = vector = _unit(vectors)
     reached = np.zeros(operator.problems)
     products = 0
-    is_narrow = False
-    while products < most_products and not is_narrow:
-        is_on_left = products % 2 == 0
-        if is_on_left:
-            left = vector
-        image = operator.pull(vector) if is_on_left else operator.push(vector)
+    while True:
+        # 1. Products with A^T and A take turns. Those with A end on the left.
         products += 1
-        reached = np.maximum(reached, _on_host(norms(image)))
-        vector = _unit(image)
+        ends_on_left = products % 2 == 0
+        if ends_on_left:
+            image = operator.push(vector)
+            left = _unit(image)
+            vector = left
+        else:
+            image = operator.pull(vector)
+            vector = _unit(image)
 
         # 2. The ends.
+        reached = np.maximum(reached, _on_host(norms(image)))
         low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
         is_narrow = _narrow(low, high, tol)
+        if is_narrow or products >= most_products:
+            break
 
-    # 3. The last vector on the left.
-    if products % 2 == 0:
-        left = vector
     nothing = np.zeros((len(reached), 0))
     return Solution(
         low,
