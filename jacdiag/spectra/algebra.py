@@ -47,11 +47,24 @@ class NormJacobian(Operator):
 
     def _push(self, u: Tensor) -> Tensor:
         u = shaped(u, self.dims, self.z.shape)
-        inner = (self.z * u).mean(-1, keepdim=True)
-        image = torch.addcmul(u, self.z, inner, value=-1)
         if self.centred:
-            image -= u.mean(-1, keepdim=True)
+            image = self._centred(u)
+        else:
+            inner = (self.z * u).mean(-1, keepdim=True)
+            image = torch.addcmul(u, self.z, inner, value=-1)
         return flat(image.mul_(self.gain), self.dims)
+
+    def _centred(self, u: Tensor) -> Tensor:
+        """Return (I - 1 1^T / d - z z^T / d) u.
+
+        That is the backward of a layer norm at z, if its mean is taken for 0 and its spread for 1.
+        torch makes it in one pass.
+        """
+        mean, spread = torch.zeros_like(self.gain), torch.ones_like(self.gain)
+        image: Tensor = torch.ops.aten.native_layer_norm_backward(
+            u, self.z, self.z.shape[-1:], mean, spread, None, None, [True, False, False]
+        )[0]
+        return image
 
     def _pull(self, w: Tensor) -> Tensor:
         return self._push(w)

@@ -15,6 +15,7 @@ reads the coefficients that it has not seen in one download, when it needs them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -44,8 +45,6 @@ class Bidiagonalisation:
         operator: P matrices A of shape (m, n).
         u: (P, m), the last direction on the left.
         v: (P, n), the last direction on the right.
-        left: (P, capacity, m), all directions on the left; what is beyond them is not set.
-        right: (P, capacity, n), those on the right where they are kept; None elsewhere.
         products: how many products were made.
 
     Args:
@@ -63,11 +62,12 @@ class Bidiagonalisation:
         self.u = start / self._start_size.unsqueeze(1).to(start)
         self.v = self.u.new_zeros(problems, domain)
 
-        # 2. The directions so far.
-        self.left = _stored(self.u.new_empty(problems, 0, codomain), 0, self.u)
-        self.right: Tensor | None = None
+        # 2. The directions so far. Each of them lies in one piece, for all problems.
+        self._left = _with_room(self.u.new_empty(0, problems, codomain), 0)
+        self._left[0] = self.u
+        self._right: Tensor | None = None
         if domain < codomain:
-            self.right = self.v.new_empty(problems, 0, domain)
+            self._right = self.v.new_empty(0, problems, domain)
 
         # 3. The coefficients so far: alpha_1, beta_1, alpha_2, and so on.
         self.products = 0
@@ -130,14 +130,14 @@ class Bidiagonalisation:
 
         # 2. The rest gives the coefficient and the next direction.
         is_last = k >= self.operator.domain
-        if self.right is None:
+        if self._right is None:
             self.v = self._direction(z, norms(z), is_last)
             return
 
         # 3. The same, if the directions on the right are kept.
-        z, size = _reorthogonalised(z, self.right, k)
-        self.v = self._direction(z, size, is_last)
-        self.right = _stored(self.right, k, self.v)
+        z, size = _reorthogonalised(z, self._right, k)
+        self._right = _with_room(self._right, k)
+        self.v = self._direction(z, size, is_last, self._right[k])
 
     def _pushed(self, w: Tensor) -> None:
         """Take w = A v_k: beta_k and u_{k+1}."""
@@ -147,19 +147,23 @@ class Bidiagonalisation:
 
         # 1. Take off what lies along the last u, then along all before it.
         w = torch.addcmul(w, self._column(self._last), self.u, value=-1)
-        w, size = _reorthogonalised(w, self.left, k)
+        w, size = _reorthogonalised(w, self._left, k)
 
         # 2. The rest gives the coefficient and the next direction.
-        self.u = self._direction(w, size, is_last=k >= self.operator.codomain)
-        self.left = _stored(self.left, k, self.u)
+        is_last = k >= self.operator.codomain
+        self._left = _with_room(self._left, k)
+        self.u = self._direction(w, size, is_last, self._left[k])
 
-    def _direction(self, w: Tensor, size: Tensor, is_last: bool) -> Tensor:
+    def _direction(
+        self, w: Tensor, size: Tensor, is_last: bool, place: Tensor | None = None
+    ) -> Tensor:
         """Return w / |w|, and keep |w| as the next coefficient; 0 in their places at a breakdown.
 
         Args:
             w: (P, m) or (P, n), what is left of a product.
             size: (P,), its norm.
             is_last: it has as many directions before it as the space has.
+            place: (P, m) or (P, n), where the direction is written to, if it is kept.
         """
         # 1. Breakdowns. Neither NaN nor Inf is one: no number is less than the least then.
         self._least = torch.fmax(self._least, size * self._tiny)
@@ -171,10 +175,21 @@ class Bidiagonalisation:
         self._last = size.masked_fill(self._frozen, 0.0)
         self._unread.append(self._last)
         self._count += 1
-        return w * self._column(size.reciprocal().masked_fill(self._frozen, 0.0))
+        factors = self._column(size.reciprocal().masked_fill(self._frozen, 0.0))
+        return torch.mul(w, factors, out=place)
 
     def _column(self, values: Tensor) -> Tensor:
         return values.to(self.u.dtype).unsqueeze(1)
+
+    @property
+    def left(self) -> Tensor:
+        """(P, capacity, m), all directions on the left; what is beyond them is not set."""
+        return self._left.transpose(0, 1)
+
+    @property
+    def right(self) -> Tensor | None:
+        """(P, capacity, n), those on the right where they are kept."""
+        return None if self._right is None else self._right.transpose(0, 1)
 
     # -- what the host knows -----------------------------------------------------------------------
     @property
@@ -265,7 +280,7 @@ class Bidiagonalisation:
         the way.
         """
         # 1. Compare J v with the product of a v scaled down, where v is the first one.
-        pulled = self.operator.pull(self.left[:, 0])
+        pulled = self.operator.pull(self._left[0])
         least = torch.finfo(pulled.dtype).tiny  # a problem of zeros stays one
         first = pulled / self._column(norms(pulled)).clamp_min(least)
         pushed = self.operator.push(first).to(widest(first.device))
@@ -310,20 +325,21 @@ def read_together(runs: Sequence[Bidiagonalisation]) -> None:
 
 
 _CAPACITY = 16  # directions for which a basis has room at first: an interval of 5% takes fewer
-_CHUNK = 1024
+_SHORTEST_CHUNK, _LONGEST_CHUNK = 64, 1024
 _SMALL = 1e-12
 
 
 def norms(w: Tensor) -> Tensor:
     """Return the norms of the rows of (P, n) in the widest type of their device.
 
-    Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
-    leave its range.
+    Chunks of n are summed in the dtype of w, for speed, if n is a multiple of a power of two; not
+    where a square might leave its range.
     """
     # 1. By chunks.
     sizes: Tensor | None = None
-    if w.shape[1] and w.shape[1] % _CHUNK == 0:
-        chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
+    chunk = math.gcd(w.shape[1], _LONGEST_CHUNK)
+    if w.shape[1] and chunk >= _SHORTEST_CHUNK:
+        chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, chunk), dim=2)
         sizes = torch.linalg.vector_norm(chunks, dim=1, dtype=widest(w.device))
         is_in_range = (sizes.clamp(_SMALL, 1 / _SMALL) == sizes).all()  # False for NaN
         if _is_free_to_read(is_in_range) and bool(is_in_range):
@@ -336,30 +352,35 @@ def norms(w: Tensor) -> Tensor:
     return torch.where(is_in_range, sizes, exact)
 
 
-def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
-    """Write vector k into a (P, capacity, n) basis, which doubles when full."""
-    if k == basis.shape[1]:
-        grown = basis.new_empty(basis.shape[0], max(_CAPACITY, 2 * k), basis.shape[2])
-        grown[:, :k] = basis[:, :k]
-        basis = grown
-    basis[:, k] = vector
-    return basis
+def _with_room(basis: Tensor, k: int) -> Tensor:
+    """Return a (capacity, P, n) basis that has room for direction k; a full one is doubled."""
+    if k < len(basis):
+        return basis
+
+    grown = basis.new_empty(max(_CAPACITY, 2 * k), *basis.shape[1:])
+    grown[:k] = basis
+    return grown
 
 
 def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return w by classical Gram-Schmidt against the first k vectors, and its norm.
+    """Return w by classical Gram-Schmidt against the first k directions, and its norm.
 
     One pass is made, or two if the first took much away.
 
     Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is
     enough where the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart
     1976). One alone is measurably not.
+
+    Args:
+        w: (P, n).
+        basis: (capacity, P, n).
+        k: how many directions it holds.
     """
     if k == 0:
         return w, norms(w)
 
     # 1. One pass. Row times matrix is ten times faster on a CPU than matrix times column.
-    span, row = basis[:, :k], w.unsqueeze(1)
+    span, row = basis[:k].transpose(0, 1), w.unsqueeze(1)
     across = span.transpose(1, 2)
     components = torch.bmm(row, across)
     once = torch.baddbmm(row, components, span, alpha=-1)

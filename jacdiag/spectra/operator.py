@@ -229,18 +229,24 @@ class JacobianOperator(Operator):
         results: list[Tensor] = []
         with _products():
             for first in range(0, len(vectors), at_once):
-                chunk = vectors[first : first + at_once]
-                # As new tensors: `torch.stack` may take over the strides of what it stacks.
-                stack = chunk[0].new_empty((len(chunk), *shape))
-                for place, vector in zip(stack, chunk, strict=True):
-                    place.copy_(_shaped_view(vector, self.dims, shape))
-                results += self._stacked(product, stack)
+                chunk = [
+                    _shaped_view(v, self.dims, shape) for v in vectors[first : first + at_once]
+                ]
+                if len(chunk) == 1:
+                    results.append(product(_laid_out(chunk[0])))
+                else:
+                    results += self._stacked(product, chunk)
         return [flat(t, self.dims) for t in results]
 
-    def _stacked(self, product: Map, stack: Tensor) -> Sequence[Tensor]:
-        """Return a product with each vector of a stack, by vmap if the function allows it."""
-        # 1. All at once.
-        if len(stack) > 1 and self.stacks:
+    def _stacked(self, product: Map, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return a product with each of several vectors, by vmap if the function allows it."""
+        # 1. In one new tensor: `torch.stack` may take over the strides of what it stacks.
+        stack = vectors[0].new_empty((len(vectors), *vectors[0].shape))
+        for place, vector in zip(stack, vectors, strict=True):
+            place.copy_(vector)
+
+        # 2. All at once.
+        if self.stacks:
             try:
                 with warnings.catch_warnings():
                     # one by one then, inside torch
@@ -249,7 +255,7 @@ class JacobianOperator(Operator):
             except RuntimeError:  # code that looks at values, or writes into tensors of its own
                 self.stacks = False
 
-        # 2. One after the other.
+        # 3. One after the other.
         return [product(t) for t in stack]
 
     def _pulled(self, w: Tensor) -> Tensor:
@@ -322,13 +328,23 @@ def _shaped_view(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor
 
 
 def _laid_out(vector: Tensor) -> Tensor:
-    """Return a copy whose strides are those of a new tensor.
+    """Return a vector whose strides are those of a new tensor: itself, or else a copy.
 
     A permuted view can have strides that no gradient has in training, and kernels read them
     wrongly: on the CPU, the backward of a batch norm in eval mode returns wrong numbers for a
     gradient of shape (1, C, H, W) whose first stride is not C * H * W (torch 2.6 to 2.13).
     `contiguous()` is not enough, because it keeps the stride of a dimension of 1.
     """
+    # 1. The strides of a new tensor.
+    strides: list[int] = []
+    step = 1
+    for size in reversed(vector.shape):
+        strides.insert(0, step)
+        step *= size
+
+    # 2. A copy, if they are others.
+    if vector.stride() == tuple(strides):
+        return vector
     return vector.clone(memory_format=torch.contiguous_format)
 
 

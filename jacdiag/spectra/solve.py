@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start, norms, read_together
@@ -16,6 +17,7 @@ from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
 Decide = Callable[[float, float], bool]
+_MANY, _LEADERS = 32, 8  # of more than so many problems, so many are looked at first
 _PATIENCE = 4  # products for which the ends may be left as they are
 _SPEED_UP = 2.0  # the width may fall this many times as fast as it last did
 
@@ -143,6 +145,9 @@ class Ends:
     The upper end's event depends on the start only, so that the lowest upper end of all products
     holds. A problem whose upper end has come down to the largest lower end is settled: it is left
     alone until the end.
+
+    Of many problems a few *leaders* are looked at first, those with the largest upper ends at the
+    last look at all. If the maximum over them is not known yet, it seldom is over all.
     """
 
     def __init__(
@@ -151,13 +156,19 @@ class Ends:
         self.lanczos, self.eps, self.pad, self.aims = lanczos, eps, pad, aims
         problems = lanczos.operator.problems
         self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
+        self.top = np.zeros(problems)  # largest Ritz values
+        self.seen_at = np.zeros(problems, dtype=int)  # after how many products
+        self.leaders: NDArray[np.bool_] | None = None
         self.waited = 0
         self.factor = 2.0  # by which a product may narrow the interval
 
     def width(self, aim: Aim) -> float:
-        """Return the relative width of a maximum's interval, infinite before the first look."""
+        """Return the relative width of a maximum's interval, as far as the leaders show it.
+
+        It is infinite before the first look.
+        """
         low = float((aim.factors * self.low).max())
-        high = float((aim.factors * self.high).max())
+        high = float(self._of_leaders(aim.factors * self.high).max())
         return high / low - 1 if low > 0 else math.inf
 
     def are_narrow(self) -> bool:
@@ -178,24 +189,26 @@ class Ends:
         are_wide = any(self.width(aim) > aim.tol * reach for aim in self.aims)
         return not are_wide or self.waited > _PATIENCE
 
-    def update(self) -> None:
-        """Compute the ends of the problems that are not settled."""
-        # 1. The problems that may still matter.
-        lanczos = self.lanczos
-        before, products, self.waited = self.width(self.aims[0]), self.waited, 0
-        open_ = self.high == np.inf
-        for aim in self.aims:
-            open_ |= aim.factors * self.high > (aim.factors * self.low).max()
+    def update(self, decide: Decide | None, is_last: bool) -> None:
+        """Look at the leaders; then at all that may still matter, if the run may end here.
 
-        # 2. Their ends.
-        alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
-        top = largest_ritz_values(alphas, betas)
-        known = self.high[open_] / (1 + self.pad)
-        upper = upper_ends(
-            top, alphas, betas, lanczos.exact[open_], lanczos.operator.codomain, self.eps, known
-        )
-        self.low[open_] = top * (1 - self.pad)
-        self.high[open_] = upper * (1 + self.pad)
+        Args:
+            decide: whether ends (lower, upper) of the maximum decide what the norm is needed for.
+            is_last: the run ends here in any case.
+        """
+        before, products, self.waited = self.width(self.aims[0]), self.waited, 0
+
+        # 1. The leaders.
+        if self.leaders is not None:
+            self._compute(self.leaders)
+            upper = float(self._of_leaders(self.high).max())
+            is_decided = decide is not None and decide(float(self.low.max()), upper)
+            are_narrow = all(self.width(aim) <= aim.tol for aim in self.aims)
+            may_end = is_last or is_decided or are_narrow
+
+        # 2. All that may still matter.
+        if self.leaders is None or may_end:
+            self._look_at_all()
 
         # 3. How fast the width may fall from now on.
         after = self.width(self.aims[0])
@@ -203,13 +216,46 @@ class Ends:
         if is_narrower:
             self.factor = min(2.0, (before / after) ** (_SPEED_UP / products))
 
+    def _look_at_all(self) -> None:
+        """Compute the ends of the problems that are not settled, and choose the leaders."""
+        # 1. The problems that may still matter.
+        open_ = self.high == np.inf
+        for aim in self.aims:
+            open_ |= aim.factors * self.high > (aim.factors * self.low).max()
+        self._compute(open_)
+
+        # 2. The leaders of each maximum.
+        if len(self.high) <= _MANY:
+            return
+        self.leaders = np.zeros_like(open_)
+        for aim in self.aims:
+            self.leaders[np.argpartition(aim.factors * self.high, -_LEADERS)[-_LEADERS:]] = True
+
+    def _compute(self, chosen: NDArray[np.bool_]) -> None:
+        """Compute the ends of some problems."""
+        lanczos = self.lanczos
+        alphas, betas = lanczos.alphas[chosen], lanczos.betas[chosen]
+        top = largest_ritz_values(alphas, betas)
+        known = self.high[chosen] / (1 + self.pad)
+        upper = upper_ends(
+            top, alphas, betas, lanczos.exact[chosen], lanczos.operator.codomain, self.eps, known
+        )
+        self.top[chosen], self.seen_at[chosen] = top, lanczos.products
+        self.low[chosen] = top * (1 - self.pad)
+        self.high[chosen] = upper * (1 + self.pad)
+
+    def _of_leaders(self, values: Array) -> Array:
+        """Return the values of the leaders, or of all if there are none."""
+        return values if self.leaders is None else values[self.leaders]
+
     def final(self, finite: bool) -> tuple[Array, Array, Array]:
         """Return largest Ritz values, lower and upper ends of all problems."""
         if not finite:
             nothing = np.full_like(self.low, np.nan)
             return nothing, np.zeros_like(self.low), np.full_like(self.low, np.inf)
-        lanczos = self.lanczos
-        top = largest_ritz_values(lanczos.alphas, lanczos.betas)
+        lanczos, top = self.lanczos, self.top
+        unseen = self.seen_at < lanczos.products
+        top[unseen] = largest_ritz_values(lanczos.alphas[unseen], lanczos.betas[unseen])
 
         # A problem that was left alone may have passed its upper end, which was false then.
         passed = top > self.high / (1 + self.pad)
@@ -276,8 +322,9 @@ class _Run:
         """Look at the coefficients, and set `stop` if the last product ends the run."""
         # The ends are computed only where they may end the run.
         lanczos = self.lanczos
-        if lanczos.finite and (self._may_be_narrow or bool(lanczos.exact.all())):
-            self.ends.update()
+        is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
+        if lanczos.finite and (self._may_be_narrow or is_last):
+            self.ends.update(self.decide, is_last)
         self.stop = self._reason_to_stop()
 
     def _reason_to_stop(self) -> Stop | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,6 +302,82 @@ def test_a_settled_problem_keeps_valid_ends() -> None:
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
     assert np.isfinite(solution.upper).all()
     assert np.abs(solution.estimate / truth - 1).max() < 1e-6
+
+
+def few_that_lead_at_first(count: int, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """Matrices of which the first eight have the largest ends early, and the ninth the largest
+    norm: one value far above the others, which few products show.
+    """
+    flat = np.sort(rng.uniform(0.9, 1.0, size))[::-1]
+    hidden = np.concatenate([[1.5], rng.uniform(0.0, 0.3, size - 1)])
+    small = 0.5 * rng.uniform(0, 1, size)
+    spectra = [flat] * 8 + [hidden] + [small] * (count - 9)
+    return torch.from_numpy(
+        np.stack([operator_with(spectrum, size, size, rng)[0] for spectrum in spectra])
+    )
+
+
+@pytest.mark.parametrize("tol", [0.3, 0.05, 1e-3])
+@pytest.mark.parametrize("seed", range(4))
+def test_many_problems_are_solved_as_if_all_were_looked_at(
+    tol: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    problems = few_that_lead_at_first(60, 40, rng)
+    truth = torch.linalg.svdvals(problems)[:, 0].numpy()
+
+    def solve() -> Solution:
+        start = torch.Generator().manual_seed(seed)
+        return top_singular(DenseOperator(problems), tol=tol, generator=start)
+
+    found = solve()
+    assert (found.lower <= truth).all() and (truth <= found.upper).all()
+    assert found.converged and found.upper.max() <= (1 + tol) * found.lower.max()
+    np.testing.assert_allclose(
+        found.estimate,
+        largest_ritz_values(found.alphas, found.betas),
+        rtol=1e-12,
+    )
+
+    # If all are looked at every time, the run ends no more than the patience earlier.
+    monkeypatch.setattr("jacdiag.spectra.solve._MANY", 10**9)
+    every = solve()
+    assert every.products <= found.products <= every.products + 4
+
+
+def test_few_of_many_problems_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    problems = torch.from_numpy(rng.standard_normal((200, 60, 60)))
+    counts: list[int] = []
+
+    def ends(top: np.ndarray, *arguments: Any) -> np.ndarray:
+        counts.append(len(top))
+        return upper_ends(top, *arguments)
+
+    monkeypatch.setattr("jacdiag.spectra.solve.upper_ends", ends)
+    generator = torch.Generator().manual_seed(0)
+    assert top_singular(DenseOperator(problems), generator=generator).converged
+    assert counts[0] == 200 and counts.count(8) > 2 * (len(counts) - counts.count(8))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_decides_is_the_maximum_over_all_of_many_problems(early: bool) -> None:
+    rng = np.random.default_rng(1)
+    problems = few_that_lead_at_first(60, 40, rng)
+    asked: list[tuple[float, float]] = []
+
+    def is_below(lower: float, upper: float) -> bool:
+        asked.append((lower, upper))
+        return upper < 1.4 or lower > 1.4  # the norm is 1.5
+
+    solution = top_singular(
+        DenseOperator(problems),
+        tol=0.5,
+        decide=is_below,
+        early=early,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert solution.lower.max() > 1.4 and len(asked) > 1
 
 
 def test_an_upper_end_that_a_settled_problem_has_passed_is_not_kept() -> None:
