@@ -357,7 +357,7 @@ def test_few_of_many_problems_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("jacdiag.spectra.solve.upper_ends", ends)
     generator = torch.Generator().manual_seed(0)
     assert top_singular(DenseOperator(problems), generator=generator).converged
-    assert counts[0] == 200 and counts.count(8) > 2 * (len(counts) - counts.count(8))
+    assert counts[0] == 200 and 3 * counts.count(8) >= 2 * len(counts)
 
 
 @pytest.mark.parametrize("early", [False, True])
