@@ -436,6 +436,7 @@ class Audit:
             return
 
         # 2. The norms, until the conditions are decided.
+        self._run_for_replay()
         groups = self.sites.by_shortcut()
         progress.start(len(groups), "first look")
         try:
@@ -476,8 +477,7 @@ class Audit:
             progress.start(sum(job.units for job in jobs), "measuring")
         try:
             # 1. What running a sub-layer alone has to give, by a run of the entire model.
-            with self._phase("verify"):
-                self._replay_check = self._run_for_replay()
+            self._run_for_replay()
 
             # 2. Do the jobs that this rank takes.
             for index, handed_out in ranks.jobs([job.cost for job in jobs]):
@@ -519,13 +519,13 @@ class Audit:
         # `not <=`: an error that is NaN counts, too.
         return {name: error for name, error in errors.items() if not error <= tolerance}
 
-    def _run_for_replay(self) -> ReplayCheck | None:
-        """Return what this rank checks of the replay; None if nothing is checked."""
-        if self.broken or not self.request.scope.replay:
-            return None
-        ranks = self.request.ranks
-        stretch = ranks.part(range(len(self.sites)))
-        return ReplayCheck(self.sites, self.request.options.seed, stretch)
+    def _run_for_replay(self) -> None:
+        """Run the model for what this rank checks of the replay, once; if anything is checked."""
+        if self.broken or not self.request.scope.replay or self._replay_check is not None:
+            return
+        stretch = self.request.ranks.part(range(len(self.sites)))
+        with self._phase("verify"):
+            self._replay_check = ReplayCheck(self.sites, self.request.options.seed, stretch)
 
     def _jobs(self) -> list[Job]:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
@@ -535,7 +535,7 @@ class Audit:
         jobs = []
         for members in self.sites.by_shortcut():
             cost = sum(map(self._product_weights, members))
-            run = partial(self._measure_sublayers, members, effort, self._weight_figures)
+            run = partial(self._measure_finally, members, effort)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
         # 2. The entire network. With --decide its end-to-end norm is left out.
@@ -563,6 +563,14 @@ class Audit:
             norms=self.request.scope.norms,
         )
 
+    def _measure_finally(self, members: list[Sublayer], effort: Effort) -> Share:
+        """Measure the sub-layers of one shortcut, and free what is kept of them."""
+        share = self._measure_sublayers(members, effort, self._weight_figures)
+        if self._replay_check is not None:
+            for site in members:
+                self._replay_check.release(site)
+        return share
+
     def _measure_sublayers(
         self,
         members: list[Sublayer],
@@ -570,12 +578,12 @@ class Audit:
         figures: WeightFigures,
     ) -> Share:
         """Measure the sub-layers of one shortcut, and count the products that were spent."""
-        check = None
+        linearise = None
         if self._replay_check is not None:
-            check = self._replay_check.compare
+            linearise = self._replay_check.linearise
         products: list[int] = []
         records = measure_group(
-            members, effort, self._ids_to_name, self.state, figures, check, products.append
+            members, effort, self._ids_to_name, self.state, figures, linearise, products.append
         )
         return Share(records, sum(products))
 
