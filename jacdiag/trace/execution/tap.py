@@ -228,14 +228,16 @@ class Tap(TorchFunctionMode):
         return new
 
     def _shadowed(self, leaf: Any) -> Any:
-        """Return what stands in for a tensor, and any other leaf as it is."""
-        shadow = self.shadows.get(id(leaf))
-        if shadow is None:
-            return leaf
+        """Return what stands in for a tensor, and any other leaf as it is.
 
-        # The original is held, so that no other object has its id.
-        _, replacement = shadow
-        return replacement
+        What stands in for a tensor that is added to in place is replaced in its turn.
+        """
+        shadow = self.shadows.get(id(leaf))
+        while shadow is not None:
+            # The original is held, so that no other object has its id.
+            _, leaf = shadow
+            shadow = self.shadows.get(id(leaf))
+        return leaf
 
 
 class _WithDigitsOf(torch.autograd.Function):
