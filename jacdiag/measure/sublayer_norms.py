@@ -155,8 +155,11 @@ def _measure(
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
 
-    # 3. What it cost: a forward for each Jacobian, and the products with those of the branch.
-    forwards = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
+    # 3. What it cost: the forwards of the Jacobians, and the products with those of the branch.
+    forwards = 0
+    for operator in linearised.owned:
+        if isinstance(operator, JacobianOperator):
+            forwards += operator.forwards
     products = linearised.products
     if heads is not None:
         forwards += 1

@@ -113,6 +113,7 @@ class JacobianOperator(Operator):
 
     Attributes:
         value: fn(x).
+        forwards: how many runs of fn it took.
         stacks: whether products with several vectors can be made in one call. The first try shows
             it.
 
@@ -132,6 +133,7 @@ class JacobianOperator(Operator):
                 pulls = _PullsByFunc(fn, point)
             except RuntimeError:
                 pulls = by_autograd()
+        self.forwards = 1
         self._begin(x, pulls, by_autograd, batch_dims)
 
     @classmethod
@@ -150,6 +152,7 @@ class JacobianOperator(Operator):
             tensor([[2., 4.]])
         """
         operator = cls.__new__(cls)
+        operator.forwards = 0
         operator._begin(run.x, _PullsByAutograd(run), None, batch_dims)
         return operator
 
