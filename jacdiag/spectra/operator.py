@@ -228,7 +228,7 @@ class JacobianOperator(Operator):
         """Return J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
         with _products():
-            return self._pulled(_laid_out(w))
+            return self._pulled(_copied(w))
 
     def push(self, u: Tensor) -> Tensor:
         """Return J u: (P, n) -> (P, m)."""
@@ -285,7 +285,7 @@ class JacobianOperator(Operator):
                     _shaped_view(v, self.dims, shape) for v in vectors[first : first + at_once]
                 ]
                 if len(chunk) == 1:
-                    results.append(product(_laid_out(chunk[0])))
+                    results.append(product(_copied(chunk[0])))
                 else:
                     results += self._stacked(product, chunk)
         return [flat(t, self.dims) for t in results]
@@ -314,7 +314,7 @@ class JacobianOperator(Operator):
         """Return J^T w in the shapes of fn. The first one keeps the graph, for `_pushed`."""
         if self._push_map is None:
             with _graphs():
-                return self._first_pulled(w.clone())
+                return self._first_pulled(w.detach())
 
         return self._pulls.pull(w)
 
@@ -368,7 +368,7 @@ def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
         dims: the batch dimensions.
         shape: of the result.
     """
-    return _laid_out(_shaped_view(rows, dims, shape))
+    return _shaped_view(rows, dims, shape).contiguous()
 
 
 def _shaped_view(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
@@ -379,24 +379,15 @@ def _shaped_view(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor
     return apart.movedim(tuple(range(len(dims))), tuple(dims))
 
 
-def _laid_out(vector: Tensor) -> Tensor:
-    """Return a vector whose strides are those of a new tensor: itself, or else a copy.
+def _copied(vector: Tensor) -> Tensor:
+    """Return a copy whose strides are those of a new tensor.
 
-    A permuted view can have strides that no gradient has in training, and kernels read them
-    wrongly: on the CPU, the backward of a batch norm in eval mode returns wrong numbers for a
-    gradient of shape (1, C, H, W) whose first stride is not C * H * W (torch 2.6 to 2.13).
-    `contiguous()` is not enough, because it keeps the stride of a dimension of 1.
+    A backward of the model's own code may write into the gradient that it is given. It may also
+    misread the strides of a permuted view, which no gradient has in training: on the CPU, the
+    backward of a batch norm in eval mode returns wrong numbers for a gradient of shape (1, C, H, W)
+    whose first stride is not C * H * W (torch 2.6 to 2.13). `contiguous()` is not enough, because
+    it keeps the stride of a dimension of 1.
     """
-    # 1. The strides of a new tensor.
-    strides: list[int] = []
-    step = 1
-    for size in reversed(vector.shape):
-        strides.insert(0, step)
-        step *= size
-
-    # 2. A copy, if they are others.
-    if vector.stride() == tuple(strides):
-        return vector
     return vector.clone(memory_format=torch.contiguous_format)
 
 
@@ -454,7 +445,8 @@ class _PullsByFunc:
 
     def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
         """Return J^T w, and J u as a function of u."""
-        pulled, push = torch.func.vjp(lambda w: self._vjp(w)[0], w)  # type: ignore[misc]
+        # A copy, because a backward may write into the gradient that it is given.
+        pulled, push = torch.func.vjp(lambda w: self._vjp(w.clone())[0], w)  # type: ignore[misc]
         return pulled.detach(), lambda u: push(u)[0]
 
 
@@ -478,7 +470,7 @@ class _PullsByAutograd:
     def transposed_at(self, w: Tensor) -> tuple[Tensor, Map]:
         """Return J^T w, and J u as a function of u."""
         w = w.requires_grad_()
-        pulled = gradient(self._y, self._x, w, keep_graph=True)
+        pulled = gradient(self._y, self._x, w.clone(), keep_graph=True)  # a copy, as above
         return pulled.detach(), lambda u: gradient(pulled, w, u)
 
 

@@ -26,7 +26,7 @@ from jacdiag.spectra import (
     independent_dims,
     top_singular,
 )
-from jacdiag.spectra.operator import Way, flat
+from jacdiag.spectra.operator import Evaluated, Way, flat
 
 pytestmark = pytest.mark.check("spectra")
 
@@ -326,3 +326,39 @@ def test_norms_of_pixels_after_a_batch_norm_hold_the_dense_norm() -> None:
     for batch_dims in ((0,), (0, 2, 3), ()):
         norm = jacdiag.spectral_norm(fn, x, batch_dims=batch_dims)
         assert float(norm.lower.max()) <= true <= float(norm.upper.max()), batch_dims
+
+
+class WritesIntoItsGradient(torch.autograd.Function):
+    """3 x, whose backward multiplies the gradient that it is given in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient.mul_(3)
+
+
+@pytest.mark.parametrize("way", ["by itself", "of a graph"])
+def test_a_backward_that_writes_into_its_gradient_spoils_no_direction(way: str) -> None:
+    x = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def fn(x: Tensor) -> Tensor:
+        return WritesIntoItsGradient.apply(x @ weight)
+
+    if way == "by itself":
+        operator = JacobianOperator(fn, x)
+    else:
+        point = x.clone().requires_grad_()
+        operator = JacobianOperator.of_graph(Evaluated(point, fn(point)))
+    vector = torch.randn(1, 12, dtype=torch.float64)
+    before = vector.clone()
+    for _ in range(2):
+        torch.testing.assert_close(operator.pull(vector), 3 * vector @ weight.T)
+        torch.testing.assert_close(operator.push(vector), 3 * vector @ weight)
+        assert torch.equal(vector, before)
+    truth = 3 * float(torch.linalg.matrix_norm(weight, 2))
+    solution = top_singular(operator, tol=1e-6)
+    assert solution.lower[0] <= truth <= solution.upper[0]
