@@ -24,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacdiag
 from jacdiag.measure.linearization import linearise
-from jacdiag.measure.replay_check import ReplayCheck
 from jacdiag.sources import gpt
 from jacdiag.spectra import JacobianOperator, Solution, top_singular
 from jacdiag.spectra.interval import ritz_values
@@ -128,11 +127,11 @@ class Contest:
     plain: Branch  # the branch written by hand on the model's modules
     truths: list[float]  # float64, one per sequence
 
-    def solve(self, seed: int = 0, check: ReplayCheck | None = None, **options: Any) -> Solution:
+    def solve(self, seed: int = 0, **options: Any) -> Solution:
         """Linearises and solves. That sequences (and tokens) are independent is known, as it is to
-        the peers. With a check of the replay, the branch's graph comes from its run of the model.
+        the peers.
         """
-        one = linearise(self.site, seed) if check is None else check.linearise(self.site)
+        one = linearise(self.site, seed)
         solution = top_singular(one.branch, start=one.start, **options)
         one.release()
         return solution

@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import jacdiag
 from jacdiag.measure.branch_norms import Effort, Solver
 from jacdiag.measure.linearization import linearise, residual_map
-from jacdiag.measure.replay_check import ReplayCheck
 from jacdiag.pipeline.provenance import peak_memory_mb
 from jacdiag.rules import decision_points
 from jacdiag.rules.thresholds import load_thresholds
@@ -205,40 +204,27 @@ def decided(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
 def every_sublayer(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
     """Forwards of the branch, by the clock, for a 5% interval of its norm, linearisation
     included.
-
-    The graph of the branch is that of the model's run, as in an audit. Every third sub-layer is
-    also linearised by itself, which takes a forward of its own.
     """
-    sites = jacdiag.sites(model, ids)
-    check = ReplayCheck(sites)
-    forwards, products, by_themselves = [], [], []
-    for k, (site, plain, _) in enumerate(branches(model, sites)):
+    forwards, products = [], []
+    for site, plain, _ in branches(model, jacdiag.sites(model, ids)):
         contest = Contest(site.name, site, plain, [])
         decided_by_dataflow = site.dims
 
         def solve(
-            by: ReplayCheck | None,
-            contest: Contest = contest,
-            dims: tuple[int, ...] | None = decided_by_dataflow,
+            contest: Contest = contest, dims: tuple[int, ...] | None = decided_by_dataflow
         ) -> Solution:
             # Finding out what is independent is part of the price: no solve knows it from another.
             contest.site.dims = dims
-            return contest.solve(tol=0.05, confidence=0.999, check=by)
+            return contest.solve(tol=0.05, confidence=0.999)
 
-        solving = median_time(lambda solve=solve: solve(check), 1)  # type: ignore[misc]
-        products.append(solve(check).products)
-        forward = median_time(contest.forward, 9)
-        forwards.append(solving / forward)
-        if k % 3 == 0:
-            alone = median_time(lambda solve=solve: solve(None), 1)  # type: ignore[misc]
-            by_themselves.append(alone / forward)
+        solving = median_time(solve, 1)
+        products.append(solve().products)
+        forwards.append(solving / median_time(contest.forward, 9))
     median, most = statistics.median(forwards), max(forwards)
     return {
         "median": round(median, 1),
         "max": round(most, 1),
         "all": [round(f, 1) for f in forwards],
-        "by_itself": [round(f, 1) for f in by_themselves],
-        "by_itself_median": round(statistics.median(by_themselves), 1),
         "products_median": statistics.median(products),
         "products": products,
     }

@@ -25,6 +25,7 @@ from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import collect_deep
 
 _CHUNK = 2**20  # elements whose squares are summed in float64 together
+_NO_TARGET = -100  # torch leaves such a position out
 _Key = TypeVar("_Key")
 
 
@@ -75,8 +76,12 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     # 1. Logits of each position.
     if token_ids is not None and _are_logits_of(logits, token_ids):
         if _has_next_tokens(logits, token_ids):
-            targets = token_ids[:, 1:].reshape(-1).to(logits.device).long()
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+            # The last position counts for nothing. To cut it off would copy all logits.
+            targets = torch.full(token_ids.shape, _NO_TARGET, device=logits.device)
+            targets[:, :-1] = token_ids[:, 1:]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET
+            )
             return loss, "next-token cross entropy"
 
         # 2. Logits of the last position. What follows it is not in the probe.
@@ -306,6 +311,7 @@ def run_backward(
         with watch or nullcontext():
             output = replayer.tapped(results, enter_at, replaced=replaced)
         loss, result.kind = language_model_loss(output, token_ids)
+        del output  # the backward does not need the logits, which may be large
         result.loss = float(loss.detach())
         # Inputs are named, so that nothing is added to a gradient that the model's own code holds.
         inputs = [*leaves, *weights]

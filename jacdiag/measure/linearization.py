@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.spectra import Composed, JacobianOperator, NormJacobian, Operator, Shifted, Summed
-from jacdiag.spectra.operator import Evaluated, Map, flat
+from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
 _ROUNDINGS = 64  # by which two ways to compute a product may differ
@@ -55,7 +55,7 @@ class Linearised:
             operator.release()
 
 
-def linearise(site: Sublayer, seed: int = 0, graph: Evaluated | None = None) -> Linearised:
+def linearise(site: Sublayer, seed: int = 0) -> Linearised:
     """Build the Jacobian of a branch at its recorded shortcut.
 
     It is core o norm where the branch begins with a norm.
@@ -63,14 +63,12 @@ def linearise(site: Sublayer, seed: int = 0, graph: Evaluated | None = None) -> 
     Args:
         site: the sub-layer.
         seed: of the start of its norms.
-        graph: of a run of the branch, or of its core if it is taken as core o norm. The branch is
-            run if none is given.
     """
     # 1. Build the branch as core o norm, or as one map. The first operator that is built says
     # which dimensions are independent.
     norm: NormJacobian | None = None
-    if is_factored(site):
-        main = _jacobian(site.core, site.normalized, graph)
+    if _is_factored(site):
+        main = JacobianOperator(site.core, site.normalized, ())
         dims = site.independent(main.pull_shaped)
         of_norm = _norm_jacobian(site)
         owned: list[Local] = [main, of_norm]
@@ -79,7 +77,7 @@ def linearise(site: Sublayer, seed: int = 0, graph: Evaluated | None = None) -> 
             norm = of_norm
         core: Operator | None = main
     else:
-        main = _jacobian(site.branch, site.shortcut, graph)
+        main = JacobianOperator(site.branch, site.shortcut, ())
         dims = site.independent(main.pull_shaped)
         owned = [main]
         branch = main
@@ -124,21 +122,8 @@ def generator_of(seed: int, *names: str) -> torch.Generator:
     return torch.Generator().manual_seed(crc32(words.encode()) & (2**31 - 1))
 
 
-def _jacobian(fn: Map, x: Tensor, graph: Evaluated | None) -> JacobianOperator:
-    """Return the Jacobian of a function at x, by its graph if there is one."""
-    if graph is None:
-        return JacobianOperator(fn, x, ())
-    return JacobianOperator.of_graph(graph, ())
-
-
-def is_factored(site: Sublayer) -> bool:
-    """Return whether the branch begins with a norm whose output is laid out as the shortcut.
-
-    Its Jacobian is taken as core o norm then.
-
-    Args:
-        site: the sub-layer.
-    """
+def _is_factored(site: Sublayer) -> bool:
+    """Return whether the branch begins with a norm whose output is laid out as the shortcut."""
     norm = site.input_norm
     if norm is None:
         return False

@@ -20,10 +20,10 @@ from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.branch_norms import Effort, Solver, heads_norm
 from jacdiag.measure.linearization import (
     Linearised,
+    linearise,
     residual_map,
     start_of_branch,
 )
-from jacdiag.measure.linearization import linearise as linearise_alone
 from jacdiag.measure.token_statistics import gain_interval, spread_of_stds, stds_of
 from jacdiag.records.report import Interval, SublayerRecord, WeightStats
 from jacdiag.sources.foreign_code import is_foreign
@@ -40,7 +40,7 @@ def measure_group(
     token_ids: Tensor | None,
     state: Literal["init", "trained"],
     figures: WeightFigures,
-    linearise: Callable[[Sublayer], Linearised] | None = None,
+    check: Callable[[Linearised], None] | None = None,
     count: Callable[[int], None] | None = None,
 ) -> list[SublayerRecord]:
     """Measure the sub-layers that share one shortcut (one, or parallel branches).
@@ -51,7 +51,7 @@ def measure_group(
         token_ids: (B, T) ids of the probe, to name tokens.
         state: Eq. 15 and 20 are given at init only.
         figures: names of weights -> std and spectral norm of each that is a matrix.
-        linearise: builds the Jacobian of a branch. If it is not given, the branch is run by itself.
+        check: is shown every branch once it is linearised.
         count: is given the number of products with the Jacobians of the branches and cores.
     """
     built: list[Linearised] = []
@@ -61,11 +61,10 @@ def measure_group(
         if not site.finite:
             return _blank(site, token_ids, "not finite: NaN or Inf in the shortcut or the branch")
 
-        if linearise is not None:
-            linearised = linearise(site)
-        else:
-            linearised = linearise_alone(site, effort.seed)
+        linearised = linearise(site, effort.seed)
         built.append(linearised)
+        if check is not None:
+            check(linearised)
         record = _measure(linearised, effort, token_ids, state, figures)
         solved.append(linearised)
         return record
@@ -155,11 +154,8 @@ def _measure(
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
 
-    # 3. What it cost: the forwards of the Jacobians, and the products with those of the branch.
-    forwards = 0
-    for operator in linearised.owned:
-        if isinstance(operator, JacobianOperator):
-            forwards += operator.forwards
+    # 3. What it cost: a forward for each Jacobian, and the products with those of the branch.
+    forwards = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned)
     products = linearised.products
     if heads is not None:
         forwards += 1

@@ -19,7 +19,7 @@ from jacdiag.comparison.baseline_file import check_same_size
 from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
 from jacdiag.devices.accelerators import has_float64, wait_for
 from jacdiag.devices.device_choice import check_precision, pick
-from jacdiag.devices.host_memory import free_host_memory
+from jacdiag.devices.host_memory import free_host_memory, return_freed_memory
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.branch_norms import NORMS, Effort
@@ -436,7 +436,6 @@ class Audit:
             return
 
         # 2. The norms, until the conditions are decided.
-        self._run_for_replay()
         groups = self.sites.by_shortcut()
         progress.start(len(groups), "first look")
         try:
@@ -477,7 +476,8 @@ class Audit:
             progress.start(sum(job.units for job in jobs), "measuring")
         try:
             # 1. What running a sub-layer alone has to give, by a run of the entire model.
-            self._run_for_replay()
+            with self._phase("verify"):
+                self._replay_check = self._run_for_replay()
 
             # 2. Do the jobs that this rank takes.
             for index, handed_out in ranks.jobs([job.cost for job in jobs]):
@@ -519,13 +519,13 @@ class Audit:
         # `not <=`: an error that is NaN counts, too.
         return {name: error for name, error in errors.items() if not error <= tolerance}
 
-    def _run_for_replay(self) -> None:
-        """Run the model for what this rank checks of the replay, once; if anything is checked."""
-        if self.broken or not self.request.scope.replay or self._replay_check is not None:
-            return
-        stretch = self.request.ranks.part(range(len(self.sites)))
-        with self._phase("verify"):
-            self._replay_check = ReplayCheck(self.sites, self.request.options.seed, stretch)
+    def _run_for_replay(self) -> ReplayCheck | None:
+        """Return what this rank checks of the replay; None if nothing is checked."""
+        if self.broken or not self.request.scope.replay:
+            return None
+        ranks = self.request.ranks
+        stretch = ranks.part(range(len(self.sites)))
+        return ReplayCheck(self.sites, self.request.options.seed, stretch)
 
     def _jobs(self) -> list[Job]:
         """Return a job for the sub-layers of each shortcut, and one for the entire network."""
@@ -535,7 +535,7 @@ class Audit:
         jobs = []
         for members in self.sites.by_shortcut():
             cost = sum(map(self._product_weights, members))
-            run = partial(self._measure_finally, members, effort)
+            run = partial(self._measure_sublayers, members, effort, self._weight_figures)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
         # 2. The entire network. With --decide its end-to-end norm is left out.
@@ -563,14 +563,6 @@ class Audit:
             norms=self.request.scope.norms,
         )
 
-    def _measure_finally(self, members: list[Sublayer], effort: Effort) -> Share:
-        """Measure the sub-layers of one shortcut, and free what is kept of them."""
-        share = self._measure_sublayers(members, effort, self._weight_figures)
-        if self._replay_check is not None:
-            for site in members:
-                self._replay_check.release(site)
-        return share
-
     def _measure_sublayers(
         self,
         members: list[Sublayer],
@@ -578,18 +570,20 @@ class Audit:
         figures: WeightFigures,
     ) -> Share:
         """Measure the sub-layers of one shortcut, and count the products that were spent."""
-        linearise = None
+        check = None
         if self._replay_check is not None:
-            linearise = self._replay_check.linearise
+            check = self._replay_check.compare
         products: list[int] = []
         records = measure_group(
-            members, effort, self._ids_to_name, self.state, figures, linearise, products.append
+            members, effort, self._ids_to_name, self.state, figures, check, products.append
         )
         return Share(records, sum(products))
 
     def _measure_network(self) -> Share:
         """Measure the entire network: the gradient at every depth, and the end-to-end norm."""
-        # 1. The gradients, and where they do not arrive.
+        # 1. The gradients, and where they do not arrive. The logits are large, and what the
+        # sub-layers freed is in small pieces.
+        return_freed_memory()
         options = self.request.options
         token_ids = self.probe.token_ids
         profile = None

@@ -60,9 +60,10 @@ class NormJacobian(Operator):
         That is the backward of a layer norm at z, if its mean is taken for 0 and its spread for 1.
         torch makes it in one pass.
         """
-        mean, spread = torch.zeros_like(self.gain), torch.ones_like(self.gain)
+        gain = self.gain.to(u.dtype)  # a stream may be wider than its norms
+        mean, spread = torch.zeros_like(gain), torch.ones_like(gain)
         image: Tensor = torch.ops.aten.native_layer_norm_backward(
-            u, self.z, self.z.shape[-1:], mean, spread, None, None, [True, False, False]
+            u, self.z.to(u.dtype), self.z.shape[-1:], mean, spread, None, None, [True, False, False]
         )[0]
         return image
 

@@ -14,10 +14,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -82,19 +81,6 @@ class Operator:
         """Drop graphs; the operator cannot be used afterwards."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A function at a point, with the autograd graph from the one to the other.
-
-    Attributes:
-        x: the point, which requires a gradient. It need not be a leaf.
-        y: the value.
-    """
-
-    x: Tensor
-    y: Tensor
-
-
 class JacobianOperator(Operator):
     """The Jacobian of `fn` at `x`, as one problem per index of the batch dimensions.
 
@@ -113,7 +99,6 @@ class JacobianOperator(Operator):
 
     Attributes:
         value: fn(x).
-        forwards: how many runs of fn it took.
         stacks: whether products with several vectors can be made in one call. The first try shows
             it.
 
@@ -125,58 +110,21 @@ class JacobianOperator(Operator):
     """
 
     def __init__(self, fn: Map, x: Tensor, batch_dims: Sequence[int] = (0,)) -> None:
-        pulls: _Pulls
-        with _graphs():
-            point = x.detach().clone()
-            by_autograd = partial(_PullsByAutograd.of, fn, point)
-            try:
-                pulls = _PullsByFunc(fn, point)
-            except RuntimeError:
-                pulls = by_autograd()
-        self.forwards = 1
-        self._begin(x, pulls, by_autograd, batch_dims)
-
-    @classmethod
-    def of_graph(cls, run: Evaluated, batch_dims: Sequence[int] = (0,)) -> Self:
-        """Return the Jacobian of a function that has been run; it is not run again.
-
-        Args:
-            run: the function's point and value. Their graph must not be freed by a backward, nor
-                what it holds be written to.
-            batch_dims: as in the constructor.
-
-        Example:
-            >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
-            >>> op = JacobianOperator.of_graph(Evaluated(x, x**2))
-            >>> op.push(torch.ones(1, 2))
-            tensor([[2., 4.]])
-        """
-        operator = cls.__new__(cls)
-        operator.forwards = 0
-        operator._begin(run.x, _PullsByAutograd(run), None, batch_dims)
-        return operator
-
-    def _begin(
-        self,
-        x: Tensor,
-        pulls: _Pulls,
-        by_autograd: Callable[[], _Pulls] | None,
-        batch_dims: Sequence[int],
-    ) -> None:
-        """Set up the products.
-
-        Args:
-            x: the point.
-            pulls: make them.
-            by_autograd: makes others, should torch.func refuse the function later.
-            batch_dims: dimensions over which problems are independent.
-        """
         self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.stacks = True
         self._kept: tuple[Tensor, Tensor] | None = None
         self._push_map: Map | None = None
-        self._pulls, self._pulls_by_autograd = pulls, by_autograd
-        self.value = pulls.value
+        self._pulls: _Pulls
+        with _graphs():
+            point = x.detach().clone()
+            self._pulls_by_autograd: Callable[[], _Pulls] | None = partial(
+                _PullsByAutograd, fn, point
+            )
+            try:
+                self._pulls = _PullsByFunc(fn, point)
+            except RuntimeError:
+                self._pulls = self._pulls_by_autograd()
+        self.value = self._pulls.value
         self.set_batch_dims(batch_dims)
 
     def set_batch_dims(self, dims: Sequence[int]) -> None:
@@ -453,15 +401,10 @@ class _PullsByFunc:
 class _PullsByAutograd:
     """Pulls by torch.autograd."""
 
-    def __init__(self, run: Evaluated) -> None:
-        self._x, self._y = run.x, run.y
-        self.value = run.y.detach()
-
-    @classmethod
-    def of(cls, fn: Map, x: Tensor) -> _PullsByAutograd:
-        """Run a function at a point."""
-        x.requires_grad_()
-        return cls(Evaluated(x, _checked(fn(x))))
+    def __init__(self, fn: Map, x: Tensor) -> None:
+        self._x = x.requires_grad_()
+        self._y = _checked(fn(self._x))
+        self.value = self._y.detach()
 
     def pull(self, w: Tensor) -> Tensor:
         """Return J^T w."""

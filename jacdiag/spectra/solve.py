@@ -147,13 +147,29 @@ class Ends:
     alone until the end.
 
     Of many problems a few *leaders* are looked at first, those with the largest upper ends at the
-    last look at all. If the maximum over them is not known yet, it seldom is over all.
+    last look at all. If the interval of the maximum over them is still wide, that over all seldom
+    is narrow.
+
+    Args:
+        lanczos: the run.
+        eps: probability with which an upper end may fail.
+        pad: relative rounding, by which the ends are moved outwards.
+        aims: the maxima whose intervals are wanted.
+        may_follow_leaders: False if ends decide something before they are narrow: the largest lower
+            end may be that of any problem.
     """
 
     def __init__(
-        self, lanczos: Bidiagonalisation, eps: float, pad: float, aims: Sequence[Aim]
+        self,
+        lanczos: Bidiagonalisation,
+        eps: float,
+        pad: float,
+        aims: Sequence[Aim],
+        *,
+        may_follow_leaders: bool,
     ) -> None:
         self.lanczos, self.eps, self.pad, self.aims = lanczos, eps, pad, aims
+        self.may_follow_leaders = may_follow_leaders
         problems = lanczos.operator.problems
         self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
         self.top = np.zeros(problems)  # largest Ritz values
@@ -189,25 +205,22 @@ class Ends:
         are_wide = any(self.width(aim) > aim.tol * reach for aim in self.aims)
         return not are_wide or self.waited > _PATIENCE
 
-    def update(self, decide: Decide | None, is_last: bool) -> None:
+    def update(self, is_last: bool) -> None:
         """Look at the leaders; then at all that may still matter, if the run may end here.
 
         Args:
-            decide: whether ends (lower, upper) of the maximum decide what the norm is needed for.
             is_last: the run ends here in any case.
         """
         before, products, self.waited = self.width(self.aims[0]), self.waited, 0
 
-        # 1. The leaders.
+        # 1. The leaders. Where there are none, all problems may have narrow ends.
+        may_be_narrow = True
         if self.leaders is not None:
             self._compute(self.leaders)
-            upper = float(self._of_leaders(self.high).max())
-            is_decided = decide is not None and decide(float(self.low.max()), upper)
-            are_narrow = all(self.width(aim) <= aim.tol for aim in self.aims)
-            may_end = is_last or is_decided or are_narrow
+            may_be_narrow = all(self.width(aim) <= aim.tol for aim in self.aims)
 
         # 2. All that may still matter.
-        if self.leaders is None or may_end:
+        if may_be_narrow or is_last:
             self._look_at_all()
 
         # 3. How fast the width may fall from now on.
@@ -225,7 +238,7 @@ class Ends:
         self._compute(open_)
 
         # 2. The leaders of each maximum.
-        if len(self.high) <= _MANY:
+        if not self.may_follow_leaders or len(self.high) <= _MANY:
             return
         self.leaders = np.zeros_like(open_)
         for aim in self.aims:
@@ -297,9 +310,16 @@ class _Run:
         aims = [Aim(np.ones(self.operator.problems), tol)]
         if question.scaled is not None:
             aims.append(question.scaled)
-        self.ends = Ends(self.lanczos, eps, pad, aims)
+        self.ends = Ends(
+            self.lanczos, eps, pad, aims, may_follow_leaders=not self._may_be_decided_early
+        )
         self.stop: Stop | None = None
         self._may_be_narrow = False
+
+    @property
+    def _may_be_decided_early(self) -> bool:
+        """Whether ends that decide something end the run, however wide they are."""
+        return self.early and self.decide is not None
 
     def may_end_here(self) -> bool:
         """Return whether the last product may end the run, for all that is known without a look.
@@ -308,9 +328,8 @@ class _Run:
         """
         # 1. The ends may be narrow enough, or the budget is spent.
         lanczos = self.lanczos
-        may_be_decided = self.early and self.decide is not None
         is_spent = lanczos.products >= self.max_products
-        self._may_be_narrow = may_be_decided or is_spent or self.ends.due()
+        self._may_be_narrow = self._may_be_decided_early or is_spent or self.ends.due()
 
         # 2. The first product shows whether the map is 0, the last whether an invariant subspace
         # was found.
@@ -324,7 +343,7 @@ class _Run:
         lanczos = self.lanczos
         is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
         if lanczos.finite and (self._may_be_narrow or is_last):
-            self.ends.update(self.decide, is_last)
+            self.ends.update(is_last)
         self.stop = self._reason_to_stop()
 
     def _reason_to_stop(self) -> Stop | None:

@@ -26,7 +26,7 @@ from jacdiag.spectra import (
     independent_dims,
     top_singular,
 )
-from jacdiag.spectra.operator import Evaluated, Way, flat
+from jacdiag.spectra.operator import Way, flat
 
 pytestmark = pytest.mark.check("spectra")
 
@@ -329,36 +329,52 @@ def test_norms_of_pixels_after_a_batch_norm_hold_the_dense_norm() -> None:
 
 
 class WritesIntoItsGradient(torch.autograd.Function):
-    """3 x, whose backward multiplies the gradient that it is given in place."""
+    """3 x, whose backward writes into the gradient that it is given, as fused kernels do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, only_without_graph: bool) -> Tensor:
+        ctx.only_without_graph = only_without_graph
         return 3 * x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return gradient.mul_(3)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.only_without_graph and torch.is_grad_enabled():
+            return 3 * gradient, None
+        return gradient.mul_(3), None
 
 
-@pytest.mark.parametrize("way", ["by itself", "of a graph"])
-def test_a_backward_that_writes_into_its_gradient_spoils_no_direction(way: str) -> None:
-    x = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("only_without_graph", [False, True])
+def test_a_backward_that_writes_into_its_gradient_spoils_no_direction(
+    only_without_graph: bool,
+) -> None:
+    x = torch.randn(1, 12, dtype=torch.float64, generator=generator(0))
+    weight = torch.randn(12, 12, dtype=torch.float64, generator=generator(1))
+    operator = JacobianOperator(
+        lambda x: WritesIntoItsGradient.apply(x @ weight, only_without_graph), x
+    )
 
-    def fn(x: Tensor) -> Tensor:
-        return WritesIntoItsGradient.apply(x @ weight)
-
-    if way == "by itself":
-        operator = JacobianOperator(fn, x)
-    else:
-        point = x.clone().requires_grad_()
-        operator = JacobianOperator.of_graph(Evaluated(point, fn(point)))
-    vector = torch.randn(1, 12, dtype=torch.float64)
+    # 1. The products, and the vector that they are made of.
+    vector = torch.randn(1, 12, dtype=torch.float64, generator=generator(2))
     before = vector.clone()
     for _ in range(2):
         torch.testing.assert_close(operator.pull(vector), 3 * vector @ weight.T)
+        torch.testing.assert_close(operator.pull_shaped(vector), 3 * vector @ weight.T)
         torch.testing.assert_close(operator.push(vector), 3 * vector @ weight)
         assert torch.equal(vector, before)
-    truth = 3 * float(torch.linalg.matrix_norm(weight, 2))
-    solution = top_singular(operator, tol=1e-6)
-    assert solution.lower[0] <= truth <= solution.upper[0]
+
+    # 2. The norms.
+    for map_, matrix in ((operator, 3 * weight), (Shifted(operator), torch.eye(12) + 3 * weight)):
+        truth = float(torch.linalg.matrix_norm(matrix, 2))
+        solution = top_singular(map_, tol=1e-6)
+        assert solution.lower[0] <= truth <= solution.upper[0]
+
+
+def test_the_closed_form_of_a_norm_takes_vectors_of_a_wider_stream() -> None:
+    x = torch.randn(2, 3, 8, generator=generator(0))
+    z = nn.functional.layer_norm(x, (8,))
+    gain = (x.var(-1, correction=0) + 1e-5).rsqrt()
+    vector = torch.randn(2, 24, dtype=torch.float64, generator=generator(1))
+    wide = NormJacobian(z.double(), gain, centred=True).push(vector)
+    found = NormJacobian(z, gain, centred=True).push(vector)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, wide, rtol=1e-6, atol=1e-6)

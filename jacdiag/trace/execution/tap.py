@@ -201,8 +201,7 @@ class Tap(TorchFunctionMode):
     def _through_norm(self, spot: Spot, result: Tensor, func: Any, read: Any) -> Tensor:
         """Show the normalised value before the learned gain.
 
-        Gain and bias are applied again to a value that takes its place. A view of the value itself
-        stands for its graph alone: the norm then gives what it gave before, digit by digit.
+        Gain and bias are applied again to a value that takes its place.
         """
         # 1. The norm without gain and bias.
         args, kwargs = read
@@ -215,16 +214,11 @@ class Tap(TorchFunctionMode):
         new = self.visit(spot, plain)
         if new is plain:
             return result
-        views_shown = new._is_view() and new._base is plain
         (weight, bias), _ = self.precision.raised((weight, bias), {})
         if weight is not None:
             new = new * weight
         if bias is not None:
             new = new + bias
-
-        # 3. The digits of the fused norm, which rounds otherwise.
-        if views_shown:
-            return _WithDigitsOf.apply(new, result.detach())
         return new
 
     def _shadowed(self, leaf: Any) -> Any:
@@ -238,24 +232,6 @@ class Tap(TorchFunctionMode):
             _, leaf = shadow
             shadow = self.shadows.get(id(leaf))
         return leaf
-
-
-class _WithDigitsOf(torch.autograd.Function):
-    """The digits of the second tensor, with the graph of the first."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(computed: Tensor, digits: Tensor) -> Tensor:  # noqa: ARG004
-        return digits.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is saved."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradient, None
 
 
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
