@@ -17,7 +17,10 @@ from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
 Decide = Callable[[float, float], bool]
-_MANY, _LEADERS = 32, 8  # of more than so many problems, so many are looked at first
+# Of more than so many problems, those with the largest ends are looked at first: so many by each
+# end.
+_MANY, _LEADERS = 32, 5
+_NEARLY = 1.25  # times the width that is wanted
 _PATIENCE = 4  # products for which the ends may be left as they are
 _SPEED_UP = 2.0  # the width may fall this many times as fast as it last did
 
@@ -146,9 +149,9 @@ class Ends:
     holds. A problem whose upper end has come down to the largest lower end is settled: it is left
     alone until the end.
 
-    Of many problems a few *leaders* are looked at first, those with the largest upper ends at the
-    last look at all. If the interval of the maximum over them is still wide, that over all seldom
-    is narrow.
+    Of many problems a few *leaders* are looked at first, those with the largest ends at the last
+    look at all. If the interval of the maximum over them is still wide, that over all seldom is
+    narrow. All are looked at once more shortly before, since others may lead by then.
 
     Args:
         lanczos: the run.
@@ -175,6 +178,7 @@ class Ends:
         self.top = np.zeros(problems)  # largest Ritz values
         self.seen_at = np.zeros(problems, dtype=int)  # after how many products
         self.leaders: NDArray[np.bool_] | None = None
+        self.widths_of_all: list[float] = []  # over what is wanted, at the last look at all
         self.waited = 0
         self.factor = 2.0  # by which a product may narrow the interval
 
@@ -213,14 +217,12 @@ class Ends:
         """
         before, products, self.waited = self.width(self.aims[0]), self.waited, 0
 
-        # 1. The leaders. Where there are none, all problems may have narrow ends.
-        may_be_narrow = True
+        # 1. The leaders.
         if self.leaders is not None:
             self._compute(self.leaders)
-            may_be_narrow = all(self.width(aim) <= aim.tol for aim in self.aims)
 
         # 2. All that may still matter.
-        if may_be_narrow or is_last:
+        if self.leaders is None or is_last or self._leaders_may_be_others():
             self._look_at_all()
 
         # 3. How fast the width may fall from now on.
@@ -228,6 +230,16 @@ class Ends:
         is_narrower = products > 0 and 0 < after < before < math.inf
         if is_narrower:
             self.factor = min(2.0, (before / after) ** (_SPEED_UP / products))
+
+    def _leaders_may_be_others(self) -> bool:
+        """Return whether all problems are to be looked at, for what the leaders show."""
+        widths = [self.width(aim) / aim.tol for aim in self.aims]
+        are_narrow = max(widths) <= 1
+        are_nearly_narrow = max(widths) <= _NEARLY
+        were_wide = any(
+            2 * width < before for width, before in zip(widths, self.widths_of_all, strict=True)
+        )
+        return are_narrow or (are_nearly_narrow and were_wide)
 
     def _look_at_all(self) -> None:
         """Compute the ends of the problems that are not settled, and choose the leaders."""
@@ -242,7 +254,10 @@ class Ends:
             return
         self.leaders = np.zeros_like(open_)
         for aim in self.aims:
-            self.leaders[np.argpartition(aim.factors * self.high, -_LEADERS)[-_LEADERS:]] = True
+            for ends in (self.low, self.high):
+                order = np.argpartition(aim.factors * ends, -_LEADERS)
+                self.leaders[order[-_LEADERS:]] = True
+        self.widths_of_all = [self.width(aim) / aim.tol for aim in self.aims]
 
     def _compute(self, chosen: NDArray[np.bool_]) -> None:
         """Compute the ends of some problems."""
