@@ -215,18 +215,27 @@ class Ends:
         Args:
             is_last: the run ends here in any case.
         """
-        before, products, self.waited = self.width(self.aims[0]), self.waited, 0
+        width = self.width(self.aims[0])
 
-        # 1. The leaders.
-        if self.leaders is not None:
+        # 1. The leaders, or all at the first look.
+        if self.leaders is None:
+            self._look_at_all()
+        else:
             self._compute(self.leaders)
+        self._estimate_factor(width)
 
-        # 2. All that may still matter.
-        if self.leaders is None or is_last or self._leaders_may_be_others():
+        # 2. All that may still matter. The leaders may be others then, with a wider interval.
+        if self.leaders is not None and (is_last or self._leaders_may_be_others()):
             self._look_at_all()
 
-        # 3. How fast the width may fall from now on.
+    def _estimate_factor(self, before: float) -> None:
+        """Estimate how fast the width may fall from now on.
+
+        Args:
+            before: width of the same problems' interval at the last look.
+        """
         after = self.width(self.aims[0])
+        products, self.waited = self.waited, 0
         is_narrower = products > 0 and 0 < after < before < math.inf
         if is_narrower:
             self.factor = min(2.0, (before / after) ** (_SPEED_UP / products))
