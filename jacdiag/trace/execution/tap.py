@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.execution.gradient_strides import with_regular_gradient
@@ -94,7 +95,8 @@ class Tap(TorchFunctionMode):
         for spot in spots:
             if spot.key is not None:
                 self.spots.setdefault(spot.key, {}).setdefault(spot.occurrence, []).append(spot)
-        self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
+        # Of tensors that are alive: each would hold its graph.
+        self.shadows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.grad:
@@ -154,7 +156,7 @@ class Tap(TorchFunctionMode):
 
             # 2. Put another in its place.
             if new is not tensor:
-                self.shadows[id(tensor)] = (tensor, new)
+                self.shadows[tensor] = new
                 args = map_leaves(self._shadowed, args)
                 kwargs = map_leaves(self._shadowed, kwargs)
         return args, kwargs
@@ -194,7 +196,7 @@ class Tap(TorchFunctionMode):
 
             # 3. What takes a result's place does so from now on.
             if new is not tensor:
-                self.shadows[id(tensor)] = (tensor, new)
+                self.shadows[tensor] = new
                 result = map_leaves(self._shadowed, result)
         return result
 
@@ -226,11 +228,13 @@ class Tap(TorchFunctionMode):
 
         What stands in for a tensor that is added to in place is replaced in its turn.
         """
-        shadow = self.shadows.get(id(leaf))
+        if not isinstance(leaf, Tensor):
+            return leaf
+
+        shadow = self.shadows.get(leaf)
         while shadow is not None:
-            # The original is held, so that no other object has its id.
-            _, leaf = shadow
-            shadow = self.shadows.get(id(leaf))
+            leaf = shadow
+            shadow = self.shadows.get(leaf)
         return leaf
 
 
