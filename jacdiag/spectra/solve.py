@@ -178,7 +178,7 @@ class Ends:
         self.top = np.zeros(problems)  # largest Ritz values
         self.seen_at = np.zeros(problems, dtype=int)  # after how many products
         self.leaders: NDArray[np.bool_] | None = None
-        self.widths_of_all: list[float] = []  # over what is wanted, at the last look at all
+        self.widths_of_all: list[float] = []  # of each maximum, at the last look at all
         self.waited = 0
         self.factor = 2.0  # by which a product may narrow the interval
 
@@ -242,9 +242,11 @@ class Ends:
 
     def _leaders_may_be_others(self) -> bool:
         """Return whether all problems are to be looked at, for what the leaders show."""
-        widths = [self.width(aim) / aim.tol for aim in self.aims]
-        are_narrow = max(widths) <= 1
-        are_nearly_narrow = max(widths) <= _NEARLY
+        widths = [self.width(aim) for aim in self.aims]
+        are_narrow = all(width <= aim.tol for width, aim in zip(widths, self.aims, strict=True))
+        are_nearly_narrow = all(
+            width <= _NEARLY * aim.tol for width, aim in zip(widths, self.aims, strict=True)
+        )
         were_wide = any(
             2 * width < before for width, before in zip(widths, self.widths_of_all, strict=True)
         )
@@ -266,7 +268,7 @@ class Ends:
             for ends in (self.low, self.high):
                 order = np.argpartition(aim.factors * ends, -_LEADERS)
                 self.leaders[order[-_LEADERS:]] = True
-        self.widths_of_all = [self.width(aim) / aim.tol for aim in self.aims]
+        self.widths_of_all = [self.width(aim) for aim in self.aims]
 
     def _compute(self, chosen: NDArray[np.bool_]) -> None:
         """Compute the ends of some problems."""

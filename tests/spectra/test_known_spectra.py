@@ -345,6 +345,16 @@ def test_many_problems_are_solved_as_if_all_were_looked_at(
     assert every.products <= found.products <= every.products + 4
 
 
+def test_many_problems_take_the_budget_where_no_width_is_enough() -> None:
+    problems = few_that_lead_at_first(60, 40, np.random.default_rng(0))
+    truth = torch.linalg.svdvals(problems)[:, 0].numpy()
+    start = torch.Generator().manual_seed(0)
+    solution = top_singular(DenseOperator(problems), tol=0.0, max_products=20, generator=start)
+    assert solution.products == 20 and solution.stop is Stop.BUDGET
+    assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
+    assert (solution.steps == 10) and np.isfinite(solution.upper).all()
+
+
 def test_few_of_many_problems_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     problems = torch.from_numpy(rng.standard_normal((200, 60, 60)))
