@@ -36,6 +36,7 @@ class NormJacobian(Operator):
     ) -> None:
         self.z, self.centred = z, centred
         self.gain = gain.to(z).reshape(*z.shape[:-1], 1)
+        self._mean, self._spread = torch.zeros_like(self.gain), torch.ones_like(self.gain)
         self.dtype, self.device = z.dtype, z.device
         self.set_batch_dims(batch_dims)
 
@@ -60,10 +61,10 @@ class NormJacobian(Operator):
         That is the backward of a layer norm at z, if its mean is taken for 0 and its spread for 1.
         torch makes it in one pass.
         """
-        gain = self.gain.to(u.dtype)  # a stream may be wider than its norms
-        mean, spread = torch.zeros_like(gain), torch.ones_like(gain)
+        # A stream may be wider than its norms.
+        z, mean, spread = (t.to(u.dtype) for t in (self.z, self._mean, self._spread))
         image: Tensor = torch.ops.aten.native_layer_norm_backward(
-            u, self.z.to(u.dtype), self.z.shape[-1:], mean, spread, None, None, [True, False, False]
+            u, z, z.shape[-1:], mean, spread, None, None, [True, False, False]
         )[0]
         return image
 
