@@ -31,6 +31,7 @@ TESTS = (
     "tests/trace/test_independence_by_dataflow.py",
     "tests/spectra",
     "tests/measure/test_branch_norms.py",
+    "tests/measure/test_replay_check.py",
     "tests/sources/test_source_strings.py",
     "tests/sources/test_checkpoint.py",
     "tests/sources/test_factory.py",
