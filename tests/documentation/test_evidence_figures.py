@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from functools import cache
 from typing import Any
 
@@ -60,6 +61,34 @@ def test_the_default_command_takes_what_was_measured() -> None:
     first_look, sublayers = phases["first look"], phases["sub-layers"]
     claim = f"this takes {first_look:.0f} s, and the sub-layers {sublayers:.0f} s"
     assert claim in page("docs/how-to/audit-a-model.md")
+
+
+def test_the_price_of_norms_and_audits_is_what_was_measured() -> None:
+    text = page("docs/evidence/cost.md")
+    run = result("spectral.json")
+
+    # 1. Compared with others: the median and the least of four sub-layers.
+    lines = {
+        "power, own products": "power iteration on our products. The fair comparison: the solver "
+        "alone differs",
+        "svds, own products": "`svds` on our products (it does not stop at 1%)",
+        "power, jvp": "power iteration by jvp (its products cost more)",
+        "svds, jvp": "`scipy.sparse.linalg.svds` on `torch.func` jvp and vjp (both)",
+    }
+    for peer, words in lines.items():
+        ratios = [contest["ratio"][peer] for contest in run["contests"]]
+        row = f"{words} | {statistics.median(ratios):.1f} | {min(ratios):.1f} |"
+        assert f"times faster than {row}" in text
+
+    # 2. An audit.
+    goals = {goal["what"]: goal["measured"] for goal in run["goals"]}
+    median = run["every_sublayer"]["median"]
+    assert f"median of 24 sub-layers | {median} |" in text
+    assert f"{median} forwards of the sub-layer" in page("README.md")
+    assert f"building | {run['audit']['share_outside_products']:.1%} |" in text
+    assert f"plain forwards | {run['recording']['recording_in_forwards']} |" in text
+    memory = goals["peak memory over a training step + basis"]
+    assert f"plus the Lanczos basis | {memory:.2f} |" in text
 
 
 class Backtest:
