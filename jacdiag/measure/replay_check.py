@@ -46,8 +46,8 @@ class ReplayCheck:
     past its shortcut, shows here alone. A branch that is linearised for its norms is compared by
     that Jacobian. If it is not, or if that rounds otherwise, the branch is run by itself.
 
-    Norms are not measured by the graph of this run, which would save a forward: it would be
-    compared with itself.
+    Norms are not measured by the graph of this run, although that would save a forward: the check
+    would compare this graph with itself.
 
     Args:
         sites: of one recorded forward.

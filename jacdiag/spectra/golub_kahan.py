@@ -332,8 +332,8 @@ _SMALL = 1e-12
 def norms(w: Tensor) -> Tensor:
     """Return the norms of the rows of (P, n) in the widest type of their device.
 
-    Chunks of n are summed in the dtype of w, for speed, if n is a multiple of a power of two; not
-    where a square might leave its range.
+    If n is a multiple of 64, chunks are summed in the dtype of w, for speed; not where a square
+    might leave its range.
     """
     # 1. By chunks.
     sizes: Tensor | None = None

@@ -95,7 +95,7 @@ class Tap(TorchFunctionMode):
         for spot in spots:
             if spot.key is not None:
                 self.spots.setdefault(spot.key, {}).setdefault(spot.occurrence, []).append(spot)
-        # Of tensors that are alive: each would hold its graph.
+        # Tensor -> what stands in for it. The tensor is not kept alive: it would keep its graph.
         self.shadows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
