@@ -350,6 +350,11 @@ def in_float64(tensor: Tensor, copy: bool = False) -> Tensor:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Compute in the types of the tensors, on the CPU and on every accelerator in use."""
+    # To switch it off takes longer than to see that it is off.
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+
     with ExitStack() as stack:
         for kind in ("cpu", *kinds_in_use()):
             if torch.amp.is_autocast_available(kind):

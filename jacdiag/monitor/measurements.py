@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.devices.accelerators import without_autocast
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import TraceError
 from jacdiag.monitor.batches import Batches
@@ -198,7 +198,7 @@ class Measurements:
                 f"about {tracing:.2g} s {_cadence_text(self.statistics_cadence)}"
             )
             if not self.probe_cadence.never:
-                with self.together.in_step():
+                with self.together.in_step(), self._undisturbed():
                     fits = self.together.fits(not self.live.fits(sites))
                     self.price = self.live.price(sites, tracing) if fits else None
                 if self.price is None:
@@ -510,14 +510,14 @@ class Measurements:
             raise TraceError("a buffer of the model is sharded, and only weights are gathered")
 
     def _undisturbed(self) -> ExitStack:
-        """Return a context without the hooks of the watch and without autocast."""
+        """Return a context without the hooks of the watch, and without autocast and TF32."""
         # The runs of the probe are no batches of the training.
         stack = ExitStack()
         if self.batches is not None:
             stack.enter_context(self.batches.away())
 
-        # Autocast would change the precision of what is measured.
-        stack.enter_context(without_autocast())
+        # Autocast and TF32 would change the precision of what is measured.
+        stack.enter_context(full_precision())
         return stack
 
     def _measure(self, sites: Sites, step: int, tracing: float, *, probe: bool) -> None:

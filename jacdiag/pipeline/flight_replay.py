@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.devices.host_memory import free_host_memory
 from jacdiag.errors import JacdiagError, MeasureError, one_line
 from jacdiag.measure.batch_values import find_nonfinite_values
@@ -149,7 +150,7 @@ def with_replay(request: Request, audit: Audit | None, report: Report) -> Report
 
     # 2. Run them.
     start = time.perf_counter()
-    with model_code():
+    with model_code(), full_precision():
         measured, computed, notes = _measure(request, _whole_model(request.source), flight)
     record = _record(request, report, flight, measured, computed, notes)
 

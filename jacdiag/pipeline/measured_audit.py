@@ -19,6 +19,7 @@ from jacdiag.comparison.baseline_file import check_same_size
 from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
 from jacdiag.devices.accelerators import has_float64, wait_for
 from jacdiag.devices.device_choice import check_precision, pick
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.devices.host_memory import free_host_memory, return_freed_memory
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
@@ -148,12 +149,12 @@ class Audit:
 
     def run(self) -> Report:
         """Measure the model and return the report, not yet judged."""
-        with model_code():
+        with model_code(), full_precision():
             return self._run()
 
     def trace(self) -> None:
         """Record the model on its probe and find its sub-layers; nothing is measured."""
-        with model_code():
+        with model_code(), full_precision():
             self._trace()
 
     def share_stats(self, other: Audit) -> None:

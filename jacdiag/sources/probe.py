@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ _DEFAULT_SEQ = 128
 _READABLE = ".npy, .bin (uint16) or .pt with token ids, or text in .txt, .md or .jsonl"
 _LENGTHWISE = r"sequence|seq_?len|length|position|context|block_?size"
 _MOST_TOKENS, _MOST_ROWS = 1 << 22, 4096  # that are read of a file
-_ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
+_ROWS = 1024  # of an embedding at a time: a table may be large, and stored in less than float32
 # a row whose std is under this share of the median row's was never trained, or is padding
 _DEAD = 0.1
 
@@ -557,11 +558,17 @@ def _trained_rows(table: nn.Embedding, weight: Tensor | None, vocab: int) -> Ten
 
     # 2. Rows near zero. A chunk at a time: a table may be large, and stored in less than float32.
     chunks = weight[:vocab].split(_ROWS)
-    std = torch.cat([chunk.float().cpu().std(dim=1, correction=0) for chunk in chunks])
+    std = torch.cat([_std_of_rows(chunk.float().cpu()) for chunk in chunks])
     trained &= std >= _DEAD * std.median()
 
     # 3. Twins.
     return trained & ~_twins(weight[:vocab])
+
+
+def _std_of_rows(rows: Tensor) -> Tensor:
+    """Return the std of each row of (n, d). `Tensor.std` along rows takes seven times as long."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    return torch.linalg.vector_norm(centred, dim=1) / math.sqrt(rows.shape[1])
 
 
 def _twins(rows: Tensor) -> Tensor:

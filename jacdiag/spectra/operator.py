@@ -21,9 +21,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.devices.packed_download import download
 from jacdiag.errors import MeasureError
-from jacdiag.spectra.rounding import full_precision
 
 Map = Callable[[Tensor], Tensor]
 Way = Literal["push", "pull"]

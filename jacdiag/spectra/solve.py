@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start, norms, read_together
 from jacdiag.spectra.interval import Array, largest_ritz_values, rounding_pad, upper_ends
 from jacdiag.spectra.operator import Operator, products_together
@@ -101,6 +102,7 @@ def top_singular(
     return solution
 
 
+@full_precision()
 def in_step(
     questions: Sequence[Question],
     *,
@@ -416,6 +418,7 @@ class _Run:
         )
 
 
+@full_precision()
 def inherited(
     operator: Operator,
     vectors: Tensor,

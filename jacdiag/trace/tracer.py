@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.devices.device_choice import check_precision
+from jacdiag.devices.float32_precision import full_precision
 from jacdiag.errors import SourceError, TraceError
 from jacdiag.sources.foreign_code import model_code, own_frames
 from jacdiag.sources.module_wrappers import unwrap
@@ -157,7 +158,13 @@ class Tracer:
 
     def trace(self) -> Sites:
         """Run all steps and return the sub-layers."""
-        with model_code(), torch.inference_mode(False), torch.no_grad(), borrowed():
+        with (
+            model_code(),
+            full_precision(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            borrowed(),
+        ):
             recording = self.record(self.skeleton)
             if self.compares_with_model:
                 recording = self.follow_model(recording)
