@@ -47,13 +47,13 @@ class _Flags:
     torch has two sets of them, and raises if the process reads one after it wrote the other.
 
     Attributes:
-        products, convolutions: the older set; None if it cannot be read.
+        products, convolutions: the older set; products is None if it cannot be read.
         of_backends: the newer set, one for each backend; () if it is not to be written, or does not
             exist.
     """
 
     products: str | None
-    convolutions: bool | None
+    convolutions: bool
     of_backends: tuple[str, ...]
 
     @classmethod
@@ -65,13 +65,13 @@ class _Flags:
                 products = torch.get_float32_matmul_precision()
                 convolutions = torch.backends.cudnn.allow_tf32
         except RuntimeError:
-            return cls(None, None, of_backends)
+            return cls(None, False, of_backends)
         return cls(products, convolutions, of_backends)
 
     def in_full_precision(self) -> _Flags:
         """Return the flags of full precision, in the set that the process uses."""
         if self.products is None:
-            return _Flags(None, None, ("ieee",) * len(self.of_backends))
+            return _Flags(None, False, ("ieee",) * len(self.of_backends))
         return _Flags("highest", False, ())
 
     def write(self) -> None:
@@ -94,7 +94,7 @@ class _Borrowed:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._depth = 0
-        self._before = _Flags(None, None, ())
+        self._before = _Flags(None, False, ())
 
     def enter(self) -> None:
         """Set the flags, if nobody has yet."""
