@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jacdiag.trace.execution.lazy_weights import Stored
 from jacdiag.trace.execution.meta_values import KnownValues
-from jacdiag.trace.graph.ops import GROUPED_PRODUCTS, LOOKUPS
+from jacdiag.trace.graph.ops import GROUPED_PRODUCTS, LOOKUPS, RECURRENT
 
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 _LARGE = 4096  # elements from which a tensor is worth looking at
@@ -115,6 +115,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Compute without the kernels of cuDNN: those of recurrent layers have no second derivative.
+
+    They have a first one in training mode only.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 class Precision:
     """Raises tensors of a state to `dtype` as calls read them.
 
@@ -188,6 +202,11 @@ class Precision:
         # 6. On the meta device, some values are known even so.
         if self.known is not None:
             return self.known.call(func, args, kwargs)
+
+        # 7. A recurrent layer, by a kernel that has a derivative in eval mode.
+        if name in RECURRENT:
+            with _without_cudnn():
+                return self._call_raised_if_needed(func, args, kwargs)
         return self._call_raised_if_needed(func, args, kwargs)
 
     def _read_attribute(
@@ -223,11 +242,14 @@ class Precision:
                 with default_dtype(self.dtype):
                     return func(*args, **kwargs)
 
-            # 3. Tensors of two dtypes. Any other error is the model's own.
-            if "dtype" not in message:
+            # 3. Tensors of two types, which torch calls "dtype", "scalar type" or "input type".
+            # Any other error is the model's own.
+            if "type" not in message:
                 raise
-            args, kwargs = self.raised(args, kwargs)
-            return func(*args, **kwargs)
+            raised_args, raised_kwargs = self.raised(args, kwargs)
+            if raised_args is args and raised_kwargs is kwargs:
+                raise
+            return func(*raised_args, **raised_kwargs)
 
     def raised(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -19,6 +19,8 @@ CONVOLUTIONS = frozenset(
         "conv_transpose3d",
     }
 )
+# A recurrent layer over all its steps.
+RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 # One step of a recurrent network.
 RECURRENT_CELLS = frozenset({"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"})
 # One product for each group of rows, as in a mixture of experts.
@@ -29,6 +31,7 @@ FUSED_MULTI_HEAD = "multi_head_attention_forward"
 # made of parameters.
 PRODUCTS = (
     CONVOLUTIONS
+    | RECURRENT
     | RECURRENT_CELLS
     | GROUPED_PRODUCTS
     | {
@@ -50,8 +53,6 @@ PRODUCTS = (
         "inner",
         "mv",
         "addmv",
-        "gru",
-        "lstm",
         "chain_matmul",
         "multi_dot",
     }
