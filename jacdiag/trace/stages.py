@@ -94,3 +94,9 @@ class Captured:
     branches: Sequence[Tensor]
     deterministic: bool
     culprit: str = ""
+
+    def as_deterministic(self, note: str) -> Captured:
+        """Return the same, two runs of which are to count as one, with a note on the reason."""
+        recording = self.residuals.recording
+        noted = recording.with_note(note, recording.stray)
+        return replace(self, residuals=replace(self.residuals, recording=noted), deterministic=True)

@@ -28,7 +28,12 @@ from jacdiag.trace.discovery.naming import home_of
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.discovery.residual_stream import Streams, StreamSum, owner_of
 from jacdiag.trace.discovery.unlisted_sums import left_out
-from jacdiag.trace.execution.determinism import culprit, same_output
+from jacdiag.trace.execution.determinism import (
+    close_output,
+    culprit,
+    repeats_with_deterministic_kernels,
+    same_output,
+)
 from jacdiag.trace.execution.hook_parity import OriginalRun
 from jacdiag.trace.execution.module_call import Call, prepared
 from jacdiag.trace.execution.replay import Replayer
@@ -43,6 +48,8 @@ from jacdiag.trace.graph.ops import PRODUCTS
 from jacdiag.trace.graph.recorder import Recorder, observe, record
 from jacdiag.trace.site_list import Sites
 from jacdiag.trace.stages import Captured, Recording, Residuals
+
+_ROUNDING = 1e-4  # relative: by which two runs may differ that only round otherwise
 
 
 def sites(
@@ -300,7 +307,33 @@ def capture_or_blame(residuals: Residuals) -> Captured:
 
     # 2. The call at which two runs begin to differ.
     call = culprit(recording.skeleton, root, recording.dtype)
-    return replace(captured, culprit=call or "two more runs agreed: it comes and goes")
+    if not call:
+        return replace(captured, culprit="two more runs agreed: it comes and goes")
+
+    # 3. The model may do the same, by kernels that round otherwise in every run.
+    if _differs_by_rounding_of_kernels(captured):
+        return captured.as_deterministic(
+            "two runs differ by rounding; they are the same with torch's deterministic kernels "
+            f"(torch.use_deterministic_algorithms): {call}"
+        )
+    return replace(captured, culprit=call)
+
+
+def _differs_by_rounding_of_kernels(captured: Captured) -> bool:
+    """Return whether two runs differ by rounding, and not at all with deterministic kernels."""
+    # 1. A run like the recorded one.
+    recording = captured.residuals.recording
+    root = recording.replayer.root
+    with borrowed(recording.graph.start):
+        args, kwargs = root.arguments()
+        _, output = observe(Recorder, recording.skeleton, args, kwargs, recording.dtype)
+    if not close_output(output, recording.output, _ROUNDING):
+        return False
+
+    # 2. Runs with other kernels.
+    return repeats_with_deterministic_kernels(
+        recording.skeleton, root, recording.dtype, recording.graph.start
+    )
 
 
 def capture(residuals: Residuals) -> Captured:

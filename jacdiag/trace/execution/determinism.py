@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.trace.execution.module_call import Call
+from jacdiag.trace.execution.rng_state import RandomState, another_draw, borrowed
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tensors import collect, tensors_in
 from jacdiag.trace.graph.graph import Node
@@ -44,6 +48,32 @@ def same_tensor(x: Tensor, y: Tensor) -> bool:
 
     # Bit for bit, but for NaN.
     return bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
+
+
+def close_output(a: Any, b: Any, tolerance: float) -> bool:
+    """Return whether two outputs of a model are equal to a relative tolerance; NaN counts as 0.
+
+    Args:
+        a: one output, a tensor or a container of tensors.
+        b: the other.
+        tolerance: of the norm of each tensor of `b`.
+    """
+    first = tensors_in(a)
+    second = tensors_in(b)
+    if len(first) != len(second):
+        return False
+    return all(_close_tensor(x, y, tolerance) for x, y in zip(first, second, strict=True))
+
+
+def _close_tensor(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors are equal to a relative tolerance."""
+    if x.shape != y.shape:
+        return False
+
+    # In float64, so that the norms do not overflow.
+    x = torch.nan_to_num(in_float64(x.detach()))
+    y = torch.nan_to_num(in_float64(y.detach()))
+    return bool((x - y).norm() <= tolerance * y.norm() + 1e-12)
 
 
 class Fingerprints(Recorder):
@@ -87,6 +117,52 @@ def culprit(skeleton: Skeleton, root: Call, dtype: torch.dtype) -> str:
     """Run the model twice more; return the first call whose results differ, "" if none does."""
     a, b = (observe(Fingerprints, skeleton, *root.arguments(), dtype)[0] for _ in range(2))
     return first_difference(a, b)
+
+
+def repeats_with_deterministic_kernels(
+    skeleton: Skeleton, root: Call, dtype: torch.dtype, start: RandomState | None
+) -> bool:
+    """Return whether runs are the same bit for bit where torch has deterministic kernels.
+
+    Some kernels add in another order in every run: on CUDA that of `index_add_`, for example.
+
+    Args:
+        skeleton: the model's code.
+        root: the arguments of the model.
+        dtype: precision of the runs.
+        start: of the random numbers that the model draws; None if it draws none. Another run then
+            draws other numbers.
+    """
+    # 1. What the runs draw.
+    draws = ["as recorded", "as recorded"]
+    if start is not None:
+        draws.append("anew")
+
+    # 2. The runs.
+    outputs = []
+    with _deterministic_kernels():
+        for draw in draws:
+            with borrowed(start):
+                if draw == "anew":
+                    another_draw()
+                args, kwargs = root.arguments()
+                _, output = observe(Recorder, skeleton, args, kwargs, dtype)
+            outputs.append(output)
+    return all(same_output(outputs[0], output) for output in outputs[1:])
+
+
+@contextmanager
+def _deterministic_kernels() -> Iterator[None]:
+    """Let torch choose deterministic kernels where it has them; other kernels run as ever."""
+    is_on = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
 
 
 def first_difference(a: Fingerprints, b: Fingerprints) -> str:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.sources.module_wrappers import plain_name
+from jacdiag.trace.execution.determinism import close_output
 from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.tensors import tensors_in
@@ -49,19 +50,10 @@ class OriginalRun:
         Args:
             output: what the copy returned.
         """
-        # 1. As many tensors.
-        of_copy = tensors_in(output)
-        of_model = tensors_in(self.output)
-        if len(of_copy) != len(of_model):
-            return False
-
-        # 2. The lowest precision of the weights sets the tolerance.
+        # The lowest precision of the weights sets the tolerance.
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
         tolerances = [_TOLERANCE.get(dtype, 0.0) for dtype in dtypes]
-        tolerance = max(tolerances, default=1e-3)
-
-        # 3. Equal to it.
-        return all(_close(a, b, tolerance) for a, b in zip(of_copy, of_model, strict=True))
+        return close_output(output, self.output, max(tolerances, default=1e-3))
 
     def first_stray(self, copy: nn.Module, run_copy: Callable[[], Any]) -> str:
         """Return the first module whose output differs between the copy and the model.
@@ -110,17 +102,6 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Return whether two tensors are equal to a relative tolerance; NaN counts as 0."""
-    if a.shape != b.shape:
-        return False
-
-    # In float64, so that the norms do not overflow.
-    a = torch.nan_to_num(in_float64(a.detach()))
-    b = torch.nan_to_num(in_float64(b.detach()))
-    return bool((a - b).norm() <= tolerance * b.norm() + 1e-12)
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
