@@ -67,6 +67,7 @@ from jacdiag.rules.thresholds import load_healthy
 from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.module_wrappers import plain_name
+from jacdiag.sources.offloaded_weights import placeholders_of
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of
 from jacdiag.spectra.interval import PAD, PAD_WITHOUT_FLOAT64
@@ -189,6 +190,7 @@ class Audit:
 
         # 3. Note what the dataflow hides, and end if it shows no sub-layer.
         self._notes += self._precision_notes()
+        self._notes += self._offloading_notes()
         self._notes += self.sites.notes
         self._notes += [f"hidden from the dataflow: {line}" for line in self.sites.hidden]
         self._notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
@@ -247,7 +249,9 @@ class Audit:
         # Weights that stay in their files are read from there.
         if self.request.source.weights is not None:
             return
-        if not any(parameter.is_meta for parameter in self.model.parameters()):
+        offloaded = placeholders_of(self.model)
+        shapes = [p for p in self.model.parameters() if p.is_meta and id(p) not in offloaded]
+        if not shapes:
             return
         hint = (
             "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes "
@@ -273,6 +277,16 @@ class Audit:
         return [
             f"{device.type} has no float64: norms of vectors are summed in float32, and each end "
             f"of an interval is moved outwards by {wide:.2%} (by {usual:.2%} with float64)"
+        ]
+
+    def _offloading_notes(self) -> list[str]:
+        """Return what is special about a model whose weights accelerate keeps elsewhere."""
+        count = len(placeholders_of(self.model))
+        if not count:
+            return []
+        return [
+            f"accelerate keeps {count} tensors elsewhere: all of them are brought to where the "
+            "model uses them, and tied ones count one by one"
         ]
 
     def _build_probe(self, number: int = 0) -> Probe:

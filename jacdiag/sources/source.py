@@ -20,6 +20,7 @@ from jacdiag.sources.formats.weight_files import weight_files
 from jacdiag.sources.input_facts import longest_sequence, vocabulary
 from jacdiag.sources.lazy_tensors import StoredWeights
 from jacdiag.sources.load_weights import fit
+from jacdiag.sources.offloaded_weights import placeholders_of
 from jacdiag.sources.tensor_sets import split_flat
 
 
@@ -71,10 +72,12 @@ class Source:
         if self.model is None or self.weights is not None:
             return torch.device("cpu")
 
-        # A model in memory is where its first parameter is.
-        for parameter in self.model.parameters():
-            return parameter.device
-        return torch.device("cpu")
+        # A model in memory is where its first parameter is used.
+        parameter = next(self.model.parameters(), None)
+        if parameter is None:
+            return torch.device("cpu")
+        offloaded = placeholders_of(self.model).get(id(parameter))
+        return parameter.device if offloaded is None else offloaded.device
 
     def to(self, device: torch.device) -> None:
         """Move the model; of one whose parameters stay in their files, move the buffers.
@@ -100,12 +103,18 @@ class Source:
         Args:
             parameter: of the model.
         """
+        # 1. In memory, or where accelerate keeps it.
         if not parameter.is_meta:
             return parameter.detach()
-        if self.model is None or self.weights is None:
+        if self.model is None:
+            return None
+        offloaded = placeholders_of(self.model).get(id(parameter))
+        if offloaded is not None:
+            return offloaded.read()
+        if self.weights is None:
             return None
 
-        # The file knows it by its name.
+        # 2. The file knows it by its name.
         names = {id(own): name for name, own in self.model.named_parameters()}
         return self.weights[names[id(parameter)]]
 

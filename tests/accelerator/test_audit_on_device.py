@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,17 @@ def test_a_device_without_float64_runs_in_float32(run: Callable[[str], jacdiag.R
 def test_float64_is_refused_where_there_is_none() -> None:
     with pretended_device(float64=False), pytest.raises(jacdiag.JacdiagError, match="no float64"):
         audit(NAME, dtype="float64")
+
+
+# -- weights that are kept elsewhere ---------------------------------------------------------------
+def test_weights_that_accelerate_keeps_on_the_cpu_are_audited_on_the_device(counts: Counts) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny().to(FIRST)
+    block = model.transformer["h"][0].to("cpu")
+    accelerate.cpu_offload(block, execution_device=torch.device(FIRST))
+
+    report = jacdiag.audit(model, ids().to(FIRST))
+    (note,) = report.notes
+    assert note.startswith("accelerate keeps 12 tensors elsewhere")
+    assert report.settings["device"] == FIRST
+    assert figures(replace(report, notes=[])) == figures(audit("cpu"))

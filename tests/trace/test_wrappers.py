@@ -354,3 +354,8 @@ def test_accelerate_hooks_have_the_same_sites(how: str, tmp_path: Path) -> None:
     found = assert_equal_sites(model)
     assert model(tokens()).shape == (*tokens().shape, V)
     assert found[0].shortcut.shape[-1] == D
+
+    # An audit takes it, too.
+    norms = [row.branch_norm for row in jacdiag.audit(model, tokens(), decide=True).sublayers]
+    expected = [row.branch_norm for row in jacdiag.audit(plain(), tokens(), decide=True).sublayers]
+    assert norms == expected

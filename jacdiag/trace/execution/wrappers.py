@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
+from jacdiag.sources.offloaded_weights import moves_weights, placeholders_of
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -50,10 +51,7 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     """
     # 1. Weights that are known already, and those that accelerate keeps elsewhere.
     _refuse_scripted_modules(module)
-    offloaded: dict[int, Tensor] = {}
-    for part in module.modules():
-        for placeholder, weight in _offloaded(part):
-            offloaded[id(placeholder)] = weight
+    offloaded = placeholders_of(module)
     weights: dict[int, Tensor] = dict(_GATHERED.get())
 
     # 2. The others. A model of which all parameters are on the meta device is looked at by
@@ -69,7 +67,7 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
         if gather is not None:
             weights[key] = gather()
         elif key in offloaded:
-            weights[key] = offloaded[key]
+            weights[key] = offloaded[key].read()
         elif tensor.is_meta and not valueless:
             raise TraceError(
                 f"parameter '{name}' is on the meta device: it has a shape and no values",
@@ -118,42 +116,6 @@ def refuse_flat_shards(module: nn.Module) -> None:
                 "FullyShardedDataParallel.summon_full_params(model):`, "
                 "or use fully_shard (FSDP2), whose weights are gathered by themselves",
             )
-
-
-def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
-    """Yield accelerate's hooks on a module, one by one where it has put several in sequence."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        return
-    yield from getattr(hook, "hooks", [hook])
-
-
-def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the placeholders of a module's own weights, each with the weight."""
-    # 1. The placeholders.
-    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    placeholders = [(name, tensor) for name, tensor in named if tensor.is_meta]
-
-    # 2. The weight of each, where a hook of accelerate keeps them.
-    for hook in _hooks_of_accelerate(module):
-        weights = getattr(hook, "weights_map", None)
-        if weights is None or not _offloads(hook):
-            continue
-        for name, placeholder in placeholders:
-            yield placeholder, weights[name]
-
-
-def _offloads(hook: Any) -> bool:
-    """Return whether a hook of accelerate brings weights in for each call."""
-    return bool(getattr(hook, "offload", False))
-
-
-def moves_weights(module: nn.Module) -> bool:
-    """Return whether accelerate's hook brings a module's weights in for each call.
-
-    A copy has them in place anyway.
-    """
-    return any(_offloads(hook) for hook in _hooks_of_accelerate(module))
 
 
 def skipped_attributes(module: nn.Module) -> set[str]:
