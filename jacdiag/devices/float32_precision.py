@@ -125,5 +125,6 @@ def _without_advice() -> Iterator[None]:
 
 def _newer_set() -> list[Any]:
     """Return the backends that hold the newer set of flags; [] before torch 2.9."""
-    backends = [reduce(getattr, path.split("."), torch.backends) for path in _BACKENDS]
-    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    if not hasattr(torch.backends, "fp32_precision"):
+        return []
+    return [reduce(getattr, path.split("."), torch.backends) for path in _BACKENDS]
