@@ -156,6 +156,25 @@ def wait_for(device: torch.device) -> None:
         synchronize()
 
 
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device; the host waits for the copy only if that device is the CPU.
+
+    A copy to the CPU that does not block returns memory that the accelerator fills later. Whoever
+    reads it before a wait reads what happens to be there.
+
+    Args:
+        tensor: on any device.
+        device: where it is needed.
+        dtype: of the result; that of the tensor if not given.
+
+    Example:
+        >>> send(torch.ones(2), torch.device("cpu"), torch.float64)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    is_host = device.type == "cpu"
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=not is_host)
+
+
 def is_capturing() -> bool:
     """Return whether operations are recorded into a graph of a device, and not run."""
     for kind in kinds_in_use():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.devices.accelerators import widest
+from jacdiag.devices.accelerators import send, widest
 from jacdiag.devices.pinned_download import Download
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
@@ -243,7 +243,7 @@ class StepMetrics:
         if scale is None:
             return stacked
         dtype = self.squares.dtype
-        return stacked.to(dtype) / scale.to(self.device, dtype, non_blocking=True)
+        return stacked.to(dtype) / send(scale, self.device, dtype)
 
     def sum_squares(self, tensors: Sequence[Tensor | None]) -> Sums:
         """Return the sum of squares of each tensor.
@@ -368,9 +368,8 @@ class StepMetrics:
 
     def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
         """Put the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
-        self.table[self.slot, MICRO : MICRO_SUM + 1] = sums.to(
-            self.device, self.table.dtype, non_blocking=True
-        )
+        on_device = send(sums, self.device, self.table.dtype)
+        self.table[self.slot, MICRO : MICRO_SUM + 1] = on_device
         self.now.micro_batches = count
         self.now.sequences = sequences
 
