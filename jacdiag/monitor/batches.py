@@ -83,6 +83,7 @@ class Batches:
         seen: forwards in train mode.
         in_eval: forwards in eval mode with gradients.
         in_compiled: steps whose batch is that of a compiled forward.
+        in_graph: forwards that were captured into a CUDA graph. A replay of it calls no hook.
         failed: what went wrong in the hook, for the watch to say.
         seconds: that the hook took since they were last charged.
     """
@@ -97,7 +98,7 @@ class Batches:
         self.first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.prints: list[Print] = []  # of the micro-batches of the step at hand
         self.step = 1
-        self.seen = self.in_eval = self.in_compiled = 0
+        self.seen = self.in_eval = self.in_compiled = self.in_graph = 0
         self.failed: Exception | None = None
         self.seconds = 0.0
         self._place_weights, self._signatures = PlaceWeights(), Signatures()
@@ -131,6 +132,9 @@ class Batches:
         """Take a call of the forward that is not compiled."""
         # 1. Leave out what is no batch of the training, such as an evaluation inside the loop.
         if self.failed is not None or _is_being_recorded():
+            return
+        if is_capturing():
+            self.in_graph += 1
             return
         if not module.training:
             self.in_eval += torch.is_grad_enabled()
@@ -219,16 +223,10 @@ class Batches:
 
 
 def _is_being_recorded() -> bool:
-    """Whether the forward runs to be recorded, by jit, by make_fx, or into a CUDA graph.
-
-    Such a call has no batch.
-    """
+    """Whether the forward runs to be recorded, by jit or by make_fx. Such a call has no batch."""
     if torch.jit.is_tracing():
         return True
-    if _get_proxy_mode()() is not None:  # by make_fx
-        return True
-
-    return is_capturing()
+    return _get_proxy_mode()() is not None  # by make_fx
 
 
 @cache

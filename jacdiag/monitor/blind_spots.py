@@ -103,6 +103,13 @@ class Silence:
             return
         if batches.kept is None and not probe.is_needed:
             return
+        if batches.in_graph:
+            self.warn(
+                "no batch",
+                f"the forward of {kind} was captured into a CUDA graph, and a replay of it calls "
+                f"no hook: no batch is seen or kept. {_PASS_PROBE}",
+            )
+            return
         if batches.in_eval:
             self.warn(
                 "no batch",

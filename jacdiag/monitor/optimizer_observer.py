@@ -28,7 +28,9 @@ _NO_WRITES = "writes to weights between the steps are not looked for from now on
 _RATE_JUMP = 2.0  # times the rate of the step before; a warm-up beyond its first steps is slower
 _SAMPLE = 32  # parameters whose count of changes is looked at
 _REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
-_NO_HOOK_RAN = (StepOutcome.COMPILED, StepOutcome.UNSEEN)
+_NO_HOOK_RAN = (StepOutcome.COMPILED, StepOutcome.REPLAYED, StepOutcome.UNSEEN)
+# Every optimizer counts as having stepped in these: no hook says which did.
+_ALL_STEP = (StepOutcome.COMPILED, StepOutcome.REPLAYED)
 
 
 class OptimizerObserver:
@@ -177,10 +179,22 @@ class OptimizerObserver:
             self._is_compiled = True
             return StepOutcome.COMPILED
         if self._stepped:
+            self._note_seen()
             return StepOutcome.SEEN
+        if self._may_be_replayed():
+            return StepOutcome.REPLAYED
         if has_changed:
             return StepOutcome.UNSEEN
         return StepOutcome.NONE
+
+    def _note_seen(self) -> None:
+        """Note a step whose hooks ran."""
+        if self.hooks is not None:
+            self.hooks.captured.step_seen()
+
+    def _may_be_replayed(self) -> bool:
+        """Return whether steps may be replays of a CUDA graph, which call no hook."""
+        return self.hooks is not None and self.hooks.captured.may_be_replayed
 
     def complete_row(self, outcome: StepOutcome) -> StepMetrics:
         """Add to the row at hand what the hooks have left, and what they could not read.
@@ -219,8 +233,7 @@ class OptimizerObserver:
         metrics.now.late = True
 
     def _close_turn(self, turn: UpdateTurn, metrics: StepMetrics, outcome: StepOutcome) -> None:
-        # Compiled steps call no hook, so that all optimizers count as having stepped.
-        if outcome is StepOutcome.COMPILED and turn.opened:
+        if outcome in _ALL_STEP and turn.opened:
             for place in range(len(self.optimizers.leaves)):
                 turn.note_step(place)
             turn.measure(metrics)
@@ -241,10 +254,27 @@ class OptimizerObserver:
         for place, leaf in enumerate(self.optimizers.leaves):
             if place in self._rates:
                 rates += self._rates[place]
+            elif outcome is StepOutcome.REPLAYED:
+                rates += self._rates_of_replay(leaf)
             elif outcome in _NO_HOOK_RAN:
                 rates += learning_rates(leaf)
             else:
                 rates += [None] * len(leaf.param_groups)
+        return rates
+
+    def _rates_of_replay(self, leaf: Any) -> list[float | Tensor | None]:
+        """Return the learning rates of a step that is replayed.
+
+        A rate that was a number when the step was captured is a part of the graph: a scheduler that
+        changes it later changes nothing.
+        """
+        rates = learning_rates(leaf)
+        if self.hooks is None:
+            return rates
+        in_graph = self.hooks.captured.rates.get(id(leaf), [])
+        for place, rate in enumerate(in_graph[: len(rates)]):
+            if rate is not None:
+                rates[place] = rate
         return rates
 
     def rate_of_step(self, passed_rate: float | None, row: StepRow) -> float | None:
@@ -270,8 +300,9 @@ class OptimizerObserver:
         self._stepped.clear()
         self._read.clear()
         self._rates.clear()
-        # No hook will run before the next step of compiled code.
-        if self._is_compiled and self.update_every != 0:
+        # No hook will run before the next step of compiled code, or before a replay.
+        runs_without_hooks = self._is_compiled or self._may_be_replayed()
+        if runs_without_hooks and self.update_every != 0:
             with self.guards.part("updates", _NO_UPDATES):
                 self._open_turn(None, has_closure=True)
 

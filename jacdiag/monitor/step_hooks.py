@@ -6,14 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from jacdiag.devices.accelerators import is_capturing
 from jacdiag.errors import UsageError
 from jacdiag.monitor.guards import logger
 from jacdiag.monitor.optimizers import OptimizerTree
 
 StepCallback = Callable[[Any, bool], None]
 
+# Steps in a row whose hooks ran, after which a graph that was captured earlier is taken for unused.
+# A loop that replays one makes a step without it now and then, as for the last batch of an epoch.
+_EAGER_AGAIN = 10
 
 _OF_A_METHOD = ("__func__", "__self__", "__name__", "__wrapped__")
 
@@ -30,17 +35,57 @@ class CompiledMark:
         self.ran = False
 
 
+class CapturedSteps:
+    """The steps that were captured into a CUDA graph.
+
+    The hooks run once, while the step is captured, and never when the graph is replayed. What they
+    would launch then would become a part of the graph, and nothing of it would be computed. So they
+    only note the step here.
+
+    Attributes:
+        rates: id of an optimizer -> the learning rate of each parameter group, as the graph holds
+            it. None stands for a rate that lies on a device: the graph reads it at every replay.
+    """
+
+    def __init__(self) -> None:
+        """Begin before any step."""
+        self.rates: dict[int, list[float | None]] = {}
+        self._seen_since = 0
+
+    @property
+    def may_be_replayed(self) -> bool:
+        """Whether a step that no hook has seen may be the replay of a graph."""
+        return bool(self.rates)
+
+    def note(self, optimizer: Any) -> None:
+        """Note that the step of an optimizer is captured; launches nothing."""
+        groups = getattr(optimizer, "param_groups", ())
+        self.rates[id(optimizer)] = [_rate_in_graph(group.get("lr")) for group in groups]
+        self._seen_since = 0
+
+    def step_seen(self) -> None:
+        """Note a step whose hooks ran; after many in a row the graph is not used any more."""
+        self._seen_since += 1
+        if self._seen_since >= _EAGER_AGAIN:
+            self.rates.clear()
+
+
 class StepHooks:
     """Hooks that call `before` and `after` around the step of each optimizer, until `remove`.
 
     Each is called with the optimizer and whether the step was given a closure: then the gradients
     are computed inside the step. An optimizer whose class runs torch's own step hooks gets those.
-    On any other, the attribute `step` of the object is covered by a `CoveredStep`.
+    On any other, the attribute `step` of the object is covered by a `CoveredStep`. A step that is
+    compiled, or captured into a CUDA graph, is only noted.
 
     Args:
         tree: the optimizers.
         before: called before a step.
         after: called after a step that raised nothing.
+
+    Attributes:
+        mark: of compiled steps.
+        captured: the steps that were captured.
 
     Raises:
         UsageError: an optimizer allows neither hooks nor an attribute.
@@ -49,6 +94,7 @@ class StepHooks:
     def __init__(self, tree: OptimizerTree, before: StepCallback, after: StepCallback) -> None:
         """Put the hooks on every optimizer, or on none; see the class for the arguments."""
         self.mark = CompiledMark()
+        self.captured = CapturedSteps()
         self._removers: list[Callable[[], None]] = []
         try:
             for optimizer in tree.leaves:
@@ -70,7 +116,7 @@ class StepHooks:
             after: called after a step that raised nothing.
             needed: raise if that is not possible.
         """
-        mark = self.mark
+        mark, captured = self.mark, self.captured
         # 1. By torch's own hooks.
         if runs_torch_hooks(optimizer):
 
@@ -78,10 +124,15 @@ class StepHooks:
                 if torch.compiler.is_compiling():
                     mark.ran = True
                     return
+                if is_capturing():
+                    captured.note(stepping)
+                    return
                 before(stepping, _has_closure(args, kwargs))
 
             def post_hook(stepping: Any, args: Any, kwargs: Any) -> None:
                 if torch.compiler.is_compiling():
+                    return
+                if is_capturing():
                     return
                 after(stepping, _has_closure(args, kwargs))
 
@@ -90,7 +141,7 @@ class StepHooks:
             return
 
         # 2. By covering its `step`.
-        cover = CoveredStep(optimizer, mark, before, after)
+        cover = CoveredStep(optimizer, mark, captured, before, after)
         try:
             cover.attach()
         except (AttributeError, TypeError) as error:
@@ -126,16 +177,23 @@ class CoveredStep:
     Args:
         optimizer: the object.
         mark: set where the call is compiled.
+        captured: takes note of a call that is captured.
         before: called before a step.
         after: called after a step that raised nothing.
     """
 
     def __init__(
-        self, optimizer: Any, mark: CompiledMark, before: StepCallback, after: StepCallback
+        self,
+        optimizer: Any,
+        mark: CompiledMark,
+        captured: CapturedSteps,
+        before: StepCallback,
+        after: StepCallback,
     ) -> None:
         """Note the step that is to be covered; `attach` covers it."""
         self.optimizer = optimizer
         self.mark = mark
+        self.captured = captured
         self.before = before
         self.after = after
         self.step = optimizer.step
@@ -176,6 +234,9 @@ class CoveredStep:
             self.mark.ran = True
             return self.step(*args, **kwargs)
         if not self.active:
+            return self.step(*args, **kwargs)
+        if is_capturing():
+            self.captured.note(self.optimizer)
             return self.step(*args, **kwargs)
 
         # 2. Call the callbacks around the step. It may itself end the watch.
@@ -229,6 +290,15 @@ def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     # 2. Passed by its place. An optimizer may be callable itself.
     others = [argument for argument in args if not isinstance(argument, Optimizer)]
     return any(map(callable, others))
+
+
+def _rate_in_graph(rate: Any) -> float | None:
+    """Return the learning rate that a graph holds; None if it reads the rate at every replay."""
+    if rate is None:
+        return None
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return None
+    return float(rate)
 
 
 def _do_nothing(optimizer: Any, closure: bool) -> None:

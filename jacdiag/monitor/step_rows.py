@@ -223,7 +223,7 @@ def _is_skipped(row: StepRow, has_found_inf: bool, is_overflow: bool) -> bool | 
 
     A loss scaler that meets an overflow does not call the optimizer, so that no hook runs. An
     optimizer that steps by methods of its own and writes to `.data` looks the same. That one has
-    never been seen to step.
+    never been seen to step. Whether a CUDA graph with the step was replayed is not known either.
 
     Args:
         row: the step.
@@ -231,6 +231,8 @@ def _is_skipped(row: StepRow, has_found_inf: bool, is_overflow: bool) -> bool | 
         is_overflow: a norm was not finite.
     """
     # 1. The optimizer was called.
+    if row.optimizer_step == StepOutcome.REPLAYED:
+        return None
     if row.optimizer_step != StepOutcome.NONE:
         return has_found_inf
 

@@ -18,12 +18,15 @@ class StepOutcome(StrEnum):
     Attributes:
         SEEN: the hooks of a step ran.
         COMPILED: a step ran that `torch.compile` had compiled; its hooks are not in it.
+        REPLAYED: no hook ran, after a step had been captured into a CUDA graph. A replay of it runs
+            no Python code, so that it cannot be told from a step that was left out.
         UNSEEN: no hook ran, and the weights changed.
         NONE: no hook ran, and the weights did not change as far as PyTorch counts changes.
     """
 
     SEEN = "seen"
     COMPILED = "compiled"
+    REPLAYED = "replayed"
     UNSEEN = "unseen"
     NONE = "none"
 
@@ -83,6 +86,8 @@ class StepUsage:
         # 1. Steps that no hook has seen.
         if outcome is StepOutcome.COMPILED:
             self._explain_compiled()
+        if outcome is StepOutcome.REPLAYED:
+            self._explain_replayed()
         if outcome is StepOutcome.UNSEEN:
             self._unseen += 1
         else:
@@ -128,6 +133,19 @@ class StepUsage:
             "are not in it: gradient norms are read at w.step(), and the update norm keeps a copy "
             "of one sub-layer between two calls. Call optimizer.zero_grad() after w.step(loss), or "
             "no gradient is left to read; pass lr= if a scheduler steps before w.step()",
+        )
+
+    def _explain_replayed(self) -> None:
+        """Say what is read and what is not if the step is replayed."""
+        self.warn(
+            "replayed",
+            f"the step of {self.kinds} was captured into a CUDA graph, and a replay of it calls no "
+            "hook of the watch. Gradient norms are read at w.step(), if the gradients are still "
+            "there then, and the update norm keeps a copy of one sub-layer between two calls. What "
+            "cannot be measured: whether a step was left out, weights that are not finite before "
+            "the step, weights that something else has written, and histograms of gradients. The "
+            "batches are not seen either if the forward is in the graph. Call w.step(loss) once "
+            "after each graph.replay()",
         )
 
     def _unseen_text(self) -> str:

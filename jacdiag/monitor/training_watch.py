@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from jacdiag.devices.accelerators import is_capturing
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import UsageError, one_line
 from jacdiag.monitor.batches import Batches
@@ -35,6 +36,10 @@ from jacdiag.records.run_log import Alert
 
 # A signal waits for a step of another thread to end: how often it looks, and the seconds between.
 _LOOKS, _PAUSE = 300, 0.01
+_CAPTURED = (
+    "w.step() was called while a CUDA graph was captured: no step is made then, and nothing is "
+    "measured. Call w.step(loss) once after each graph.replay()"
+)
 
 
 class Watch:
@@ -185,6 +190,9 @@ class Watch:
     ) -> None:
         """Take one optimizer step; call it once per step, after `optimizer.step()`.
 
+        If the step is a CUDA graph, call it after each replay. While a graph is captured, it does
+        nothing.
+
         Args:
             loss: of this step, a tensor or a number; None if the loop does not know it.
             grad_norm: what `clip_grad_norm_` returned, if the loop clips.
@@ -205,6 +213,10 @@ class Watch:
                 "step of a watch that is closed",
                 hint="call it before close(), inside the `with` block",
             )
+        # What is launched now would become a part of the graph, and no step is made.
+        if is_capturing():
+            self.record.warn("captured", _CAPTURED)
+            return
         self.thread = threading.get_ident()
         self.busy = True
         try:
@@ -345,10 +357,12 @@ class Watch:
         Without this call that happens at the first update. A loop whose gradients are computed
         inside the optimizer's step needs it, since the first update comes too early there. Called
         in such a loop at each step, after the backward and before the update, it also looks for
-        gradients and weights that are not finite by then.
+        gradients and weights that are not finite by then. While a CUDA graph is captured, it does
+        nothing.
         """
-        if not self.inert and not self.closed:
-            self.observer.prepare()
+        if self.inert or self.closed or is_capturing():
+            return
+        self.observer.prepare()
 
     def set_optimizer(self, optimizer: Any) -> None:
         """Watch another optimizer from now on; call after it has replaced the one that was watched.
@@ -373,6 +387,9 @@ class Watch:
 
     # -- the log -----------------------------------------------------------------------------------
     def _flush(self) -> None:
+        # The host may not wait for a device whose work is being captured into a graph.
+        if is_capturing():
+            return
         started = time.perf_counter()
         self.measurements.flush(self.clock)
         self.clock.charge("log", time.perf_counter() - started)

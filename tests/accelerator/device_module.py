@@ -286,8 +286,21 @@ def is_bf16_supported() -> bool:
 
 
 def is_current_stream_capturing() -> bool:
-    """Return False: nothing is captured into a graph here."""
-    return False
+    """Return whether a block of `capturing` is active."""
+    return machine().is_capturing
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Let a graph be captured for a while: the host may not wait for the device in the block.
+
+    Operations are computed all the same, and nothing can be replayed.
+    """
+    machine().is_capturing = True
+    try:
+        yield
+    finally:
+        machine().is_capturing = False
 
 
 def get_device_name(device: Any = None) -> str:

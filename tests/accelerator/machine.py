@@ -133,6 +133,7 @@ class Machine:
         self.launched = 0
         self.current = 0
         self.stream = 0
+        self.is_capturing = False
         self.live = [0] * switches.devices
         self.peak = [0] * switches.devices
         self.generators = [torch._C.Generator() for _ in range(switches.devices)]
@@ -182,8 +183,11 @@ class Machine:
             until: waits only for what was launched before this number of operations.
 
         Raises:
-            RuntimeError: pinned memory was overwritten before its upload was done.
+            RuntimeError: pinned memory was overwritten before its upload was done, or a graph is
+                being captured.
         """
+        if self.is_capturing:
+            raise RuntimeError(f"{NAME} error: operation not permitted when stream is capturing")
         setattr(self.counts, kind, getattr(self.counts, kind) + 1)
         self.counts.places[f"{kind} {_line_of_jacdiag(sys._getframe(1))}"] += 1
         self.finish_copies(stream=stream, until=until)

@@ -15,7 +15,10 @@ formula in the block, on the CPU as well. Switches take abilities away, such as
 `float64=False`, `generator=False`, `memory=2**20` and `devices=2`: see `machine.Switches`. A
 non-blocking download gives NaN until the host waits for it, with `synchronize` or with an event.
 
-What it does not show: time; a missing wait of one stream for another; `torch.compile` and graphs.
+In a block of `device_module.capturing` a wait raises, as it does while CUDA captures a graph.
+
+What it does not show: time; a missing wait of one stream for another; `torch.compile`; the replay
+of a graph.
 A bare "pretended" means index 0 in `Tensor.to`, whichever device is the current one. An error that
 a Python hook raises inside a backward pass ends the process: torch asks this backend for a stream
 while the error is on its way. An error of a kernel is raised as usual.
