@@ -156,6 +156,22 @@ def wait_for(device: torch.device) -> None:
         synchronize()
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until a device has done what its current stream was given.
+
+    Other streams, which may hold copies of the next batches, are not waited for.
+
+    Args:
+        device: any device. On the CPU there is nothing to wait for.
+    """
+    current_stream = getattr(module_of(device.type), "current_stream", None)
+    # MPS has one stream, and no function that names it.
+    if device.type == "cpu" or current_stream is None:
+        wait_for(device)
+        return
+    current_stream(device).synchronize()
+
+
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on a device; the host waits for the copy only if that device is the CPU.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.devices.accelerators import wait_for_stream
 from jacdiag.devices.float32_precision import full_precision
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import TraceError
@@ -35,7 +36,14 @@ from jacdiag.monitor.parameter_groups import (
 from jacdiag.monitor.schedule import Cadence, Clock
 from jacdiag.monitor.sharded_weights import GatheredWeights, is_shard
 from jacdiag.monitor.square_sums import find_nonfinite
-from jacdiag.monitor.step_metrics import FIRST, GIVEN_PART, WRITTEN, StepMetrics, StepRow
+from jacdiag.monitor.step_metrics import (
+    FIRST,
+    GIVEN_PART,
+    WRITTEN,
+    DeviceWait,
+    StepMetrics,
+    StepRow,
+)
 from jacdiag.monitor.step_rows import NonfiniteNames, build_step_row
 from jacdiag.monitor.weight_writes import NOTED, WeightWrites
 from jacdiag.records import Finding, Report
@@ -233,6 +241,7 @@ class Measurements:
             if self.writes is not None:
                 self.writes.settle(self.metrics)
             rows, table = self.metrics.read()
+            self._share_wait(self.metrics.last_wait, clock)
             self.looks = self.metrics.looks
             if self.together.sharded:
                 table = self._sum_over_ranks(table)
@@ -243,6 +252,17 @@ class Measurements:
                 self._write_steps(self.metrics, rows, table, nonfinite)
             self._announce_share(clock)
             self._check_model()
+
+    def _share_wait(self, wait: DeviceWait, clock: Clock) -> None:
+        """Count a wait for the training as time of the steps that were waited for."""
+        clock.share_wait(wait.seconds, wait.steps)
+
+    def wait_before_first(self) -> None:
+        """Wait for the device before the first measurements, so that they are timed alone."""
+        if self.metrics is not None or not self.guards.on("figures"):
+            return
+        with self.guards.part("figures", _NO_FIGURES):
+            wait_for_stream(local(next(self.model.parameters())).device)
 
     def _sum_over_ranks(self, table: Tensor) -> Tensor:
         """Sum the squares of all ranks; `found_inf` is the same on each of them."""
@@ -403,7 +423,8 @@ class Measurements:
         if not due.probe and not due.statistics:
             return
 
-        # 2. Measure it on the model as it is now.
+        # 2. Measure it on the model as it is now. The training's own work comes first.
+        self._share_wait(self.metrics.wait(), clock)
         started = time.perf_counter()
         sites, tracing = self._trace()
         if sites is not None:

@@ -308,6 +308,7 @@ class OptimizerObserver:
 
     # -- hooks of the optimizers -------------------------------------------------------------------
     def _before_step(self, optimizer: Any, has_closure: bool) -> None:
+        self.measurements.wait_before_first()
         started = time.perf_counter()
         place = self._place_of(optimizer)
 

@@ -207,12 +207,14 @@ class Clock:
         spent: measurement -> seconds so far.
         last: when the last step ended; None before the first one.
         own: seconds of the watch's own work since then.
+        waited: seconds in which the host waited for the training's own work on an accelerator.
     """
 
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     spent: dict[str, float] = field(default_factory=dict)
     last: float | None = None
     own: float = 0.0
+    waited: float = 0.0
 
     def step_ended(self, now: float) -> float | None:
         """Return the seconds since the last step's end, without the watch's own work."""
@@ -231,6 +233,25 @@ class Clock:
         """Add seconds of the watch's own work."""
         self.spent[measurement] = self.spent.get(measurement, 0.0) + seconds
         self.own += seconds
+
+    def share_wait(self, seconds: float, count: int) -> None:
+        """Share a wait for the training's own work among the last steps.
+
+        An accelerator is behind the host. What it still has to do when the watch reads its figures
+        is the work of these steps, and not of the watch.
+
+        Args:
+            seconds: that the host waited.
+            count: of the steps, without one whose seconds are not known.
+        """
+        # 1. The step at hand, in which the host waited, is not longer for it.
+        self.waited += seconds
+        self.own += seconds
+
+        # 2. Those that it waited for are. Only the last ones are still here.
+        first = max(len(self.steps) - count, 0)
+        for place in range(first, len(self.steps)):
+            self.steps[place] += seconds / count
 
     @property
     def step_seconds(self) -> float | None:

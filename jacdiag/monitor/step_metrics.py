@@ -6,6 +6,7 @@ The host looks at the device once in `log_every` steps.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.devices.accelerators import send, widest
+from jacdiag.devices.accelerators import send, wait_for_stream, widest
 from jacdiag.devices.pinned_download import Download
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
@@ -109,6 +110,19 @@ class GradientsOnDevice:
     norms: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceWait:
+    """A wait of the host for what the device had still to do of some steps.
+
+    Attributes:
+        seconds: that it took.
+        steps: among whose times it was shared.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+
+
 @dataclass
 class StepMetrics:
     """The metrics of the last steps: a table on the device, and the rows of the host.
@@ -123,6 +137,7 @@ class StepMetrics:
         table: the numbers of each step, (capacity, FIRST).
         squares: the sum of squares of each gradient, (capacity, parameters).
         looks: how often the host waited for the device.
+        last_wait: the wait for the rows read last.
     """
 
     groups: SublayerGroups
@@ -151,6 +166,7 @@ class StepMetrics:
 
         # 3. The row at hand, and what is kept between steps.
         self.now = StepRow()
+        self.last_wait = DeviceWait()
         self._indices: dict[tuple[int, ...], Tensor] = {}  # places of some parameters -> on device
         # row -> a number for each weight that is finite if the weight is
         self._weights: dict[int, Tensor] = {}
@@ -264,7 +280,7 @@ class StepMetrics:
         # Begin again once there are too many: sets may be other ones at every step.
         if len(self._indices) >= _MOST_SETS:
             self._indices.clear()
-        index = torch.tensor(places, dtype=torch.long).to(self.device)
+        index = send(torch.tensor(places, dtype=torch.long), self.device)
         self._indices[places] = index
         return index
 
@@ -390,6 +406,7 @@ class StepMetrics:
             CPU: the columns of the table, then the sum of squares of each group.
         """
         rows = self.rows
+        self.last_wait = DeviceWait()
         count, groups = len(rows), len(self.groups.labels)
         if not rows:
             self._read_squares, self._read_weights = self.squares[:0], {}
@@ -413,7 +430,9 @@ class StepMetrics:
         ]
         flat = torch.cat([self.table[:count].flatten(), sums.flatten(), *rates])
         self._count_look()
+        started = time.perf_counter()
         numbers = Download(flat).read().double()
+        self.last_wait = self._share_wait(started)
         columns, squares, read_rates = numbers.split([count * FIRST, count * groups, len(rates)])
         for (row, group), rate in zip(places, read_rates.tolist(), strict=True):
             row.rates[group] = rate
@@ -423,6 +442,25 @@ class StepMetrics:
         columns = torch.where(known.isnan(), columns.view(count, FIRST), known)
         self._empty(count)
         return rows, torch.cat([columns, squares.view(count, groups)], dim=1)
+
+    def wait(self) -> DeviceWait:
+        """Wait until the device has done the steps so far, so that a clock may be read."""
+        started = time.perf_counter()
+        wait_for_stream(self.device)
+        return self._share_wait(started)
+
+    def _share_wait(self, started: float) -> DeviceWait:
+        """Share the seconds since `started` among the steps in the buffer.
+
+        The host was ahead of the device in these steps: their times lack what it waited for now.
+        """
+        if self.is_on_cpu:
+            return DeviceWait()
+        seconds = time.perf_counter() - started
+        timed = [row for row in self.rows if math.isfinite(row.time)]
+        for row in timed:
+            row.time += seconds / len(timed)
+        return DeviceWait(seconds=seconds, steps=len(timed))
 
     def _collect_norms(self, count: int) -> None:
         """Square the norms of the first rows that lie on the device, and put them in place."""

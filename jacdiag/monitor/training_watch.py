@@ -234,6 +234,7 @@ class Watch:
             return
 
         # 1. Take the time of the step. What the hook on the model took lies within it.
+        self.measurements.wait_before_first()
         started = time.perf_counter()
         if self.batches is not None:
             self.clock.charge("batches", self.batches.seconds)
@@ -390,9 +391,11 @@ class Watch:
         # The host may not wait for a device whose work is being captured into a graph.
         if is_capturing():
             return
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.clock.waited
         self.measurements.flush(self.clock)
-        self.clock.charge("log", time.perf_counter() - started)
+        # The wait for the training's own work is not the watch's.
+        waited = self.clock.waited - waited
+        self.clock.charge("log", time.perf_counter() - started - waited)
 
     def flush(self) -> None:
         """Write the steps so far to the log; waits for the device."""

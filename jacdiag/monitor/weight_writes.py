@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import send
 from jacdiag.monitor.parameter_groups import SublayerGroups
 from jacdiag.monitor.step_metrics import WRITTEN, StepMetrics
 from jacdiag.monitor.weight_samples import (
@@ -255,7 +256,8 @@ class WeightWrites:
         if owners is None or len(owners) != length:
             reader = self.readers[part]
             counts = torch.tensor(reader.counts)
-            owners = torch.tensor(reader.places).repeat_interleave(counts).to(self.device)
+            owners = torch.tensor(reader.places).repeat_interleave(counts)
+            owners = send(owners, self.device)
             self._owners[part] = owners
         return owners
 
