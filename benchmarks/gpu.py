@@ -3,7 +3,7 @@
 Is a product right, what do TF32 and bfloat16 do to it, how often does the host wait, how fast is an
 audit, what does a watch cost beside trainscope and wandb.watch, and do the tests that need CUDA
 pass? What a smaller card or a missing library does not allow is left out with a sentence. A row
-that is wrong fails the script.
+that is wrong fails the script. The file is written after each row, so that a crash loses none.
 
     python benchmarks/gpu.py                 on the accelerator; prints, and writes results/gpu.json
     python benchmarks/gpu.py --quick         small shapes on any device, the CPU too; prints only
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -126,9 +127,10 @@ def cuda_tests(device: torch.device) -> Row:
     if importlib.util.find_spec("pytest") is None:
         raise NotHereError("pytest is not installed")
 
-    # 2. Run them in a process of their own.
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/monitor"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # 2. Run them in a process of their own, which sees the chosen device alone.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *cuda_test_files()]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible_name(device)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr)
@@ -141,8 +143,32 @@ def cuda_tests(device: torch.device) -> Row:
     )
 
 
+def cuda_test_files() -> list[str]:
+    """Return the test files that have the mark `cuda`, as paths in the repository."""
+    paths = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "pytest.mark.cuda" in path.read_text(encoding="utf-8"):
+            paths.append(str(path.relative_to(ROOT)))
+    return paths
+
+
+def visible_name(device: torch.device) -> str:
+    """Return how CUDA_VISIBLE_DEVICES names a device of this process.
+
+    The variable may be set for this process already. Indices count what it lists then.
+    """
+    index = 0 if device.index is None else device.index
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    return names[index] if index < len(names) else str(index)
+
+
 def measure(
-    plan: Plan, device: torch.device, only: tuple[str, ...] = PARTS, seconds: float = SECONDS
+    plan: Plan,
+    device: torch.device,
+    only: tuple[str, ...] = PARTS,
+    seconds: float = SECONDS,
+    results: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the parts on a device, print the table and return the results.
 
@@ -151,6 +177,7 @@ def measure(
         device: where they run.
         only: the parts.
         seconds: after which nothing goes on.
+        results: file that gets the results after each row; None writes none.
     """
     begun = time.monotonic()
     module = accelerators.module_of(device.type)
@@ -163,12 +190,18 @@ def measure(
             "torch": torch.__version__,
         }
         print(", ".join(about.values()))
-        rows = run_cases(cases, device, seconds)
-    return {
-        **about,
-        "seconds": round(time.monotonic() - begun, 1),
-        "rows": [asdict(row) for row in rows],
-    }
+
+        def result_of(rows: list[Row]) -> dict[str, Any]:
+            taken = round(time.monotonic() - begun, 1)
+            return {**about, "seconds": taken, "rows": [asdict(row) for row in rows]}
+
+        def keep(rows: list[Row]) -> None:
+            if results is not None:
+                text = json.dumps(result_of(rows), indent=1) + "\n"
+                results.write_text(text, encoding="utf-8")
+
+        rows = run_cases(cases, device, seconds, keep)
+    return result_of(rows)
 
 
 def main() -> int:
@@ -190,10 +223,10 @@ def main() -> int:
         return 0
 
     # 2. The parts.
-    result = measure(QUICK if args.quick else FULL, device, tuple(args.only))
     is_whole = tuple(args.only) == PARTS
-    if is_whole and not args.quick:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results = RESULTS if is_whole and not args.quick else None
+    plan = QUICK if args.quick else FULL
+    result = measure(plan, device, tuple(args.only), results=results)
     wrong = [row["what"] for row in result["rows"] if row["passes"] is False]
     if wrong:
         print("wrong: " + "; ".join(wrong))

@@ -18,6 +18,7 @@ from benchmarks._gpu.waits import check_counted, counted_waits
 from jacdiag.spectra.interval import rounding_pad
 
 CPU = torch.device("cpu")
+_FIRST_WITH_TF32 = (8, 0)  # compute capability of Ampere
 PRECISIONS = ("float32", "TF32", "bfloat16")
 MOST_WAITS_PER_PRODUCT = 1
 MOST_WAITS_PER_SUBLAYER = 30  # beyond those of its products
@@ -33,8 +34,8 @@ def error_of_products(shape: Shape, device: torch.device, precision: str) -> Row
         NotHereError: the device has no such products.
     """
     # 1. TF32 is what CUDA makes of float32 if it may.
-    if precision == "TF32" and device.type != "cuda":
-        raise NotHereError(f"a device of kind {device.type} has no TF32")
+    if precision == "TF32":
+        check_tf32(device)
 
     # 2. The product in float64, and on the device.
     model, ids = build(shape, CPU)
@@ -64,6 +65,22 @@ def error_of_products(shape: Shape, device: torch.device, precision: str) -> Row
         passes=is_inside if precision == "float32" else None,
         numbers={"errors": errors, "pad": pad, "inside_the_pad": is_inside},
     )
+
+
+def check_tf32(device: torch.device) -> None:
+    """Raise if the device makes float32 products in float32 even where TF32 is allowed.
+
+    Raises:
+        NotHereError: it does.
+    """
+    if device.type != "cuda":
+        raise NotHereError(f"a device of kind {device.type} has no TF32")
+    if torch.version.hip is not None:
+        raise NotHereError("torch for ROCm makes no products in TF32 by this setting")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FIRST_WITH_TF32:
+        major, minor = capability
+        raise NotHereError(f"a card of compute capability {major}.{minor} has no TF32, 8.0 has")
 
 
 def _pulled(block: nn.Module, part: str, norm: str, x: Tensor, w: Tensor) -> Tensor:
