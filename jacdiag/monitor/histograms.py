@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacdiag.devices.accelerators import widest
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 
 BINS = 64
+# histc counts in float32, in which 2^24 + 1 is no number: a bin would stop there
+_MOST_COUNTED = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,46 @@ def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
     if top == 0.0:
         top = 1.0
 
-    # 2. The counts. histc leaves out what is not in the range.
-    counts_of_each = [torch.histc(t, BINS, -top, top).to(device, widest(device)) for t in flat]
+    # 2. The counts, and how many elements are not finite. Both come in one download.
+    with _counting_in_any_order():
+        counts_of_each = [_counts_of(t, top).to(device) for t in flat]
+    left_out_of_each = [t.isfinite().logical_not().sum().to(device) for t in flat]
     counts = torch.stack(counts_of_each).sum(0)
-    bins = [int(count) for count in counts.tolist()]
+    left_out = torch.stack(left_out_of_each).sum(0, keepdim=True)
+    numbers = torch.cat([counts, left_out]).tolist()
+    return Histogram(edges=_edges(top), counts=numbers[:BINS], left_out=numbers[BINS])
 
-    # 3. What is in no bin is not finite.
-    elements = sum(t.numel() for t in flat)
-    return Histogram(edges=_edges(top), counts=bins, left_out=elements - sum(bins))
+
+def _counts_of(values: Tensor, top: float) -> Tensor:
+    """Return how many values are in each bin, as integers on their device: (BINS,).
+
+    Args:
+        values: (elements,), float32. Those that are not finite are in no bin.
+        top: the end of the range, which begins at -top.
+    """
+    counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
+    for piece in values.split(_MOST_COUNTED):
+        counts += torch.histc(piece, BINS, -top, top).long()
+    return counts
+
+
+@contextmanager
+def _counting_in_any_order() -> Iterator[None]:
+    """Allow histc on CUDA where only deterministic algorithms are allowed.
+
+    It counts in any order there, so that torch refuses it. Counts of whole numbers are the same in
+    every order.
+    """
+    is_on = torch.are_deterministic_algorithms_enabled()
+    if not is_on:
+        yield
+        return
+    is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=is_warning)
 
 
 def _edges(top: float) -> list[float]:

@@ -29,6 +29,49 @@ def test_numbers_that_are_not_finite_are_left_out_and_counted() -> None:
     assert (sum(shown.counts), shown.left_out, shown.edges[0]) == (2, 3, -2.0)
 
 
+@pytest.mark.parametrize("extra", [0, 5])
+def test_a_bin_counts_more_than_float32_can(extra: int) -> None:
+    """Counts in float32 stop at 2^24, and what is missing there is finite."""
+    count = 2**24 + extra
+    values = torch.zeros(count + 2)
+    values[:2] = torch.tensor([1.0, math.nan])
+    shown = histogram_of([values])
+    assert (max(shown.counts), sum(shown.counts), shown.left_out) == (count, count + 1, 1)
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_counting_is_allowed_where_algorithms_have_to_be_deterministic(
+    warn_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA has no such kernel for histc, and torch raises there."""
+    histc = torch.histc
+
+    def histc_of_cuda(*args: Any) -> torch.Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("_histc_cuda does not have a deterministic implementation")
+        return histc(*args)
+
+    monkeypatch.setattr(torch, "histc", histc_of_cuda)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert sum(histogram_of([torch.randn(9)]).counts) == 9
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("has_float64", [True, False])
+def test_counts_on_a_device_are_those_of_the_cpu(has_float64: bool) -> None:
+    pretended = pytest.importorskip("accelerator.pretended")
+    tensors = [torch.randn(50, 7), torch.tensor([math.inf, -3.0]), torch.zeros(3).bfloat16()]
+    with pretended.pretended_device(float64=has_float64) as counts:
+        on_device = [tensor.to(pretended.NAME) for tensor in tensors]
+        counts.clear()
+        assert histogram_of(on_device) == histogram_of(tensors)
+        assert counts.waits == 2
+
+
 @pytest.mark.parametrize(
     "tensors", [[], [torch.zeros(0)], [torch.zeros(5)]], ids=["none", "empty", "zeros"]
 )
