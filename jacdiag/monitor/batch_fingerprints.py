@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.devices.accelerators import has_float64
 from jacdiag.devices.pinned_download import Download
 from jacdiag.trace.execution.precision import map_leaves
 
@@ -196,15 +197,60 @@ def _sum_of_ids(tensor: Tensor, places: PlaceWeights) -> int:
 def _weighted_sums(tensors: Sequence[Tensor], places: PlaceWeights) -> Tensor:
     """Return the same sums for any tensors of one size and dtype, on their device: (tensors,).
 
-    A float counts as the integer that its bits make.
+    A float counts as the integer that its bits make in float64.
     """
     # 1. One row for each tensor.
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     rows = flat[0][None] if len(flat) == 1 else torch.stack(flat)
-    if rows.is_floating_point():
+    if not rows.is_floating_point():
+        rows = rows.long()
+    elif has_float64(rows.device):
         rows = rows.double().view(torch.int64)
     else:
-        rows = rows.long()
+        rows = _bits_of_float64(_as_float32(rows))
 
     # 2. The sum of each row.
     return (rows * places.of(rows.shape[1], rows.device)).sum(dim=1)
+
+
+def _as_float32(values: Tensor) -> Tensor:
+    """Return floats of a shorter type in float32, with the usual bits for NaN.
+
+    torch gives NaN other bits on the way from float16, which depend on the number of elements.
+    """
+    longer = values.float()
+    if values.dtype != torch.float16:
+        return longer
+    return torch.where(longer.isnan(), torch.nan, longer)
+
+
+def _bits_of_float64(values: Tensor) -> Tensor:
+    """Return the bits that float32 values have in float64, on a device without that type.
+
+    They are put together from sign, exponent and fraction (IEEE 754), so that a batch has one
+    fingerprint on every device. The device is not waited for.
+    """
+    # 1. Take the bits of float32 apart: 1 for the sign, 8 for the exponent, 23 for the fraction.
+    bits = values.view(torch.int32).long()
+    sign = bits < 0
+    exponent = (bits >> 23) & 0xFF
+    fraction = bits & 0x7FFFFF
+
+    # 2. The smallest numbers, fraction * 2^-149, have an exponent of their own in float64. That of
+    # the fraction as a float says by how much.
+    is_small = (exponent == 0) & (fraction > 0)
+    bits_of_small = fraction.float().view(torch.int32).long()
+    exponent = torch.where(is_small, (bits_of_small >> 23) - 149, exponent)
+    fraction = torch.where(is_small, bits_of_small & 0x7FFFFF, fraction)
+
+    # 3. Shift the exponent from the middle of float32 to that of float64. Zero stays zero. What is
+    # not finite has the largest one, and NaN the bit that says that it raises no signal.
+    is_zero = values == 0
+    is_nan = values.isnan()
+    wide_exponent = torch.where(is_zero, 0, exponent + (1023 - 127))
+    wide_exponent = torch.where(values.isinf() | is_nan, 0x7FF, wide_exponent)
+    fraction = torch.where(is_nan, fraction | 0x400000, fraction)
+
+    # 4. Put them together.
+    size = (wide_exponent << 52) | (fraction << 29)
+    return torch.where(sign, size | torch.iinfo(torch.int64).min, size)
