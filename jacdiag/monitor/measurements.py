@@ -206,7 +206,8 @@ class Measurements:
                 f"about {tracing:.2g} s {_cadence_text(self.statistics_cadence)}"
             )
             if not self.probe_cadence.never:
-                with self.together.in_step(), self._undisturbed():
+                # The first step may run under autocast, and the probe never does.
+                with self._undisturbed(), self.together.in_step():
                     fits = self.together.fits(not self.live.fits(sites))
                     self.price = self.live.price(sites, tracing) if fits else None
                 if self.price is None:

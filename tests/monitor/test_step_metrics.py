@@ -358,3 +358,35 @@ def test_updates_is_yes_or_no_or_a_number_of_steps(updates: Any) -> None:
     model = small()
     with pytest.raises(UsageError, match="updates cannot be"):
         jacdiag.watch(model, adam(model), updates=updates)
+
+
+def test_the_price_of_a_probe_is_that_of_the_probe_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first update may run under autocast, which no probe does."""
+    from jacdiag.monitor.jacobian_probe import LiveProbe
+
+    states: dict[str, bool] = {}
+
+    def note_autocast(name: str) -> None:
+        method = getattr(LiveProbe, name)
+
+        def noting(self: LiveProbe, *args: Any) -> Any:
+            states[name] = torch.is_autocast_enabled("cpu")
+            return method(self, *args)
+
+        monkeypatch.setattr(LiveProbe, name, noting)
+
+    note_autocast("price")
+    note_autocast("measure")
+    model = small(n_layer=1)
+    optimizer = adam(model)
+    with (
+        jacdiag.watch(model, optimizer, every=200, quiet=True, strict=True) as w,
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        _, loss = model(*batch(1))
+        loss.backward()
+        optimizer.step()
+        w.step(loss.detach())
+    assert states == {"price": False, "measure": False}
