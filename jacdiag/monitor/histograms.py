@@ -79,7 +79,7 @@ def _counts_of(values: Tensor, top: float) -> Tensor:
 def _counting_in_any_order() -> Iterator[None]:
     """Allow histc on CUDA where only deterministic algorithms are allowed.
 
-    It counts in any order there, so that torch refuses it. Counts of whole numbers are the same in
+    It counts in any order there, so that torch refuses it. Counts of elements are the same in
     every order.
     """
     is_on = torch.are_deterministic_algorithms_enabled()

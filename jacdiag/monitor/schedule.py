@@ -237,8 +237,8 @@ class Clock:
     def share_wait(self, seconds: float, count: int) -> None:
         """Share a wait for the training's own work among the last steps.
 
-        An accelerator is behind the host. What it still has to do when the watch reads its figures
-        is the work of these steps, and not of the watch.
+        An accelerator runs later than the host. What it still has to do when the watch reads its
+        figures is the work of these steps, and not of the watch.
 
         Args:
             seconds: that the host waited.

@@ -19,7 +19,7 @@ class StepOutcome(StrEnum):
         SEEN: the hooks of a step ran.
         COMPILED: a step ran that `torch.compile` had compiled; its hooks are not in it.
         REPLAYED: no hook ran, after a step had been captured into a CUDA graph. A replay of it runs
-            no Python code, so that it cannot be told from a step that was left out.
+            no Python code, so that it cannot be distinguished from a step that was left out.
         UNSEEN: no hook ran, and the weights changed.
         NONE: no hook ran, and the weights did not change as far as PyTorch counts changes.
     """
