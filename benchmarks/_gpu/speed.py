@@ -10,7 +10,7 @@ import jacdiag
 from benchmarks._gpu.bench import Row
 from benchmarks._gpu.shapes import Shape, build
 from jacdiag.devices.accelerators import wait_for
-from jacdiag.spectra.rounding import full_precision
+from jacdiag.devices.float32_precision import full_precision
 
 
 def product_rate(device: torch.device, size: int) -> float:
