@@ -174,7 +174,7 @@ def test_the_init_contract_of_further_seeds_needs_no_product(
     (tmp_path / "build.py").write_text(UNSCALED)
     source = f"{tmp_path / 'build.py'}:model"
     report, further = tried(monkeypatch, source, select=["JD2"])
-    assert {finding.code for finding in report.findings} == {"JD203"}
+    assert {finding.code for finding in report.findings} == {"JD205"}
     assert recommended(report) == [("contract", [0, 1, 2])]
     for of_seed in further:
         assert of_seed.contract is not None and not of_seed.sublayers

@@ -127,7 +127,7 @@ def test_the_sentence_says_which_what_and_expected() -> None:
             1 / math.sqrt(8),
             "scaled with depth, and writes to no shortcut",
         ),
-        ("transformer.h.*.mlp.c_fc.weight", 0.02, "std and variance confused"),
+        ("transformer.h.*.mlp.c_fc.weight", 0.02, "about the square of that"),
     ],
 )
 def test_scaled_gpt2_weights_are_named_with_their_mistake(

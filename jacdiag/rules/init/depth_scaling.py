@@ -33,28 +33,35 @@ def depth_factor(yardstick: Yardstick, mismatch: Mismatch) -> str:
     if is_constant(weight) or value <= 0:
         return ""
 
-    # 2. The std times or over one of the factors.
-    for factor in _factors(yardstick, weight):
-        if holds(weight, value * factor, yardstick.spread):
+    # 2. The std times one of the factors. What the formula does not scale cannot miss it.
+    factors = _factors(yardstick, weight)
+    for name, factor in factors:
+        is_scaled = name in mismatch.formula.names
+        if is_scaled and holds(weight, value * factor, yardstick.spread):
             return "missing"
+
+    # 3. The std over one of the factors.
+    for _, factor in factors:
         if holds(weight, value / factor, yardstick.spread):
             return "extra"
 
     return ""
 
 
-def _factors(yardstick: Yardstick, weight: WeightRecord) -> list[float]:
-    """Return the factors of the model and of a weight's layer, those above 1 in order."""
+def _factors(yardstick: Yardstick, weight: WeightRecord) -> list[tuple[str, float]]:
+    """Return the factors of the model and of a weight's layer, each with the variable in it.
+
+    A factor of 1 changes nothing and is left out.
+    """
     # 1. 1/sqrt(2N) in every layer.
     layers = yardstick.contract.sizes.get("N", 0.0)
-    factors = {math.sqrt(2 * layers)}
+    factors = [("N", math.sqrt(2 * layers))]
 
     # 2. 1/sqrt(2(l + 1)) in layer l.
     if weight.layer is not None:
-        factors.add(math.sqrt(2 * (weight.layer + 1)))
+        factors.append(("l", math.sqrt(2 * (weight.layer + 1))))
 
-    # 3. A factor of 1 changes nothing.
-    return sorted(factor for factor in factors if factor > 1)
+    return [(name, factor) for name, factor in factors if factor > 1]
 
 
 def depth_mistake(role: str, factor: str) -> str:

@@ -99,7 +99,7 @@ def _count_distinct(values: Iterable[float]) -> int:
     return count
 
 
-def _exchanged(formula: Formula, known: Mapping[str, float]) -> float | None:
+def exchanged(formula: Formula, known: Mapping[str, float]) -> float | None:
     """Return the value with fan_in and fan_out exchanged."""
     fan_in = known.get("fan_in")
     fan_out = known.get("fan_out")
@@ -117,6 +117,6 @@ def _squared(formula: Formula, known: Mapping[str, float]) -> float | None:
 
 
 _MISTAKES: dict[str, Wrong] = {
-    "fan_in and fan_out confused": _exchanged,
+    "fan_in and fan_out confused": exchanged,
     "std and variance confused": _squared,
 }

@@ -11,13 +11,13 @@ from typing import Any
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.grouping import group_by
-from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mistake
-from jacdiag.rules.init.scheme_fit import Mismatch, Spread, Yardstick, holds
+from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES
+from jacdiag.rules.init.likely_mistakes import LINEAR_DEFAULT, find_mistakes, is_linear_default
+from jacdiag.rules.init.scheme_fit import Mismatch, Yardstick, holds
 from jacdiag.rules.init.schemes import MATRICES, OUTSIDE
 from jacdiag.rules.init.weight_facts import (
     is_constant,
     is_vector,
-    is_zero,
     parameters_of,
     pattern_of,
     sampling_interval,
@@ -26,12 +26,10 @@ from jacdiag.rules.init.weight_facts import (
 )
 from jacdiag.rules.wording import layers_in_words
 
-_LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
 # Two values of a range are shown as one if the larger is less than 5% above the smaller.
 _NARROW_RANGE = 1.05
 _FEWEST_LAYERS = 3  # that can show a course over depth
 _MOST_LAYERS = 24  # between which courses are drawn
-_PROJECTIONS = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV")
 
 
 @dataclass(frozen=True)
@@ -73,27 +71,32 @@ def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
     for weight, mismatches in compared:
         agreeing.setdefault(weight.pattern, []).append(not mismatches)
 
-    # 3. Say what each mismatch looks like.
+    # 3. Say what each mismatch looks like, which others may have to confirm.
+    every_mismatch = [mismatch for _, mismatches in compared for mismatch in mismatches]
+    counts = {pattern: len(layers) for pattern, layers in agreeing.items()}
+    mistakes = find_mistakes(yardstick, every_mismatch, counts)
+
+    # 4. Put it all together.
     result = []
-    for weight, mismatches in compared:
-        layers = agreeing[weight.pattern]
-        for mismatch in mismatches:
-            deviation = _deviation(yardstick, mismatch, layers)
-            result.append(deviation)
+    for mismatch, looks in zip(every_mismatch, mistakes, strict=True):
+        layers = agreeing[mismatch.piece.weight.pattern]
+        result.append(_deviation(yardstick, mismatch, looks, layers))
 
     return len(compared), result
 
 
-def _deviation(yardstick: Yardstick, mismatch: Mismatch, layers: Sequence[bool]) -> Deviation:
-    """Return a mismatch with what it looks like.
+def _deviation(
+    yardstick: Yardstick, mismatch: Mismatch, looks: str, layers: Sequence[bool]
+) -> Deviation:
+    """Return a mismatch with the rule that reports it, and what it looks like.
 
     Args:
         yardstick: what the weight is compared with.
         mismatch: the weight, or its section.
+        looks: the mistake that it looks like, "" for none.
         layers: whether each of the weights with its name pattern agrees.
     """
     # 1. The kind says which rule reports it.
-    looks = _looks(yardstick, mismatch)
     kind = "plain"
     if looks in DEPTH_MISTAKES:
         kind = "depth"
@@ -167,7 +170,7 @@ def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviatio
 
     # 3. The head was to be drawn so, too.
     text = _shown(formula.text, yardstick.s)
-    return Deviation(head, value, text, "plain", _LINEAR_DEFAULT)
+    return Deviation(head, value, text, "plain", LINEAR_DEFAULT)
 
 
 def _is_default(weight: WeightRecord) -> bool:
@@ -181,121 +184,12 @@ def _is_default(weight: WeightRecord) -> bool:
     return has_linear_map and is_linear_default(weight)
 
 
-def is_linear_default(weight: WeightRecord) -> bool:
-    """Return whether a weight is a uniform draw between -1/sqrt(fan_in) and 1/sqrt(fan_in)."""
-    fan_in = weight.fan_in
-    if not fan_in or weight.family != "uniform":
-        return False
-
-    # The std of such a draw is its bound over the root of 3.
-    return holds(weight, 1 / math.sqrt(3 * fan_in))
-
-
 def _shown(formula: str, s: float | None) -> str:
     """Return a formula for a sentence, with the base std if the scheme has one."""
     if s is None:
         return formula
 
     return f"{formula} with s = {plain(s)}"
-
-
-def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
-    """Return the mistake that turns the expected value into what was measured.
-
-    "" means that none is known.
-    """
-    # 1. Weights without a std.
-    weight = mismatch.piece.weight
-    if is_zero(weight):
-        return "all of it is zero"
-    if is_constant(weight) or mismatch.value <= 0:
-        return ""
-
-    # 2. The mistake of the entire model.
-    if yardstick.looks:
-        return yardstick.looks
-
-    # 3. Mistakes of one weight, the most specific first.
-    factor = depth_factor(yardstick, mismatch)
-    return (
-        _wrong_number(yardstick, mismatch)
-        or depth_mistake(weight.role, factor)
-        or _confusion(yardstick, mismatch)
-    )
-
-
-def _wrong_number(yardstick: Yardstick, mismatch: Mismatch) -> str:
-    """Return which other number the std was taken from; "" if that is not known."""
-    # 1. The default of a function.
-    is_unit_std = holds(mismatch.piece.weight, 1.0)
-    if is_unit_std and mismatch.value < 1.0:
-        return "the default std of torch.nn.init.normal_ is 1"
-
-    # 2. Another width.
-    if _is_scaled_by_head(yardstick, mismatch):
-        return "scaled by the width of a head, not by that of its input"
-    return ""
-
-
-def _confusion(yardstick: Yardstick, mismatch: Mismatch) -> str:
-    """Return which two numbers were taken for each other, or that no init was applied."""
-    weight = mismatch.piece.weight
-    value = mismatch.value
-    spread = yardstick.spread
-
-    # 1. The square of the std, or its root.
-    if _has_either_std(weight, value * value, math.sqrt(value), spread):
-        return "std and variance confused"
-
-    # 2. The transposed matrix.
-    if _has_fans_confused(weight, value, spread):
-        return "fan_in and fan_out confused"
-
-    # 3. The init was never called.
-    if is_linear_default(weight):
-        return _LINEAR_DEFAULT
-    return ""
-
-
-def _has_either_std(weight: WeightRecord, std: float, other: float, spread: Spread) -> bool:
-    return holds(weight, std, spread) or holds(weight, other, spread)
-
-
-def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:
-    """Return whether the std is that of the transposed matrix."""
-    # 1. Vectors have no sizes to confuse.
-    fan_in = weight.fan_in
-    fan_out = weight.fan_out
-    if not fan_in or not fan_out:
-        return False
-
-    # 2. Of a square matrix, both are the same.
-    if fan_in == fan_out:
-        return False
-
-    # 3. Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
-    ratio = math.sqrt(fan_in / fan_out)
-    return _has_either_std(weight, value * ratio, value / ratio, spread)
-
-
-def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
-    """Return whether queries, keys or values have the std of an input as wide as one head."""
-    weight = mismatch.piece.weight
-    if weight.role not in _PROJECTIONS:
-        return False
-
-    # 1. The width of a head must be known.
-    head = yardstick.contract.sizes.get("d_head")
-    if not head or not weight.fan_in:
-        return False
-
-    # 2. With one head there is nothing to confuse.
-    if weight.fan_in == head:
-        return False
-
-    # 3. The std that such an input would have.
-    value = mismatch.value * math.sqrt(weight.fan_in / head)
-    return holds(weight, value, yardstick.spread)
 
 
 def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
@@ -308,10 +202,11 @@ def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
     # 1. The sentence.
     first = group[0]
     weights = [deviation.weight for deviation in group]
-    looks = _first_look(group)
+    looks = _common_look(group)
     sentence = f"{_subject(group)}: {_measured(first, weights)}, {_expected(group, by)}"
-    if looks:
-        sentence += f"; {looks}"
+    remark = looks or _times_expected(group)
+    if remark:
+        sentence += f"; {remark}"
 
     # 2. The evidence.
     evidence = {
@@ -334,10 +229,30 @@ def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
     return sentence, evidence
 
 
-def _first_look(group: Sequence[Deviation]) -> str:
-    """Return the mistake that the first weights of a group look like; "" for none."""
-    looks = [deviation.looks for deviation in group]
-    return next(filter(None, looks), "")
+def _common_look(group: Sequence[Deviation]) -> str:
+    """Return the mistake that all weights of a group look like; "" for none."""
+    looks = {deviation.looks for deviation in group}
+    if len(looks) > 1:
+        return ""
+
+    return looks.pop()
+
+
+def _times_expected(group: Sequence[Deviation]) -> str:
+    """Return by which factor weights differ from what was expected; "" if that says nothing."""
+    factors = []
+    for deviation in group:
+        # 1. The value of a vector stands in the sentence, and what is constant has no std.
+        weight = deviation.weight
+        if is_vector(weight) or is_constant(weight) or deviation.value <= 0:
+            return ""
+
+        # 2. A weight of the right std differs in something else.
+        if holds(weight, deviation.value):
+            return ""
+        factors.append(std_of(weight) / deviation.value)
+
+    return f"{_range(factors)} times that"
 
 
 def _subject(group: Sequence[Deviation]) -> str:
