@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from jacdiag.measure.padding_rows import padding_rows
 from jacdiag.measure.repeated_draws import streams_of
 from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.low_rank import find_low_rank_pairs
 from jacdiag.trace.discovery.weight_roles import (
     ParameterUse,
     length_divided_by,
@@ -80,7 +81,10 @@ def contract_of(
         sizes["d_head"] = head_width
 
     # 1. How each weight was drawn, and which numbers it shares with another.
-    uses = without_adapters(uses_of(sites))
+    factors: set[str] = set()
+    for pair in find_low_rank_pairs(sites):
+        factors.update((pair.first, pair.second))
+    uses = without_adapters(uses_of(sites), factors)
     kinds = {site.name: site.kind for site in sites}
     draw_by_name = draws.of_all({name: use.role in TABLES for name, use in uses.items()})
     copies = copies_of(draw_by_name, draws.params)
@@ -244,11 +248,17 @@ def is_sorted(vector: Tensor) -> bool:
     return rises or falls
 
 
-def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse]:
+def without_adapters(
+    uses: Mapping[str, ParameterUse], factors: Collection[str] = ()
+) -> dict[str, ParameterUse]:
     """Return the uses, with the role "adapter" for low-rank additions to a weight.
 
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
     scheme of the model covers it.
+
+    Args:
+        uses: Of all parameters.
+        factors: Names of the parameters that are factors of an addition by their use.
     """
     # 1. The modules whose weight is adapted.
     adapted = []
@@ -261,7 +271,7 @@ def without_adapters(uses: Mapping[str, ParameterUse]) -> dict[str, ParameterUse
     result = dict(uses)
     for name, use in uses.items():
         stands_next_to_base = _BASE not in name and name.startswith(tuple(adapted))
-        if stands_next_to_base or _ADAPTER.search(name):
+        if name in factors or stands_next_to_base or _ADAPTER.search(name):
             result[name] = replace(use, role="adapter")
 
     return result

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacdiag.devices.accelerators import in_float64
 from jacdiag.records.structure import AdapterRecord
+from jacdiag.trace.discovery.low_rank import LowRankPair
 
 _FIRST = re.compile(r"(^|[._])(lora_(?:embedding_)?)(A|a|down)(?=$|[._])")
 _START = re.compile(r"(^|[._])lora_(?:embedding_)?")
@@ -19,13 +20,16 @@ _OTHER = {"A": "B", "a": "b", "down": "up"}
 _RIGHT_ANGLE = 1e-3
 
 
-def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
-    """Return the pairs of factors of low-rank additions, by their names.
+def adapters_of(
+    params: Mapping[str, Tensor], pairs_by_use: Iterable[LowRankPair] = ()
+) -> list[AdapterRecord]:
+    """Return the pairs of factors of low-rank additions, by their names and by their use.
 
     Known names are lora_A and lora_B, and lora_down and lora_up.
 
     Args:
         params: the parameters of a model by name.
+        pairs_by_use: the pairs that a forward shows.
 
     Example:
         >>> factors = {"q.lora_A.weight": torch.zeros(2, 8), "q.lora_B.weight": torch.zeros(8, 2)}
@@ -48,7 +52,20 @@ def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
             )
         )
 
+    # 3. Those with other names.
+    named = {record.first for record in records} | {record.second for record in records}
+    for use in pairs_by_use:
+        if named.isdisjoint((use.first, use.second)):
+            records.append(_record_by_use(use, params))
     return records
+
+
+def _record_by_use(pair: LowRankPair, params: Mapping[str, Tensor]) -> AdapterRecord:
+    """Return the record of two factors that were found by their use, between which none stands."""
+    first = params[pair.first]
+    second = params[pair.second]
+    decomposed = _has_right_angles(first) or _has_right_angles(second)
+    return AdapterRecord(pair.first, pair.second, _is_zero(first), _is_zero(second), decomposed)
 
 
 @dataclass(frozen=True)

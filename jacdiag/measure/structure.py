@@ -16,6 +16,7 @@ from jacdiag.records.report import SublayerRecord
 from jacdiag.records.structure import ZeroShortcut
 from jacdiag.trace import Sites
 from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.low_rank import find_low_rank_pairs
 from jacdiag.trace.discovery.residual import Site
 
 
@@ -42,7 +43,7 @@ def with_structure(
 
     return replace(
         contract,
-        adapters=adapters_of(sites.skeleton.params),
+        adapters=adapters_of(sites.skeleton.params, find_low_rank_pairs(sites)),
         tie=tie_of(model, sites.skeleton, contract.weights, contract.tied),
     )
 

@@ -514,7 +514,7 @@ def _as_the_contract_says(deviation: Deviation, weights: Weights, value: float) 
     """Return the change that gives weights the value, or the std, of their contract."""
     weight = deviation.weight
     is_vector = weight.role in VECTORS or len(weight.shape) < 2
-    if is_vector:
+    if is_vector or value == 0:
         return Fill(weights, value)
 
     is_uniform = weight.family == "uniform"

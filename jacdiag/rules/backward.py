@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jacdiag.errors import clipped
 from jacdiag.records import Finding, Level, SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
+from jacdiag.rules.dead_layers import LayersOfZeros
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.forward import Measured, loudest
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
@@ -244,6 +245,7 @@ def _branches(
 
     names = [row.name for row in rows]
     parameters = list(value_of)
+    of_layers = LayersOfZeros.of(context.report.contract, parameters)
 
     # 2. The sentence.
     verb = "is" if len(names) == 1 else "are"
@@ -252,7 +254,10 @@ def _branches(
         state = "exactly zero, value and Jacobian"
     what = f"{list_names(names)} {verb} {state}"
     if parameters:
-        held = _held(parameters, list(value_of.values()))
+        telling = parameters
+        if level != "info" and not any(value_of.values()):
+            telling = of_layers.differing or parameters
+        held = _held(telling, [value_of[name] for name in telling])
         what += f"; the cause: {held} in every element, {_how_far(branches, level)}"
     if unknown:
         what += f"; the cause is not known for {list_names(unknown)}"
@@ -266,18 +271,26 @@ def _branches(
         what,
         evidence,
         why=rule.summary,
-        fix=_fix_of_branches(branches, parameters, level),
+        fix=_fix_of_branches(branches, parameters, of_layers, level),
     )
 
 
 def _fix_of_branches(
-    branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level
+    branches: Sequence[DeadBranch],
+    parameters: Sequence[str],
+    of_layers: LayersOfZeros,
+    level: Level,
 ) -> str:
-    """Return what to do; "" if the cause is not known, or is a zero-initialised branch."""
+    """Return what to do; "" if the cause is not known, or is a zero-initialised branch.
+
+    Args:
+        branches: That do not depend on their input.
+        parameters: The causes.
+        of_layers: What the causes hold in the other layers.
+        level: Of the finding.
+    """
     # 1. Nothing is wrong, or nothing is known.
-    if level == "info":
-        return ""
-    if not parameters:
+    if level == "info" or not parameters:
         return ""
 
     # 2. Zeros that block each other.
@@ -293,8 +306,11 @@ def _fix_of_branches(
     if any(map(_is_negligible, _values_of(branches))):
         return f"{_NEVER_WRITTEN}: {names}"
 
-    # 5. Zeros in some layers alone.
-    return f"draw {names} as in the other layers"
+    # 5. Zeros in some layers alone: in most of them, or in few.
+    is_zero = not any(_values_of(branches))
+    if is_zero and of_layers.fix:
+        return of_layers.fix
+    return f"initialise {names} as in the other layers"
 
 
 def _are_learned(branches: Sequence[DeadBranch]) -> bool:

@@ -21,6 +21,7 @@ from jacdiag.rules.init.scheme_deviations import (
     deviations,
     head_left_at_default,
     layers_that_differ,
+    with_drawn_among_zeros,
 )
 from jacdiag.rules.init.scheme_fit import Yardstick
 from jacdiag.rules.init.schemes import MATRICES, Scheme, published_for
@@ -55,6 +56,7 @@ def judged(contract: ContractRecord) -> SchemeComparison:
 
     # 3. No scheme: the layers alone.
     count, uneven = layers_that_differ(contract.weights)
+    uneven = with_drawn_among_zeros(contract, uneven)
     note = "follows no known scheme; layers are compared with each other"
     return SchemeComparison(None, False, None, count, uneven, note)
 
@@ -79,6 +81,8 @@ def _compare_all(yardstick: Yardstick, note: str) -> SchemeComparison:
     weights = yardstick.contract.weights
     uncovered = [weight for weight in weights if yardstick.mismatches(weight) is None]
     count_of_others, uneven = layers_that_differ(uncovered)
+    if yardstick.is_followed:
+        uneven = with_drawn_among_zeros(yardstick.contract, uneven)
 
     # 3. Both together.
     return SchemeComparison(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jacdiag.records import WeightRecord
+from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES
@@ -24,6 +24,7 @@ from jacdiag.rules.init.weight_facts import (
     std_of,
     with_role,
 )
+from jacdiag.rules.init.zero_matrices import drawn_among_zeros
 from jacdiag.rules.wording import layers_in_words
 
 # Two values of a range are shown as one if the larger is less than 5% above the smaller.
@@ -353,6 +354,33 @@ def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Devia
             result += _off_course(group)
 
     return count, result
+
+
+def with_drawn_among_zeros(
+    contract: ContractRecord, uneven: Iterable[Deviation]
+) -> list[Deviation]:
+    """Return deviations of layers, with the matrices that were drawn where most are zero.
+
+    Args:
+        contract: The weights of the model.
+        uneven: The layers that leave a smooth course over depth. Those that should be zero are
+            replaced: the course was that of the few that were drawn.
+    """
+    # 1. What should be zero.
+    result: list[Deviation] = []
+    for weight, count in drawn_among_zeros(contract):
+        deviation = Deviation(
+            weight, 0.0, "zeros, as in the other layers", "layers", of=count, by_layers=True
+        )
+        result.append(deviation)
+
+    # 2. The others.
+    named = {deviation.weight.parameter for deviation in result}
+    for deviation in uneven:
+        if deviation.weight.parameter not in named:
+            result.append(deviation)
+
+    return result
 
 
 def _is_measured_in_layer(weight: WeightRecord) -> bool:

@@ -1,9 +1,8 @@
 """Compare the weights of one model with a scheme: what it expects of each, and whether they agree.
 
 A fused matrix is judged section by section (queries, keys, values) where the scheme treats them
-differently. Output matrices that are zero in all layers alike are not judged by a scheme that the
-model was found to follow: branches that start at zero are an init of their own. So are matrices
-that start at zero next to another that does their work, such as the modulation of adaLN-zero.
+differently. Matrices that start at zero on purpose are not judged by a scheme that the model was
+found to follow: `zero_matrices.py` says which these are.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from jacdiag.records.init_contract import FUSED
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.formula import Formula
 from jacdiag.rules.init.schemes import (
-    INNER,
     MATRICES,
     OUTSIDE,
-    RESIDUAL,
     VECTORS,
     Scheme,
     allowed_with_any_scheme,
@@ -31,11 +28,10 @@ from jacdiag.rules.init.weight_facts import (
     is_constant,
     is_vector,
     is_zero,
-    parameters_of,
-    pattern_of,
     std_of,
     with_role,
 )
+from jacdiag.rules.init.zero_matrices import drawn_among_zeros, zero_on_purpose
 
 # One attention draws these alike: by one variant of a formula, never each by another.
 _TOGETHER = ("W_Q", "W_K", "W_V")
@@ -116,6 +112,11 @@ class Yardstick:
     def zero_on_purpose(self) -> frozenset[str]:
         """Names of the matrices whose zeros are an init of their own."""
         return zero_on_purpose(self.contract)
+
+    @cached_property
+    def drawn_among_zeros(self) -> frozenset[str]:
+        """Names of the matrices that were drawn although most of their name start at zero."""
+        return frozenset(weight.parameter for weight, _ in drawn_among_zeros(self.contract))
 
     @cached_property
     def has_unit_draws(self) -> bool:
@@ -261,10 +262,10 @@ class Yardstick:
         if weight.role in MATRICES and not is_projection(weight, width):
             return False
 
-        # 4. What starts at zero on purpose.
-        if _is_open_gate(weight):
+        # 4. What starts at zero on purpose, or does not although the others of its name do.
+        if _is_open_gate(weight) or weight.parameter in self.zero_on_purpose:
             return False
-        return weight.parameter not in self.zero_on_purpose
+        return weight.parameter not in self.drawn_among_zeros
 
     def _are_positions_of_mistake(self, weight: WeightRecord) -> bool:
         """Return whether positions have the default std that matrices have by mistake."""
@@ -499,53 +500,6 @@ def _is_lookup(weight: WeightRecord) -> bool:
     what they hold was written at that place. A table of sinusoids was not drawn.
     """
     return weight.fan_in is not None and weight.family not in ("sinusoid", "other")
-
-
-def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
-    """Return the names of the matrices whose zeros are an init of their own.
-
-    Such a matrix is zero in all layers alike, in sub-layers that are not all zero. It writes to the
-    shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
-    the sub-layer works without it. An expert stands for itself.
-    """
-    matrices = with_role(contract.weights, *MATRICES)
-    drawn_roles = _drawn_roles_by_sublayer(matrices)
-
-    def may_be_zero(weight: WeightRecord) -> bool:
-        return _may_be_zero(weight, drawn_roles[weight.sublayer])
-
-    # Name patterns of which every matrix may be zero.
-    names: set[str] = set()
-    for group in group_by(matrices, pattern_of).values():
-        if all(map(may_be_zero, group)):
-            names.update(parameters_of(group))
-
-    return frozenset(names)
-
-
-def _drawn_roles_by_sublayer(matrices: Iterable[WeightRecord]) -> dict[str, set[str]]:
-    """Return the roles of the matrices of each sub-layer that are not zero."""
-    roles: dict[str, set[str]] = {}
-    for weight in matrices:
-        drawn = roles.setdefault(weight.sublayer, set())
-        if not is_zero(weight):
-            drawn.add(weight.role)
-
-    return roles
-
-
-def _may_be_zero(weight: WeightRecord, drawn_roles: set[str]) -> bool:
-    """Return whether a matrix is zero in a sub-layer whose drawn matrices do its work."""
-    if not is_zero(weight):
-        return False
-
-    # 1. An output matrix: any matrix that reads the stream shows that the sub-layer was drawn.
-    if weight.role in RESIDUAL:
-        return not drawn_roles.isdisjoint(INNER)
-
-    # 2. Another matrix of its role does its work, but for an expert.
-    is_expert = weight.kind == "moe"
-    return weight.role in drawn_roles and not is_expert
 
 
 def variables(
