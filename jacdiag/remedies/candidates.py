@@ -466,7 +466,14 @@ def _as_weights(contract: ContractRecord, pattern: str, group: Sequence[WeightRe
     names = [weight.parameter for weight in group]
     # A pattern is used only if it selects no other parameter.
     everything = [weight.parameter for weight in contract.weights]
-    return Weights.of(names, pattern, everything, group[0].role)
+    weights = Weights.of(names, pattern, everything, group[0].role)
+    return replace(weights, have_padding=any(map(_has_padding, group)))
+
+
+def _has_padding(weight: WeightRecord) -> bool:
+    """Return whether a weight is a table of embeddings of which some rows, not all, are zero."""
+    is_table = weight.role in ("embedding", "positions") and len(weight.shape) == 2
+    return is_table and 0 < weight.zero_rows < weight.shape[0]
 
 
 # -- the init contract -----------------------------------------------------------------------------

@@ -38,11 +38,13 @@ class Weights:
         names: the parameters.
         pattern: a name pattern that matches these and no others; "" if there is none.
         role: what they are for; "" if unknown or mixed.
+        have_padding: they are tables of which some rows are exactly zero.
     """
 
     names: tuple[str, ...]
     pattern: str = ""
     role: str = ""
+    have_padding: bool = False
 
     @classmethod
     def of(
@@ -68,11 +70,11 @@ class Weights:
         """Return these parameters of a model."""
         return [model.get_parameter(name) for name in self.names]
 
-    def loop(self, body: str) -> list[str]:
-        """Return lines of PyTorch that run a line for each of these parameters, as `weight`."""
+    def loop(self, *body: str) -> list[str]:
+        """Return lines of PyTorch that run some lines for each of these parameters, as `weight`."""
         # 1. A single parameter needs no loop.
         if len(self.names) == 1:
-            return [f"weight = model.get_parameter({self.names[0]!r})", body]
+            return [f"weight = model.get_parameter({self.names[0]!r})", *body]
 
         # 2. Several, by name pattern if there is one.
         test = f"name in {sorted(self.names)!r}"
@@ -81,7 +83,7 @@ class Weights:
         return [
             "for name, weight in model.named_parameters():",
             f"    if {test}:",
-            f"        {body}",
+            *[f"        {line}" for line in body],
         ]
 
 
@@ -111,9 +113,8 @@ class Scale:
 class Redraw:
     """Draw weights again with a given std.
 
-    A uniform weight stays uniform; any other becomes normal.
-
-    Rows of a table that were exactly zero (padding) stay so.
+    A uniform weight stays uniform; any other becomes normal. Rows of zeros stay zero in tables of
+    embeddings alone, where they stand for padding. In a matrix they are a part that was not drawn.
     """
 
     weights: Weights
@@ -125,10 +126,14 @@ class Redraw:
         """Change a model in place."""
         with torch.no_grad():
             for weight in self.weights.tensors(model):
-                padding = _padding_rows(weight)
+                if not self.weights.have_padding:
+                    self._draw(weight)
+                    continue
+
+                # The same two lines as in the code that is printed.
+                padding = (weight == 0).all(1)
                 self._draw(weight)
-                if padding is not None:
-                    weight[padding] = 0.0
+                weight[padding] = 0.0
 
     def _draw(self, weight: Tensor) -> None:
         """Draw one weight in place."""
@@ -144,20 +149,16 @@ class Redraw:
         if self.uniform:
             edge = self.std * ROOT3
             call = f"weight.uniform_(-{edge!r}, {edge!r})"
-        return self.weights.loop(f"{call}  # std {self.formula}")
+        draw = f"{call}  # std {self.formula}"
+        if not self.weights.have_padding:
+            return self.weights.loop(draw)
 
-
-def _padding_rows(weight: Tensor) -> Tensor | None:
-    """Return which rows of a table are exactly zero; None if it has no padding."""
-    if weight.dim() < 2:
-        return None
-
-    is_zero = (weight == 0).flatten(1).all(1)
-    # A matrix that is zero everywhere was initialised so, and has no padding.
-    if bool(is_zero.all()):
-        return None
-
-    return is_zero
+        # Which rows are zero is not known any more after the draw.
+        return self.weights.loop(
+            "padding = (weight == 0).all(1)",
+            draw,
+            "weight[padding] = 0.0  # rows of zeros stay so: they stand for padding",
+        )
 
 
 @dataclass(frozen=True)

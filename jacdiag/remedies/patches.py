@@ -318,7 +318,10 @@ def _param_init_of(report: Report, change: ModelChange) -> str:
     role = _role_of(change)
     # 1. Draws.
     if isinstance(change, Redraw) and role:
-        return _param_init(role, plain(change.std), change.formula)
+        formula = change.formula
+        if change.weights.have_padding:
+            formula += "; this draws the rows of padding too, which were zero"
+        return _param_init(role, plain(change.std), formula)
 
     # 2. Scaling with depth, which needs the std as it is.
     if isinstance(change, Scale) and role in RESIDUAL:

@@ -89,11 +89,30 @@ def test_draws_have_the_std_and_the_family_asked_for() -> None:
 
 
 def test_a_padding_row_stays_zero() -> None:
-    table = nn.Sequential(nn.Embedding(8, 4, padding_idx=2))
-    with seeded(1):
-        Redraw(Weights(("0.weight",)), 1.0, "1").apply(table)
-    weight = table[0].weight
-    assert not weight[2].any() and bool(weight[[0, 1, 3, 4, 5, 6, 7]].ne(0).all())
+    weights = Weights(("0.weight",), role="embedding", have_padding=True)
+    change = Redraw(weights, 1.0, "1")
+    tried = nn.Sequential(nn.Embedding(8, 4, padding_idx=2))
+    patched = copy.deepcopy(tried)
+    with seeded(11):
+        change.apply(tried)
+    by_patch(patched, change)
+    for table in (tried, patched):
+        weight = table[0].weight
+        assert not weight[2].any() and bool(weight[[0, 1, 3, 4, 5, 6, 7]].ne(0).all())
+    assert torch.equal(tried[0].weight, patched[0].weight)
+
+
+def test_rows_of_zeros_in_a_matrix_are_drawn_as_the_patch_draws_them() -> None:
+    """They are keys that nobody drew, and no padding."""
+    tried = nn.Sequential(nn.Linear(8, 24))
+    tried[0].weight.data[8:16].zero_()
+    patched = copy.deepcopy(tried)
+    change = Redraw(Weights(("0.weight",), role="W_QKV"), 0.5, "0.5")
+    with seeded(11):
+        change.apply(tried)
+    by_patch(patched, change)
+    assert bool(tried[0].weight.ne(0).all())
+    assert torch.equal(tried[0].weight, patched[0].weight)
 
 
 def test_a_matrix_of_zeros_is_drawn() -> None:
