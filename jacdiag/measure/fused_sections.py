@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -238,21 +238,21 @@ def _measure(matrix: Tensor, dim: int, layout: Layout, index: int) -> SectionRec
     """Measure the outputs of one role, by its index in the layout."""
     role = layout.roles[index]
     # 1. Take the section out of the matrix.
+    start = sum(layout.sizes[:index])
     if layout.groups == 1:
-        start = sum(layout.sizes[:index])
         section = matrix.narrow(dim, start, layout.sizes[index])
     else:
         section = matrix.index_select(dim, layout.outputs_of(index).to(matrix.device))
     fan_out = layout.sizes[index] * layout.groups
 
     # 2. Measure how it was drawn.
+    record = SectionRecord(role, fan_out, dim=dim, groups=layout.groups, start=start)
     draw = draw_of(section)
     if draw is None:
-        return SectionRecord(role, fan_out)
+        return record
 
-    return SectionRecord(
-        role,
-        fan_out,
+    return replace(
+        record,
         family=draw.family,
         std=draw.std,
         lower=draw.lower,

@@ -32,6 +32,9 @@ class SectionRecord(Record):
         role: As that of a weight.
         fan_out: How many outputs these rows make.
         family, std, lower, upper, mean, truncation: As those of a weight, over these rows alone.
+        dim: The dimension of the outputs of the matrix; None in a report from before it was kept.
+        groups: How often the roles follow one another along it, such as once a head.
+        start: Where these rows begin in each group.
     """
 
     role: str
@@ -42,6 +45,11 @@ class SectionRecord(Record):
     upper: float | None = None
     mean: float | None = None
     truncation: float = 1.0
+
+    # Where these rows lie.
+    dim: int | None = None
+    groups: int = 1
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jacdiag.remedies.changes import (
     NormOutput,
     Redraw,
     Reparametrise,
+    Rows,
     Scale,
     ScaleOutput,
     Spare,
@@ -488,44 +489,80 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
 
     # 1. A change for each group.
     changes: list[ModelChange] = []
-    for (pattern, value), group in groups.items():
-        weights = _as_weights(contract, pattern, [deviation.weight for deviation in group])
-        changes.append(_as_the_contract_says(group[0], weights, value))
+    for target, group in groups.items():
+        weights = _as_weights(contract, target.pattern, [deviation.weight for deviation in group])
+        changes.append(_as_the_contract_says(group[0], weights, target))
 
     # 2. A title with the formula, if it is the same for all.
     how = "as the contract says"
     formulas = {group[0].formula for group in groups.values()}
     if len(formulas) == 1:
         how = f"with {formulas.pop()}"
-    title = f"initialise {_shown(pattern for pattern, _ in groups)} {how}"
+    title = f"initialise {_shown(target.words for target in groups)} {how}"
     return Remedy("contract", title, tuple(changes), _NEW_INIT, 1.0)
 
 
-def _grouped_deviations(
-    contract: ContractRecord,
-) -> dict[tuple[str, float], list[Deviation]]:
-    """Return (name pattern, target) -> the deviations that one change can undo."""
-    groups: dict[tuple[str, float], list[Deviation]] = {}
+@dataclass(frozen=True)
+class _ContractTarget:
+    """What one change sets to the value of the contract.
+
+    Attributes:
+        pattern: the name pattern of the weights.
+        value: that they should have.
+        rows: the rows that are meant; None for entire weights.
+    """
+
+    pattern: str
+    value: float
+    rows: Rows | None = None
+
+    @property
+    def words(self) -> str:
+        """The weights, in words."""
+        name = self.pattern.removesuffix(".weight")
+        if self.rows is None:
+            return name
+
+        return f"the {self.rows.role} rows of {name}"
+
+
+def _grouped_deviations(contract: ContractRecord) -> dict[_ContractTarget, list[Deviation]]:
+    """Return the deviations that one change can undo, by its target."""
+    groups: dict[_ContractTarget, list[Deviation]] = {}
     for deviation in deviations_of(contract):
+        rows = _rows_of(deviation)
         # To draw the entire matrix again would change the other rows of a section.
-        if deviation.section:
+        if deviation.section and rows is None:
             continue
 
-        key = (deviation.weight.pattern, deviation.value)
-        groups.setdefault(key, []).append(deviation)
+        target = _ContractTarget(deviation.weight.pattern, deviation.value, rows)
+        groups.setdefault(target, []).append(deviation)
 
     return groups
 
 
-def _as_the_contract_says(deviation: Deviation, weights: Weights, value: float) -> ModelChange:
+def _rows_of(deviation: Deviation) -> Rows | None:
+    """Return the rows that a deviation is about; None for entire weights, or if it is not known."""
+    section = deviation.rows
+    if section is None or section.dim is None:
+        return None
+
+    size = section.fan_out // section.groups
+    return Rows(deviation.section, section.dim, section.groups, section.start, size)
+
+
+def _as_the_contract_says(
+    deviation: Deviation, weights: Weights, target: _ContractTarget
+) -> ModelChange:
     """Return the change that gives weights the value, or the std, of their contract."""
     weight = deviation.weight
     is_vector = weight.role in VECTORS or len(weight.shape) < 2
-    if is_vector or value == 0:
-        return Fill(weights, value)
+    is_all_zero = target.value == 0 and target.rows is None
+    if is_vector or is_all_zero:
+        return Fill(weights, target.value)
 
     is_uniform = weight.family == "uniform"
-    return Redraw(weights, value, deviation.formula, is_uniform)
+    return Redraw(weights, target.value, deviation.formula, is_uniform, target.rows)
 
 
 def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:

@@ -110,17 +110,60 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of fused matrices that play one role, such as the keys.
+
+    Attributes:
+        role: such as "W_K".
+        dim: the dimension of the outputs.
+        groups: how often the roles follow one another along it: once, or once a head.
+        start: where these rows begin in each group.
+        size: how many there are in each group.
+    """
+
+    role: str
+    dim: int
+    groups: int
+    start: int
+    size: int
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return these rows of a weight, as a view."""
+        if self.groups == 1:
+            return weight.narrow(self.dim, self.start, self.size)
+
+        grouped = weight.unflatten(self.dim, (self.groups, -1))
+        return grouped.narrow(self.dim + 1, self.start, self.size)
+
+    def code(self) -> str:
+        """Return the expression of PyTorch for these rows of `weight`."""
+        if self.groups == 1:
+            return f"weight.narrow({self.dim}, {self.start}, {self.size})"
+
+        grouped = f"weight.unflatten({self.dim}, ({self.groups}, -1))"
+        return f"{grouped}.narrow({self.dim + 1}, {self.start}, {self.size})"
+
+
+@dataclass(frozen=True)
 class Redraw:
     """Draw weights again with a given std.
 
     A uniform weight stays uniform; any other becomes normal. Rows of zeros stay zero in tables of
     embeddings alone, where they stand for padding. In a matrix they are a part that was not drawn.
+
+    Attributes:
+        weights: the parameters.
+        std: of the draw.
+        formula: where the std comes from.
+        uniform: whether the draw is uniform.
+        rows: the rows that are drawn; None for entire weights.
     """
 
     weights: Weights
     std: float
     formula: str
     uniform: bool = False
+    rows: Rows | None = None
 
     def apply(self, model: nn.Module) -> None:
         """Change a model in place."""
@@ -136,24 +179,36 @@ class Redraw:
                 weight[padding] = 0.0
 
     def _draw(self, weight: Tensor) -> None:
-        """Draw one weight in place."""
+        """Draw one weight, or its rows, in place."""
+        part = weight
+        if self.rows is not None:
+            part = self.rows.of(weight)
+
         if self.uniform:
             edge = self.std * ROOT3
-            weight.uniform_(-edge, edge)
+            part.uniform_(-edge, edge)
         else:
-            weight.normal_(0.0, self.std)
+            part.normal_(0.0, self.std)
 
     def lines(self) -> list[str]:
         """Return the same as lines of PyTorch."""
-        call = f"weight.normal_(0.0, {self.std!r})"
+        # 1. The draw of a weight, or of its rows.
+        part = "weight"
+        comment = f"std {self.formula}"
+        if self.rows is not None:
+            part = self.rows.code()
+            comment = f"the {self.rows.role} rows, {comment}"
+        call = f"{part}.normal_(0.0, {self.std!r})"
         if self.uniform:
             edge = self.std * ROOT3
-            call = f"weight.uniform_(-{edge!r}, {edge!r})"
-        draw = f"{call}  # std {self.formula}"
+            call = f"{part}.uniform_(-{edge!r}, {edge!r})"
+
+        # 2. Without padding that is all.
+        draw = f"{call}  # {comment}"
         if not self.weights.have_padding:
             return self.weights.loop(draw)
 
-        # Which rows are zero is not known any more after the draw.
+        # 3. Which rows are zero is not known any more after the draw.
         return self.weights.loop(
             "padding = (weight == 0).all(1)",
             draw,

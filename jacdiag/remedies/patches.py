@@ -188,7 +188,10 @@ def _stds_drawn(changes: Iterable[ModelChange], roles: Container[str]) -> set[fl
     """Return the stds that weights of some roles are drawn with."""
     stds = set()
     for change in changes:
-        if isinstance(change, Redraw) and change.weights.role in roles:
+        # A draw of some rows says nothing of the others.
+        if not isinstance(change, Redraw) or change.rows is not None:
+            continue
+        if change.weights.role in roles:
             stds.add(change.std)
 
     return stds
@@ -254,6 +257,9 @@ def _flags_of(change: ModelChange, inner_stds: Container[float]) -> list[str]:
 def _flags_of_draw(draw: Redraw, inner_stds: Container[float]) -> list[str]:
     """Return the flags of a draw of matrices inside sub-layers, or of tables; [] for others."""
     role = draw.weights.role
+    if draw.rows is not None:
+        return []
+
     # 1. Tables. One flag draws them with the std of the matrices, unless another one is set.
     is_table = role in ("embedding", "positions", "head")
     if is_table and draw.std in inner_stds:
@@ -317,7 +323,7 @@ def _param_init_of(report: Report, change: ModelChange) -> str:
     """Return `param_init` of one change that is no scaled embedding."""
     role = _role_of(change)
     # 1. Draws.
-    if isinstance(change, Redraw) and role:
+    if isinstance(change, Redraw) and role and change.rows is None:
         formula = change.formula
         if change.weights.have_padding:
             formula += "; this draws the rows of padding too, which were zero"
@@ -461,14 +467,22 @@ def _words(change: ModelChange) -> str:
             return _scaled_output_in_words(change)
         case Reparametrise():
             return "W = gain * V with a learned gain"
-        case Redraw(weights=weights, std=std):
-            return f"{_named(weights)} with std {plain(std)}"
+        case Redraw():
+            return _draw_in_words(change)
         case Scale(weights=weights, factor=value) | Fill(weights=weights, value=value):
             return f"{_named(weights)} by {plain(value)}"
         case NormOutput(module=module):
             return f"a LayerNorm on {module}"
         case _:
             return "parameter groups of the optimizer"
+
+
+def _draw_in_words(draw: Redraw) -> str:
+    """Return which weights, or which rows of them, are drawn, and with which std."""
+    name = _named(draw.weights)
+    if draw.rows is not None:
+        name = f"the {draw.rows.role} rows of {name}"
+    return f"{name} with std {plain(draw.std)}"
 
 
 def _scaled_output_in_words(change: ScaleOutput) -> str:

@@ -152,7 +152,7 @@ def test_values_of_a_fused_deepnorm_without_beta_are_named() -> None:
     assert finding.evidence["section"] == "W_V" and finding.evidence["of"] == 6
 
 
-def test_fused_matrix_is_not_redrawn_for_one_section() -> None:
+def test_only_the_wrong_section_of_a_fused_matrix_is_drawn_again() -> None:
     model = recipes.build(RECIPES["DeepNorm, fused"], seed=1)
     with torch.no_grad():
         values_of(model.blocks[2].get_submodule("qkv").weight).mul_(3)  # type: ignore[arg-type]
@@ -160,7 +160,13 @@ def test_fused_matrix_is_not_redrawn_for_one_section() -> None:
     assert named(report) == {"blocks.*.qkv.weight"}
     from jacdiag.remedies import candidates as remedies
 
-    assert remedies._contract(report.contract, ["JD205"]) is None
+    remedy = remedies._contract(report.contract, ["JD205"])
+    assert remedy is not None and remedy.title.startswith("initialise the W_V rows of blocks.*.qkv")
+    before = model.blocks[2].get_submodule("qkv").weight.detach().clone()
+    remedy.apply(model)
+    after = model.blocks[2].get_submodule("qkv").weight.detach()
+    values_of(before).copy_(values_of(after))
+    assert torch.equal(before, after)
 
 
 SWAPS: dict[str, Callable[[Place], float]] = {

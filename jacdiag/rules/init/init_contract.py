@@ -168,7 +168,10 @@ def _fix_of(deviation: Deviation) -> str:
     if is_vector(deviation.weight):
         return ""
 
-    return f"initialise it with std {deviation.formula}"
+    subject = "it"
+    if deviation.section:
+        subject = "these rows"
+    return f"initialise {subject} with std {deviation.formula}"
 
 
 # -- JD201 -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.init.scheme_fit import is_of_unit_spread, is_projection
 from jacdiag.rules.init.schemes import MATRICES
-from jacdiag.rules.init.weight_facts import mean_of, std_of, without
+from jacdiag.rules.init.weight_facts import CONSTANT, DRAWN, mean_of, std_of, without
 
 _TABLES = ("embedding", "head", "projection")
 # Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.
@@ -100,6 +100,11 @@ def _constant(weight: WeightRecord, contract: ContractRecord) -> NoDraw | None:
 def _outliers(weight: WeightRecord) -> NoDraw | None:
     """Return what is wrong with a draw that has a few numbers far outside; None if it has none."""
     if not weight.outliers or not weight.core_std or weight.largest is None:
+        return None
+
+    # Sections of other stds have numbers outside each other's draw, and none outside of their own.
+    families = {section.family for section in weight.sections}
+    if families and families.issubset((*DRAWN, *CONSTANT)):
         return None
 
     # How far, in standard deviations of the rest.

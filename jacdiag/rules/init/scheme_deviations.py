@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.records import ContractRecord, WeightRecord
+from jacdiag.records.init_contract import SectionRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.depth_scaling import DEPTH_MISTAKES
@@ -45,6 +46,7 @@ class Deviation:
         of: how many weights have the same name pattern.
         section: the role whose rows of a fused matrix are meant; "" for the entire weight. Then the
             figures of `weight` are those of these rows.
+        rows: where these rows lie; None for the entire weight.
         by_layers: whether the weight was compared with the other layers alone.
     """
 
@@ -56,6 +58,7 @@ class Deviation:
     of: int = 1
     section: str = ""
     by_layers: bool = False
+    rows: SectionRecord | None = None
 
 
 def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
@@ -113,6 +116,7 @@ def _deviation(
         looks=looks,
         of=len(layers),
         section=mismatch.piece.section,
+        rows=mismatch.piece.rows,
     )
 
 

@@ -7,13 +7,14 @@ found to follow: `zero_matrices.py` says which these are.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jacdiag.records import ContractRecord, WeightRecord
-from jacdiag.records.init_contract import FUSED
+from jacdiag.records.init_contract import FUSED, SectionRecord
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.formula import Formula
 from jacdiag.rules.init.schemes import (
@@ -28,6 +29,7 @@ from jacdiag.rules.init.weight_facts import (
     is_constant,
     is_vector,
     is_zero,
+    sampling_interval,
     std_of,
     with_role,
 )
@@ -59,10 +61,12 @@ class Piece:
     Attributes:
         weight: The record, of these rows alone if `section` says so.
         section: Their role; "" for an entire weight.
+        rows: Where they lie in the fused one; None for an entire weight.
     """
 
     weight: WeightRecord
     section: str = ""
+    rows: SectionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,38 @@ class Yardstick:
         if not self._judges(weight):
             return None
 
-        # The reading that leaves the fewest; the first of several.
+        # 1. The reading that leaves the fewest; the first of several.
         readings = map(self._compare, self._readings(weight))
         stated = [mismatches for mismatches in readings if mismatches is not None]
-        return min(stated, key=len, default=None)
+        fewest = min(stated, key=len, default=None)
+        if fewest is None:
+            return None
+
+        # 2. Of a fused matrix, the sections that are wrong.
+        located: list[Mismatch] = []
+        for mismatch in fewest:
+            located += self._sections_at_fault(mismatch) or [mismatch]
+        return located
+
+    def _sections_at_fault(self, mismatch: Mismatch) -> list[Mismatch]:
+        """Return the sections of an entire weight that are wrong; [] if it is wrong as a whole."""
+        # 1. Its sections, each with the value of the entire weight.
+        piece = mismatch.piece
+        orders = _orders_of_sections(piece.weight)
+        if piece.section or not orders:
+            return []
+        sections = list(_pieces(piece.weight, orders[0], fan_out=piece.weight.fan_out))
+
+        # 2. Those that do not have it.
+        wrong = []
+        for section in sections:
+            if not holds(section.weight, mismatch.value, self.spread):
+                wrong.append(Mismatch(section, mismatch.value, mismatch.formula))
+
+        # 3. Where all are wrong alike, the matrix is.
+        if len(wrong) == len(sections) and _are_alike(sections):
+            return []
+        return wrong
 
     def values(self, weight: WeightRecord) -> Mapping[Formula, float]:
         """Return the values that the scheme states for an entire weight or a section of one."""
@@ -378,6 +410,14 @@ class Yardstick:
         return _is_tiny_table(weight)
 
 
+def _are_alike(sections: Iterable[Piece]) -> bool:
+    """Return whether all sections can have been drawn with one std."""
+    intervals = [sampling_interval(section.weight) for section in sections]
+    known = [interval for interval in intervals if interval is not None]
+    pairs = itertools.combinations(known, 2)
+    return all(first.meets(second) for first, second in pairs)
+
+
 def _nearest_mismatch(piece: Piece, values: Mapping[Formula, float]) -> Mismatch:
     """Return the mismatch with the value that a piece is nearest to."""
 
@@ -440,7 +480,7 @@ def _pieces(
             truncation=section.truncation,
             sections=[],
         )
-        yield Piece(rows, role)
+        yield Piece(rows, role, section)
 
 
 def is_projection(weight: WeightRecord, width: int = 0) -> bool:
