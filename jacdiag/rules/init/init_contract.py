@@ -11,6 +11,7 @@ from jacdiag.records import ContractRecord, Finding, Level, Report, WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.init.contract_judgement import Judgement, SchemeComparison, pinned_scheme
+from jacdiag.rules.init.first_loss import describe_first_loss
 from jacdiag.rules.init.leftover_memory import without_leftovers
 from jacdiag.rules.init.mistaken_formulas import find_mistaken
 from jacdiag.rules.init.never_drawn import NoDraw, find_no_draws, without_no_draws
@@ -357,7 +358,7 @@ def _no_draw_findings(context: RuleContext, rule: Rule, judgement: Judgement) ->
 
     # 2. One finding for each name and sign.
     contract = without_leftovers(judgement.contract)
-    no_draws = find_no_draws(contract, limit)
+    no_draws = find_no_draws(contract, limit, describe_first_loss(context.report))
     groups = group_by(no_draws, lambda no_draw: (no_draw.weight.pattern, no_draw.fix))
     return [_no_draw_finding(context, rule, contract, group) for group in groups.values()]
 
@@ -469,7 +470,7 @@ def _tied_finding(
     # 1. The sentence.
     what = (
         f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std "
-        f"{plain(logits)} at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
+        f"{plain(logits)} at init; {describe_first_loss(context.report)}"
     )
 
     # 2. The finding.

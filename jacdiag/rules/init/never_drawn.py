@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, WeightRecord
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.init.first_loss import UNKNOWN
 from jacdiag.rules.init.scheme_fit import is_of_unit_spread, is_projection
 from jacdiag.rules.init.schemes import MATRICES
 from jacdiag.rules.init.weight_facts import CONSTANT, DRAWN, mean_of, std_of, without
@@ -35,13 +36,16 @@ class NoDraw:
     fix: str
 
 
-def find_no_draws(contract: ContractRecord, logits_limit: float | None = None) -> list[NoDraw]:
+def find_no_draws(
+    contract: ContractRecord, logits_limit: float | None = None, first_loss: str = UNKNOWN
+) -> list[NoDraw]:
     """Return the weights that no init draws.
 
     Args:
         contract: Of a model at its init.
         logits_limit: Std of the logits beyond which a head of unit spread is named; None to leave
             heads out.
+        first_loss: The loss before the first step, as the part of a sentence.
     """
     no_draws: list[NoDraw] = []
     for weight in contract.weights:
@@ -49,7 +53,7 @@ def find_no_draws(contract: ContractRecord, logits_limit: float | None = None) -
 
         # A head may be wrong for its logits alone.
         if no_draw is None and logits_limit is not None:
-            no_draw = _large_head(weight, contract, logits_limit)
+            no_draw = _large_head(weight, contract, logits_limit, first_loss)
         if no_draw is not None:
             no_draws.append(no_draw)
 
@@ -141,7 +145,9 @@ def _larger_than_one(weight: WeightRecord, contract: ContractRecord) -> NoDraw |
     return NoDraw(weight, sign, "look for a missing root or bracket in the formula of its std")
 
 
-def _large_head(weight: WeightRecord, contract: ContractRecord, limit: float) -> NoDraw | None:
+def _large_head(
+    weight: WeightRecord, contract: ContractRecord, limit: float, first_loss: str
+) -> NoDraw | None:
     """Return what is wrong with a head of unit spread; None if its logits are not too large."""
     # 1. The embedding may have unit spread: JD206 judges a head that is tied to it.
     if weight.role != "head" or weight.parameter in contract.tied:
@@ -160,7 +166,6 @@ def _large_head(weight: WeightRecord, contract: ContractRecord, limit: float) ->
     # 3. What that does to the first loss.
     sign = (
         f"std {plain(std_of(weight))}, the spread of an embedding: logits of std "
-        f"{plain(logits)} at init, "
-        f"so that the first loss is about ln V + {plain(logits**2 / 2)}"
+        f"{plain(logits)} at init; {first_loss}"
     )
     return NoDraw(weight, sign, "initialise the head with std 1/sqrt(d)")
