@@ -154,6 +154,7 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
         request=request,
         state=report.state,
         aims=frozenset(aims(report)),
+        applied=_only_rules_about_norms(report),
         own_hooks=not has_foreign_hooks(audit.model),
         confidence_all=level,
         decayed=frozenset(decayed),
@@ -169,6 +170,16 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     )
 
 
+def _only_rules_about_norms(report: Report) -> frozenset[str]:
+    """Return the rules about norms that applied, if all of them read norms of full width."""
+    applied = [rule.code for rule in report.rules if rule.code.startswith("JD1") and rule.matched]
+    others = set(applied) - _NEED_FULL_WIDTH
+    if others:
+        return frozenset()
+
+    return frozenset(applied)
+
+
 @dataclass(frozen=True)
 class _Trial:
     """An audit of changed copies of the model.
@@ -177,6 +188,7 @@ class _Trial:
         request: of the audit of the model itself.
         state: of its weights: a copy is not judged again.
         aims: the rules that remedies are tried against.
+        applied: the rules about norms without which none would apply.
         own_hooks: all hooks of a copy are those of a remedy, since the model has none.
         confidence_all: of one trial; None if the confidence is that of each interval.
         decayed: names of the parameters that the optimizer decays.
@@ -185,6 +197,7 @@ class _Trial:
     request: Request
     state: Literal["init", "trained"] | None
     aims: frozenset[str]
+    applied: frozenset[str]
     own_hooks: bool
     confidence_all: float | None
     decayed: frozenset[str]
@@ -194,7 +207,8 @@ class _Trial:
 
         Infos may remain, so that the norm of a branch is solved until warnings are decided. The
         infos of other figures decide whether a condition is met. Of the residual maps, rules read
-        norms of full width alone.
+        norms of full width alone. These are measured if remedies are tried against such a rule, or
+        if no other rule about norms applies. The copy would seem to be judged by none without them.
 
         Args:
             model: the copy.
@@ -206,7 +220,8 @@ class _Trial:
         """
         # The code of a copy is that of the model, whose parts were run alone and compared.
         scope = Scope(hooks=self.own_hooks, replay=False)
-        if not _NEED_FULL_WIDTH & self.aims:
+        are_read = _NEED_FULL_WIDTH & (self.aims | self.applied)
+        if not are_read:
             scope = replace(scope, norms=NORMS - {"residual_norm"})
         changed = replace(self._changed_request(model, spared, seed), scope=scope)
         if self.request.options.profile == _USUAL_PROFILE:

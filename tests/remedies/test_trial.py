@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 import jacdiag
+from benchmarks.initbench.catalogue import tokens
+from benchmarks.initbench.decoders import Llama
+from benchmarks.initbench.draws import draw, normal, ones, zeros
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate, write_baseline
 from jacdiag.records import FiguresRecord, Finding, RemedyRecord, Report
@@ -453,3 +456,23 @@ def test_a_restored_baseline_is_enough_though_an_accepted_warning_stays() -> Non
     new = Finding("JD304", "warning", [], "", {})
     for findings in ([regression], [accepted, new]):
         assert not sufficient(before, dataclasses.replace(before, findings=findings), restored)
+
+
+# -- what a trial leaves out -----------------------------------------------------------------------
+def test_a_trial_measures_what_the_only_rule_about_norms_reads() -> None:
+    """Of a model without norms, JD104 alone judges norms. JD904 is not left over by a remedy."""
+    with seeded(0):
+        model = Llama(layers=3, width=64)
+        rules = (("norm", ones), ("embed", normal(1.0)), ("o_proj|down_proj", zeros))
+        draw(model, *rules, ("weight", normal(0.02)))
+    for name in [name for name, _ in model.named_modules()]:
+        if name.endswith("norm"):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Identity())
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.mul_(3)
+
+    report = jacdiag.audit(model, tokens(), state="init", remedies="first")
+    assert loud(report) == ["JD205"]
+    assert {rule.code: rule.status for rule in report.rules}["JD904"] == "clean"
+    assert best(report).after.fired == [] and best(report).after.verdict == "pass"
