@@ -353,7 +353,8 @@ class LiveRules:
 
         # 2. Find out whether the step is finite.
         is_loss_lost = figures.loss is not None and not math.isfinite(figures.loss)
-        has_lost_gradient = math.isinf(figures.gradient) or bool(figures.nonfinite)
+        is_norm_lost = math.isinf(figures.gradient) or figures.nan_norm
+        has_lost_gradient = is_norm_lost or bool(figures.nonfinite)
         is_gradient_lost = has_lost_gradient and not figures.skipped
         if is_loss_lost or is_gradient_lost:
             self._emit(result, self._nonfinite_alert(figures))
@@ -380,7 +381,16 @@ class LiveRules:
         since = figures.step - count + 1
         what = f"the optimizer made no step in {count} steps in a row, since step {since}"
         if self._overflows_in_a_row == count:
-            what = f"{count} steps in a row were skipped for inf gradients, since step {since}"
+            what = (
+                f"{count} steps in a row were skipped for gradients that are not finite, since "
+                f"step {since}"
+            )
+            # A scale that is far too high takes as many skips. Later it cannot be so far off.
+            if self._last_finite_step is None:
+                what += (
+                    "; the watch has seen no finite step before them, so that a loss scaler that "
+                    "began at far too high a scale would look the same"
+                )
         evidence = {**self._nonfinite_evidence(figures), "since": since}
         return Alert(figures.step, "JD505", "error", what, [], evidence)
 

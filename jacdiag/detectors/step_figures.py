@@ -25,6 +25,7 @@ class StepFigures:
         skipped: the optimizer did not step.
         overflow: it did not step because a gradient was not finite; False if the cause is not
             known.
+        nan_norm: the gradient norm is known to be NaN. `gradient` is NaN too if it is not known.
         nonfinite: sub-layers with a gradient that is not finite.
         update: (sub-layer, update norm / weight norm) of the sub-layer whose turn it was.
         bad_weights: weights that were not finite before the optimizer's step; None if they were
@@ -45,6 +46,7 @@ class StepFigures:
     sublayers: Sequence[float] = ()
     skipped: bool = False
     overflow: bool = False
+    nan_norm: bool = False
     nonfinite: Sequence[str] = ()
     update: tuple[str, float] | None = None
     bad_weights: Sequence[str] | None = None
@@ -84,7 +86,8 @@ class StepFigures:
             lr=number(row["lr"]),
             sublayers=sublayers,
             skipped=is_skipped,
-            overflow=row.get("skipped_for") == "inf",
+            overflow=row.get("skipped_for") in ("inf", "nan"),
+            nan_norm=gradient is not None and math.isnan(number(gradient)),
             nonfinite=nonfinite,
             update=update,
             bad_weights=row.get("nonfinite_weights"),

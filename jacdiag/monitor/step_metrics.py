@@ -63,6 +63,7 @@ class StepRow:
         has_gradients: whether an optimizer stepped, so that its gradients are in the table.
         update: label of the sub-layer whose update norm was measured; empty if none was.
         has_loss: whether the loop passed the loss.
+        has_norm: whether the loop passed the norm of the gradient. It may be NaN.
         rates: the learning rates that the step used, one per parameter group; None for a group that
             had no step.
         optimizer_step: how the step was seen, a `StepOutcome`.
@@ -85,6 +86,7 @@ class StepRow:
     has_gradients: bool = False
     update: str = ""
     has_loss: bool = False
+    has_norm: bool = False
     rates: list[float | Tensor | None] = field(default_factory=list)
     optimizer_step: str = "seen"
     stepped_before: bool = False

@@ -59,6 +59,11 @@ class GradientNorms:
         return self.before_clipping is not None and not math.isfinite(self.before_clipping)
 
     @property
+    def is_nan(self) -> bool:
+        """Whether the norm that the loop passed is NaN."""
+        return self.before_clipping is not None and math.isnan(self.before_clipping)
+
+    @property
     def clip_ratio(self) -> float | None:
         """The norm before clipping over the one after it; None if either is not known."""
         before, after = self.before_clipping, self.after_clipping
@@ -117,6 +122,10 @@ def build_step_row(
     has_found_inf = values[INF] > 0
     is_overflow = has_found_inf or norms.is_overflow
     skipped = _is_skipped(row, has_found_inf, is_overflow)
+    skipped_for: str | None = None
+    if skipped and is_overflow:
+        # The flag of a loss scaler stands for inf and for NaN.
+        skipped_for = "nan" if norms.is_nan else "inf"
     rate = row.lr
     if rate is None and row.rates:
         rate = row.rates[0]  # type: ignore[assignment]
@@ -134,7 +143,7 @@ def build_step_row(
         "clipped": norms.is_clipped,
         "clip_ratio": norms.clip_ratio,
         "skipped": skipped,
-        "skipped_for": "inf" if skipped and is_overflow else None,
+        "skipped_for": skipped_for,
         "optimizer_step": row.optimizer_step,
         "nonfinite": nonfinite_labels,
         "weights_seen": row.weights_seen,
@@ -157,7 +166,7 @@ def build_step_row(
 
 def _gradient_norms(row: StepRow, values: Sequence[float]) -> GradientNorms:
     # 1. A step without gradients.
-    passed = _passed_norm(values)
+    passed = _passed_norm(row, values)
     if not row.has_gradients:
         return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
 
@@ -168,7 +177,10 @@ def _gradient_norms(row: StepRow, values: Sequence[float]) -> GradientNorms:
         row.has_gradients = False
         return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
 
-    # 3. Those that the optimizer used.
+    # 3. Those that the optimizer used. A loop may pass NaN for a norm that it does not know.
+    is_contradicted = passed is not None and math.isnan(passed)
+    if is_contradicted and total is not None and math.isfinite(total):
+        passed = None
     return GradientNorms(before_clipping=passed, after_clipping=total, squares=squares)
 
 
@@ -179,14 +191,14 @@ def _total_norm(squares: Sequence[float]) -> float | None:
     return _root(sum(squares))
 
 
-def _passed_norm(values: Sequence[float]) -> float | None:
-    """Return the norm that the loop passed; None if it passed none."""
-    norm: float | None = values[GIVEN]
-    if math.isnan(values[GIVEN]):
-        norm = _root(values[GIVEN_PART])
-    if norm is None or math.isnan(norm):
+def _passed_norm(row: StepRow, values: Sequence[float]) -> float | None:
+    """Return the norm that the loop passed, which may be NaN; None if it passed none."""
+    # NaN also stands for a column that nobody has written to.
+    if not row.has_norm:
         return None
-    return norm
+    if math.isnan(values[GIVEN]):
+        return _root(values[GIVEN_PART])
+    return values[GIVEN]
 
 
 def _describe_update(label: str, values: Sequence[float]) -> dict[str, Any] | None:

@@ -169,7 +169,9 @@ class StepUsage:
         """Return what is wrong if nothing changes and no step is seen."""
         return (
             f"no optimizer step seen: step() of {self.kinds} was not called in the first {_NEVER} "
-            "calls of w.step(). Pass the optimizer whose step() is called"
+            "calls of w.step(). Either another optimizer steps, which is the one to pass to the "
+            "watch, or a loss scaler leaves out every step because gradients are not finite. "
+            "w.step(loss, grad_norm=norm) with the norm of the unscaled gradients tells which"
         )
 
     def ended(self) -> None:

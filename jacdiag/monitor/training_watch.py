@@ -310,6 +310,7 @@ class Watch:
             metrics.now.has_loss = True
         if grad_norm is not None:
             _put_grad_norm(metrics, grad_norm)
+            metrics.now.has_norm = True
         metrics.now.rates = observer.rates_of_groups(outcome)
         rate = observer.rate_of_step(lr, metrics.now)
 

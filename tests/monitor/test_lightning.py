@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 pytest.importorskip("lightning")
 
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from jacdiag.monitor.integrations.lightning import WatchCallback, find_network, implements_forward
@@ -212,6 +214,23 @@ def test_clipping_of_the_modules_own_is_known(
     for row in rows:
         assert row["grad_norm_post"] == pytest.approx(min(row["grad_norm"], 0.5), rel=1e-4)
     assert not messages(caplog)
+
+
+def test_a_loss_scaler_that_never_makes_a_step_alerts(tmp_path: Path) -> None:
+    """Without clipping, too: only the norm says why the optimizer was not called."""
+
+    class NeverFinite(NoForward):
+        def on_after_backward(self) -> None:
+            next(self.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+
+    callback = WatchCallback(log_dir=tmp_path / "log", **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fit(tmp_path, NeverFinite(), [callback], plugins=[precision])
+    rows = lines(tmp_path / "log", "step")
+    assert {row["skipped_for"] for row in rows} == {"nan"}
+    assert callback.watch is not None
+    assert [(a.code, a.step) for a in callback.watch.alerts] == [("JD505", 10)]
 
 
 def test_an_exception_leaves_a_flight(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ class WatchCallback(Callback):
     The state of the watch goes into the Trainer's checkpoints.
 
     Lightning computes the gradients inside the optimizer's step, and clips them there. It calls
-    callbacks in between. So if the Trainer clips, the norm before clipping is measured then.
+    callbacks in between. So if the Trainer clips, the norm before clipping is measured then. So is
+    that of a Trainer with a loss scaler, which leaves out the steps whose norm is not finite.
 
     Of the strategies that shard, ModelParallelStrategy (FSDP2) is watched as any other. The norm
     before clipping is not known there. FSDPStrategy (FSDP1) is refused.
@@ -57,7 +58,7 @@ class WatchCallback(Callback):
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
         self._watched: set[int] = set()  # ids of the parameters that are watched
-        self._clips = False
+        self._needs_norm = False
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,10 +86,12 @@ class WatchCallback(Callback):
         self._watched = {id(p) for p in network.module.parameters()}
         self._last_step = trainer.global_step
 
-        # 3. Whether the Trainer or the module clips.
+        # 3. Whether the Trainer or the module clips, or a loss scaler may leave steps out.
         clipping_method = type(pl_module).configure_gradient_clipping
         has_own_clipping = clipping_method is not LightningModule.configure_gradient_clipping
-        self._clips = bool(trainer.gradient_clip_val) or has_own_clipping
+        clips = bool(trainer.gradient_clip_val) or has_own_clipping
+        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._needs_norm = clips or has_scaler
 
         # 4. Go on from a checkpoint.
         if self._state is not None:
@@ -102,8 +105,8 @@ class WatchCallback(Callback):
             return
         self.watch.prepare()
 
-        # Without clipping the watch reads the norm itself.
-        if not self._clips:
+        # Otherwise the watch reads the norm itself, at the optimizer's step.
+        if not self._needs_norm:
             return
 
         # The norm of sharded gradients would need the other ranks.
