@@ -17,6 +17,7 @@ from jacdiag.detectors.first_mover import GradientRises, HighGradient
 from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_nonfinite
 from jacdiag.detectors.joint_detector import JointAlarm, JointDetector, StepScores
 from jacdiag.detectors.loss_spike import find_spike
+from jacdiag.detectors.quiet_time import QUIET, Occurrence, QuietTime, Reaction
 from jacdiag.detectors.readiness import SampleCounts, Waits, waits_of
 from jacdiag.detectors.recent_trend import RecentTrend
 from jacdiag.detectors.rising_rate import RisingRate
@@ -32,7 +33,31 @@ from jacdiag.rules.thresholds import Thresholds
 
 # A loss scaler halves its scale at every skip. Ten skips in a row are a factor of 1,000.
 SKIPPED_IN_A_ROW = 10
-QUIET = 200  # steps in which a rule that has fired does not fire again
+
+# Topics of the quiet time. Those of other rules are their codes.
+_SKIPS = "JD505:skips"
+_SPIKES = ("JD501", "JD502")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """A rule that stands out again in its quiet time.
+
+    Attributes:
+        alert: what it would have fired with.
+        after: the step of its last alert.
+    """
+
+    alert: Alert
+    after: int
+
+    def __str__(self) -> str:
+        """Return what stands out, and why it is no alert."""
+        alert = self.alert
+        return (
+            f"{alert.code} again at step {alert.step}: {alert.what}. No alert: the rule fired at "
+            f"step {self.after}, and is quiet for {QUIET} steps from there"
+        )
 
 
 @dataclass
@@ -43,12 +68,14 @@ class LiveResult:
         votes: codes of the rules whose single signal stands out.
         scores: z-scores by name.
         alerts: rules that fire.
+        repeats: rules that stand out again in their quiet time, in another event than the last one.
         notes: texts for the log alone.
     """
 
     votes: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
+    repeats: list[Repeat] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,10 +125,10 @@ class LiveRules:
         self._overflows_in_a_row = 0
         self._last_finite_step: int | None = None
         self._last_finite_saw_weights = False
-        # What was reported already: step of the last alert by rule, and alerts held back since.
+        self._is_still_nonfinite = False
+        # What was reported already.
         self._has_noted_write = False
-        self._last_alert: dict[str, int] = {}
-        self._suppressed: dict[str, int] = {}
+        self._quiet = QuietTime()
         self.set_names(names)
 
     def set_names(self, names: Sequence[str]) -> None:
@@ -137,6 +164,7 @@ class LiveRules:
             Its scores and votes, and the alerts of the rules that fire at it.
         """
         result = LiveResult(alerts=self._rate.look(figures.step, figures.lr))
+        self._quiet.begin_step(figures.step)
         self._judge_writes(figures, result)
         self._judge_nonfinite(figures, result)
         if _is_left_out(figures):
@@ -152,6 +180,9 @@ class LiveRules:
         self._vote(figures, signals, result)
         # 3. Alert if several signals agree.
         self._alert_on_agreement(figures, scores, signals, result)
+        # A spike lasts until no single signal stands out any more.
+        if "JD502" in result.votes or "JD503" in result.votes:
+            self._quiet.extend(_SPIKES)
         # 4. Add the step to what the next ones are compared with.
         self._absorb(figures, signals)
         return result
@@ -336,7 +367,12 @@ class LiveRules:
             "count": writes.count,
         }
         where = [weight.name for weight in writes.weights]
-        self._emit(result, Alert(figures.step, "JD508", "warning", what, where, evidence))
+        alert = Alert(figures.step, "JD508", "warning", what, where, evidence)
+        rewritten = [w.name for w in writes.weights if w.change >= self._limits.write_alert]
+        # If all that are named have changed so much, those that are not named may have, too.
+        have_all_changed = len(rewritten) == len(writes.weights)
+        has_more = have_all_changed and writes.count > len(rewritten)
+        self._emit(result, alert, names=rewritten, has_more=has_more)
 
     # -- JD505 -------------------------------------------------------------------------------------
     def _judge_nonfinite(self, figures: StepFigures, result: LiveResult) -> None:
@@ -357,8 +393,13 @@ class LiveRules:
         has_lost_gradient = is_norm_lost or bool(figures.nonfinite)
         is_gradient_lost = has_lost_gradient and not figures.skipped
         if is_loss_lost or is_gradient_lost:
-            self._emit(result, self._nonfinite_alert(figures))
+            alert = self._nonfinite_alert(figures)
+            # A value that is not finite spreads to every weight by the next step.
+            goes_on = self._is_still_nonfinite
+            self._is_still_nonfinite = True
+            self._emit(result, alert, names=alert.where, goes_on=goes_on)
             return
+        self._is_still_nonfinite = False
         if not figures.skipped:
             self._last_finite_step = figures.step
             self._last_finite_saw_weights = figures.weights_seen
@@ -366,7 +407,7 @@ class LiveRules:
 
         # 3. Alert on many skips only: a few are a loss scaler that looks for its scale.
         if self._skips_in_a_row >= SKIPPED_IN_A_ROW:
-            self._emit(result, self._skips_alert(figures))
+            self._emit(result, self._skips_alert(figures), topic=_SKIPS)
 
     def _nonfinite_evidence(self, figures: StepFigures) -> dict[str, Any]:
         return {
@@ -429,7 +470,7 @@ class LiveRules:
         result = LiveResult()
         self.probes += 1
         for alert in self._drift.look(step, series):
-            self._emit(result, alert)
+            self._emit_drift(result, alert)
         result.votes += self._drift.votes
         return result
 
@@ -442,7 +483,7 @@ class LiveRules:
         """
         result = LiveResult()
         for alert in self._drift.look(step, statistics_series(series)):
-            self._emit(result, alert)
+            self._emit_drift(result, alert)
         return result
 
     def know(self, report: Report) -> None:
@@ -474,29 +515,65 @@ class LiveRules:
     def renumber(self, old: int, new: int) -> None:
         """Give what was judged as step `old` the number `new`, once the loop has passed it."""
         self._drift.renumber(old, new)
-        for key, step in self._last_alert.items():
-            if step == old:
-                self._last_alert[key] = new
+        self._quiet.renumber(old, new)
 
     def rewind(self, base: int) -> None:
         """Go on from an earlier step: the loop does the steps after `base` again."""
         self.resumed()
-        for key, step in self._last_alert.items():
-            self._last_alert[key] = min(step, base)
+        self._quiet.rewind(base)
 
     # -- alerts ------------------------------------------------------------------------------------
-    def _emit(self, result: LiveResult, alert: Alert) -> None:
-        """Add an alert, unless the same rule has fired in the last `QUIET` steps.
+    def _emit(
+        self,
+        result: LiveResult,
+        alert: Alert,
+        *,
+        topic: str = "",
+        names: Sequence[str] = (),
+        has_more: bool = False,
+        goes_on: bool = False,
+    ) -> None:
+        """Add an alert, unless the same was reported in the last `QUIET` steps.
 
         Alerts that are held back are counted, and the next one that is shown has their number.
+
+        Args:
+            result: gets the alert, or the repeat.
+            alert: the alert.
+            topic: of the quiet time; that of the rule if not given.
+            names: weights that have a quiet time of their own.
+            has_more: the alert is about more weights than these.
+            goes_on: it is known to be the event of the last time.
         """
-        key = f"{alert.code}:{alert.evidence.get('figure', '')}"
-        last_step = self._last_alert.get(key)
-        if last_step is not None and alert.step - last_step < QUIET:
-            self._suppressed[key] = self._suppressed.get(key, 0) + 1
+        # 1. Whether that was reported before.
+        topic = topic or alert.code
+        since = alert.evidence.get("since", alert.step)
+        reaction = self._quiet.react(
+            Occurrence(
+                topic=topic,
+                step=alert.step,
+                since=since,
+                names=names,
+                has_more=has_more,
+                goes_on=goes_on,
+            )
+        )
+
+        # 2. Fire.
+        if reaction is Reaction.ALERT:
+            held_back = self._quiet.take_held_back(topic)
+            result.alerts.append(replace(alert, suppressed=held_back))
             return
-        self._last_alert[key] = alert.step
-        result.alerts.append(replace(alert, suppressed=self._suppressed.pop(key, 0)))
+
+        # 3. Another event. A weight that is named again adds nothing to what was said of it.
+        last_step = self._quiet.last_alert(topic)
+        is_named_again = alert.code == "JD508"
+        if reaction is Reaction.REPEAT and last_step is not None and not is_named_again:
+            result.repeats.append(Repeat(alert=alert, after=last_step))
+
+    def _emit_drift(self, result: LiveResult, alert: Alert) -> None:
+        """Add an alert of JD504, unless the same figure of its sub-layers was reported before."""
+        self._emit(result, alert, topic=f"JD504:{alert.evidence['figure']}", names=alert.where)
 
     # -- memory ------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
@@ -515,7 +592,7 @@ class LiveRules:
             "rate": self._rate.state(),
             "seen": self.seen,
             "spikes": dict(self.spikes),
-            "spoken": dict(self._last_alert),
+            "spoken": self._quiet.state(),
             "probes": self.probes,
             "recent": {
                 "loss": self._recent_loss.state(),
@@ -545,4 +622,4 @@ class LiveRules:
         self.seen = state["seen"]
         self.probes = int(state.get("probes", 0))
         self.spikes = dict(state["spikes"])
-        self._last_alert = dict(state["spoken"])
+        self._quiet.load(state["spoken"])

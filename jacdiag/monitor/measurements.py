@@ -596,8 +596,11 @@ class Measurements:
             row["experts"] = statistics.experts
         self.record.line("stats", row)
         self.record.publish(step, lambda: slashed_series(statistics.figures))
-        for alert in self.record.live.statistics(step, statistics.figures).alerts:
+        verdict = self.record.live.statistics(step, statistics.figures)
+        for alert in verdict.alerts:
             self.record.alert(alert)
+        for repeat in verdict.repeats:
+            self.record.repeat(repeat)
         self.record.note_ready(step)
 
     def _write_probe(
@@ -633,6 +636,8 @@ class Measurements:
         self._report_findings(report, step)
         for alert in verdict.alerts:
             self.record.alert(alert)
+        for repeat in verdict.repeats:
+            self.record.repeat(repeat)
         self.record.note_ready(step)
 
     def _report_findings(self, report: Report, step: int) -> None:

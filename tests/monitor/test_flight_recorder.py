@@ -30,28 +30,29 @@ OPTIONS: dict[str, Any] = {
 
 
 def go(
-    folder: Path, steps: int, corrupt: int | None = None, **more: Any
+    folder: Path, steps: int, *corrupt_steps: int, corrupt: int | None = None, **more: Any
 ) -> tuple[Any, dict[int, Any]]:
-    """Trains; at one step the targets are noise and the loss is scaled up, as a broken batch
+    """Trains; at some steps the targets are noise and the loss is scaled up, as a broken batch
     does.
     """
     model = small(dropout=0.1)
     optimizer = adam(model, lr=1e-3)
     given: dict[int, Any] = {}
+    broken = {corrupt, *corrupt_steps}
     with jacdiag.watch(model, optimizer, log_dir=folder, **{**OPTIONS, **more}) as w:
         for step in range(1, steps + 1):
             x, y = batch(step % 4)
-            if step == corrupt:
+            if step in broken:
                 x, y = (
                     torch.randint(V, x.shape, generator=torch.Generator().manual_seed(99))
                     for _ in range(2)
                 )
             given[step] = (x, y, torch.get_rng_state())
             _, loss = model(x, y)
-            (loss * (50.0 if step == corrupt else 1.0)).backward()
+            (loss * (50.0 if step in broken else 1.0)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            w.step(loss.detach() * (5.0 if step == corrupt else 1.0))
+            w.step(loss.detach() * (5.0 if step in broken else 1.0))
     return model, given
 
 
@@ -72,6 +73,17 @@ def test_an_alert_dumps_the_batch_that_went_wrong(tmp_path: Path) -> None:
     prints = {row["step"]: row["batches"] for row in lines(tmp_path, "step")}
     assert prints[149] == prints[145] != prints[150]  # the same batch again, and another
     assert len(list(folder.glob("batch-*-before-*.pt"))) > 0
+
+
+def test_a_second_batch_that_went_wrong_can_be_replayed_though_its_rule_is_quiet(
+    tmp_path: Path,
+) -> None:
+    _, given = go(tmp_path, 240, 150, 230, keep_batches=12)
+    assert [r["step"] for r in lines(tmp_path, "alert") if r["code"] == "JD502"] == [150]
+    (note,) = [row for row in lines(tmp_path, "note") if row.get("code") == "JD502"]
+    assert note["step"] == 230 and note["text"].startswith("JD502 again at step 230: the loss")
+    kept = read_batch(tmp_path / "flight-230")
+    assert isinstance(kept, dict) and torch.equal(kept["idx"], given[230][0])
 
 
 def test_a_crash_dumps_too_and_without_batches_it_says_how_to_keep_them(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from jacdiag._version import __version__
 from jacdiag.detectors.first_nonfinite import explain_batch
-from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.detectors.live_rules import LiveRules, Repeat, StepFigures
 from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
 from jacdiag.monitor.batch_fingerprints import Print, PrintsUnderWay
@@ -243,6 +243,7 @@ class RunEvents:
         self._add_fingerprints(rows)
         self.silence.look_at_rows(rows)
         alerts: list[Alert] = []
+        repeats: list[Repeat] = []
         ready: list[Mapping[str, Any]] = []
         for row, figures in zip(rows, self._read_figures(rows), strict=True):
             self._count(row)
@@ -251,6 +252,7 @@ class RunEvents:
                 if self.guards.on("detectors") and figures is not None:
                     result = self.live.step(figures)
                     alerts += result.alerts
+                    repeats += result.repeats
                     for note in result.notes:
                         self.note(note)
                     row["votes"] = result.votes
@@ -268,6 +270,8 @@ class RunEvents:
             self.publish(row["step"], partial(slashed, row, groups))
         for alert in alerts:
             self.alert(self._with_batch(alert))
+        for repeat in repeats:
+            self.repeat(replace(repeat, alert=self._with_batch(repeat.alert)))
 
     def _read_figures(self, rows: list[dict[str, Any]]) -> Sequence[StepFigures | None]:
         """Return what the live rules read of each row, and prepare them for it.
@@ -399,6 +403,17 @@ class RunEvents:
         self._send(alert, moment)
         self._handle(alert, moment)
 
+    def repeat(self, repeat: Repeat) -> None:
+        """Note a rule that stands out again in its quiet time, and keep what a replay needs."""
+        # 1. Note it. It is no alert: nobody is called.
+        alert = repeat.alert
+        self.line("note", {"step": alert.step, "code": alert.code, "text": str(repeat)})
+        logger.info("jacdiag.watch: %s", repeat)
+
+        # 2. Keep the batch out, and write the flight.
+        self._add_to_skip_list(alert)
+        self.dump(alert.step, str(alert), is_repeat=True)
+
     def _add_to_skip_list(self, alert: Alert) -> None:
         if self.skip_list is None:
             return
@@ -495,13 +510,14 @@ class RunEvents:
             return flight
         return None
 
-    def dump(self, step: int, why: str, ended: str = "") -> Path | None:
+    def dump(self, step: int, why: str, ended: str = "", *, is_repeat: bool = False) -> Path | None:
         """Let the flight recorder write what it keeps.
 
         Args:
             step: that the flight is about.
             why: in one line.
             ended: how the loop was left; empty if it goes on.
+            is_repeat: it is about a rule that stands out again in its quiet time.
 
         Returns:
             The folder of the flight; None if none was written.
@@ -516,7 +532,9 @@ class RunEvents:
                 self.batches.take_compiled()
 
             # 2. Write the flight.
-            folder = self.recorder.dump(step, why, self.batches, self.header, ended)
+            folder = self.recorder.dump(
+                step, why, self.batches, self.header, ended, is_repeat=is_repeat
+            )
             if folder is not None:
                 self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
             return folder

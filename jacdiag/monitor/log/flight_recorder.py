@@ -30,11 +30,13 @@ class FlightRecorder:
     Args:
         folder: of the run.
         steps: how many to keep.
-        most: how many flights to write at most; a run in trouble alerts more than once.
+        most: how many flights to write at most; a run in trouble alerts more than once. As many
+            again are written for rules that stand out again in their quiet time.
 
     Attributes:
         rows: the steps that are kept.
-        dumps: flights so far.
+        dumps: flights so far, without those of repeats.
+        repeats: flights of repeats so far.
     """
 
     def __init__(self, folder: Path, steps: int = 200, most: int = 5) -> None:
@@ -42,6 +44,7 @@ class FlightRecorder:
         self.folder = folder
         self.most = most
         self.dumps = 0
+        self.repeats = 0
         self.rows: deque[Mapping[str, Any]] = deque(maxlen=max(steps, 1))
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -55,6 +58,8 @@ class FlightRecorder:
         batches: Batches | None,
         header: Mapping[str, Any],
         ended: str = "",
+        *,
+        is_repeat: bool = False,
     ) -> Path | None:
         """Write `flight-STEP`.
 
@@ -65,6 +70,7 @@ class FlightRecorder:
             header: the first line of the run log.
             ended: how the loop was left, as `Ending.how` says it; empty if it goes on. The batches
                 of a step that was running then are written as well.
+            is_repeat: it is about a rule that stands out again in its quiet time.
 
         Returns:
             The folder; None if enough was written, or if it is there already.
@@ -80,10 +86,14 @@ class FlightRecorder:
             chosen = _choose_batches(batches.kept, step, bool(running))
 
         # 2. Choose the folder.
-        folder = self._choose_folder(step, running)
+        written = self.repeats if is_repeat else self.dumps
+        folder = self._choose_folder(step, running, written)
         if folder is None:
             return None
-        self.dumps += 1
+        if is_repeat:
+            self.repeats += 1
+        else:
+            self.dumps += 1
         folder.mkdir(parents=True)
 
         # 3. Write the steps and the batches, and last what the flight is about.
@@ -104,15 +114,21 @@ class FlightRecorder:
         (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return folder
 
-    def _choose_folder(self, step: int, running: Sequence[KeptBatch]) -> Path | None:
-        """Return a folder that is not there yet; None if no flight is to be written."""
+    def _choose_folder(self, step: int, running: Sequence[KeptBatch], written: int) -> Path | None:
+        """Return a folder that is not there yet; None if no flight is to be written.
+
+        Args:
+            step: that the flight is about.
+            running: batches of a step that was running.
+            written: flights of the same kind so far.
+        """
         # 1. An alert may have written that of the step, without the batch that was running.
         folder = self.folder / f"flight-{step}"
         if running and folder.exists():
             folder = self.folder / f"flight-{running[-1].step}"
 
         # 2. A batch that was running is written even if there are enough flights.
-        is_enough = self.dumps >= self.most and not running
+        is_enough = written >= self.most and not running
         if is_enough:
             return None
 
