@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jacdiag.detectors.group_counts import count_groups
 from jacdiag.detectors.running_statistics import ExponentialMoments
 from jacdiag.rules.finding_numbers import plain
 
-_MOST = 20  # sub-layers that an alert lists
+MOST_LISTED = 20
+"""Sub-layers that an alert lists. Its sentence counts all of them."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,11 @@ class GradientRises:
             self._high.append(rise)
 
     def order(self) -> list[HighGradient]:
-        """Return the sub-layers that are high, the one that has been so longest first.
+        """Return all sub-layers that are high, the one that has been so longest first.
 
         Of those that have been high since the same step, the highest comes first.
         """
-        return sorted(self._high, key=lambda rise: (rise.since, -rise.z))[:_MOST]
+        return sorted(self._high, key=lambda rise: (rise.since, -rise.z))
 
     def sentence(self) -> str:
         """Return which sub-layer rose first, or that none did; "" if sub-layers are not known."""
@@ -115,16 +117,13 @@ class GradientRises:
         # 3. One sub-layer was first.
         first = order[0]
         figures = f"gradient norm {plain(first.value)}, usually {plain(first.usual)}"
-        count = sum(rise.since == first.since for rise in order)
-        if count == 1:
+        together = [rise.where for rise in order if rise.since == first.since]
+        if len(together) == 1:
             return f"; {first.where} moved first ({figures}, since step {first.since})"
 
         # 4. Several rose at the same step.
-        number = str(count)
-        if count == len(self.names):
-            number = "all"
         return (
-            f"; none moved first: {number} sub-layers that stand out have since step "
+            f"; none moved first: {count_groups(together, self.names)} have stood out since step "
             f"{first.since}, {first.where} furthest ({figures})"
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from jacdiag.detectors.group_counts import count_groups
 from jacdiag.records.batch_values import BatchValues, NonFiniteArgument
 from jacdiag.records.run_log import Alert
 
@@ -167,7 +168,7 @@ def _explain_groups(groups: Sequence[str]) -> Explanation:
         what = f"gradients are not finite, only in {groups[0]}"
         return Explanation(what, list(groups), "gradient")
     what = (
-        f"gradients are not finite in {len(groups)} sub-layers, which first is not known: "
+        f"gradients are not finite in {count_groups(groups)}, which first is not known: "
         f"{_listed(groups)}"
     )
     return Explanation(what, list(groups), "unknown")

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jacdiag.detectors.drift import Drift, statistics_series
-from jacdiag.detectors.first_mover import GradientRises, HighGradient
+from jacdiag.detectors.first_mover import MOST_LISTED, GradientRises, HighGradient
 from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_nonfinite
+from jacdiag.detectors.group_counts import is_sublayer
 from jacdiag.detectors.joint_detector import JointAlarm, JointDetector, StepScores
 from jacdiag.detectors.loss_spike import find_spike
 from jacdiag.detectors.quiet_time import QUIET, Occurrence, QuietTime, Reaction
@@ -324,14 +325,15 @@ class LiveRules:
             "since": since,
             "usual_loss": self._recent_loss.usual(),
             "usual_gradient": self._recent_gradient.usual(),
-            "moved": [rise.evidence() for rise in self.moved_first()],
+            "moved": [rise.evidence() for rise in self.moved_first()[:MOST_LISTED]],
+            "moved_count": len(self.moved_first()),
         }
 
     def _spike_alert(
         self, step: int, code: str, level: Level, what: str, evidence: dict[str, Any]
     ) -> Alert:
         """Return an alert that also says which sub-layers moved first."""
-        where = [rise.where for rise in self.moved_first()]
+        where = [rise.where for rise in self.moved_first()[:MOST_LISTED]]
         return Alert(step, code, level, what + self._rises.sentence(), where, evidence)
 
     def moved_first(self) -> list[HighGradient]:
@@ -437,8 +439,7 @@ class LiveRules:
 
     def _nonfinite_alert(self, figures: StepFigures) -> Alert:
         """Return the alert of a loss or gradients that are not finite."""
-        # Names such as (embedding) stand for parameters outside of the sub-layers.
-        sublayers = [name for name in self.names if not name.startswith("(")]
+        sublayers = list(filter(is_sublayer, self.names))
         explanation = explain_nonfinite(
             NonFiniteStep(
                 loss=figures.loss,

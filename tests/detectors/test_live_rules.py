@@ -179,7 +179,10 @@ def test_no_sub_layer_is_called_the_first_where_none_was() -> None:
     """
     live = fed()
     (alert,) = live.step(spike(500, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts
-    assert "none moved first: all sub-layers that stand out have since step 500" in alert.what
+    assert "none moved first: all 3 sub-layers have stood out since step 500" in alert.what
+    live = fed()
+    (alert,) = live.step(spike(500, 9.0, 40.0, (9.0, 9.0, 0.7))).alerts
+    assert "none moved first: 2 of 3 sub-layers have stood out since step 500" in alert.what
     live = fed()
     (alert,) = live.step(spike(500, 9.0, 40.0, (0.7, 0.7, 0.7))).alerts
     assert alert.where == [] and "no sub-layer's gradient norm stands out" in alert.what
@@ -192,6 +195,35 @@ def test_no_sub_layer_is_called_the_first_where_none_was() -> None:
         live.step(f)
     (alert,) = live.step(StepFigures(500, 9.0, 40.0)).alerts
     assert alert.where == [] and "sub-layer" not in alert.what
+
+
+def fed_with(names: list[str]) -> LiveRules:
+    """Return live rules that have seen a healthy run of other sub-layers."""
+    live = LiveRules(LIMITS, names)
+    for f in healthy(500):
+        live.step(replace(f, sublayers=[f.sublayers[0]] * len(names)))
+    return live
+
+
+def test_all_sub_layers_are_counted_though_few_are_listed() -> None:
+    names = [f"h.{layer}.{kind}" for layer in range(30) for kind in ("attn", "mlp")]
+    (alert,) = fed_with(names).step(spike(500, 9.0, 40.0, [9.0] * 60)).alerts
+    assert "none moved first: all 60 sub-layers have stood out since step 500" in alert.what
+    assert len(alert.where) == len(alert.evidence["moved"]) == 20
+    assert alert.evidence["moved_count"] == 60
+    calm = [9.0] * 59 + [0.7]
+    (alert,) = fed_with(names).step(spike(500, 9.0, 40.0, calm)).alerts
+    assert "none moved first: 59 of 60 sub-layers have stood out" in alert.what
+
+
+def test_parameters_outside_of_the_sub_layers_are_no_sub_layers() -> None:
+    names = ["h.0.attn", "h.0.mlp", "(embedding)", "(head)"]
+    (alert,) = fed_with(names).step(spike(500, 9.0, 40.0, [9.0] * 4)).alerts
+    assert "all 2 sub-layers, (embedding) and (head) have stood out since" in alert.what
+    (alert,) = fed_with(names).step(spike(500, 9.0, 40.0, [0.7, 0.7, 9.0, 9.0])).alerts
+    assert "none moved first: (embedding) and (head) have stood out since" in alert.what
+    (alert,) = fed_with(names).step(spike(500, 9.0, 40.0, [0.7, 9.0, 0.7, 0.7])).alerts
+    assert "; h.0.mlp moved first (" in alert.what
 
 
 def test_alerts_are_rate_limited_and_what_was_held_back_is_counted() -> None:
