@@ -389,6 +389,7 @@ def _record(
         computed=computed,
         verdict=decision.verdict,
         sentence=decision.sentence,
+        outcome=decision.outcome,
         about_checkpoint=_about_checkpoint(checkpoint, onset),
         batches=[_batch(item, _is_of_step(item, onset), others, run) for item in measured],
         before=levels.before,

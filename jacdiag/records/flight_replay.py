@@ -11,6 +11,43 @@ from jacdiag.records.batch_values import BatchValues
 
 ReplayVerdict = Literal["batch", "weights", "not decided"]
 
+ReplayOutcome = Literal[
+    "",
+    "batch",
+    "weights",
+    "updated weights",
+    "both",
+    "neither",
+    "no jump",
+    "error gone",
+    "not runnable",
+    "few batches",
+    "wide range",
+    "no loss",
+    "no run values",
+    "unknown step",
+    "too early",
+    "too late",
+    "other model",
+]
+"""How a replay came out: the verdict, and for "not decided" why. Empty if that is not known.
+
+- "batch", "weights": the verdict.
+- "updated weights": the weights, which hold the update of the batch that is looked at.
+- "both": the batch and the weights that it met.
+- "neither": the run had a jump with this batch and these weights, and the replay has none.
+- "no jump": the run's figures are usual at that step.
+- "error gone": the batch of a step that crashed runs.
+- "not runnable": the batch cannot be run here.
+- "few batches": the flight does not keep that batch, or too few others.
+- "wide range": the batch shows the jump within the range of the others.
+- "no loss": no loss can be computed.
+- "no run values": the run's own values are not known.
+- "unknown step": the checkpoint does not say its step.
+- "too early", "too late": the weights are older or newer than those that the batch met.
+- "other model": the weights, or the model that was built, are not those of the run.
+"""
+
 
 @dataclass(frozen=True)
 class SequenceReplay(Record):
@@ -128,6 +165,7 @@ class ReplayRecord(Record):
         computed: the loss that was computed, in words.
         verdict: "batch", "weights" or "not decided".
         sentence: the verdict in words, with its reason and what would decide.
+        outcome: the verdict, and for "not decided" the reason; empty in reports of older versions.
         about_checkpoint: the step of the checkpoint compared with that of the flight, in words.
         batches: the kept ones, the latest first.
         before: figure -> its usual value in the run before the onset; of the gradient norm, its
@@ -178,6 +216,7 @@ class ReplayRecord(Record):
     probed_step: int | None = None
 
     # What the verdict was taken from, and what could not be done.
+    outcome: ReplayOutcome = ""
     evidence: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0

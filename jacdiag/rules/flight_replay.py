@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any
 
-from jacdiag.records.flight_replay import LevelRecord, ReplayVerdict
+from jacdiag.records.flight_replay import LevelRecord, ReplayOutcome, ReplayVerdict
 from jacdiag.records.number_format import three
 
 # chance that one figure of an ordinary batch counts as out, if figures are normally distributed
@@ -146,10 +146,11 @@ class JudgedFigure:
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict, in words, and what each figure said."""
+    """The verdict, in words, how it came out, and what each figure said."""
 
     verdict: ReplayVerdict
     sentence: str
+    outcome: ReplayOutcome = ""
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
@@ -265,6 +266,23 @@ def _calm_and_recent(
     return calm, recent
 
 
+@dataclass(frozen=True)
+class Reason:
+    """Why nothing was decided.
+
+    Attributes:
+        text: the reason.
+        outcome: the same as a keyword.
+    """
+
+    text: str
+    outcome: ReplayOutcome
+
+    def decision(self) -> Decision:
+        """Return the decision that has this reason."""
+        return Decision("not decided", f"Not decided: {self.text}.", self.outcome)
+
+
 # -- the verdict -----------------------------------------------------------------------------------
 def decide(figures: Sequence[Figure], context: ReplayContext) -> Decision:
     """Decide whether the batch of a step or the weights of a checkpoint stand out.
@@ -289,20 +307,19 @@ def decide(figures: Sequence[Figure], context: ReplayContext) -> Decision:
 
     # 2. Without enough batches nothing can be decided.
     missing = _missing(known, context)
-    if missing:
-        return Decision("not decided", f"Not decided: {missing}.")
+    if missing is not None:
+        return missing.decision()
 
     # 3. Judge each figure, then weigh what they say.
     judged = {figure.name: _judge(figure) for figure in known}
     evidence = {name: judgement.to_dict() for name, judgement in judged.items()}
-    verdict, sentence = _weigh(known, judged, context)
-    return Decision(verdict, sentence, evidence)
+    return replace(_weigh(known, judged, context), evidence=evidence)
 
 
 def _weigh(
     known: Sequence[Figure], judged: dict[str, JudgedFigure], context: ReplayContext
-) -> tuple[ReplayVerdict, str]:
-    """Return the verdict over all figures, and the sentence that gives its reason."""
+) -> Decision:
+    """Return the verdict over all figures, with the sentence that gives its reason."""
     # 1. Sort the figures by what they say.
     with_jump = _figures_with_a_jump(known, judged)
     says_batch = [figure for figure in with_jump if judged[figure.name].says_batch]
@@ -312,31 +329,38 @@ def _weigh(
     # 2. The weights are usual.
     if not says_weights:
         if says_batch:
-            return "batch", _batch_sentence(says_batch[0], context)
+            return Decision("batch", _batch_sentence(says_batch[0], context), "batch")
 
-        return "not decided", _neither_sentence(known, judged, out, context)
+        return _explain_neither(known, judged, out, context).decision()
 
-    # 3. The weights stand out, and the batch does as well.
-    if out:
-        return "not decided", _both_sentence(says_weights[0], out[0], context)
-
-    # 4. The weights alone stand out, if they are those of the run.
+    # 3. The weights stand out, and need not be those of the run.
     open_question = _open_question(says_weights, judged, context)
-    if open_question:
-        return "not decided", f"Not decided: {open_question}."
+    if open_question is not None:
+        return open_question.decision()
 
-    return "weights", _weights_sentence(says_weights[0], context)
+    # 4. They are those of the run, and the batch stands out as well.
+    if out:
+        return _explain_both(says_weights[0], out[0], context).decision()
+
+    # 5. The weights alone stand out.
+    outcome: ReplayOutcome = "weights"
+    if _holds_the_update(context):
+        outcome = "updated weights"
+    return Decision("weights", _weights_sentence(says_weights[0], context), outcome)
 
 
 def _open_question(
     says_weights: Sequence[Figure], judged: dict[str, JudgedFigure], context: ReplayContext
-) -> str:
-    """Return why the weights may be others than those that the batch met; "" if they are not."""
+) -> Reason | None:
+    """Return why the weights may be others than those that the batch met; None if they are not."""
     not_these = _not_these_weights(says_weights, judged, context)
     if not_these:
-        return not_these
+        return Reason(not_these, "other model")
 
-    return _not_the_run_itself(says_weights[0], context)
+    early = _not_the_run_itself(says_weights[0], context)
+    if early:
+        return Reason(early, "unknown step")
+    return None
 
 
 def _figures_with_a_jump(
@@ -366,7 +390,7 @@ def _decide_error(figures: Sequence[Figure], context: ReplayContext) -> Decision
             f"Not decided: {start}, which was running when the run raised {context.crash}, runs "
             "without an error."
         )
-        return Decision("not decided", text)
+        return Decision("not decided", text, "error gone")
 
     # 2. The error comes again, and comes from no other batch.
     is_same_error = context.failed == context.crash
@@ -377,13 +401,13 @@ def _decide_error(figures: Sequence[Figure], context: ReplayContext) -> Decision
             f"The batch: {start} raises what the run raised ({context.crash}), and the "
             f"{others} other kept {noun}."
         )
-        return Decision("batch", text)
+        return Decision("batch", text, "batch")
 
     # 3. It cannot be run here, for a reason that need not be that of the run.
     text = f"Not decided: {start} could not be run: {context.failed}"
     if context.crash and not is_same_error:
         text += f" (the run raised {context.crash})"
-    return Decision("not decided", f"{text}{_state_of_others(others, context)}.")
+    return Decision("not decided", f"{text}{_state_of_others(others, context)}.", "not runnable")
 
 
 def _state_of_others(others: int, context: ReplayContext) -> str:
@@ -397,22 +421,24 @@ def _state_of_others(others: int, context: ReplayContext) -> str:
     return ""
 
 
-def _missing(figures: Sequence[Figure], context: ReplayContext) -> str:
-    """Return what the flight lacks for a verdict; "" if it lacks nothing."""
+def _missing(figures: Sequence[Figure], context: ReplayContext) -> Reason | None:
+    """Return what the flight lacks for a verdict; None if it lacks nothing."""
     # 1. Something to look at.
     if not figures:
-        return "no loss and no gradient could be computed"
+        return Reason("no loss and no gradient could be computed", "no loss")
     if not figures[0].suspects:
-        return f"the batch of step {context.step} was not kept; {context.keep_hint}"
+        text = f"the batch of step {context.step} was not kept; {context.keep_hint}"
+        return Reason(text, "few batches")
 
     # 2. Enough batches to compare it with.
     count = len(figures[0].others)
     if count >= LEAST_OTHERS:
-        return ""
-    return (
+        return None
+    text = (
         f"the flight keeps {_others_in_words(count)}, and {LEAST_OTHERS} are needed to tell an "
         f"unusual one; {context.keep_hint}"
     )
+    return Reason(text, "few batches")
 
 
 def _others_in_words(count: int) -> str:
@@ -707,107 +733,129 @@ def _weights_sentence(figure: Figure, context: ReplayContext) -> str:
     return text + "."
 
 
-def _both_sentence(weights: Figure, batch: Figure, context: ReplayContext) -> str:
+def _explain_both(weights: Figure, batch: Figure, context: ReplayContext) -> Reason:
+    """Return what is open if the weights stand out, and the batch does even among the others."""
+    # 1. What the replay shows.
     level = weights.at_checkpoint
     run = ""
     if level is not None:
         run = f", where the run had {_center(level, weights)}"
-    return (
-        f"Not decided: on {_weights(context)} {_range(weights, what=True)}{run}, and the batch of "
+    text = (
+        f"on {_weights(context)} {_range(weights, what=True)}{run}, and the batch of "
         f"step {context.step} "
-        f"is out even among them ({_WORDS[batch.name]} {three(max(batch.suspects))}). "
-        f"A checkpoint from before step {context.step} would decide."
+        f"is out even among them ({_WORDS[batch.name]} {three(max(batch.suspects))})"
     )
 
+    # 2. Weights that hold its update may be what it has made of them.
+    if _holds_the_update(context):
+        text += f". A checkpoint from before step {context.step} would decide"
+        return Reason(text, "too late")
 
-def _neither_sentence(
+    # 3. The very weights that the batch met.
+    text += (
+        ". The batch met these very weights, so that no other checkpoint tells the two apart: each "
+        "of them stands out"
+    )
+    return Reason(text, "both")
+
+
+def _explain_neither(
     figures: Sequence[Figure],
     judged: dict[str, JudgedFigure],
     out: Sequence[Figure],
     context: ReplayContext,
-) -> str:
+) -> Reason:
     """Return why neither the batch nor the weights explain the jump."""
     # 1. There was no jump.
     known = [figure for figure in figures if judged[figure.name].jumped is not None]
     jumped = [figure for figure in known if judged[figure.name].jumped]
     if known and not jumped:
-        return _no_jump_sentence(known, out, context)
+        return Reason(_no_jump_text(known, out, context), "no jump")
 
     # 2. The batch is out, but not by enough.
-    start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
+    start = f"on {_weights(context)} the batch of step {context.step} is"
     if out:
-        return f"{start} out of the range of the others, by less than half of the run's jump."
+        rest = _what_decides(jumped[0], context, of="the rest of the jump")
+        text = f"{start} out of the range of the others, and shows less than half of the run's jump"
+        return Reason(f"{text}; {rest.text}", rest.outcome)
 
     # 3. The batch is not out, and nobody knows whether the run jumped.
     if not known:
-        return (
-            f"{start} not out of the range of the others, and the run's own values are not known."
-        )
+        text = f"{start} not out of the range of the others, and the run's own values are not known"
+        return Reason(text, "no run values")
 
     # 4. It shows the jump, within the range of the others.
     above = [figure for figure in jumped if _is_enough(judged[figure.name].batch_share)]
     if above:
         hint = "with more kept batches this range would be known better"
-        return (
+        text = (
             f"{start} {_above(above[0])}, as in the run, and not out of the range of the "
-            f"others; {hint}."
+            f"others; {hint}"
         )
+        return Reason(text, "wide range")
 
     # 5. It does not show the jump.
-    return (
-        f"{start} not out of the range of the others, and these are as usual; "
-        f"{_what_decides(jumped[0], context)}."
-    )
+    rest = _what_decides(jumped[0], context)
+    text = f"{start} not out of the range of the others, and these are as usual; {rest.text}"
+    return Reason(text, rest.outcome)
 
 
-def _no_jump_sentence(
-    known: Sequence[Figure], out: Sequence[Figure], context: ReplayContext
-) -> str:
-    """Return the sentence about a step at which the run was usual."""
+def _no_jump_text(known: Sequence[Figure], out: Sequence[Figure], context: ReplayContext) -> str:
+    """Return what is to be said about a step at which the run was usual."""
     # 1. What the run had there.
     values = " and ".join(f"{_WORDS[figure.name]} {three(figure.at_step)}" for figure in known)
     verb = "are" if len(known) > 1 else "is"
-    text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
+    text = f"the run's {values} at step {context.step} {verb} usual for it"
 
     # 2. What the replay shows.
     if not out:
-        return f"{text}. There is no jump to explain."
+        return f"{text}. There is no jump to explain"
     weights = _weights(context)
-    return f"{text}, while the batch is out of the range of the others on {weights}."
+    return f"{text}, while the batch is out of the range of the others on {weights}"
 
 
 def _above(figure: Figure) -> str:
     return f"above the others ({_WORDS[figure.name]} {three(max(figure.suspects))})"
 
 
-def _what_decides(figure: Figure, context: ReplayContext) -> str:
-    """Return what to look at if neither the batch nor the weights show the jump."""
+def _what_decides(figure: Figure, context: ReplayContext, *, of: str = "the jump") -> Reason:
+    """Return what to look at if neither the batch nor the weights show the jump.
+
+    Args:
+        figure: one with a jump in the run.
+        context: what is known around it.
+        of: what they do not show.
+    """
     if context.checkpoint_step is None or context.step is None:
-        return "a checkpoint that says its step, from right before or after that step, would decide"
+        text = "a checkpoint that says its step, from right before or after that step, would decide"
+        return Reason(text, "unknown step")
 
     # 1. Weights from long before the step.
     if context.checkpoint_step < context.step - 1:
         apart = context.step - context.checkpoint_step
-        return (
+        text = (
             f"these weights are from {apart} steps before that step, and a later checkpoint "
             "would decide"
         )
+        return Reason(text, "too early")
 
     # 2. Weights from after the step.
     if context.checkpoint_step >= context.step:
-        return (
+        text = (
             f"a checkpoint of step {context.step - 1}, the weights that the batch met, would decide"
         )
+        return Reason(text, "too late")
 
     # 3. The very weights that the batch met.
     what = _WORDS[figure.name]
-    return (
+    text = (
         f"the run had a {what} of {three(figure.at_step)} with this batch and these weights, and "
         "the replay has "
-        f"{three(max(figure.suspects))}: what made the jump is in neither (dropout, a loss "
+        f"{three(max(figure.suspects))}: what made {of} is in neither (dropout, a loss "
         "outside the model, a fault "
         "that came and went, weights changed by hand)"
     )
+    return Reason(text, "neither")
 
 
 def _weights(context: ReplayContext) -> str:

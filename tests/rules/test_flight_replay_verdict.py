@@ -61,7 +61,8 @@ def test_a_batch_that_alone_stands_out_is_named_on_weights_of_any_step(step: int
 def test_half_of_the_jump_is_the_boundary() -> None:
     assert verdict(loss([4.6]))[0] == "batch"  # 2.6 of a jump of 5
     named, text = verdict(loss([4.4]))
-    assert named == "not decided" and "by less than half of the run's jump" in text
+    assert named == "not decided" and "shows less than half of the run's jump" in text
+    assert "what made the rest of the jump is in neither" in text
 
 
 def test_a_batch_out_of_range_in_a_run_without_a_jump_is_not_named() -> None:
@@ -132,9 +133,14 @@ def test_each_batch_is_compared_with_itself_where_the_run_logged_it() -> None:
 
 
 def test_a_batch_that_is_out_even_on_bad_weights_leaves_it_open() -> None:
+    after = replace(AT, checkpoint_step=100)
+    named, text = verdict(loss([15.0], HIGH), context=after)
+    assert named == "not decided" and "is out even among them (loss 15" in text
+    assert text.endswith("A checkpoint from before step 100 would decide.")
+    # The checkpoint is one from before that step.
     named, text = verdict(loss([15.0], HIGH))
     assert named == "not decided" and "is out even among them (loss 15" in text
-    assert "A checkpoint from before step 100 would decide" in text
+    assert "would decide" not in text and "The batch met these very weights" in text
 
 
 def test_weights_without_a_step_may_be_early_ones() -> None:
@@ -264,3 +270,41 @@ def test_false_alarms_of_ordinary_values(logarithm: bool) -> None:
         True,
     ]
     assert out_of_range([9.0], [2.0, 2.1], logarithm=False) == [False]
+
+
+# -- the outcome -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("figure", "checkpoint", "outcome"),
+    [
+        (loss([7.0]), 99, "batch"),
+        (loss([7.0], HIGH), 99, "weights"),
+        (loss([7.0], HIGH), 100, "updated weights"),
+        (loss([15.0], HIGH), 99, "both"),
+        (loss([15.0], HIGH), 100, "too late"),
+        (loss([2.0]), 99, "neither"),
+        (loss([2.0]), 98, "too early"),
+        (loss([2.0]), 100, "too late"),
+        (loss([2.0]), None, "unknown step"),
+        (loss([4.4]), 60, "too early"),
+        (loss([2.1], at_step=2.1), 99, "no jump"),
+        (loss([2.1], at_step=None), 99, "no run values"),
+        (loss([7.0], HIGH), 60, "other model"),
+        (loss([7.0], OTHERS[:2]), 99, "few batches"),
+        (loss([], OTHERS), 99, "few batches"),
+        (loss([7.0], [1.0, 2.0, 3.0], at_checkpoint=None), 99, "wide range"),
+    ],
+)
+def test_the_outcome_says_why_nothing_was_decided(
+    figure: Figure, checkpoint: int | None, outcome: str
+) -> None:
+    decision = decide([figure], replace(AT, checkpoint_step=checkpoint))
+    assert decision.outcome == outcome
+
+
+def test_the_outcome_of_errors() -> None:
+    crashed = replace(AT, crash="IndexError: 7")
+    assert decide([loss([2.0])], crashed).outcome == "error gone"
+    same = replace(crashed, failed="IndexError: 7")
+    assert decide([loss([], OTHERS)], same).outcome == "batch"
+    assert decide([loss([], OTHERS)], replace(AT, failed="no file")).outcome == "not runnable"
+    assert decide([], AT).outcome == "no loss"

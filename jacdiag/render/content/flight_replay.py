@@ -10,7 +10,7 @@ from jacdiag.detectors.first_nonfinite import describe_batch
 from jacdiag.records.flight_replay import BatchReplay, ReplayRecord, SequenceReplay, TokenReplay
 from jacdiag.records.number_format import three
 from jacdiag.render.content.number_cells import aligned
-from jacdiag.rules.flight_replay import GRADIENT, LOSS
+from jacdiag.rules.flight_replay import GRADIENT, LONGEST_ONSET, LOSS
 
 HEADER = ("step", "loss", "in run", "gradient", "in run", "sequences out")
 _FOLDED = 6  # batches of other steps that are shown, unless all are requested
@@ -114,6 +114,13 @@ def _onset(replay: ReplayRecord) -> str:
     if onset > step:
         return (
             f"step {onset:,} had begun and not ended when the loop was left: its batch is looked at"
+        )
+
+    # The steps before it are not searched.
+    if onset == step - LONGEST_ONSET + 1:
+        return (
+            f"all of the {LONGEST_ONSET} steps up to the alert at step {step:,} stand out, and the "
+            f"jump may have begun before them: the batch of the first, step {onset:,}, is looked at"
         )
     return (
         f"step {onset:,} is the first one that stands out before the alert at step {step:,}: its "

@@ -55,7 +55,8 @@ def next_step(report: Report) -> NextStep:
     # 2. Whether a batch or the weights made an alert.
     if report.replay is not None:
         advice = replay_advice(report.replay, words_of(report))
-        return NextStep(advice.command, advice.purpose)
+        if advice.command:
+            return NextStep(advice.command, advice.purpose)
     return _after_verdict(report)
 
 
