@@ -47,6 +47,7 @@ from jacdiag.monitor.step_metrics import (
 from jacdiag.monitor.step_rows import NonfiniteNames, build_step_row
 from jacdiag.monitor.weight_writes import NOTED, WeightWrites
 from jacdiag.records import Finding, Report
+from jacdiag.records.number_format import of_step_time
 from jacdiag.records.run_log import Alert
 from jacdiag.rules.thresholds import Thresholds
 from jacdiag.trace import Sites
@@ -360,7 +361,7 @@ class Measurements:
         return is_working
 
     def _announce_share(self, clock: Clock) -> None:
-        """Announce the probe's share of the time, once the time of a training step is known."""
+        """Announce the probe's price in steps, once the time of a training step is known."""
         step_seconds = clock.step_seconds
         if self._has_announced_share or step_seconds is None or self.price is None:
             return
@@ -372,9 +373,13 @@ class Measurements:
         steps_between = self.probe_cadence.interval(self.price.seconds, step_seconds)
         share = self.price.seconds / (steps_between * step_seconds)
         row = {"step_seconds": step_seconds, "probe_share": share}
-        self.record.announce(
-            f"the probe comes to {share:.1%} of the time, at {step_seconds:.3g} s a step", row
-        )
+        text = f"the probe takes {of_step_time(share)}, at {step_seconds:.3g} s a step"
+        # The run takes the steps and the probes, so that a share of it is below 100%.
+        if share >= 1:
+            text += (
+                f", which is {share / (1 + share):.0%} of the run; every='200, 1%' keeps it at 1%"
+            )
+        self.record.announce(text, row)
 
     def _check_model(self) -> None:
         """Group the parameters again, with a warning, if the model has other ones than before."""

@@ -246,3 +246,17 @@ def memory(megabytes: float | None) -> str:
     if megabytes < 1000:
         return f"{megabytes:.0f} MB"
     return f"{megabytes / 1000:.1f} GB"
+
+
+def of_step_time(ratio: float) -> str:
+    """Return how long something takes, compared with the steps of the run in the same time.
+
+    Args:
+        ratio: its time over that of the steps.
+
+    >>> of_step_time(0.042), of_step_time(5.483)
+    ('4.2% of the time of the steps', '5.5 times the time of the steps')
+    """
+    if ratio < 1:
+        return f"{ratio:.1%} of the time of the steps"
+    return f"{ratio:.1f} times the time of the steps"

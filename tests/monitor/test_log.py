@@ -17,7 +17,9 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import SourceError, UsageError
+from jacdiag.monitor.jacobian_probe import Price
 from jacdiag.monitor.log.run_file import RunFile
+from jacdiag.monitor.schedule import Clock
 from jacdiag.records.run_log import KINDS, RUN_FILE, RUN_SCHEMA_VERSION, read_run, to_line
 
 OPTIONS: dict[str, Any] = {
@@ -132,9 +134,33 @@ def test_the_price_is_said_before_the_first_probe(
         and "Jacobian probe on 2 x 8 about" in said
         and "every 10 steps" in said
     )
-    assert "% of the time" in said
+    # A probe of this model takes much longer than ten steps of it.
+    assert "times the time of the steps, at" in said or "% of the time of the steps, at" in said
     kinds = [row["type"] for row in lines(tmp_path)]
     assert kinds.index("price") < kinds.index("probe")
+
+
+@pytest.mark.parametrize(
+    ("probe_seconds", "text"), [(0.3, "30.0% of the time"), (5.5, "5.5 times")]
+)
+def test_the_price_in_steps_never_is_more_than_all_of_the_run(
+    probe_seconds: float, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small()
+    optimizer = adam(model)
+    options = {**OPTIONS, "quiet": False, "every": 10}
+    with jacdiag.watch(model, optimizer, log_dir=tmp_path, **options) as w:
+        go(model, optimizer, w, range(1, 2))
+        w.measurements.price = Price(probe_seconds, 0)
+        clock = Clock()
+        clock.steps.extend([0.1] * 10)
+        w.measurements._announce_share(clock)
+        said = capsys.readouterr().err.splitlines()[-1]
+        row = w.measurements.price.seconds / (10 * 0.1)
+    assert f"the probe takes {text}" in said and "the steps, at 0.1 s a step" in said
+    assert ("85% of the run" in said) == (probe_seconds > 1) and "550" not in said
+    (share,) = [r["probe_share"] for r in lines(tmp_path, "price") if "probe_share" in r]
+    assert share == pytest.approx(row)
 
 
 def test_a_budget_keeps_the_probe_within_its_share(

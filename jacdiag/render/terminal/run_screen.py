@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from jacdiag.errors import clipped, printable
-from jacdiag.records.number_format import ABSENT, seconds, three
+from jacdiag.records.number_format import ABSENT, of_step_time, seconds, three
 from jacdiag.records.run_log import RunLog, number
 from jacdiag.records.run_state import RunState, RunStatus
 from jacdiag.render.content.next_probe import next_probe_step
@@ -378,7 +378,7 @@ def _finite_mean(values: Sequence[float]) -> float:
 
 
 def _cost(run: RunLog, width: int) -> list[str]:
-    """Return how long the last probe took, and the share of the run's time spent on probes."""
+    """Return how long the last probe took, and how long probes take compared with the steps."""
     lines = []
     if run.probes:
         duration = number(run.probes[-1].get("seconds"))
@@ -388,8 +388,9 @@ def _cost(run: RunLog, width: int) -> list[str]:
     shares = (row["probe_share"] for row in reversed(run.prices) if "probe_share" in row)
     share = next(shares, None)
     if share is not None:
-        text = f"         {share:.1%}"
-        lines.append(_fitting(width, f"{text} of the time", f"{text} time"))
+        text = f"         {of_step_time(share)}"
+        short = text.replace("times the time of", "x").replace("of the time of", "of")
+        lines.append(_fitting(width, text, short))
     return lines
 
 
