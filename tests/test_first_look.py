@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import jacdiag
-from jacdiag.records import Conditions, Report
+from jacdiag.records import Conditions, JudgedSublayers, Report
 from jacdiag.render.content.first_look import first_look_lines
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
@@ -77,7 +77,8 @@ def test_the_first_look_costs_what_the_report_says() -> None:
 
 def test_one_forward_decides_the_shortcut_and_nothing_else() -> None:
     _, looks = shown()
-    assert looks[0].conditions == Conditions(small_sublayers="unknown", large_shortcut="not met")
+    everywhere = JudgedSublayers(judged=4, of=4)
+    assert looks[0].conditions == Conditions("unknown", "not met", everywhere, everywhere)
     (line,) = first_look_lines(looks[0])
     assert line == "first look: large shortcut not met; small sub-layers not measured yet"
 

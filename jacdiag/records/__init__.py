@@ -10,6 +10,7 @@ from jacdiag.records.flight_replay import (
     TokenReplay,
 )
 from jacdiag.records.init_contract import ContractRecord, FiguresRecord, WeightRecord
+from jacdiag.records.judged_sublayers import JudgedSublayers
 from jacdiag.records.remedy import Outlook, RemedyRecord
 from jacdiag.records.report import (
     LEVELS,
@@ -53,6 +54,7 @@ __all__ = [
     "Finding",
     "Growth",
     "Interval",
+    "JudgedSublayers",
     "Kind",
     "Level",
     "ModelRecord",

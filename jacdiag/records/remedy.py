@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jacdiag.records.base import Record
+from jacdiag.records.judged_sublayers import JudgedSublayers
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Outlook(Record):
             where not measured.
         norm_gain: 1 / sigma_x, the 99th percentile over tokens.
         small_sublayers, large_shortcut: the two conditions.
+        small_sublayers_judged, large_shortcut_judged: at how many sub-layers each was judged; None
+            if its rule was not run.
         verdict: of the report that the figures come from.
         fired: codes of the rules that found something at warning or above.
         undecided: codes of the rules that stayed unknown.
@@ -32,6 +35,10 @@ class Outlook(Record):
     verdict: str = "unknown"
     fired: list[str] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
+
+    # Where the two conditions were judged.
+    small_sublayers_judged: JudgedSublayers | None = None
+    large_shortcut_judged: JudgedSublayers | None = None
 
 
 @dataclass(frozen=True)

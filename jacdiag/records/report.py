@@ -18,6 +18,7 @@ from jacdiag.records.base import SCHEMA_VERSION, Record, check_schema
 from jacdiag.records.comparison import AgainstRecord
 from jacdiag.records.flight_replay import ReplayRecord
 from jacdiag.records.init_contract import ContractRecord, FiguresRecord
+from jacdiag.records.judged_sublayers import JudgedSublayers
 from jacdiag.records.number_format import between
 from jacdiag.records.remedy import RemedyRecord
 from jacdiag.records.risk import Risk
@@ -335,10 +336,16 @@ class Plan(Record):
 # -- what the rules found --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Conditions(Record):
-    """The two conditions of the paper, over all sub-layers."""
+    """The two conditions of the paper, each over the sub-layers that its rule judged.
+
+    `small_sublayers_judged` and `large_shortcut_judged` say which ones these are. They are None if
+    the rule was not run, and in reports of older versions.
+    """
 
     small_sublayers: Condition = "unknown"
     large_shortcut: Condition = "unknown"
+    small_sublayers_judged: JudgedSublayers | None = None
+    large_shortcut_judged: JudgedSublayers | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jacdiag.records import Finding, Interval, Level, SublayerRecord
+from jacdiag.records import Finding, Interval, JudgedSublayers, Level, SublayerRecord
 from jacdiag.records.report import PRODUCT_ALONE, WeightStats
 from jacdiag.rules.finding_numbers import plain, span
 from jacdiag.rules.grouping import group_by
@@ -41,7 +41,8 @@ def _compare_with_cuts(
     """
     rows = context.rows(rule)
     if not rows:
-        return CheckOutcome(0, note=_why_not(context, rule))
+        judged = _judged_sublayers(context, rule, [])
+        return CheckOutcome(0, note=_why_not(context, rule), judged=judged)
 
     # 1. Place each figure between its cuts.
     compared: list[ComparedFigure] = []
@@ -67,7 +68,41 @@ def _compare_with_cuts(
     undecided = [figure.row.name for figure in compared if figure.is_undecided]
     conditions = {figure.row.name: figure.condition for figure in compared}
     note = _note_of_uncalibrated(uncalibrated)
-    return CheckOutcome(len(compared), findings, undecided, note, conditions)
+    judged = _judged_sublayers(context, rule, uncalibrated)
+    return CheckOutcome(len(compared), findings, undecided, note, conditions, judged)
+
+
+def _judged_sublayers(
+    context: RuleContext, rule: Rule, uncalibrated: Sequence[SublayerRecord]
+) -> JudgedSublayers | None:
+    """Return which sub-layers on the stream a rule judged, and why it did not judge the others.
+
+    Args:
+        context: of the evaluation.
+        rule: that judges.
+        uncalibrated: sub-layers that it applies to and for which there is no threshold.
+    """
+    # 1. Without a run of the model there are no figures.
+    report = context.report
+    if report.tier != "measured" or report.state not in rule.states:
+        return None
+
+    # 2. Those that were not judged, by reason.
+    has_no_threshold = {row.name for row in uncalibrated}
+    on_stream = [row for row in report.sublayers if not row.nested]
+    not_judged: dict[str, list[str]] = {}
+    for row in on_stream:
+        if row.placement not in rule.placements:
+            reason = placement_in_words(row.placement)
+        elif row.name in has_no_threshold:
+            reason = f"no threshold is calibrated for {row.kind}"
+        else:
+            continue
+        not_judged.setdefault(reason, []).append(row.name)
+
+    # 3. How many are left.
+    left_out = sum(map(len, not_judged.values()))
+    return JudgedSublayers(len(on_stream) - left_out, len(on_stream), not_judged)
 
 
 def _note_of_uncalibrated(rows: Sequence[SublayerRecord]) -> str:
@@ -145,7 +180,14 @@ def _depths_of(group: Iterable[ComparedFigure]) -> list[int]:
 
 
 def _share(context: RuleContext, rule: Rule, group: Sequence[ComparedFigure]) -> str:
-    return f"{len(group)} of {len(context.rows(rule))} sub-layers, {_extent(context, group)}"
+    """Return how many sub-layers a group has, of how many, and which layers it covers."""
+    # A rule for one placement does not count the sub-layers of the others.
+    rows = context.rows(rule)
+    on_stream = [row for row in context.report.sublayers if not row.nested]
+    noun = "sub-layer" if len(rows) == 1 else "sub-layers"
+    if len(rows) < len(on_stream):
+        noun = f"{' and '.join(map(placement_in_words, rule.placements))} {noun}"
+    return f"{len(group)} of {len(rows)} {noun}, {_extent(context, group)}"
 
 
 def _finding(

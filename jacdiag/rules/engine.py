@@ -223,12 +223,17 @@ def _result(rule: Rule, outcome: CheckOutcome) -> RuleResult:
 
 
 def _conditions(report: Report, outcomes: Mapping[str, CheckOutcome]) -> Conditions:
-    """Return the two conditions of the paper, each over all sub-layers."""
+    """Return the two conditions of the paper, each over the sub-layers that its rule judged."""
     # Weights alone carry no norm.
     if report.tier == "weights":
         return Conditions("unknown", "unknown")
 
-    return Conditions(_condition_of("JD101", outcomes), _condition_of("JD102", outcomes))
+    return Conditions(
+        small_sublayers=_condition_of("JD101", outcomes),
+        large_shortcut=_condition_of("JD102", outcomes),
+        small_sublayers_judged=outcomes.get("JD101", NOT_APPLICABLE).judged,
+        large_shortcut_judged=outcomes.get("JD102", NOT_APPLICABLE).judged,
+    )
 
 
 def _condition_of(code: str, outcomes: Mapping[str, CheckOutcome]) -> Condition:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from jacdiag.records import Finding, Report
+from jacdiag.records import Finding, JudgedSublayers, Report
 from jacdiag.records.remedy import Outlook, RemedyRecord
 
 _CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
@@ -21,10 +21,19 @@ def outlook(report: Report) -> Outlook:
         norm_gain=_largest_gain(report),
         small_sublayers=report.conditions.small_sublayers,
         large_shortcut=report.conditions.large_shortcut,
+        small_sublayers_judged=_counts(report.conditions.small_sublayers_judged),
+        large_shortcut_judged=_counts(report.conditions.large_shortcut_judged),
         verdict=report.verdict,
         fired=_codes_that_fired(report),
         undecided=undecided,
     )
+
+
+def _counts(judged: JudgedSublayers | None) -> JudgedSublayers | None:
+    """Return at how many sub-layers a condition was judged, without their names."""
+    if judged is None:
+        return None
+    return judged.without_names()
 
 
 def _codes_that_fired(report: Report) -> list[str]:

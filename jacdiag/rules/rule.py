@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jacdiag.records import Condition, ContractRecord, Finding, Level, Report, SublayerRecord
+from jacdiag.records import (
+    Condition,
+    ContractRecord,
+    Finding,
+    JudgedSublayers,
+    Level,
+    Report,
+    SublayerRecord,
+)
 from jacdiag.rules.init.contract_judgement import Judgement
 from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
@@ -130,6 +138,7 @@ class CheckOutcome:
             pass.
         undecided: names whose interval lies across a threshold, or that could not be measured.
         conditions: per sub-layer, for the two conditions of the paper.
+        judged: which sub-layers the rule compared with its thresholds; None if it was not run.
     """
 
     matched: int
@@ -137,6 +146,7 @@ class CheckOutcome:
     undecided: list[str] = field(default_factory=list)
     note: str = ""
     conditions: Mapping[str, Condition] = field(default_factory=dict)
+    judged: JudgedSublayers | None = None
 
 
 NOT_APPLICABLE = CheckOutcome(0)

@@ -22,16 +22,26 @@ from rules.reports import (
 )
 
 from jacdiag.records import (
+    Conditions,
     Growth,
     Interval,
+    JudgedSublayers,
     NetworkRecord,
     ProbeRecord,
+    RemedyRecord,
+    Report,
+    Spread,
+    SublayerRecord,
 )
 from jacdiag.records.number_format import spoken
+from jacdiag.render.content.condition_panels import build_condition_panels
+from jacdiag.render.content.remedies import effect
+from jacdiag.render.content.sentences import headline
 from jacdiag.render.content.verdict import verdict_lines
 from jacdiag.render.formats.markdown import render
 from jacdiag.rules import decision_points, evaluate, rule
 from jacdiag.rules.finding_numbers import span
+from jacdiag.rules.remedy_targets import outlook
 from jacdiag.rules.thresholds import load_thresholds
 
 pytestmark = pytest.mark.check("rules")
@@ -318,12 +328,13 @@ def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(
     assert ("the norm after the sum" in looked) == (placement == "post")
     assert ("judged by no rule" in looked) == (placement == "none")
     text = render(made)
-    assert (
-        "not applicable" in text
-        and "looked at" in text
-        and made.to_dict()["conditions"]
-        == {"small_sublayers": "not applicable", "large_shortcut": "not applicable"}
-    )
+    assert "not applicable" in text and "looked at" in text
+    conditions = made.to_dict()["conditions"]
+    assert (conditions["small_sublayers"], conditions["large_shortcut"]) == ("not applicable",) * 2
+    names = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
+    nowhere = {"judged": 0, "of": 4, "not_judged": {words: names}}
+    assert conditions["small_sublayers_judged"] == nowhere
+    assert "judged at" not in headline(made)
 
 
 def test_a_pre_norm_model_has_its_conditions_and_no_such_line() -> None:
@@ -337,3 +348,117 @@ def test_a_pre_norm_model_has_its_conditions_and_no_such_line() -> None:
 @pytest.mark.parametrize("code", ["JD101", "JD102"])
 def test_rule_pages_state_that_they_are_for_pre_norm(code: str) -> None:
     assert "pre-norm" in rule(code).page.what and "out-norm gain" in rule(code).page.what
+
+
+def half_sandwich(core: float = 50.0, sigma: float = 0.001) -> list[SublayerRecord]:
+    """Return sub-layers of which the attention is sandwich-norm, with figures that no rule judges.
+
+    Args:
+        core: norm of the core of attention.
+        sigma: smallest std of its shortcut.
+    """
+    rows = healthy()
+    for index in (0, 2):
+        rows[index] = replace(
+            rows[index],
+            placement="sandwich",
+            core_norm=narrow(core),
+            shortcut_std=Spread(sigma, sigma, sigma),
+        )
+    return rows
+
+
+def test_a_condition_quotes_the_figure_of_the_sublayers_that_were_judged() -> None:
+    # The largest core and the smallest shortcut are those of sub-layers that no rule judges.
+    made = judged(half_sandwich())
+    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == ("met", "met")
+    lines = {line.label: line for line in verdict_lines(made)}
+    left_out = "judged at 2 of 4 sub-layers, not at h.0.attn, h.1.attn (sandwich-norm)"
+    small, large = lines["small sub-layers"].text, lines["large shortcut"].text
+    assert small == f"largest core norm times √(2N) 0.999 to 1.01, at h.0.mlp; {left_out}"
+    assert large == f"smallest shortcut std 0.0500, at h.0.mlp (target: about 1); {left_out}"
+
+
+def test_the_banner_and_every_rendering_say_that_a_condition_was_judged_in_part() -> None:
+    words = "Both conditions met (judged at 2 of 4 sub-layers)"
+    made = judged(half_sandwich())
+    assert headline(made).startswith(f"{words}: worst branch norm")
+    assert words in render(made)
+    conditions = made.to_dict()["conditions"]
+    assert conditions["large_shortcut_judged"] == {
+        "judged": 2,
+        "of": 4,
+        "not_judged": {"sandwich-norm": ["h.0.attn", "h.1.attn"]},
+    }
+    titles = [panel.title for panel in build_condition_panels(made)]
+    assert titles[0] == "Small sub-layers: met, 2 of 4 sub-layers judged"
+    assert Report.from_json(made.to_json()).conditions == made.conditions
+
+    # Judged everywhere, it says nothing of it.
+    everywhere = judged(healthy())
+    assert headline(everywhere).startswith("Both conditions met: worst branch norm")
+    assert "judged at" not in render(everywhere)
+    assert all("judged" not in panel.title for panel in build_condition_panels(everywhere))
+
+
+def test_a_condition_that_is_not_met_counts_the_sublayers_that_were_judged() -> None:
+    rows = half_sandwich()
+    rows[1] = replace(rows[1], norm_gain=gain(9.0))
+    made = judged(rows)
+    [finding] = findings(made, "JD102")
+    assert "; 1 of 2 pre-norm sub-layers, in layer 0 (of 2)" in finding.what
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["large shortcut"].status == "not met"
+    assert lines["large shortcut"].text.endswith("not at h.0.attn, h.1.attn (sandwich-norm)")
+    assert headline(made).startswith(
+        "Large shortcut not met (judged at 2 of 4 sub-layers), small sub-layers met (judged at 2 "
+    )
+
+    # All of them are pre-norm.
+    rows = healthy()
+    rows[1] = replace(rows[1], norm_gain=gain(9.0))
+    [finding] = findings(judged(rows), "JD102")
+    assert "; 1 of 4 sub-layers, in layer 0 (of 2)" in finding.what
+
+
+def test_sublayers_without_a_threshold_are_named_next_to_the_figure() -> None:
+    limits = load_thresholds()  # it has cuts for attention, MLP and experts alone
+    rows = healthy()
+    rows[0] = replace(rows[0], kind="mixer", core_norm=narrow(50.0))
+    made = evaluate(report(rows), thresholds=limits)
+    assert made.conditions.small_sublayers == "met"
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["small sub-layers"].text == (
+        "largest core norm times √(2N) 0.999 to 1.01, at h.0.mlp; judged at 3 of 4 sub-layers, not "
+        "at h.0.attn (no threshold is calibrated for mixer)"
+    )
+    assert headline(made).startswith(
+        "Large shortcut met, small sub-layers met (judged at 3 of 4 sub-layers): worst"
+    )
+
+    # Without any that was judged there is no figure.
+    rows = [replace(row, kind="mixer") for row in rows]
+    made = evaluate(report(rows), thresholds=limits)
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["small sub-layers"].status == "not applicable"
+    assert lines["small sub-layers"].text == "no threshold is calibrated for mixer (pre)"
+
+
+def test_the_outlook_of_a_remedy_says_where_the_conditions_were_judged() -> None:
+    after = outlook(judged(half_sandwich()))
+    remedy = RemedyRecord("x", "X", ["JD102"], "free", before=after, after=after)
+    assert effect(remedy).endswith(", both conditions met (judged at 2 of 4 sub-layers)")
+    assert after.large_shortcut_judged == JudgedSublayers(2, 4)
+    everywhere = outlook(judged(healthy()))
+    remedy = replace(remedy, before=everywhere, after=everywhere)
+    assert effect(remedy).endswith(", both conditions met")
+
+
+def test_a_report_of_an_older_version_quotes_the_pre_norm_sublayers() -> None:
+    made = judged(half_sandwich())
+    old = replace(made, conditions=Conditions("met", "met"))
+    lines = {line.label: line for line in verdict_lines(old)}
+    assert lines["large shortcut"].text == (
+        "smallest shortcut std 0.0500, at h.0.mlp (target: about 1)"
+    )
+    assert headline(old).startswith("Both conditions met: ")

@@ -22,7 +22,7 @@ from jacdiag.render.content.depth_curves import (
     points_of_kinds,
     write_threshold,
 )
-from jacdiag.render.content.sentences import condition
+from jacdiag.render.content.sentences import condition, judged_sublayers
 from jacdiag.render.content.severity import FIELD_OF_RULE, drawn_threshold
 from jacdiag.rules.wording import name_layers
 
@@ -170,10 +170,19 @@ def _outcome(report: Report, code: str, missed: _Missed, targets: list[Threshold
         parts.append(f"not met in {name_layers(failed_depths)}")
     if partly_depths:
         parts.append(f"partly met in {name_layers(partly_depths)}")
+    judged = _judged_share(report, code)
     if not parts:
         status = condition(report, code)
-        return _STATUS_WORDS.get(status, status)
-    return f"{', '.join(parts)} (of {report.model.layers})"
+        return f"{_STATUS_WORDS.get(status, status)}{judged}"
+    return f"{', '.join(parts)} (of {report.model.layers}){judged}"
+
+
+def _judged_share(report: Report, code: str) -> str:
+    """Return at how many sub-layers a condition was judged, as an end; "" if at all of them."""
+    judged = judged_sublayers(report, code)
+    if judged is None or not judged.is_partial:
+        return ""
+    return f", {judged.judged} of {judged.of} sub-layers judged"
 
 
 # -- figures and targets ---------------------------------------------------------------------------

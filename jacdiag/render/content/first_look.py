@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from jacdiag.records import Report
-from jacdiag.render.content.sentences import condition, headline, status_words
+from jacdiag.render.content.sentences import (
+    condition,
+    headline,
+    judged_sublayers,
+    judged_words,
+    status_words,
+)
 
 _NAMES = {"JD102": "large shortcut", "JD101": "small sub-layers"}
 
@@ -26,5 +32,6 @@ def first_look_lines(report: Report) -> list[str]:
     status = condition(report, "JD102")
     if status in ("unknown", "not selected"):
         return []
-    shortcut = f"{_NAMES['JD102']} {status_words(status)}"
+    judged = judged_words(judged_sublayers(report, "JD102"))
+    shortcut = f"{_NAMES['JD102']} {status_words(status)}{judged}"
     return [f"first look: {shortcut}; {_NAMES['JD101']} not measured yet"]

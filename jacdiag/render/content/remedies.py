@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jacdiag.records import Outlook, RemedyRecord, Report
 from jacdiag.records.number_format import between, three
 from jacdiag.render.content.command_line import has_option
-from jacdiag.render.content.sentences import status_words
+from jacdiag.render.content.sentences import judged_words, status_words
 from jacdiag.rules.remedy_targets import aims
 
 DIALECTS = {
@@ -275,17 +275,20 @@ def _conditions(figures: Outlook) -> str:
     # 1. A condition whose rule was not run says nothing.
     small = _condition_status(figures, "JD101", figures.small_sublayers)
     large = _condition_status(figures, "JD102", figures.large_shortcut)
+    small_at = judged_words(figures.small_sublayers_judged)
+    large_at = judged_words(figures.large_shortcut_judged)
     judged = []
-    if large != _NOT_SELECTED:
-        judged.append(f"large shortcut {status_words(large)}")
     if small != _NOT_SELECTED:
-        judged.append(f"small sub-layers {status_words(small)}")
+        judged.append(f"small sub-layers {status_words(small)}{small_at}")
+    if large != _NOT_SELECTED:
+        judged.append(f"large shortcut {status_words(large)}{large_at}")
 
     # 2. Both of them alike, or each by itself.
-    if small == large and small not in (_NOT_SELECTED, "not applicable"):
-        return f"both conditions {status_words(small)}"
-    if judged and small != large:
-        return ", ".join(reversed(judged))
+    are_alike = small == large and small_at == large_at
+    if are_alike and small not in (_NOT_SELECTED, "not applicable"):
+        return f"both conditions {status_words(small)}{small_at}"
+    if judged and not are_alike:
+        return ", ".join(judged)
 
     # 3. A model that is not pre-norm, or a choice of rules, is judged by other rules alone.
     if not figures.fired:

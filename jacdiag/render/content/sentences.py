@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jacdiag.records import Interval, Report, SublayerRecord
+from jacdiag.records import Interval, JudgedSublayers, Report, SublayerRecord
 from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
 from jacdiag.records.report import source_name
@@ -20,6 +20,9 @@ __all__ = [
     "confidence_words",
     "header",
     "headline",
+    "judged_rows",
+    "judged_sublayers",
+    "judged_words",
     "left_out",
     "legible",
     "model_words",
@@ -394,6 +397,55 @@ def status_words(status: str) -> str:
     return status
 
 
+def judged_sublayers(report: Report, code: str) -> JudgedSublayers | None:
+    """Return which sub-layers a condition was judged at; None if that is not known.
+
+    Args:
+        report: of either tier and state.
+        code: JD101 (small sub-layers) or JD102 (large shortcut).
+    """
+    if code == "JD101":
+        return report.conditions.small_sublayers_judged
+    return report.conditions.large_shortcut_judged
+
+
+def judged_rows(report: Report, code: str) -> list[SublayerRecord]:
+    """Return the sub-layers that the rule of a condition judged.
+
+    A report of an older version does not say which. Those are the pre-norm ones.
+
+    Args:
+        report: of either tier and state.
+        code: JD101 or JD102.
+    """
+    # 1. Those that were left out.
+    judged = judged_sublayers(report, code)
+    left_out: set[str] = set()
+    if judged is not None:
+        left_out.update(*judged.not_judged.values())
+
+    # 2. The others.
+    rows = []
+    for row in report.sublayers:
+        is_judged = row.placement == "pre" and not row.nested
+        if is_judged and row.name not in left_out:
+            rows.append(row)
+    return rows
+
+
+def judged_words(judged: JudgedSublayers | None) -> str:
+    """Return at how many sub-layers a condition was judged; "" if at all of them.
+
+    It follows how the condition came out: "met (judged at 4 of 8 sub-layers)".
+
+    >>> judged_words(JudgedSublayers(4, 8)), judged_words(JudgedSublayers(8, 8))
+    (' (judged at 4 of 8 sub-layers)', '')
+    """
+    if judged is None or not judged.is_partial:
+        return ""
+    return f" (judged at {judged.judged} of {plural(judged.of, 'sub-layer')})"
+
+
 def _was_run(report: Report, code: str) -> bool:
     """Return whether a rule was run; a report without a list of rules ran them all."""
     if not report.rules:
@@ -451,11 +503,20 @@ def _conditions_headline(report: Report, gain: str) -> str:
 
 
 def _conditions_in_words(report: Report) -> str:
-    """Return how the two conditions of the paper came out."""
+    """Return how the two conditions of the paper came out, and at how many sub-layers."""
+    # 1. Each by itself.
     small, large = condition(report, "JD101"), condition(report, "JD102")
-    if small != large:
-        return f"Large shortcut {status_words(large)}, small sub-layers {status_words(small)}"
-    return _BOTH_CONDITIONS.get(small, "Both conditions unknown")
+    small_at = judged_words(judged_sublayers(report, "JD101"))
+    large_at = judged_words(judged_sublayers(report, "JD102"))
+    if small != large or small_at != large_at:
+        return (
+            f"Large shortcut {status_words(large)}{large_at}, "
+            f"small sub-layers {status_words(small)}{small_at}"
+        )
+
+    # 2. Both alike.
+    both = _BOTH_CONDITIONS.get(small, "Both conditions unknown")
+    return f"{both}{small_at}"
 
 
 def _worst_gain(report: Report) -> str:

@@ -25,7 +25,10 @@ from jacdiag.render.content.remedies import remedied
 from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.sentences import (
     condition,
+    judged_rows,
+    judged_sublayers,
     placement_words,
+    plural,
     status_words,
     worst_branch,
 )
@@ -175,6 +178,7 @@ def _condition(report: Report, code: str) -> list[Line]:
         sentences = [finding.what for finding in findings]
         # The outcome stands next to the first sentence and is not said twice.
         sentences[0] = sentences[0].removeprefix(f"{status} ")
+        sentences[0] += _judged_where(report, code)
         first, *others = _lines_of_rule(label, findings, sentences)
         return [replace(first, status=status), *others]
 
@@ -182,8 +186,25 @@ def _condition(report: Report, code: str) -> list[Line]:
     level = ""
     if status == "unknown":
         level = "undecided"
-    text = _note_of_rule(report, code) or _judged_figure(report, code)
+    figure = _judged_figure(report, code)
+    if figure:
+        text = figure + _judged_where(report, code)
+    else:
+        text = _note_of_rule(report, code)
     return [Line(label, text, status, level)]
+
+
+def _judged_where(report: Report, code: str) -> str:
+    """Return at how many sub-layers a condition was judged, and why not at the others.
+
+    It is the end of a sentence, and "" if the condition was judged at all of them.
+    """
+    judged = judged_sublayers(report, code)
+    if judged is None or not judged.is_partial:
+        return ""
+    left_out = [f"{some(names)} ({reason})" for reason, names in judged.not_judged.items()]
+    sublayers = plural(judged.of, "sub-layer")
+    return f"; judged at {judged.judged} of {sublayers}, not at {' and '.join(left_out)}"
 
 
 def _note_of_rule(report: Report, code: str) -> str:
@@ -202,12 +223,11 @@ def _judged_figure(report: Report, code: str) -> str:
 
 
 def _largest_core(report: Report) -> str:
-    """Return the largest core norm times √(2N), and how many of them were not measured."""
-    # 1. The cores that the condition is about.
+    """Return the largest core norm times √(2N) that was judged, and how many are missing."""
+    # 1. The cores that the condition was judged by.
     measured = []
-    for row in report.sublayers:
-        is_judged = row.placement in ("pre", "sandwich")
-        if row.core_norm and is_judged:
+    for row in judged_rows(report, "JD101"):
+        if row.core_norm:
             measured.append((row.core_norm, row))
     if not measured or not report.model.layers:
         return ""
@@ -220,24 +240,18 @@ def _largest_core(report: Report) -> str:
 
 
 def _unmeasured_cores(report: Report) -> str:
-    """Return how many cores of pre-norm sub-layers were not measured, as an end of a sentence."""
-    total, missing = 0, 0
-    for row in report.sublayers:
-        # A nested sub-layer is a part of another one.
-        if row.placement != "pre" or row.nested:
-            continue
-        total += 1
-        if row.core_norm is None:
-            missing += 1
+    """Return how many cores that count were not measured, as the end of a sentence."""
+    rows = judged_rows(report, "JD101")
+    missing = [row for row in rows if row.core_norm is None]
     if not missing:
         return ""
-    return f"; not measured at {missing} of {total} sub-layers"
+    return f"; not measured at {len(missing)} of {plural(len(rows), 'sub-layer')}"
 
 
 def _smallest_shortcut(report: Report) -> str:
-    """Return the smallest std of a shortcut, and where it is; "" if none was measured."""
+    """Return the smallest std of a shortcut that was judged, and where; "" if none was."""
     measured = []
-    for row in report.sublayers:
+    for row in judged_rows(report, "JD102"):
         if row.shortcut_std:
             measured.append((row.shortcut_std, row))
     if not measured:
