@@ -310,12 +310,24 @@ def _end_to_end_change(earlier: Report, now: Report) -> list[ChangeRecord]:
     if before is None or after is None:
         return []
 
-    # 2. The two intervals.
+    # 2. Gains of different parts of the model are different figures.
+    if _part(earlier) != _part(now):
+        return []
+
+    # 3. The two intervals.
     old, new = _ends(before), _ends(after)
     if not are_apart(old, new):
         return []
 
     return [ChangeRecord("", None, "end_to_end", list(old), list(new))]
+
+
+def _part(report: Report) -> tuple[str, str] | None:
+    """Return the ends of the part that the figures of the network are about; None of all of it."""
+    network = report.network
+    if network is None or network.part is None:
+        return None
+    return network.part.first, network.part.last
 
 
 def _end_to_end(report: Report) -> Interval | None:

@@ -6,12 +6,19 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 
 from jacdiag.measure.gradients import GradientProfile, end_of
-from jacdiag.records.report import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.records.report import (
+    PRODUCT_ALONE,
+    UNCOVERED_CALLS,
+    Growth,
+    Interval,
+    NetworkRecord,
+    SublayerRecord,
+)
 from jacdiag.records.signal_propagation import (
     BackwardRecord,
     CutShortcut,
@@ -19,6 +26,7 @@ from jacdiag.records.signal_propagation import (
     DeadPath,
     ForwardRecord,
 )
+from jacdiag.records.stream_range import StreamRange
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.spectra.golub_kahan import draw_start
 from jacdiag.spectra.operator import draw_cotangents
@@ -171,7 +179,12 @@ def network_record(
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
     elif log is not None and whole is None:
         notes = {**notes, "gain_product_log": PRODUCT_ALONE}
+    stream = _stream_range(sites, records)
+    if stream is not None and stream.gaps and log is not None:
+        why = f"no bound on end_to_end: {stream.gaps_in_words} {UNCOVERED_CALLS}"
+        notes = {**notes, "gain_product_log": why, "predicted_gradient_norms": why}
     record = NetworkRecord(
+        stream=stream,
         gain_product_log=log,
         end_to_end=whole,
         growth=Growth(),
@@ -184,10 +197,13 @@ def network_record(
 
     # 2. The gradient norms that the factors predict.
     predicted = None
-    if factors is not None:
+    has_gaps = stream is not None and bool(stream.gaps)
+    if factors is not None and not has_gaps:
         predicted = _predicted_norms(profile.norms[-1], factors)
 
-    # 3. Growth over depth.
+    # 3. Growth over the layers of the stream.
+    if stream is not None and stream.is_partial:
+        layers = stream.layers
     of_activations = None
     if profile.activations:
         of_activations = _exponent(profile.activations[0], profile.activations[-1], layers)
@@ -199,6 +215,44 @@ def network_record(
         growth=Growth(of_activations, of_gradients),
         loss={"kind": profile.kind, "value": profile.loss},
     )
+
+
+def _stream_range(sites: Sites, records: Sequence[SublayerRecord]) -> StreamRange | None:
+    """Return which sub-layers lie on the main stream; None if none does."""
+    # 1. Its sub-layers. Those inside another one are a part of it.
+    members = []
+    for index in sites.streams.main:
+        members += [records[member] for member in sites.streams.groups[index].sites]
+    if not members:
+        return None
+    on_stream = [record for record in records if not record.nested]
+
+    # 2. Between which of them the stream is changed by something else.
+    gaps = []
+    for earlier, later in pairwise(sites.streams.main):
+        if not _follows_directly(sites, earlier, later):
+            before = sites.streams.groups[earlier].sites[-1]
+            after = sites.streams.groups[later].sites[0]
+            gaps.append([records[before].name, records[after].name])
+    return StreamRange(
+        first=members[0].name,
+        last=members[-1].name,
+        sublayers=len(members),
+        of=len(on_stream),
+        layers=len({record.depth for record in members}),
+        gaps=gaps,
+    )
+
+
+def _follows_directly(sites: Sites, earlier: int, later: int) -> bool:
+    """Return whether the residual norm of a sum reaches to the shortcut of the next one."""
+    # 1. The residual norm of post-norm includes all that follows the sum.
+    groups = sites.streams.groups
+    if any(sites[index].after is not None for index in groups[earlier].sites):
+        return True
+
+    # 2. Else the sum itself must be the shortcut.
+    return sites.finder.is_unchanged(groups[earlier].output, groups[later].shortcut)
 
 
 def _log(factor: float) -> float:

@@ -39,6 +39,7 @@ from jacdiag.records.report import (
     WeightStats,
 )
 from jacdiag.records.risk import Risk
+from jacdiag.records.stream_range import StreamRange
 
 __all__ = [
     "LEVELS",
@@ -75,6 +76,7 @@ __all__ = [
     "SequenceReplay",
     "Spread",
     "Status",
+    "StreamRange",
     "SublayerRecord",
     "TokenAt",
     "TokenReplay",

@@ -28,6 +28,7 @@ from jacdiag.records.signal_propagation import (
     DeadBranch,
     ForwardRecord,
 )
+from jacdiag.records.stream_range import StreamRange
 
 # -- words of the JSON -----------------------------------------------------------------------------
 Level = Literal["info", "warning", "error"]
@@ -39,6 +40,9 @@ Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
 
 # What stands next to a product over depth, if the norm that it bounds was not measured.
 PRODUCT_ALONE = "an upper bound whose true value, the end-to-end gain, was not measured"
+
+# What stands next to a product over depth that is no bound.
+UNCOVERED_CALLS = "the stream passes calls that no gain covers"
 
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
@@ -238,16 +242,18 @@ class NetworkRecord(Record):
     Attributes:
         gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It
             is an upper bound on the logarithm of `end_to_end`, up to the width of the intervals,
-            and usually far above it.
+            and usually far above it. It is no bound if `stream` has gaps.
         end_to_end: spectral norm of d y_N / d x_1, with the cancellation that the product hides.
         gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the
             stack at the end.
         predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last
-            gradient.
+            gradient. None if `stream` has gaps.
         loss: {"kind": ..., "value": ...}: what was differentiated.
         forward: the residual stream over depth.
         backward: gradients of the parameters, and parts without one.
         over_probes: spread of `end_to_end` over several probes, by field name.
+        stream: the sub-layers that all of these figures are about; None in reports of older
+            versions, and if no sub-layer lies on a stream.
     """
 
     gain_product_log: float | None = None
@@ -260,6 +266,14 @@ class NetworkRecord(Record):
     backward: BackwardRecord | None = None
     notes: dict[str, str] = field(default_factory=dict)
     over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
+    stream: StreamRange | None = None
+
+    @property
+    def part(self) -> StreamRange | None:
+        """The range of the figures if they are about a part of the sub-layers; else None."""
+        if self.stream is None or not self.stream.is_partial:
+            return None
+        return self.stream
 
 
 @dataclass(frozen=True)

@@ -367,11 +367,36 @@ def _growth(context: RuleContext, rule: Rule) -> CheckOutcome:
             continue
 
         # An exponent is the logarithm of the growth at one layer.
-        over_all_layers = exponent * context.report.model.layers
+        over_all_layers = exponent * _layers_of_stream(context)
         if abs(over_all_layers) > limit:
             findings.append(_growth_finding(context, rule, name, exponent, limit))
 
     return CheckOutcome(len(known), findings)
+
+
+def _layers_of_stream(context: RuleContext) -> int:
+    """Return how many layers the stream has that the figures of the network are about."""
+    network = context.report.network
+    if network is None or network.part is None:
+        return context.report.model.layers
+    return network.part.layers
+
+
+def _way(context: RuleContext, name: str) -> str:
+    """Return from where to where "activation" or "gradient" grows, in words."""
+    # 1. The two ends, as the activations pass them.
+    first, last = "the input", "the top"
+    share = ""
+    network = context.report.network
+    if network is not None and network.part is not None:
+        part = network.part
+        first, last = f"the shortcut of {part.first}", f"the sum of {part.last}"
+        share = f", {part.share}"
+
+    # 2. Gradients pass them the other way.
+    if name == "gradient":
+        first, last = last, first
+    return f"from {first} to {last}{share}"
 
 
 def _growth_finding(
@@ -379,10 +404,8 @@ def _growth_finding(
 ) -> Finding:
     """Return the finding about the norms of "activation" or "gradient" over depth."""
     # 1. The sentence.
-    over_all_layers = exponent * context.report.model.layers
-    way = "from the input to the top"
-    if name == "gradient":
-        way = "from the top to the input"
+    over_all_layers = exponent * _layers_of_stream(context)
+    way = _way(context, name)
     verb = "grows" if over_all_layers > 0 else "shrinks"
     what = (
         f"the {name} norm {verb} {plain(math.exp(abs(over_all_layers)))}-fold {way} "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jacdiag.records import Finding, Interval, JudgedSublayers, Level, SublayerRecord
-from jacdiag.records.report import PRODUCT_ALONE, WeightStats
+from jacdiag.records.report import PRODUCT_ALONE, UNCOVERED_CALLS, WeightStats
 from jacdiag.rules.finding_numbers import plain, span
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.interval_status import ComparedFigure, compare_with_limits
@@ -407,15 +407,24 @@ def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
     if network is None or network.gain_product_log is None:
         return NOT_APPLICABLE
 
-    # 1. The highest cut that the product is beyond.
+    # 1. A product that is no bound says nothing of the depth.
+    stream = network.stream
+    if stream is not None and stream.gaps:
+        note = f"the product is no bound: {stream.gaps_in_words} {UNCOVERED_CALLS}"
+        return CheckOutcome(0, note=note)
+
+    # 2. The highest cut that it is beyond. A part of the network alone is never a pass.
+    part = network.part
     log = network.gain_product_log
     limits = context.thresholds.limits("gain_product")
     beyond = limits.beyond(log)
+    if beyond is None and part is not None:
+        return CheckOutcome(0, note=f"the product is known {part.words} alone")
     if beyond is None:
         return CheckOutcome(1)
     limit = limits.named_cuts[beyond]
 
-    # 2. The true gain, if it was measured.
+    # 3. The true gain, if it was measured.
     evidence: dict[str, Any] = {
         "field": "gain_product_log",
         "value": log,
@@ -428,9 +437,17 @@ def _product(context: RuleContext, rule: Rule) -> CheckOutcome:
         evidence["end_to_end"] = [end_to_end.lower, end_to_end.upper]
         true_gain = f"the measured end-to-end gain is {span(end_to_end)}"
 
-    # 3. The finding.
+    # 4. A part of the network has another name.
+    sublayers = "of all sub-layers"
+    if part is not None:
+        sublayers = part.words
+        true_gain = "an upper bound whose true value was not measured"
+    if part is not None and end_to_end is not None:
+        true_gain = f"the measured gain of that part is {span(end_to_end)}"
+
+    # 5. The finding.
     what = (
-        f"the product of the gains of all sub-layers is e^{log:.1f} (Eq. 7), above e^{limit:g}; "
+        f"the product of the gains {sublayers} is e^{log:.1f} (Eq. 7), above e^{limit:g}; "
         f"{true_gain}"
     )
     level = context.level(rule, beyond)

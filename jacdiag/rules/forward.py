@@ -122,11 +122,14 @@ def _superlinear(
         return []
 
     measured = Measured("end", variances[-1] / variances[middle])
+    end = "the end"
+    network = context.report.network
+    if network is not None and network.part is not None:
+        end = f"the sum of {network.part.last}"
 
     def sentence(worst: Measured) -> str:
         return (
-            f"the stream's variance grows {plain(worst.value)}-fold from {points[middle]} to the "
-            "end "
+            f"the stream's variance grows {plain(worst.value)}-fold from {points[middle]} to {end} "
             "(linear growth gives at most 2)"
         )
 

@@ -31,6 +31,7 @@ from jacdiag.records import (
     RemedyRecord,
     Report,
     Spread,
+    StreamRange,
     SublayerRecord,
 )
 from jacdiag.records.number_format import spoken
@@ -462,3 +463,42 @@ def test_a_report_of_an_older_version_quotes_the_pre_norm_sublayers() -> None:
         "smallest shortcut std 0.0500, at h.0.mlp (target: about 1)"
     )
     assert headline(old).startswith("Both conditions met: ")
+
+
+PART = StreamRange("h.0.attn", "h.0.mlp", sublayers=2, of=4, layers=1)
+
+
+def product_of(log: float, stream: StreamRange | None, **other: object) -> NetworkRecord:
+    return NetworkRecord(gain_product_log=log, growth=Growth(), stream=stream, **other)  # type: ignore[arg-type]
+
+
+def test_jd104_on_a_part_of_the_network_names_it_and_never_passes() -> None:
+    made = judged(healthy(), network=product_of(11.0, PART))
+    [finding] = findings(made, "JD104")
+    assert finding.what == (
+        "the product of the gains from h.0.attn to h.0.mlp, 2 of 4 sub-layers is e^11.0 (Eq. 7), "
+        "above e^10; an upper bound whose true value was not measured"
+    )
+    measured = product_of(11.0, PART, end_to_end=Interval(31.0, 30.5, 32.0))
+    [finding] = findings(judged(healthy(), network=measured), "JD104")
+    assert finding.what.endswith("; the measured gain of that part is 30.5 to 32.0")
+
+    # Below the threshold nothing is known of the others.
+    made = judged(healthy(), network=product_of(9.0, PART))
+    assert status(made, "JD104") == "not-applicable"
+    note = next(rule.note for rule in made.rules if rule.code == "JD104")
+    assert note == "the product is known from h.0.attn to h.0.mlp, 2 of 4 sub-layers alone"
+    whole = replace(PART, sublayers=4)
+    assert status(judged(healthy(), network=product_of(9.0, whole)), "JD104") == "clean"
+
+
+def test_jd104_says_nothing_of_a_product_that_is_no_bound() -> None:
+    gaps = replace(PART, sublayers=4, gaps=[["h.0.attn", "h.0.mlp"]])
+    for log in (9.0, 11.0):
+        made = judged(healthy(), network=product_of(log, gaps))
+        assert status(made, "JD104") == "not-applicable" and not findings(made, "JD104")
+        note = next(rule.note for rule in made.rules if rule.code == "JD104")
+        assert note == (
+            "the product is no bound: between h.0.attn and h.0.mlp the stream passes calls that no "
+            "gain covers"
+        )

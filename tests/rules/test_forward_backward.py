@@ -11,7 +11,15 @@ from dataclasses import replace
 import pytest
 from rules.reports import healthy, report
 
-from jacdiag.records import Finding, Growth, NetworkRecord, Plan, Report, SublayerRecord
+from jacdiag.records import (
+    Finding,
+    Growth,
+    NetworkRecord,
+    Plan,
+    Report,
+    StreamRange,
+    SublayerRecord,
+)
 from jacdiag.records.signal_propagation import (
     AttentionRecord,
     BackwardRecord,
@@ -312,3 +320,33 @@ def test_the_contracts_codes_are_there() -> None:
     codes = {rule.code for rule in RULES}
     assert {"JD301", "JD302", "JD303", "JD304", "JD305"} <= codes
     assert {f"JD40{k}" for k in range(1, 7)} <= codes
+
+
+# -- a part of the model ---------------------------------------------
+PART = StreamRange("h.0.attn", "h.0.mlp", sublayers=2, of=4, layers=1)
+
+
+def test_growth_over_a_part_of_the_model_names_its_ends_and_counts_its_layers() -> None:
+    exponent = math.log(50.0)
+    made = judged(NetworkRecord(growth=Growth(exponent, exponent), stream=PART))
+    sentences = [finding.what for finding in found(made, "JD403")]
+    ways = (
+        "from the shortcut of h.0.attn to the sum of h.0.mlp, 2 of 4 sub-layers",
+        "from the sum of h.0.mlp to the shortcut of h.0.attn, 2 of 4 sub-layers",
+    )
+    assert len(sentences) == 2
+    for sentence, way in zip(sentences, ways, strict=True):
+        assert f"grows 50.0-fold {way} (" in sentence
+
+    # Over all sub-layers it is from the input to the top.
+    whole = replace(PART, sublayers=4, layers=2)
+    made = judged(NetworkRecord(growth=Growth(exponent, exponent), stream=whole))
+    assert "2,500-fold from the input to the top (" in found(made, "JD403")[0].what
+
+
+def test_variance_that_grows_over_a_part_of_the_model_names_its_end() -> None:
+    growing = ForwardRecord(POINTS, variance=[1.0, 1.0, 1.0, 1.0, 100.0])
+    part = found(judged(NetworkRecord(forward=growing, stream=PART)), "JD301")
+    assert "from h.1.attn to the sum of h.0.mlp (linear" in part[0].what
+    whole = found(judged(NetworkRecord(forward=growing)), "JD301")
+    assert "from h.1.attn to the end (linear" in whole[0].what

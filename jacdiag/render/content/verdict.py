@@ -20,7 +20,7 @@ from jacdiag.records.number_format import (
     three,
     two,
 )
-from jacdiag.records.report import PRODUCT_ALONE, Cost, NetworkRecord, ProbeSpread
+from jacdiag.records.report import PRODUCT_ALONE, UNCOVERED_CALLS, Cost, NetworkRecord, ProbeSpread
 from jacdiag.render.content.remedies import remedied
 from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.sentences import (
@@ -340,9 +340,17 @@ def _against(report: Report) -> Line | None:
     for change in against.changes:
         if change.figure == "end_to_end":
             earlier, now = three(change.earlier[1]), three(change.now[1])
-            text += f"; end-to-end gain {earlier} -> {now}"
+            text += f"; {_name_of_gain(report)} {earlier} -> {now}"
             break
     return Line("against", text)
+
+
+def _name_of_gain(report: Report) -> str:
+    """Return what the norm of the main stream is called, with its range if that is a part."""
+    network = report.network
+    if network is None or network.part is None:
+        return "end-to-end gain"
+    return f"gain {network.part.words}"
 
 
 def _risk(report: Report) -> Line | None:
@@ -376,14 +384,18 @@ def _depth(report: Report) -> list[Line]:
 
     # 1. What was measured end to end.
     label = "whole network"
+    gains = "the sub-layers' gains"
+    if network.part is not None:
+        label = "part of network"
+        gains = f"the gains {network.part.words},"
     lines = []
-    text = f"product of the sub-layers' gains {_power_of_e(network.gain_product_log)}"
     if network.end_to_end is not None:
         lines.append(Line(label, _end_to_end(network, network.end_to_end)))
-        text += _not_reached(network.gain_product_log, network.end_to_end)
         label = ""
-    else:
-        text += f", {_product_alone(network)}"
+    if network.end_to_end is not None and network.part is not None:
+        gains = "these sub-layers' gains"  # the line before names them
+    text = f"product of {gains} {_power_of_e(network.gain_product_log)}"
+    text += _relation_to_gain(network, network.gain_product_log)
 
     # 2. The product, and what the rule says of it.
     finding = _first_of(report, "JD104")
@@ -403,14 +415,45 @@ def _end_to_end(network: NetworkRecord, gain: Interval) -> str:
         network: the figures of the network.
         gain: the norm of the Jacobian from the first shortcut to the last.
     """
-    text = f"end-to-end gain {spoken(gain)}"
+    # 1. The gain, and how it differs between probes.
+    text = spoken(gain)
     spread = network.over_probes.get("end_to_end")
     if spread is not None:
         text += f" ({spread} over {len(spread.estimates)} probes)"
-    return (
-        f"{text}: the largest factor by which a small change of the first shortcut grows on its "
-        "way to the top"
-    )
+
+    # 2. What it is, and of which part.
+    start, end = _ends_of_stream(network)
+    meaning = f"the largest factor by which a small change of {start} grows on its way to {end}"
+    part = network.part
+    if part is None:
+        return f"end-to-end gain {text}: {meaning}"
+    return f"gain {text}: {meaning}; these are {part.share}, the others do not lie on this stream"
+
+
+def _ends_of_stream(network: NetworkRecord) -> tuple[str, str]:
+    """Return where the stream begins and ends that the figures are about, in words."""
+    part = network.part
+    if part is None:
+        return "the first shortcut", "the top"
+    return f"the shortcut of {part.first}", f"the sum of {part.last}"
+
+
+def _relation_to_gain(network: NetworkRecord, product_log: float) -> str:
+    """Return what the product of gains says of the gain that was measured, as an end.
+
+    Args:
+        network: the figures of the network.
+        product_log: natural log of the product.
+    """
+    # 1. It leaves something out.
+    stream = network.stream
+    if stream is not None and stream.gaps:
+        return f", no bound: {stream.gaps_in_words} {UNCOVERED_CALLS}"
+
+    # 2. It stands alone, or next to the gain.
+    if network.end_to_end is None:
+        return f", {_product_alone(network)}"
+    return _not_reached(product_log, network.end_to_end)
 
 
 def _not_reached(product_log: float, gain: Interval) -> str:
@@ -429,10 +472,13 @@ def _not_reached(product_log: float, gain: Interval) -> str:
 
 def _product_alone(network: NetworkRecord) -> str:
     """Return that no end-to-end gain was measured, and why if that is known."""
+    text = PRODUCT_ALONE
+    if network.part is not None:
+        text = "an upper bound whose true value was not measured"
     reason = network.notes.get("end_to_end")
     if not reason:
-        return PRODUCT_ALONE
-    return f"{PRODUCT_ALONE} ({reason})"
+        return text
+    return f"{text} ({reason})"
 
 
 def _power_of_e(log: float) -> str:
@@ -504,22 +550,28 @@ def _known(values: Iterable[float | None]) -> list[float]:
 def _gradients(report: Report) -> Line | None:
     """Return the gradient's norm at the first shortcut, compared with that at the top."""
     ends = _gradient_ends(report)
-    if ends is None:
+    if ends is None or report.network is None:
         return None
+    start, end = _ends_of_stream(report.network)
+    share = ""
+    if report.network.part is not None:
+        share = f"; between them lie {report.network.part.share}"
 
     # 1. Norms whose ratio says nothing.
     first, last = ends
     if not last or not math.isfinite(first / last):
         return None
     if first == 0:
-        return Line("gradient", f"norm 0 at the first shortcut, {three(last)} at the top")
+        return Line("gradient", f"norm 0 at {start}, {three(last)} at {end}{share}")
 
     # 2. The larger of the two over the smaller.
     ratio = first / last
-    change = f"{three(1 / ratio)} times smaller than at the top"
+    change = f"{three(1 / ratio)} times smaller than at {end}"
     if ratio >= 1:
-        change = f"{three(ratio)} times that at the top"
-    return Line("gradient", f"norm {three(first)} at the first shortcut, {change} ({three(last)})")
+        change = f"{three(ratio)} times that at {end}"
+    if "1.00" in (three(ratio), three(1 / ratio)):
+        change = f"as large as at {end}"
+    return Line("gradient", f"norm {three(first)} at {start}, {change} ({three(last)}){share}")
 
 
 def _gradient_ends(report: Report) -> tuple[float, float] | None:

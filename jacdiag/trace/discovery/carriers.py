@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 from jacdiag.trace.graph.additions import FORMS, Term
-from jacdiag.trace.graph.ops import CARRIERS, SCATTERS
+from jacdiag.trace.graph.ops import CARRIERS, SCALINGS, SCATTERS
 from jacdiag.trace.graph.reachability import Walks
 
 _MOST_CARRIERS = 8  # calls that a value is followed back through
@@ -83,6 +83,38 @@ class Carriers(Walks):
     def _count_states_read(self, node: int) -> int:
         """Return how many values a call reads that depend on parameters or buffers."""
         return sum(value.from_state for value in self.graph.values_read(node))
+
+    def is_unchanged(self, source: int, value: int) -> bool:
+        """Return whether a value is another one itself, reshaped, cast or plus a constant.
+
+        The Jacobian from one to the other is a permutation then.
+
+        Args:
+            source: index of the earlier value.
+            value: index of the later one.
+        """
+        current: int | None = value
+        while current is not None and current != source:
+            current = self._same_value_before(current)
+        return current == source
+
+    def _same_value_before(self, value: int) -> int | None:
+        """Return the value that a value is, up to its shape, its dtype and a constant."""
+        # 1. An input, a parameter or a constant.
+        node = self.graph.values[value].node
+        if node < 0 or not self._carries(node):
+            return None
+
+        # 2. Scalings and batch norms change a value.
+        record = self.graph.nodes[node]
+        if record.name in SCALINGS or record.name == "batch_norm":
+            return None
+
+        # 3. So does a sum that scales its term.
+        source = self.only_float_input(node)
+        if record.name in FORMS and not _adds_plainly(record.terms or (), source):
+            return None
+        return source
 
     def _adds_a_constant(self, terms: Iterable[Term]) -> bool:
         """Return whether an addition has one live term at most, and that one is a plain value."""
@@ -177,6 +209,11 @@ class Carriers(Walks):
     def _live_shapes(self, node: int) -> set[tuple[int, ...]]:
         """Return the shapes of what a call reads that depends on the model's input."""
         return {self.graph.values[index].shape for index in self.graph.live_inputs(node)}
+
+
+def _adds_plainly(terms: Iterable[Term], value: int | None) -> bool:
+    """Return whether a value is a term of an addition as it is, without a factor."""
+    return any(term.operand is not None and term.operand == value for term in terms)
 
 
 def _is_one_value(term: Term) -> bool:
