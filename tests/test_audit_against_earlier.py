@@ -190,7 +190,7 @@ def test_another_architecture_is_refused(run: Any, folder: Path) -> None:
         code, out, err = run("audit", "later.pt", "--against", earlier)
         assert code == 2 and f"'{earlier}' is of another architecture" in err and not out, err
         assert "jacdiag diff" in err
-    assert "6 sub-layers (3 attention, 3 mlp) in pre-norm, width 32; now 4 sub-layers" in err
+    assert "6 sub-layers (3 attention, 3 mlp) with pre-norm, width 32; now 4 sub-layers" in err
 
 
 def test_a_report_of_another_probe_is_refused(run: Any, folder: Path) -> None:

@@ -195,6 +195,7 @@ def _describe_sublayer(site: Sublayer, params: Mapping[str, Tensor]) -> dict[str
         "depth": site.depth,
         "kind": site.kind,
         "placement": site.placement,
+        "norm_inside": site.norm_inside,
         "parallel": site.parallel,
         "nested": site.nested,
         "shape": list(site.shortcut.shape),
@@ -279,12 +280,19 @@ def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
         TableColumn("layer", cells(lambda row: str(row["depth"])), 7, right=True),
         TableColumn("sub-layer", cells(lambda row: names[row["name"]])),
         TableColumn("kind", cells(lambda row: row["kind"]), 9),
-        TableColumn("norm", cells(lambda row: row["placement"]), 8),
+        TableColumn("norm", cells(_norm_of), 8),
         TableColumn("parallel", cells(_both), 5),
         TableColumn("shape", cells(lambda row: _times(row["shape"])), 4),
         TableColumn("parameters", cells(_parameter_count), 7, right=True),
         TableColumn("added at", cells(lambda row: _near(row["line"])), 3),
     ]
+
+
+def _norm_of(row: dict[str, Any]) -> str:
+    """Return where the norm of a sub-layer stands; "inside" if it is at neither end."""
+    if row["placement"] == "none" and row["norm_inside"]:
+        return "inside"
+    return str(row["placement"])
 
 
 def _parameter_count(row: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from jacdiag.records import (
     Report,
     SublayerRecord,
 )
+from jacdiag.records.placement_words import placements_in_words
 
 _LARGEST = 256 * 2**20  # bytes
 
@@ -190,27 +191,19 @@ def _placements(rows: Mapping[Key, StreamSublayer]) -> dict[Key, str]:
 
 
 def _outline(rows: Collection[StreamSublayer], width: int | None) -> str:
-    """Return an architecture in words: "12 sub-layers (6 attention, 6 mlp) in pre-norm"."""
+    """Return an architecture in words: "12 sub-layers (6 attention, 6 mlp) with pre-norm"."""
     # 1. How many sub-layers there are of each kind, and where their norms stand.
     kinds = Counter(row.kind for row in rows)
-    placements = {_placement_in_words(row) for row in rows}
+    placements = placements_in_words(rows)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
     # 2. The same as one sentence.
     norms = " and ".join(sorted(placements))
-    outline = f"{kinds.total()} sub-layers ({counts}) in {norms}"
+    outline = f"{kinds.total()} sub-layers ({counts}) with {norms}"
     if width is None:
         return outline
 
     return f"{outline}, width {width}"
-
-
-def _placement_in_words(row: StreamSublayer) -> str:
-    """Return where the norm of a sub-layer stands: "pre-norm"."""
-    words = f"{row.placement}-norm"
-    if row.placement == "none":
-        words = "no norm"
-    return words
 
 
 def compare_with_earlier(

@@ -258,6 +258,10 @@ class StreamSublayer(Protocol):
         """The number of its layer."""
 
     @property
+    def norm_inside(self) -> bool | None:
+        """Whether a call that may be a norm lies in the branch; None if that is not known."""
+
+    @property
     def kind(self) -> Any:
         """Such as "attention" or "mlp"."""
 

@@ -226,12 +226,15 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
     if "input norm" in per_token:
         gain = gain_interval(per_token["input norm"], x.shape, site.feature_dim, token_ids)
     else:
-        notes["norm_gain"] = f"the branch does not begin with a norm (placement {site.placement})"
+        why = "the branch does not begin with a norm"
+        if site.norm_inside:
+            why = "no norm was found at the beginning of the branch"
+        notes["norm_gain"] = f"{why} (placement {site.placement})"
     out = None
     if "last norm" in per_token:
         out = gain_interval(per_token["last norm"], x.shape, site.feature_dim, None)
     else:
-        notes["out_norm_gain"] = "no norm at the branch's end or after the sum"
+        notes["out_norm_gain"] = "no norm was found at the branch's end or after the sum"
 
     # 3. The factor on the shortcut.
     shortcut_gain, note = _shortcut_gain(site)
@@ -250,6 +253,7 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         depth=site.depth,
         kind=site.kind,
         placement=site.placement,
+        norm_inside=site.norm_inside,
         parallel=site.parallel,
         token_wise=site.token_wise,
         nested=site.nested,

@@ -181,8 +181,9 @@ class SublayerRecord(Record):
     `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of
     the shortcut plus all parallel branches on it (None unless `parallel`). `gradient_norm` is that
     of the loss over the branch's parameters. `dead_branch` is set if the branch does not depend on
-    its input. `over_probes` holds the spread of figures over several probes by field name; it is
-    empty if there was one probe.
+    its input. `norm_inside` says whether a call that may be a norm lies in the branch; None if no
+    model was run. `over_probes` holds the spread of figures over several probes by field name. It
+    is empty if there was one probe.
     """
 
     # Where it is.
@@ -225,6 +226,7 @@ class SublayerRecord(Record):
     notes: dict[str, str] = field(default_factory=dict)
     over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
     cost: float | None = None
+    norm_inside: bool | None = None
 
 
 @dataclass(frozen=True)

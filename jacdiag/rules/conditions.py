@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jacdiag.records import Finding, Interval, JudgedSublayers, Level, SublayerRecord
+from jacdiag.records.placement_words import placement_in_words, placements_in_words
 from jacdiag.records.report import PRODUCT_ALONE, UNCOVERED_CALLS, WeightStats
 from jacdiag.rules.finding_numbers import plain, span
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.interval_status import ComparedFigure, compare_with_limits
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import CUTS, Limits
-from jacdiag.rules.wording import name_layers, placement_in_words
+from jacdiag.rules.wording import name_layers
 
 # An output matrix with so much of the std before it has no scaling with depth.
 _UNSCALED = 0.7
@@ -93,7 +94,7 @@ def _judged_sublayers(
     not_judged: dict[str, list[str]] = {}
     for row in on_stream:
         if row.placement not in rule.placements:
-            reason = placement_in_words(row.placement)
+            reason = placement_in_words(row)
         elif row.name in has_no_threshold:
             reason = f"no threshold is calibrated for {row.kind}"
         else:
@@ -124,10 +125,8 @@ def _why_not(context: RuleContext, rule: Rule) -> str:
         return ""
 
     # 2. The placements that the model has.
-    placements: set[str] = set()
-    for row in context.report.sublayers:
-        if row.placement and not row.nested:
-            placements.add(placement_in_words(row.placement))
+    rows = [row for row in context.report.sublayers if row.placement and not row.nested]
+    placements = placements_in_words(rows)
 
     # 3. A model may have no sub-layer at all.
     if not placements:
@@ -186,7 +185,7 @@ def _share(context: RuleContext, rule: Rule, group: Sequence[ComparedFigure]) ->
     on_stream = [row for row in context.report.sublayers if not row.nested]
     noun = "sub-layer" if len(rows) == 1 else "sub-layers"
     if len(rows) < len(on_stream):
-        noun = f"{' and '.join(map(placement_in_words, rule.placements))} {noun}"
+        noun = f"{' and '.join(f'{place}-norm' for place in rule.placements)} {noun}"
     return f"{len(group)} of {len(rows)} {noun}, {_extent(context, group)}"
 
 
@@ -386,7 +385,7 @@ def _amplification(context: RuleContext, rule: Rule) -> CheckOutcome:
         limit = getattr(limits(worst.row), cut)
 
         # 1. A trained model is compared with what is usual at init.
-        norm = placement_in_words(worst.row.placement)
+        norm = placement_in_words(worst.row)
         compared_with = norm
         if context.report.state == "trained":
             compared_with = f"{norm} at init"

@@ -15,11 +15,11 @@ from jacdiag.records import (
     Level,
     SublayerRecord,
 )
+from jacdiag.records.placement_words import placements_in_words
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.grouping import group_by
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.thresholds import Limits
-from jacdiag.rules.wording import placement_in_words
 
 FIGURES = {"branch_norm": "branch norm", "core_norm": "core norm", "norm_gain": "norm gain"}
 
@@ -263,7 +263,7 @@ def _growth_unknown_for(rows: Sequence[SublayerRecord]) -> str:
         return ""
 
     # Each placement once.
-    placements = {placement_in_words(row.placement) for row in rows}
+    placements = placements_in_words(rows)
     names = " and ".join(sorted(placements))
     return f"how much healthy training grows is not known for {names}"
 

@@ -1,4 +1,4 @@
-"""Phrases that several rules use: lists of names, layers, placements of norms."""
+"""Phrases that several rules use: lists of names, and layers."""
 
 from __future__ import annotations
 
@@ -91,10 +91,3 @@ def name_layers(layers: Iterable[int]) -> str:
     if not first:
         return f"{noun} {last}"
     return f"{noun} {', '.join(first)} and {last}"
-
-
-def placement_in_words(placement: str | None) -> str:
-    """Return where a sub-layer has its norm, as "pre-norm"; "no norm" if it has none."""
-    if placement in (None, "none"):
-        return "no norm"
-    return f"{placement}-norm"

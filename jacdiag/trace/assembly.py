@@ -19,7 +19,7 @@ from jacdiag.trace.execution.routes import Endpoint
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Where
 from jacdiag.trace.graph.graph import Graph
-from jacdiag.trace.graph.ops import ACTIVATIONS, TRANSPOSITIONS
+from jacdiag.trace.graph.ops import ACTIVATIONS, PARTS_OF_NORMS, TRANSPOSITIONS
 from jacdiag.trace.stages import Captured
 from jacdiag.trace.sublayer import Map, Sublayer
 
@@ -144,6 +144,7 @@ class _Assembler:
             products=_weights(self.graph, products, self.skeleton),
             roles={},
             activations=sorted(operations & ACTIVATIONS),
+            norm_inside=not operations.isdisjoint(PARTS_OF_NORMS),
             feature_dim=feature_dim,
             stream_dim=-2 if site.mixed else None,
             functions=tuple(sorted(custom_functions)),

@@ -94,6 +94,7 @@ class Sublayer:
     dims: tuple[int, ...] | None = None
     valueless: bool = False
     looks_token_wise: bool | None = None
+    norm_inside: bool = False
 
     def __str__(self) -> str:
         """Return one line: name, kind, norm, depth, shape of the shortcut, number of parameters."""
@@ -101,6 +102,8 @@ class Sublayer:
         norm = f"{self.placement}-norm"
         if self.placement == "none":
             norm = "no norm"
+        if self.placement == "none" and self.norm_inside:
+            norm = "no norm found at either end"
 
         # 2. Its sizes.
         shape = " x ".join(map(str, self.shortcut.shape))

@@ -21,6 +21,7 @@ from jacdiag.records import (
     RuleResult,
 )
 from jacdiag.records.number_format import between, outward, share, spoken, three
+from jacdiag.records.placement_words import NO_NORM_AT_ENDS
 from jacdiag.render.content import sentences as words
 from jacdiag.render.content import verdict as lines
 from jacdiag.render.content.number_cells import aligned
@@ -300,9 +301,13 @@ def test_inits_of_another_placement_are_not_compared() -> None:
 
 
 def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
-    line = line_of(placed("none"), "other models")
-    assert line is not None
-    assert line.text == "nothing is compared: no init of another model without norms was measured"
+    for inside, kind in ((False, "without norms"), (True, f"with {NO_NORM_AT_ENDS}")):
+        report = placed("none")
+        rows = [dataclasses.replace(row, norm_inside=inside) for row in report.sublayers]
+        line = line_of(dataclasses.replace(report, sublayers=rows), "other models")
+        assert line is not None
+        nothing = f"nothing is compared: no init of another model {kind} was measured"
+        assert line.text == nothing
     mixed = line_of(placed("pre", "post"), "other models")
     assert mixed is not None and mixed.text.startswith(
         "nothing is compared: the sub-layers differ in placement"

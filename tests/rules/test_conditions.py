@@ -299,7 +299,7 @@ def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_one
         ("post", "post-norm"),
         ("sandwich", "sandwich-norm"),
         ("reordered", "reordered-norm"),
-        ("none", "no norm"),
+        ("none", "no norm found at either end of a branch"),
     ],
 )
 def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(

@@ -11,6 +11,7 @@ from typing import Any
 from jacdiag.records import Interval, JudgedSublayers, Report, SublayerRecord
 from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
+from jacdiag.records.placement_words import placements_in_words
 from jacdiag.records.report import source_name
 from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.severity import FIELD_OF_RULE
@@ -26,7 +27,6 @@ __all__ = [
     "left_out",
     "legible",
     "model_words",
-    "placement_words",
     "plural",
     "probe_words",
     "read_words",
@@ -166,18 +166,11 @@ def state_words(report: Report) -> str:
         return state
 
     # Of two that are equally frequent, the first in the alphabet stands first.
-    placements = sorted(str(row.placement) for row in report.sublayers)
-    by_frequency = Counter(placements).most_common()
-    norms = [placement_words(placement) for placement, _ in by_frequency]
-    return f"{state}, {' and '.join(norms)}"
-
-
-def placement_words(placement: str) -> str:
-    """Return a placement as a noun: "pre-norm", "no norm"."""
-    has_norm = placement != "none"
-    if has_norm:
-        return f"{placement}-norm"
-    return "no norm"
+    counts = Counter(str(row.placement) for row in report.sublayers)
+    rows = sorted(
+        report.sublayers, key=lambda row: (-counts[str(row.placement)], str(row.placement))
+    )
+    return f"{state}, {' and '.join(placements_in_words(rows))}"
 
 
 def why_state(report: Report) -> str:

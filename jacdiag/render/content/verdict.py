@@ -20,6 +20,7 @@ from jacdiag.records.number_format import (
     three,
     two,
 )
+from jacdiag.records.placement_words import placements_in_words
 from jacdiag.records.report import PRODUCT_ALONE, UNCOVERED_CALLS, Cost, NetworkRecord, ProbeSpread
 from jacdiag.render.content.remedies import remedied
 from jacdiag.render.content.replay_verdict import replay_advice
@@ -27,7 +28,6 @@ from jacdiag.render.content.sentences import (
     condition,
     judged_rows,
     judged_sublayers,
-    placement_words,
     plural,
     status_words,
     worst_branch,
@@ -619,12 +619,13 @@ def _others(report: Report) -> Line | None:
         return None
 
     # 1. One placement: inits of another one have other gains.
-    placements = _measured_placements(report)
+    rows = [row for row in report.sublayers if row.branch_norm is not None]
+    rows.sort(key=lambda row: str(row.placement))
+    placements = {str(row.placement) for row in rows}
+    norms = " and ".join(placements_in_words(rows))
     if len(placements) > 1:
-        several = " and ".join(map(placement_words, placements))
-        return _not_compared(f"the sub-layers differ in placement ({several})")
+        return _not_compared(f"the sub-layers differ in placement ({norms})")
     (placement,) = placements
-    norms = placement_words(placement)
 
     # 2. The rungs of this placement.
     rungs = [rung for rung in report.ladder if rung.get("placement") == placement]
@@ -632,7 +633,7 @@ def _others(report: Report) -> Line | None:
         return None  # a report without a ladder, such as that of a probe in a run
     if not rungs:
         kind = f"with {norms}"
-        if placement == "none":
+        if norms == "no norm":
             kind = "without norms"
         return _not_compared(f"no init of another model {kind} was measured")
 
@@ -641,15 +642,6 @@ def _others(report: Report) -> Line | None:
     ladder = _ladder(rungs, gain)
     text = f"worst branch norm  {ladder}  ({norms}, at init{_widths(report, rungs)})"
     return Line("other models", text)
-
-
-def _measured_placements(report: Report) -> list[str]:
-    """Return the placements of the sub-layers whose branch norm was measured, by name."""
-    placements = set()
-    for row in report.sublayers:
-        if row.branch_norm is not None:
-            placements.add(str(row.placement))
-    return sorted(placements)
 
 
 def _ladder(rungs: list[dict[str, Any]], yours: float) -> str:

@@ -150,6 +150,13 @@ REDUCTIONS = frozenset(
 )
 # Calls that show that a value was normalised.
 NORMALISING = REDUCTIONS | FUSED_NORMS | {"rsqrt", "normalize"}
+# Calls of which a norm is made, also one that is written out by hand. Code without any of them has
+# no norm. Code with one of them may have one.
+PARTS_OF_NORMS = (
+    NORMS_WITH_GAIN
+    | {"rsqrt", "sqrt", "normalize", "norm", "vector_norm", "linalg_vector_norm"}
+    | {"var", "std", "var_mean", "std_mean"}
+)
 # The length of a vector, or a division by it.
 LENGTHS = frozenset({"normalize", "norm", "vector_norm", "linalg_vector_norm"})
 # Calls that take, or may take, a root.
