@@ -26,6 +26,7 @@ from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward,
 from jacdiag.records.report import Interval, SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, DeadBranch, DeadPath
 from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace.discovery.blocking_calls import find_blocking_calls, name_call
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_off_parts
 from jacdiag.trace.discovery.residual import Site
@@ -33,6 +34,7 @@ from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import collect, collect_deep, is_float
 from jacdiag.trace.graph.graph import STATE, Graph
+from jacdiag.trace.graph.ops import FLAT
 
 _PACKAGE = __file__.rsplit("/", 2)[0]
 _PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
@@ -915,17 +917,31 @@ def _dead_branch(sites: Sites, position: int) -> DeadBranch:
     except (JacdiagError, RuntimeError):
         return DeadBranch(is_zero)
 
-    # 2. Whether the cause is the same in every layer.
+    # 2. Calls whose derivative is zero.
+    if not causes:
+        return DeadBranch(is_zero, calls=_flat_calls(sites, position))
+
+    # 3. Whether the cause is the same in every layer.
     pool = set(skeleton.params)
     if inside:
         pool = _parameters_elsewhere(sites, site)
     learned = all(name in skeleton.params for name in causes)
     alike = False
-    if causes and learned:
+    if learned:
         alike = all(_zero_in_every_layer(skeleton, name, pool) for name in causes)
     return DeadBranch(
         is_zero, causes, constants(skeleton, causes), together, alike, learned=learned
     )
+
+
+def _flat_calls(sites: Sites, position: int) -> list[str]:
+    """Return the calls of zero derivative that every way through a branch passes."""
+    raw = sites.raw[position]
+    values = raw.term.values
+    if raw.result is not None:
+        values = (raw.result,)
+    calls = find_blocking_calls(sites.graph, raw.shortcut, values, FLAT)
+    return list(dict.fromkeys(name_call(sites.graph, call) for call in calls))
 
 
 def _branch_depends(site: Sublayer) -> bool:

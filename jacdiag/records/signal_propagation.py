@@ -147,6 +147,8 @@ class DeadBranch(Record):
         alike: each of them is zero, in every layer that has one.
         own_gradient: norm of the gradient of `parameters`; None if it was not measured.
         learned: none of `parameters` is a buffer, which no step changes.
+        calls: calls whose derivative is zero, such as "round in model.py:12". Every way from the
+            input to the value passes one of them.
     """
 
     zero: bool = True
@@ -156,6 +158,7 @@ class DeadBranch(Record):
     alike: bool = False
     own_gradient: float | None = None
     learned: bool = True
+    calls: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

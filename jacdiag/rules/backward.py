@@ -232,6 +232,7 @@ def _branches(
     # 1. The causes, and the branches without a known one.
     branches: list[DeadBranch] = []
     unknown: list[str] = []
+    calls: dict[str, None] = {}
     value_of: dict[str, float] = {}
     for row in rows:
         branch = row.dead_branch
@@ -240,7 +241,8 @@ def _branches(
 
         branches.append(branch)
         value_of |= dict(zip(branch.parameters, branch.values, strict=False))
-        if not branch.parameters:
+        calls.update(dict.fromkeys(branch.calls))
+        if not branch.parameters and not branch.calls:
             unknown.append(row.name)
 
     names = [row.name for row in rows]
@@ -248,22 +250,30 @@ def _branches(
     of_layers = LayersOfZeros.of(context.report.contract, parameters)
 
     # 2. The sentence.
-    verb = "is" if len(names) == 1 else "are"
-    state = "constant: the Jacobian is zero"
+    what = f"the Jacobian of {list_names(names)} is zero, the value is not"
     if all(branch.zero for branch in branches):
-        state = "exactly zero, value and Jacobian"
-    what = f"{list_names(names)} {verb} {state}"
+        verb = "is" if len(names) == 1 else "are"
+        what = f"{list_names(names)} {verb} exactly zero, value and Jacobian"
+    elif any(branch.zero for branch in branches):
+        what = f"the Jacobian of {list_names(names)} is zero, not every value is"
     if parameters:
         telling = parameters
         if level != "info" and not any(value_of.values()):
             telling = of_layers.differing or parameters
         held = _held(telling, [value_of[name] for name in telling])
         what += f"; the cause: {held} in every element, {_how_far(branches, level)}"
+    if calls:
+        what += f"; every way through passes {list_names(list(calls))}, whose derivative is zero"
     if unknown:
         what += f"; the cause is not known for {list_names(unknown)}"
 
     # 3. The finding.
-    evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
+    evidence = {
+        "parameters": parameters,
+        "calls": list(calls),
+        "count": len(names),
+        "alike": level == "info",
+    }
     return Finding(
         rule.code,
         context.level(rule, level),

@@ -327,7 +327,8 @@ def test_layer_whose_relu_is_never_active_is_a_warning(bias: float) -> None:
     [finding] = found(model, "JD402")
     assert finding.level == "warning" and finding.where == ["h.1.mlp"]
     assert finding.evidence["parameters"] == ["h.1.mlp.w1.bias"] and "is -100" in finding.what
-    assert ("constant" in finding.what) == bool(bias)
+    assert ("is zero, the value is not" in finding.what) == bool(bias)
+    assert ("exactly zero, value and Jacobian" in finding.what) != bool(bias)
 
 
 def test_a_dead_relu_of_unlike_biases_has_no_named_cause() -> None:
@@ -432,3 +433,50 @@ def test_zero_gain_next_to_batch_norm_does_not_name_running_variance() -> None:
     [finding] = [finding for finding in report.findings if finding.code == "JD402"]
     assert finding.level == "info"
     assert finding.evidence["parameters"] == [f"{k}.norm.weight" for k in range(3)]
+
+
+# -- calls whose derivative is zero ---------------------------------------------
+class Rounded(nn.Module):
+    """A stack of MLPs, one of which has a function of the test's choice between its products."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(16, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for k in range(3):
+            hidden = self.up[k](self.norms[k](x))
+            if k == 1:
+                hidden = self.inner(hidden)
+            x = x + self.down[k](hidden)
+        return x
+
+
+def dead_branches(inner: Callable[[Tensor], Tensor]) -> list[Finding]:
+    ids = torch.arange(8).reshape(1, 8)
+    report = jacdiag.audit(Rounded(inner), ids, decide=True, state="init")
+    return [finding for finding in report.findings if finding.code == "JD402"]
+
+
+def test_a_branch_through_round_has_no_derivative_but_is_not_called_constant() -> None:
+    [finding] = dead_branches(lambda x: torch.round(x * 100) / 100)
+    assert "constant" not in finding.what and "the cause is not known" not in finding.what
+    assert "is zero, the value is not; every way through passes round in" in finding.what
+    assert finding.what.endswith(", whose derivative is zero")
+    [call] = finding.evidence["calls"]
+    assert call.startswith("round in test_dead_paths.py:")
+
+
+def test_round_is_not_named_where_a_way_goes_around_it() -> None:
+    # 1. The branch has a derivative then.
+    assert dead_branches(lambda x: x + torch.round(x * 100)) == []
+
+    # 2. Or zeros are the cause.
+    [finding] = dead_branches(lambda x: 0 * (x + torch.round(x)))
+    assert "round" not in finding.what

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from menagerie.message_passing import MPNN
@@ -322,3 +325,64 @@ class Joined(nn.Module):
 def test_a_table_that_is_added_to_a_part_is_no_residual_sum() -> None:
     found = jacdiag.sites(Joined(), torch.randn(2, 6, D))
     assert len(found) == 2 and not found.left_out
+
+
+class ChangedBranch(nn.Module):
+    """Three layers; in the second one functions change shortcut and hidden value."""
+
+    def __init__(
+        self, hidden: Callable[[Tensor], Tensor], shortcut: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.up = nn.ModuleList([nn.Linear(D, 12) for _ in range(3)])
+        self.down = nn.ModuleList([nn.Linear(12, D) for _ in range(3)])
+        self.hidden = hidden
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k in range(3):
+            hidden = torch.tanh(self.up[k](x))
+            shortcut = x
+            if k == 1:
+                hidden = self.hidden(hidden)
+                shortcut = self.shortcut(x)
+            x = shortcut + self.down[k](hidden)
+        return x
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("hidden", "shortcut", "reason"),
+    [
+        (
+            torch.sign,
+            same,
+            "the branch reads this sum's own shortcut through sign in {} alone, and its derivative "
+            "is zero there",
+        ),
+        (
+            lambda x: x.detach(),
+            same,
+            "the branch reads this sum's own shortcut through detach in {} alone, and no gradient "
+            "passes there",
+        ),
+        (
+            lambda x: (x > 0).float(),
+            same,
+            "no gradient passes from the branch to this sum's own shortcut",
+        ),
+        (same, lambda x: x.detach(), "its shortcut passes detach in {}, which takes its gradient"),
+    ],
+    ids=["sign", "detach", "comparison", "detached shortcut"],
+)
+def test_a_sum_without_a_gradient_to_its_shortcut_says_what_takes_it(
+    hidden: Callable[[Tensor], Tensor], shortcut: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    found = jacdiag.sites(ChangedBranch(hidden, shortcut).eval(), torch.randn(2, 5, D))
+    assert len(found) == 2
+    [left_out] = found.left_out
+    pattern = re.escape(reason).replace(r"\{\}", r"test_left_out\.py:\d+")
+    assert re.fullmatch(pattern, left_out.reason), left_out.reason

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from jacdiag.trace.discovery.blocking_calls import find_blocking_calls, is_read, name_call
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.additions import Term
 from jacdiag.trace.graph.graph import Graph, Node, Value
 from jacdiag.trace.graph.ops import (
     CUT_INTO_PIECES,
+    CUTS,
+    DETACHES,
+    FLAT,
     SELECT_POSITIONS,
     SUMS_OF_A_STACK,
     WRITE_POSITIONS,
@@ -126,7 +130,7 @@ def _reason_of_sum(node: int, streams: _Streams) -> str:
     if streams.adds_to_another(node):
         if streams.projects_its_shortcut(node):
             return "a product with weights changes the shortcut on its way into the sum"
-        return "the branch does not read this sum's own shortcut"
+        return streams.relation_to_shortcut(node)
 
     # 2. One term is a part of the stream.
     if streams.adds_to_part(node):
@@ -218,6 +222,57 @@ class _Streams:
             if self._is_function(start, branch.values):
                 return True
         return False
+
+    def relation_to_shortcut(self, node: int) -> str:
+        """Return how a branch reads the shortcut of a sum that no gradient gets to from there.
+
+        Args:
+            node: a sum that `adds_to_another` found.
+        """
+        # 1. The sum's shortcut does not pass on a gradient itself.
+        record = self.graph.nodes[node]
+        for shortcut, branch in self._pairs(node):
+            detach = self._detach_before(shortcut.operand)
+            if detach is None:
+                continue
+            source = self.graph.nodes[detach].inputs[0]
+            if self.finder.reaches(source, branch.values, through_products=True):
+                return (
+                    f"its shortcut passes {name_call(self.graph, detach)}, which takes its gradient"
+                )
+
+        # 2. The branch reads the shortcut, but by calls without a derivative.
+        for shortcut, branch in self._pairs(node):
+            start = shortcut.operand
+            if start is None or not self._is_on_stream(start, record.line):
+                continue
+            if is_read(self.graph, start, branch.values):
+                return self._reason_without_gradient(start, branch)
+
+        # 3. It does not read it.
+        return "the branch does not read this sum's own shortcut"
+
+    def _reason_without_gradient(self, start: int, branch: Term) -> str:
+        """Return how a branch reads the shortcut of its sum although no gradient gets there."""
+        calls = find_blocking_calls(self.graph, start, branch.values, CUTS)
+        if not calls:
+            return "no gradient passes from the branch to this sum's own shortcut"
+
+        # What the calls do to a gradient.
+        names = ", ".join(dict.fromkeys(name_call(self.graph, call) for call in calls))
+        effect = "no gradient passes there"
+        if all(self.graph.nodes[call].name in FLAT for call in calls):
+            effect = "its derivative is zero there"
+        return f"the branch reads this sum's own shortcut through {names} alone, and {effect}"
+
+    def _detach_before(self, value: int | None) -> int | None:
+        """Return the detach that made a value; None if none did."""
+        if value is None:
+            return None
+        maker = self.graph.values[value].node
+        if maker < 0 or self.graph.nodes[maker].name not in DETACHES:
+            return None
+        return maker
 
     def _is_on_stream(self, value: int, line: str) -> bool:
         """Return whether a value that is added at a source line is on a stream.

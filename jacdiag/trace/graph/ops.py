@@ -409,6 +409,10 @@ CUTS = (
     | METADATA_ONLY
     | {"bernoulli", "sign", "argmax", "argmin", "isnan", "isinf", "isfinite"}
 )
+# Functions whose derivative is zero wherever they have one.
+FLAT = frozenset(
+    {"sign", "sign_", "sgn", "round", "round_", "floor", "floor_", "ceil", "ceil_"}
+) | {"trunc", "trunc_", "fix", "fix_"}
 # Of all arguments but the first they read the shape or the dtype alone.
 FIRST_ONLY = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to"})
 # Calls that need the numbers of a tensor in Python.
