@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# What to try if two runs of a model on one input differ. Every run is in eval mode.
+REPEAT_THE_FORWARD = (
+    "the model ran in eval mode: look for what the forward draws (noise, random routing, a "
+    "functional dropout with training=True) or changes (a counter, a cache), and leave it out, or "
+    "seed it inside the forward"
+)
+
 
 def printable(text: str) -> str:
     """Make text of a foreign file fit for a terminal.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 
+from jacdiag.errors import REPEAT_THE_FORWARD
 from jacdiag.records import Finding, Level, Report, RuleResult, SublayerRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, CheckOutcome, Rule, RuleContext
 from jacdiag.rules.wording import list_names
@@ -248,7 +249,10 @@ def _non_deterministic(context: RuleContext, rule: Rule) -> CheckOutcome:
     if culprit:
         what += f"; {culprit}"
         evidence["culprit"] = culprit
-    fix = "model.eval(), or a fixed seed inside the forward"
+    fix = REPEAT_THE_FORWARD
+    device = str(context.report.settings.get("device") or "cpu")
+    if not device.startswith("cpu"):
+        fix += f"; a kernel on {device} may differ too: torch.use_deterministic_algorithms(True)"
     return CheckOutcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
 
 
@@ -268,9 +272,27 @@ def _non_finite(context: RuleContext, rule: Rule) -> CheckOutcome:
 
     # The finding.
     what = f"NaN or Inf in {list_names(names, 5)}"
-    fix = "an earlier checkpoint; check the file's hash"
+    fix = _other_weights(context)
     evidence = {"parameters": names}
     return CheckOutcome(1, [Finding(rule.code, "error", where, what, evidence, rule.summary, fix)])
+
+
+def _other_weights(context: RuleContext) -> str:
+    """Return how to get weights without NaN, by where these come from."""
+    # 1. A file, or the reader of one.
+    source = context.report.source
+    if source.get("path"):
+        return "an earlier checkpoint; check the file's hash"
+
+    # 2. Code that builds the model.
+    if source.get("format") in ("factory", "hf-config"):
+        return (
+            f"look at what fills them in {source.get('factory')}: the init (memory that was never "
+            "written, a division by zero), or a file that it loads"
+        )
+
+    # 3. A model in memory.
+    return "look for what wrote them last: the init, a training step, or a file that was loaded"
 
 
 def _replay(context: RuleContext, rule: Rule) -> CheckOutcome:

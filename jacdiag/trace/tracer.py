@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jacdiag.devices.device_choice import check_precision
 from jacdiag.devices.float32_precision import full_precision
-from jacdiag.errors import SourceError, TraceError
+from jacdiag.errors import REPEAT_THE_FORWARD, SourceError, TraceError
 from jacdiag.sources.foreign_code import model_code, own_frames
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.python_source import check_module
@@ -300,7 +300,7 @@ def capture_or_blame(residuals: Residuals) -> Captured:
         raise TraceError(
             "two runs on the same input do not make the same calls",
             got=call,
-            hint="model.eval(), or a fixed seed inside the forward",
+            hint=REPEAT_THE_FORWARD,
         ) from error
     if captured.deterministic:
         return captured

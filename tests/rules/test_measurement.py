@@ -181,3 +181,33 @@ def test_profiles_promote_levels_and_unknown_ones_are_refused() -> None:
     ):
         with pytest.raises(UsageError):
             profile_of(bad, CODES)
+
+
+# -- what to do ---------------------------------------------
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"path": "a.pt", "format": "torch"}, "an earlier checkpoint; check the file's hash"),
+        ({"format": "factory", "factory": "build.py:model"}, "what fills them in build.py:model: "),
+        ({"format": "hf-config", "factory": "hf:gpt2"}, "what fills them in hf:gpt2: the init"),
+        ({"format": "module", "factory": "nets.Net"}, "look for what wrote them last: the init"),
+    ],
+)
+def test_the_advice_about_nan_fits_the_source(source: dict[str, str], words: str) -> None:
+    checks = {"deterministic": True, "non_finite": ["h.0.mlp.w1"], "replay": {}}
+    made = judged(healthy(), source=source, settings={"checks": checks})
+    [finding] = findings(made, "JD906")
+    assert words in finding.fix
+    assert ("checkpoint" in finding.fix) == ("path" in source)
+    assert ("hash" in finding.fix) == ("path" in source)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", None])
+def test_the_advice_about_runs_that_differ_names_what_eval_mode_leaves(device: str | None) -> None:
+    checks = {"deterministic": False, "non_finite": [], "replay": {}}
+    made = judged(healthy(), settings={"checks": checks, "device": device})
+    [finding] = findings(made, "JD905")
+    assert "model.eval()" not in finding.fix
+    for cause in ("noise", "functional dropout with training=True", "a counter", "a cache"):
+        assert cause in finding.fix
+    assert ("a kernel on cuda:0 may differ" in finding.fix) == (device == "cuda:0")

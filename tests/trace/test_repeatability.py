@@ -154,6 +154,7 @@ def test_a_model_that_draws_is_caught_before_any_product(mlp: Any, call: str) ->
     if isinstance(report, JacdiagError):  # random routing may change the calls that are made
         said = str(report)
         assert "two runs on the same input" in said
+        assert "model.eval()" not in said and "the model ran in eval mode" in said
     else:
         (finding,) = [f for f in report.findings if f.code == "JD905"]
         said = finding.what
