@@ -175,12 +175,15 @@ def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
         return
 
     # 2. Say what they are.
-    kinds = sorted({str(entries[name].dtype).removeprefix("torch.") for name in quantised})
+    types = {entries[name].dtype for name in quantised}
+    count = sum(entry.dtype in types for entry in entries.values())
+    kinds = sorted(str(dtype).removeprefix("torch.") for dtype in types)
     names = clipped(", ".join(quantised), _SHOWN)
+    numbers = f"{count} of {len(entries)} tensors are {', '.join(kinds)}"
     scheme = _scheme(entries, quantised)
     raise SourceError(
         f"'{path}' holds quantised weights ({scheme}), which jacdiag does not measure",
-        got=f"{len(quantised)} of {len(entries)} tensors are {', '.join(kinds)}: {names}",
+        got=f"{numbers}, such as the weights {names}",
         hint=_DEQUANTISE,
     )
 

@@ -98,6 +98,15 @@ def test_quantised_weights_are_refused_by_their_scheme(
     assert "bfloat16" in (caught.value.hint or "")
 
 
+def test_all_tensors_of_the_type_are_counted(tmp_path: Path) -> None:
+    state = {name: tensor.to(torch.int8) for name, tensor in weights().items()}
+    torch.save(state, tmp_path / "all.pt")
+    with pytest.raises(SourceError) as caught:
+        load(str(tmp_path / "all.pt"))
+    count = f"{len(state)} of {len(state)} tensors are int8"
+    assert count in (caught.value.got or "")
+
+
 def test_masks_and_counters_are_not_quantised_weights(tmp_path: Path) -> None:
     buffers = {
         "transformer.h.0.attn.mask": torch.ones(8, 8, dtype=torch.uint8),
