@@ -33,6 +33,7 @@ from jacdiag.measure.init_distribution import draw_of, find_outliers
 from jacdiag.records import Finding, Report, WeightRecord
 from jacdiag.records.init_contract import ContractRecord
 from jacdiag.rules.init.never_drawn import find_no_draws
+from jacdiag.sources import gpt
 
 WIDTH = 64
 DOWN = "layers.*.mlp.down_proj.weight"
@@ -185,6 +186,20 @@ def test_unit_positions_are_named_only_with_another_mistake(
     positions: float, feed_forward: float, count: int
 ) -> None:
     assert len(patterns(audit(vit(positions, feed_forward), images(16)()))) == count
+
+
+@pytest.mark.parametrize(("embedding", "is_named"), [(1.0, False), (0.02, True)])
+def test_default_positions_are_named_unless_the_embedding_has_the_default_too(
+    embedding: float, is_named: bool
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_embd": WIDTH, "n_head": 4, "vocab_size": 256, "block_size": 64}
+    model = gpt.build("gpt2", **sizes)
+    draw(model, ("wte", normal(embedding)), ("wpe", normal(1.0)))
+    # The head is tied to the embedding, which JD206 judges.
+    report = audit(model, torch.arange(64).reshape(2, 32))
+    names = [f.evidence["pattern"] for f in warnings_of(report) if f.code == "JD204"]
+    assert names == ["transformer.wpe.weight"] * is_named
 
 
 # -- the head --------------------------------------------------------------------------------------

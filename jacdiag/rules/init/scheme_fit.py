@@ -407,7 +407,20 @@ class Yardstick:
                     return True
 
         # Tables may also be so small that they were meant to be.
-        return _is_tiny_table(weight)
+        return _is_tiny_table(weight) or self._is_default_as_the_embedding(weight)
+
+    def _is_default_as_the_embedding(self, weight: WeightRecord) -> bool:
+        """Return whether positions have the N(0, 1) of nn.Embedding, as the embedding does.
+
+        What is right for the one is right for the other. Where matrices have std 1 by mistake, it
+        is part of that.
+        """
+        is_default = weight.role == "positions" and holds(weight, 1.0)
+        if not is_default or self.has_unit_draws:
+            return False
+
+        embeddings = with_role(self.contract.weights, "embedding")
+        return any(not is_constant(table) and holds(table, 1.0) for table in embeddings)
 
 
 def _are_alike(sections: Iterable[Piece]) -> bool:
