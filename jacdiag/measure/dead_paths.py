@@ -91,7 +91,10 @@ def find_dead_paths(
     # 4. Single sub-layers.
     paths += [_branch_path(sites, token_ids, index, frozen) for index in uncut]
 
-    # 5. Matrices outside all sub-layers: the tracer sees no branch where an entire branch is
+    # 5. Sub-layers that read zeros, so that at most their biases get a gradient.
+    paths += _fed_with_zeros(sites, profile, dead, frozen)
+
+    # 6. Matrices outside all sub-layers: the tracer sees no branch where an entire branch is
     #    detached.
     return paths + _uncovered_cut_off(sites, profile, sink, frozen)
 
@@ -106,6 +109,39 @@ def _sublayers_without_gradient(sites: Sites, profile: GradientProfile) -> set[i
             dead.add(index)
 
     return dead
+
+
+def _fed_with_zeros(
+    sites: Sites, profile: GradientProfile, dead: Collection[int], frozen: Collection[str]
+) -> list[DeadPath]:
+    """Return the sub-layers that read a stream of zeros and whose matrices get no gradient.
+
+    A norm makes its bias of the zeros, which gets a gradient. Its matrices get none.
+
+    Args:
+        sites: of one recorded forward.
+        profile: of the same model.
+        dead: indices of the sub-layers without any gradient, which are named already.
+        frozen: names of parameters that are frozen.
+    """
+    # 1. The sub-layers.
+    names: list[str] = []
+    matrices: set[str] = set()
+    outlines = sites.skeleton.outlines
+    for index, site in enumerate(sites):
+        if site.nested or index in dead or bool(site.shortcut.any()):
+            continue
+
+        own_matrices = [name for name in site.parameters if outlines[name].dim() >= 2]
+        if _without_gradient(own_matrices, profile.parameters):
+            names.append(site.name)
+            matrices.update(own_matrices)
+    if not names:
+        return []
+
+    # 2. All of them have one cause.
+    is_frozen = matrices <= set(frozen)
+    return [DeadPath(names, False, "input", frozen=is_frozen, matrices_only=True)]
 
 
 def _by_cutting_calls(
@@ -257,12 +293,23 @@ def _embeddings_cut_off(
             continue
 
         # 2. The calls that cut it off.
+        is_frozen = name in frozen
         calls = cutting_calls(sites, result, sink)
         if calls:
-            path = DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen)
+            path = DeadPath([name], stream=True, cause="cut", calls=calls, frozen=is_frozen)
             paths.append(path)
 
+        # 3. A stream of zeros shows that something takes the table away.
+        elif not is_frozen and _begins_with_zeros(sites):
+            paths.append(DeadPath([name], stream=True, cause="unknown"))
+
     return paths
+
+
+def _begins_with_zeros(sites: Sites) -> bool:
+    """Return whether the first shortcut is zero for every token."""
+    outer = [site for site in sites if not site.nested]
+    return bool(outer) and not bool(outer[0].shortcut.any())
 
 
 def _first_value_made_from(sites: Sites, parameter: str) -> int | None:

@@ -99,6 +99,7 @@ class DeadPath(Record):
         frozen: all parameters of this part are frozen in the model that was passed
             (requires_grad=False).
         learned: none of `parameters` is a buffer, which no step changes.
+        matrices_only: only the matrices of these sub-layers get no gradient. A gain or bias may.
     """
 
     where: list[str]
@@ -117,6 +118,7 @@ class DeadPath(Record):
     elsewhere: bool = False
     frozen: bool = False
     learned: bool = True
+    matrices_only: bool = False
 
 
 @dataclass(frozen=True)

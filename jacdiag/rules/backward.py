@@ -90,6 +90,8 @@ def _dead_path(context: RuleContext, rule: Rule, path: DeadPath) -> Finding:
 def _subject(path: DeadPath) -> str:
     """Return what gets no gradient."""
     names = list_names(path.where)
+    if path.matrices_only:
+        return f"no matrix of {names} gets a gradient:"
     if not path.stream:
         return f"no parameter of {names} gets a gradient:"
 
@@ -108,7 +110,8 @@ def _cause(path: DeadPath) -> str:
 
     # An input of zeros takes the gradient of whatever it is multiplied by.
     if path.cause == "input":
-        return "the stream that it reads is zero for every token"
+        reader = "it reads" if len(path.where) == 1 else "they read"
+        return f"the stream that {reader} is zero for every token"
     if path.cause == "unknown":
         return "the cause is not known"
 

@@ -480,3 +480,37 @@ def test_round_is_not_named_where_a_way_goes_around_it() -> None:
     # 2. Or zeros are the cause.
     [finding] = dead_branches(lambda x: 0 * (x + torch.round(x)))
     assert "round" not in finding.what
+
+
+# -- a stream of zeros -----------------------------------------------------------------------------
+class Multiplied(nn.Module):
+    """Pre-norm layers on an embedding that is multiplied by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.factor = factor
+        self.table = nn.Embedding(32, 16)
+        self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(2)])
+        self.ups = nn.ModuleList([nn.Linear(16, 32, bias=False) for _ in range(2)])
+        self.downs = nn.ModuleList([nn.Linear(32, 16, bias=False) for _ in range(2)])
+        self.head = nn.Linear(16, 32, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) * self.factor
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(torch.tanh(up(norm(x))))
+        return self.head(x)
+
+
+def test_matrices_that_read_a_stream_of_zeros_are_named_though_biases_get_a_gradient() -> None:
+    ids = torch.arange(16).reshape(2, 8)
+    options = {"state": "init", "select": ["JD401"], "remedies": "none"}
+    report = jacdiag.audit(Multiplied(0.0), ids, **options)  # type: ignore[arg-type]
+    said = [finding.what for finding in report.findings]
+    assert any(what == "no gradient reaches table.weight: the cause is not known" for what in said)
+    words = "gets a gradient: the stream that they read is zero for every token"
+    assert any(what.startswith("no matrix of ") and what.endswith(words) for what in said)
+
+    # A small number leaves a gradient everywhere.
+    assert not jacdiag.audit(Multiplied(0.01), ids, **options).findings  # type: ignore[arg-type]
