@@ -129,7 +129,13 @@ def _fed_with_zeros(
     matrices: set[str] = set()
     outlines = sites.skeleton.outlines
     for index, site in enumerate(sites):
-        if site.nested or index in dead or bool(site.shortcut.any()):
+        is_named_already = site.nested or index in dead
+        if is_named_already:
+            continue
+
+        # What reads something gets its gradient from there.
+        reads_zeros = not bool(site.shortcut.any())
+        if not reads_zeros:
             continue
 
         own_matrices = [name for name in site.parameters if outlines[name].dim() >= 2]

@@ -271,7 +271,8 @@ def without_adapters(
     result = dict(uses)
     for name, use in uses.items():
         stands_next_to_base = _BASE not in name and name.startswith(tuple(adapted))
-        if name in factors or stands_next_to_base or _ADAPTER.search(name):
+        is_named_so = _ADAPTER.search(name) is not None
+        if stands_next_to_base or is_named_so or name in factors:
             result[name] = replace(use, role="adapter")
 
     return result

@@ -172,12 +172,20 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
 
 def _only_rules_about_norms(report: Report) -> frozenset[str]:
     """Return the rules about norms that applied, if all of them read norms of full width."""
-    applied = [rule.code for rule in report.rules if rule.code.startswith("JD1") and rule.matched]
-    others = set(applied) - _NEED_FULL_WIDTH
-    if others:
+    # 1. The rules about norms that had something to judge.
+    matched = {rule.code for rule in report.rules if rule.matched}
+    about_norms = frozenset(filter(_is_about_norms, matched))
+
+    # 2. One that reads other norms applies to a copy, too.
+    is_any_other = bool(about_norms - _NEED_FULL_WIDTH)
+    if is_any_other:
         return frozenset()
 
-    return frozenset(applied)
+    return about_norms
+
+
+def _is_about_norms(code: str) -> bool:
+    return code.startswith("JD1")
 
 
 @dataclass(frozen=True)

@@ -517,6 +517,11 @@ class _ContractTarget:
     rows: Rows | None = None
 
     @property
+    def is_zero(self) -> bool:
+        """Whether entire weights should be zero."""
+        return self.value == 0 and self.rows is None
+
+    @property
     def words(self) -> str:
         """The weights, in words."""
         name = self.pattern.removesuffix(".weight")
@@ -556,11 +561,14 @@ def _as_the_contract_says(
 ) -> ModelChange:
     """Return the change that gives weights the value, or the std, of their contract."""
     weight = deviation.weight
+    # 1. One value for all numbers: a vector, or a matrix that starts at zero.
     is_vector = weight.role in VECTORS or len(weight.shape) < 2
-    is_all_zero = target.value == 0 and target.rows is None
-    if is_vector or is_all_zero:
+    if is_vector:
         return Fill(weights, target.value)
+    if target.is_zero:
+        return Fill(weights, 0.0)
 
+    # 2. A draw.
     is_uniform = weight.family == "uniform"
     return Redraw(weights, target.value, deviation.formula, is_uniform, target.rows)
 

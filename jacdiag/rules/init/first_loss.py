@@ -36,13 +36,21 @@ def describe_first_loss(report: Report) -> str:
 
 def _loss_of_next_tokens(report: Report) -> float | None:
     """Return the loss of next tokens at the probe; None if it was not measured."""
+    # 1. Without a backward there is none.
     network = report.network
-    if network is None or network.loss is None:
-        return None
-    if network.loss.get("kind") != _OF_NEXT_TOKENS:
+    if network is None:
         return None
 
-    # A loss that is not finite is another rule's.
-    loss = network.loss.get("value")
-    is_number = isinstance(loss, float) and math.isfinite(loss)
-    return loss if is_number else None
+    # 2. Other outputs than logits have another one.
+    record = network.loss or {}
+    if record.get("kind") != _OF_NEXT_TOKENS:
+        return None
+
+    # 3. A loss that is not finite is another rule's.
+    loss = record.get("value")
+    if not isinstance(loss, float):
+        return None
+    if not math.isfinite(loss):
+        return None
+
+    return loss

@@ -106,14 +106,26 @@ def _is_confirmed(
         count_of_pattern: How many weights have the same name pattern.
     """
     # 1. Matrices of different sizes.
-    sizes = {(other.piece.weight.fan_in, other.piece.weight.fan_out) for other in sharing}
-    if len(sizes) >= _FEWEST:
+    sizes = set(map(_sizes_of, sharing))
+    are_different = len(sizes) >= _FEWEST
+    if are_different:
         return True
 
-    # 2. All layers of its name, which are several.
-    of_name = [other for other in sharing if _name_of(other) == _name_of(mismatch)]
+    # 2. One layer alone confirms nothing.
     count = count_of_pattern[mismatch.piece.weight.pattern]
-    return count >= _FEWEST and len(of_name) == count
+    has_several_layers = count >= _FEWEST
+    if not has_several_layers:
+        return False
+
+    # 3. All layers of its name.
+    names = list(map(_name_of, sharing))
+    return names.count(_name_of(mismatch)) == count
+
+
+def _sizes_of(mismatch: Mismatch) -> tuple[int | None, int | None]:
+    """Return the sizes of the linear map that a weight, or its section, makes."""
+    weight = mismatch.piece.weight
+    return weight.fan_in, weight.fan_out
 
 
 def _name_of(mismatch: Mismatch) -> tuple[str, str]:
@@ -205,6 +217,10 @@ def _explains(yardstick: Yardstick, mismatch: Mismatch, value: float | None) -> 
         mismatch: The weight.
         value: Of the mistaken formula; None if it has none.
     """
-    if value is None or value == mismatch.value:
+    # 1. A formula has no value if the model lacks one of its variables.
+    if value is None:
         return False
-    return holds(mismatch.piece.weight, value, yardstick.spread)
+
+    # 2. A mistake that changes nothing explains nothing.
+    is_same = value == mismatch.value
+    return not is_same and holds(mismatch.piece.weight, value, yardstick.spread)

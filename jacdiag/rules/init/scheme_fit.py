@@ -29,6 +29,7 @@ from jacdiag.rules.init.weight_facts import (
     is_constant,
     is_vector,
     is_zero,
+    parameters_of,
     sampling_interval,
     std_of,
     with_role,
@@ -113,14 +114,10 @@ class Yardstick:
         return cls(contract, scheme, is_followed=False)
 
     @cached_property
-    def zero_on_purpose(self) -> frozenset[str]:
-        """Names of the matrices whose zeros are an init of their own."""
-        return zero_on_purpose(self.contract)
-
-    @cached_property
-    def drawn_among_zeros(self) -> frozenset[str]:
-        """Names of the matrices that were drawn although most of their name start at zero."""
-        return frozenset(weight.parameter for weight, _ in drawn_among_zeros(self.contract))
+    def judged_by_zeros(self) -> frozenset[str]:
+        """Names of the matrices that start at zero on purpose, or that should have done so."""
+        drawn = [weight for weight, _ in drawn_among_zeros(self.contract)]
+        return zero_on_purpose(self.contract).union(parameters_of(drawn))
 
     @cached_property
     def has_unit_draws(self) -> bool:
@@ -160,7 +157,7 @@ class Yardstick:
         return located
 
     def _sections_at_fault(self, mismatch: Mismatch) -> list[Mismatch]:
-        """Return the sections of an entire weight that are wrong; [] if it is wrong as a whole."""
+        """Return the sections of an entire weight that are wrong; [] if all are wrong alike."""
         # 1. Its sections, each with the value of the entire weight.
         piece = mismatch.piece
         orders = _orders_of_sections(piece.weight)
@@ -169,15 +166,17 @@ class Yardstick:
         sections = list(_pieces(piece.weight, orders[0], fan_out=piece.weight.fan_out))
 
         # 2. Those that do not have it.
-        wrong = []
+        at_fault: list[Mismatch] = []
         for section in sections:
             if not holds(section.weight, mismatch.value, self.spread):
-                wrong.append(Mismatch(section, mismatch.value, mismatch.formula))
+                at_fault.append(Mismatch(section, mismatch.value, mismatch.formula))
 
-        # 3. Where all are wrong alike, the matrix is.
-        if len(wrong) == len(sections) and _are_alike(sections):
+        # 3. Where all are off alike, the matrix is.
+        are_all = len(at_fault) == len(sections)
+        if are_all and _are_alike(sections):
             return []
-        return wrong
+
+        return at_fault
 
     def values(self, weight: WeightRecord) -> Mapping[Formula, float]:
         """Return the values that the scheme states for an entire weight or a section of one."""
@@ -295,9 +294,9 @@ class Yardstick:
             return False
 
         # 4. What starts at zero on purpose, or does not although the others of its name do.
-        if _is_open_gate(weight) or weight.parameter in self.zero_on_purpose:
+        if _is_open_gate(weight):
             return False
-        return weight.parameter not in self.drawn_among_zeros
+        return weight.parameter not in self.judged_by_zeros
 
     def _are_positions_of_mistake(self, weight: WeightRecord) -> bool:
         """Return whether positions have the default std that matrices have by mistake."""
@@ -407,7 +406,11 @@ class Yardstick:
                     return True
 
         # Tables may also be so small that they were meant to be.
-        return _is_tiny_table(weight) or self._is_default_as_the_embedding(weight)
+        if _is_tiny_table(weight):
+            return True
+
+        # Or both have the default of their class.
+        return self._is_default_as_the_embedding(weight)
 
     def _is_default_as_the_embedding(self, weight: WeightRecord) -> bool:
         """Return whether positions have the N(0, 1) of nn.Embedding, as the embedding does.
@@ -415,20 +418,39 @@ class Yardstick:
         What is right for the one is right for the other. Where matrices have std 1 by mistake, it
         is part of that.
         """
-        is_default = weight.role == "positions" and holds(weight, 1.0)
-        if not is_default or self.has_unit_draws:
+        # 1. Positions with the default.
+        if weight.role != "positions":
+            return False
+        if not holds(weight, 1.0):
             return False
 
+        # 2. They are no part of a mistake.
+        has_mistake = self.has_unit_draws
+        if has_mistake:
+            return False
+
+        # 3. The embedding has the default, too.
         embeddings = with_role(self.contract.weights, "embedding")
-        return any(not is_constant(table) and holds(table, 1.0) for table in embeddings)
+        return any(map(_has_unit_std, embeddings))
+
+
+def _has_unit_std(table: WeightRecord) -> bool:
+    """Return whether a table is a draw with std 1."""
+    return not is_constant(table) and holds(table, 1.0)
 
 
 def _are_alike(sections: Iterable[Piece]) -> bool:
     """Return whether all sections can have been drawn with one std."""
-    intervals = [sampling_interval(section.weight) for section in sections]
-    known = [interval for interval in intervals if interval is not None]
+    # 1. The intervals that are known.
+    known: list[StdInterval] = []
+    for section in sections:
+        interval = sampling_interval(section.weight)
+        if interval is not None:
+            known.append(interval)
+
+    # 2. Each compared with each other one.
     pairs = itertools.combinations(known, 2)
-    return all(first.meets(second) for first, second in pairs)
+    return all(itertools.starmap(StdInterval.meets, pairs))
 
 
 def _nearest_mismatch(piece: Piece, values: Mapping[Formula, float]) -> Mismatch:
