@@ -21,6 +21,7 @@ from jacdiag.errors import TraceError
 from jacdiag.monitor.batches import Batches
 from jacdiag.monitor.blind_spots import ProbeState
 from jacdiag.monitor.forward_statistics import ForwardFigures
+from jacdiag.monitor.fresh_init import has_stepped, judge_init
 from jacdiag.monitor.jacobian_probe import LiveProbe, Price
 from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.log.sinks import slashed_series
@@ -55,6 +56,11 @@ from jacdiag.trace.execution.wrappers import has_foreign_hooks
 
 _NO_PROBE = "no Jacobian norms and no statistics from now on"
 _OPEN = 10**6 + 2  # the place at which ranks begin a probe
+_MAY_BE_TRAINED = (
+    ". That is said of a model that was never trained; the optimizer keeps no state, and does not "
+    "show whether it was"
+)
+_NO_INIT = "how the weights were drawn is not judged"
 _NO_FIGURES = "no figures of single steps from now on"
 _LEAST_STEPS = 5  # whose time is known before the probe's share of the time is announced
 
@@ -127,6 +133,8 @@ class Measurements:
         self._last_fired: set[str] = set()  # code and level of what the last report has found
         self._reported: set[str] = set()  # the same of findings that are no alerts, each said once
         self._is_first_report = True
+        self._has_judged_init = False
+        self._init_findings: list[Finding] = []  # until the first step has a number
         self._has_announced_share = False
         self._contents = ModelContents(model)
 
@@ -419,7 +427,9 @@ class Measurements:
             step: its number.
             clock: of the run; charged with the seconds that this takes.
         """
-        # 1. Whether anything is due.
+        # 1. What waited for the number of the first step, then whether anything is due.
+        if self._init_findings:
+            self._report_init(step)
         if self.metrics is None:
             return
         # A rank on which the probe has failed goes on to take part where all ranks have to.
@@ -587,6 +597,53 @@ class Measurements:
             self.probe_cadence.last = step
             if self.together.lead:
                 self._write_probe(step, report, series, seconds, announced)
+                # How the weights were drawn is no part of the price of a probe.
+                self._judge_init_once(sites, report, step)
+
+    def _judge_init_once(self, sites: Sites, report: Report, step: int) -> None:
+        """Judge by the rules JD2xx how the weights were drawn, before the first update of a run.
+
+        Weights that a run goes on from are not judged as fresh ones, and neither are pieces of
+        weights. `run` reports what is found once the first step has a number.
+        """
+        # 1. Whether nothing has been trained yet, as far as that is known by now.
+        if self._has_judged_init:
+            return
+        self._has_judged_init = True
+        is_first_step = step <= 0 and not self.record.going_on
+        is_fresh = is_first_step and not any(map(has_stepped, self.optimisers))
+        if not is_fresh or report.state != "init" or self.together.sharded:
+            return
+
+        # 2. Judge the weights.
+        with self.guards.part("init", _NO_INIT):
+            self._init_findings = judge_init(
+                self.model, sites, report, self.optimisers, self.live.thresholds
+            )
+
+    def _report_init(self, step: int) -> None:
+        """Report what was found in the weights before the first update.
+
+        Args:
+            step: the number of the first step.
+        """
+        # 1. A loop whose first step is a later one goes on from a checkpoint.
+        findings = self._init_findings
+        self._init_findings = []
+        if step > 1:
+            return
+
+        # 2. An optimizer that keeps no state does not show whether it has stepped before.
+        caveat = ""
+        if not any(getattr(optimizer, "state", None) for optimizer in self.optimisers):
+            caveat = _MAY_BE_TRAINED
+        for finding in findings:
+            self.findings = [*self.findings, finding]
+            if finding.level != "info":
+                what = f"{finding.what}{caveat}"
+                self.record.finding(
+                    Alert(0, finding.code, finding.level, what, finding.where, finding.evidence)
+                )
 
     def _write_statistics(self, step: int, statistics: ForwardFigures) -> None:
         """Write the statistics to the log, send them to the sinks and check them."""

@@ -76,7 +76,7 @@ def slow_flights(folder: Path) -> None:
     """Writing a flight takes a minute, outside of the interpreter."""
     from jacdiag.monitor.log.flight_recorder import FlightRecorder
 
-    def dump(*_args: Any) -> None:
+    def dump(*_args: Any, **_options: Any) -> None:
         (folder / "writing").touch()
         threading.Event().wait(60)
 
