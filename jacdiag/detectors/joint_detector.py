@@ -38,6 +38,7 @@ class UpdateLeaps:
     past.
 
     Attributes:
+        times: an update over so many times its usual value leaps.
         samples: the last values of each sub-layer.
         in_a_row: how many of the last updates leapt without a gap.
         since: the step of the first of them.
@@ -51,7 +52,7 @@ class UpdateLeaps:
             thresholds: with the limits of "update_ratio" and "update_leap".
         """
         self._alarm = _warning_limit(thresholds, "update_ratio")
-        self._times = _warning_limit(thresholds, "update_leap")
+        self.times = _warning_limit(thresholds, "update_leap")
         self.samples: dict[str, deque[float]] = {}
         self.in_a_row = 0
         self.since = 0
@@ -74,7 +75,7 @@ class UpdateLeaps:
             usual = median(earlier)
 
         # 2. Compare with it, and take the update in.
-        if ratio > self._alarm and ratio > self._times * usual:
+        if ratio > self._alarm and ratio > self.times * usual:
             if not self.in_a_row:
                 self.since = step
             self.in_a_row += 1
@@ -307,15 +308,21 @@ class JointDetector:
     ) -> JointAlarm | None:
         """Fire if the loss or the gradient norm votes while updates of sub-layers leap."""
         leaps = self._leaps
-        # One of the two has to vote, by its means or by the single step.
-        scores = [*loss.values(), *gradient.values(), gradient_ema or 0.0]
-        highest = max(scores)
+        # 1. One of the two has to vote, by its means or by the single step.
+        scores = {
+            "loss": max(loss.values(), default=0.0),
+            "gradient norm": max([*gradient.values(), gradient_ema or 0.0]),
+        }
+        signal = max(scores, key=lambda name: scores[name])
+        highest = scores[signal]
         if highest <= self._vote:
             return None
+
+        # 2. Say what leapt. The updates of different sub-layers leap by different factors.
         what = (
-            f"the updates of {leaps.in_a_row} sub-layers in a row are {plain(leaps.last)} times "
-            "their usual share of the weights, and loss or gradient norm stand "
-            f"{plain(highest)} standard deviations out"
+            f"the last {leaps.in_a_row} updates that were measured are over {leaps.times:g} times "
+            f"their usual share of the weights, the last one {plain(leaps.last)} times, and the "
+            f"{signal} stands {plain(highest)} standard deviations out"
         )
         evidence = {"update_times": leaps.last, "z": highest}
         return JointAlarm(what, leaps.since, evidence)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from detectors.runs import LIMITS, codes, fed, healthy, spike
 
+from jacdiag.detectors.joint_detector import JointDetector, StepScores
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.detectors.sustained_rise import SustainedRise
 from jacdiag.rules.thresholds import load_thresholds
@@ -193,3 +194,18 @@ def test_what_is_not_finite_or_too_early_is_no_lift() -> None:
     for _ in range(76):
         lift.add(1.0)
     assert lift.z(math.nan) == {} and set(lift.z(1.0)) == {4, 16}
+
+
+def test_leaps_of_different_factors_are_not_said_to_be_one() -> None:
+    """Nor is the loss said to stand out if the gradient norm does."""
+    detector = JointDetector(LIMITS)
+    calm, loud = StepScores(), StepScores(gradient_ema=5.0)
+    for step in range(48):
+        assert detector.look(step, 2.0, 1.0, calm, ("abcd"[step % 4], 1e-3)) is None
+    alarm = None
+    for step, ratio in zip(range(48, 51), (2e-2, 3e-2, 6.6e-2), strict=True):
+        alarm = detector.look(step, 2.0, 1.0, loud, ("abcd"[step % 4], ratio))
+    assert alarm is not None
+    assert "the last 3 updates that were measured are over 10 times their usual share" in alarm.what
+    assert "the last one 66.0 times, and the gradient norm stands 5.00 standard" in alarm.what
+    assert "loss" not in alarm.what
