@@ -111,9 +111,16 @@ def test_a_clean_init_is_recorded_for_a_gate_with_the_same_options() -> None:
     report = called(synthetic.clean(), "jacdiag audit build.py:model --seq 64 --plot 'my gain.png'")
     keep = "--baseline init.json --write-baseline"
     assert of(report) == f"jacdiag gate build.py:model --seq 64 --plot 'my gain.png' {keep}"
-    # A gate takes no --probes, and a report of the library has no command.
-    for command in ("jacdiag audit build.py:model --probes 3", ""):
-        assert of(called(synthetic.clean(), command)) == f"jacdiag gate SOURCE {keep}"
+
+    # A gate does not take all options of an audit. The others stay.
+    for option in ("--probes 3", "--probes=3", "--against a.pt"):
+        command = f"jacdiag audit build.py:model {option} --seq 64"
+        assert of(called(synthetic.clean(), command)) == (
+            f"jacdiag gate build.py:model --seq 64 {keep}"
+        )
+
+    # A report of the library has no command.
+    assert of(called(synthetic.clean(), "")) == f"jacdiag gate SOURCE {keep}"
 
 
 def test_a_gate_that_passed_writes_a_baseline_then_reads_it_then_runs_in_ci() -> None:

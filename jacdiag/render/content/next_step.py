@@ -9,7 +9,6 @@ from typing import Any
 from jacdiag.records import LEVELS, Finding, Report
 from jacdiag.render.content.command_line import (
     has_option,
-    names_option,
     without_options,
     words_of,
 )
@@ -18,7 +17,7 @@ from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, 
 from jacdiag.rules.remedy_targets import aims
 
 _CONDITION_RULES = tuple(FIELD_OF_RULE)
-_ONLY_AUDIT = ("--replay", "--against", "--probes", "--all", "--sort")  # what a gate does not take
+_ONLY_AUDIT = ("--replay", "--against", "--probes")  # options with a value that a gate lacks
 _NARROWER = 5  # how many times narrower the intervals of the next command are
 _MORE_PRODUCTS = 1000  # five times the default
 _TOLERANCE = 0.05  # of a report that does not say
@@ -170,11 +169,10 @@ def _after_passed_audit(report: Report) -> NextStep:
             return NextStep("jacdiag explain columns", "says what each figure means")
         return _with_options(report, "--html report.html", "writes the report for a browser")
 
-    # 2. An init, gated with the options of the audit if a gate takes them all.
-    words = words_of(report)
-    is_for_gate = not any(names_option(word, _ONLY_AUDIT) for word in words)
+    # 2. An init, gated with the options of the audit that a gate takes.
+    words = without_options(words_of(report), valued=_ONLY_AUDIT)
     gate = "jacdiag gate SOURCE"
-    if words[:2] == ["jacdiag", "audit"] and is_for_gate:
+    if words[:2] == ["jacdiag", "audit"]:
         gate = shlex.join(["jacdiag", "gate", *words[2:]])
     command = f"{gate} --baseline init.json --write-baseline"
     return NextStep(command, "records this init, so that later changes are compared with it")
