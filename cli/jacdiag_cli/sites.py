@@ -359,15 +359,19 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
 
 def _remarks(data: dict[str, Any]) -> str:
     """Return what was hidden, with the way to declare it, and further notes; never cut off."""
+    from jacdiag.render.content.sentences import counted_once
+
     # 1. What differs between two runs.
     lines = []
     if data["culprit"]:
         lines.append(f"two runs differ: {data['culprit']}")
 
-    # 2. Sums that are residual and no sub-layer.
+    # 2. Sums that are residual and no sub-layer. A loop makes one many times.
+    left_out = []
     for item in data["left_out"]:
         module = item["module"] or "the model itself"
-        lines.append(f"left out: {module} at {item['line']}: {item['reason']}")
+        left_out.append(f"left out: {module} at {item['line']}: {item['reason']}")
+    lines += counted_once(left_out)
 
     # 3. What the dataflow does not show.
     lines += [f"hidden: {line}" for line in data["hidden"]]

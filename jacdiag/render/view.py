@@ -16,6 +16,7 @@ from jacdiag.render.content.grouped_findings import GateView, build_gate_view
 from jacdiag.render.content.next_step import NextStep, next_step
 from jacdiag.render.content.remedies import document, remedied
 from jacdiag.render.content.sentences import (
+    counted_once,
     header,
     headline,
     legible,
@@ -145,7 +146,7 @@ def build_view(report: Report, *, all_rows: bool = False, sort: str = "depth") -
         cost=_cost(report),
         gate=build_gate_view(report),
         depth=build_depth_view(report),
-        report_notes=report.notes,
+        report_notes=counted_once(report.notes),
         settings=_settings(report),
     )
 

@@ -394,3 +394,30 @@ def test_each_finding_of_a_rule_has_a_line_and_the_label_stands_once() -> None:
     partly = dataclasses.replace(with_conditions("met", "partly"), findings=findings[:1])
     [line] = [line for line in lines.verdict_lines(partly) if line.code == "JD102"]
     assert (line.status, line.text) == ("partly met", "in layer 1 (of 2): small")
+
+
+@pytest.mark.parametrize(
+    ("norms", "words"),
+    [
+        ([1.0, 1.0], "norm 1.00 at the first shortcut, as large as at the top (1.00)"),
+        ([1.0, 1.004], "norm 1.00 at the first shortcut, as large as at the top (1.00)"),
+        ([1.0, 1.02], "norm 1.00 at the first shortcut, 1.02 times smaller than at the top (1.02)"),
+        ([1.02, 1.0], "norm 1.02 at the first shortcut, 1.02 times that at the top (1.00)"),
+    ],
+)
+def test_a_gradient_that_is_as_large_at_both_ends_has_no_factor(
+    norms: list[float], words: str
+) -> None:
+    base = synthetic.vanilla(2)
+    assert base.network is not None
+    network = dataclasses.replace(base.network, gradient_norms=norms)
+    line = line_of(dataclasses.replace(base, network=network), "gradient")
+    assert line is not None and line.text == words
+
+
+def test_a_note_that_stands_several_times_is_printed_once_with_its_count() -> None:
+    notes = ["a sum at line 3", "a sum at line 4", "a sum at line 3"]
+    report = dataclasses.replace(synthetic.vanilla(2), notes=notes)
+    printed = [line.text for line in lines.verdict_lines(report) if line.label == "note"]
+    assert printed == ["a sum at line 3 (2 times)", "a sum at line 4"]
+    assert report.to_dict()["notes"] == notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jacdiag.records import Interval, JudgedSublayers, Report, SublayerRecord
@@ -19,6 +19,7 @@ from jacdiag.render.content.severity import FIELD_OF_RULE
 __all__ = [
     "condition",
     "confidence_words",
+    "counted_once",
     "header",
     "headline",
     "judged_rows",
@@ -212,6 +213,21 @@ def plural(number: int, noun: str) -> str:
     if is_single:
         return f"{number} {noun}"
     return f"{number} {noun}s"
+
+
+def counted_once(texts: Iterable[str]) -> list[str]:
+    """Return each text once, with how many times it was there if that is more than once.
+
+    >>> counted_once(["a", "b", "a"])
+    ['a (2 times)', 'b']
+    """
+    counts = Counter(texts)
+    counted = []
+    for text, times in counts.items():
+        if times > 1:
+            text += f" ({times} times)"
+        counted.append(text)
+    return counted
 
 
 def _probe(report: Report) -> list[str]:

@@ -26,6 +26,7 @@ from jacdiag.render.content.remedies import remedied
 from jacdiag.render.content.replay_verdict import replay_advice
 from jacdiag.render.content.sentences import (
     condition,
+    counted_once,
     judged_rows,
     judged_sublayers,
     plural,
@@ -91,7 +92,7 @@ def verdict_lines(report: Report) -> list[Line]:
         _others(report),
     )
     lines += _present(_open(report), _uncovered(report))
-    lines += [Line("note", note) for note in report.notes]
+    lines += [Line("note", note) for note in counted_once(report.notes)]
     return lines
 
 
