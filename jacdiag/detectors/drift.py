@@ -271,8 +271,11 @@ def _alert(
         f"{plain(values[furthest])} now, {plain(departure.usual)} before step {departure.since}, "
         "since which it has been so"
     )
-    if len(where) > 1:
-        what += f"; {len(where) - 1} more sub-layers with it, which of them first is not known"
+    others = len(where) - 1
+    if others == 1:
+        what += "; 1 more sub-layer with it, which of the two first is not known"
+    elif others > 1:
+        what += f"; {others} more sub-layers with it, which of them first is not known"
     evidence = {
         "figure": figure,
         "times": times,

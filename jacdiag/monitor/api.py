@@ -181,7 +181,10 @@ def watch(
 
     # 4. What the user should know of these options.
     if unheld and len(unheld) < len(names):
-        record.note(f"{len(unheld)} parameters are in no optimizer, such as '{unheld[0]}'")
+        count = f"{len(unheld)} parameters are"
+        if len(unheld) == 1:
+            count = "1 parameter is"
+        record.note(f"{count} in no optimizer, such as '{unheld[0]}'")
     batch_count = keep_batches or 0
     if record.recorder is not None and 0 < batch_count < log_every:
         record.warn(

@@ -210,8 +210,9 @@ class Measurements:
             assert self.live.probe is not None
             self.statistics_seconds = tracing
             row: dict[str, Any] = {"statistics_seconds": tracing, "sub_layers": len(sites)}
+            noun = "sub-layer" if len(sites) == 1 else "sub-layers"
             text = (
-                f"{len(sites)} sub-layers; per step a pass over the gradients; statistics "
+                f"{len(sites)} {noun}; per step a pass over the gradients; statistics "
                 f"about {tracing:.2g} s {_cadence_text(self.statistics_cadence)}"
             )
             if not self.probe_cadence.never:

@@ -465,7 +465,8 @@ class Report(Record):
 
     def __repr__(self) -> str:
         """Return one line; `to_dict` has everything."""
-        size = f"{len(self.sublayers)} sub-layers, {len(self.findings)} findings"
+        sublayers = _counted(len(self.sublayers), "sub-layer")
+        size = f"{sublayers}, {_counted(len(self.findings), 'finding')}"
         return f"<{type(self).__name__} of {source_name(self)}: {self.verdict}, {size}>"
 
     def table(self, width: int | None = None, **options: Any) -> None:

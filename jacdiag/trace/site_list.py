@@ -81,7 +81,8 @@ class Sites(Sequence[Sublayer]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     def __repr__(self) -> str:
-        return f"<Sites: {len(self)} sub-layers, {self.layers} deep>"
+        noun = "sub-layer" if len(self) == 1 else "sub-layers"
+        return f"<Sites: {len(self)} {noun}, {self.layers} deep>"
 
     @overload
     def __getitem__(self, index: int) -> Sublayer: ...

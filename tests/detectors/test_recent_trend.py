@@ -285,3 +285,21 @@ def test_lines_that_are_fitted_at_once_are_those_that_are_fitted_alone(logarithm
     for value in coming:
         recent.add(value)
         assert recent._line == fit_line(recent.values, floor=recent._floor)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("a", ""),
+        ("ab", "; 1 more sub-layer with it, which of the two first is not known"),
+        ("abc", "; 2 more sub-layers with it, which of them first is not known"),
+    ],
+)
+def test_other_sublayers_that_leave_their_trend_are_counted(names: str, words: str) -> None:
+    live = LiveRules(LIMITS)
+    alerts = []
+    for place, logit in enumerate([1.0, 1.1, 1.2, 1.3, 40.0, 41.0]):
+        figures = {"logit": dict.fromkeys(names, logit)}
+        alerts += live.statistics(25 * place, figures).alerts
+    (alert,) = alerts
+    assert alert.what.endswith(f"since which it has been so{words}")

@@ -8,7 +8,7 @@ from typing import Any
 from jacdiag.comparison.match import Pair, are_apart
 from jacdiag.render.content.changed_figures import summarize_changes
 from jacdiag.render.content.compared_curves import compared_curves
-from jacdiag.render.content.compared_figures import factor_words
+from jacdiag.render.content.compared_figures import factor_words, verdict
 
 
 def pair(depth: int | None, old: Any, new: Any, figure: str = "branch_norm") -> Pair:
@@ -85,3 +85,20 @@ def test_curves_of_both_models_mark_where_intervals_are_apart() -> None:
     ]
     assert panel.changed == [(0.0, 2.0)]
     assert curves.names == {0.0: "h.0.mlp", 1.0: "h.1.mlp"}
+
+
+def test_a_factor_of_one_is_not_printed_as_a_factor() -> None:
+    assert factor_words(pair(0, exact(1.0), exact(1.004))) == "less than 1% apart"
+    assert factor_words(pair(0, exact(1.004), exact(1.0))) == "less than 1% apart"
+    assert factor_words(pair(0, exact(1.0), exact(1.006))) == "1.01 times larger"
+    assert factor_words(pair(0, exact(1.006), exact(1.0))) == "1.01 times smaller"
+
+
+def test_the_verdict_on_one_figure_is_in_the_singular() -> None:
+    assert verdict([pair(0, exact(1.0), exact(1.0))]) == (
+        "the one figure does not differ beyond its interval"
+    )
+    same = [pair(k, exact(1.0), exact(1.0)) for k in range(2)]
+    assert verdict(same) == "none of 2 figures differs beyond its interval"
+    assert verdict([pair(0, exact(1.0), exact(2.0))]).endswith("; it is the only figure")
+    assert verdict([*same, pair(2, exact(1.0), exact(2.0))]).endswith("; 1 of 3 figures differs")

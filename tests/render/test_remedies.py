@@ -73,7 +73,7 @@ def test_a_command_that_writes_the_change_is_not_offered_again() -> None:
 def test_insufficient_remedies_show_the_nearest_one() -> None:
     (line,) = lines.to_do(with_remedies(POOR))
     assert (
-        line.startswith("none of 1 remedies was enough; nearest: draw all matrices anew")
+        line.startswith("one remedy was tried, and it was not enough: draw all matrices anew")
         and "left JD102" in line
     )
 
@@ -171,3 +171,12 @@ def test_conditions_that_were_not_selected_are_not_called_unknown() -> None:
     assert effect(left) == "the two conditions were not selected"
     one = dataclasses.replace(GOOD, before=Outlook(), after=Outlook(small_sublayers="met"))
     assert effect(one) == "small sub-layers met"
+
+
+def test_one_remedy_that_is_not_enough_is_named_in_the_singular() -> None:
+    (line,) = lines.to_do(with_remedies(POOR))
+    assert line.startswith(f"one remedy was tried, and it was not enough: {POOR.title}: ")
+    assert "One remedy was tried, and it was not enough. It is" in document(with_remedies(POOR))
+    (line,) = lines.to_do(with_remedies(POOR, POOR))
+    assert line.startswith(f"none of 2 remedies was enough; nearest: {POOR.title}: ")
+    assert "None of 2 remedies was enough." in document(with_remedies(POOR, POOR))

@@ -88,7 +88,11 @@ def factor_words(pair: Pair) -> str:
     if ratio == 0:
         return "0 in B"
 
-    # 2. The larger of the two over the smaller.
+    # 2. No factor that is 1 to three digits.
+    if "1.00" in (three(ratio), three(1 / ratio)):
+        return "less than 1% apart"
+
+    # 3. The larger of the two over the smaller.
     if ratio >= 1:
         return f"{three(ratio)} times larger"
     return f"{three(1 / ratio)} times smaller"
@@ -124,12 +128,28 @@ def verdict(pairs: Sequence[Pair]) -> str:
     # 1. The figures that differ.
     different = [pair for pair in pairs if pair.parts]
     if not different:
-        return f"none of {len(pairs)} figures differs beyond its interval"
+        return _without_difference(len(pairs))
 
     # 2. The first of them, without control characters in its name.
-    counts = f"{len(different)} of {len(pairs)} figures differ"
+    counts = _count_of_differences(len(different), len(pairs))
     sentence: str = legible(f"{_first_difference(different[0])}; {counts}")
     return sentence
+
+
+def _without_difference(figures: int) -> str:
+    """Return that no figure differs, in words."""
+    if figures == 1:
+        return "the one figure does not differ beyond its interval"
+    return f"none of {figures} figures differs beyond its interval"
+
+
+def _count_of_differences(different: int, figures: int) -> str:
+    """Return how many figures differ, in words."""
+    if figures == 1:
+        return "it is the only figure"
+    if different == 1:
+        return f"1 of {figures} figures differs"
+    return f"{different} of {figures} figures differ"
 
 
 def _first_difference(pair: Pair) -> str:

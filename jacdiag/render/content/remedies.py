@@ -43,10 +43,10 @@ def remedied(report: Report) -> list[str]:
     if not remedies:
         return []
     nearest = _nearest(remedies)
-    return [
-        f"none of {len(remedies)} remedies was enough; nearest: {nearest.title}: "
-        f"{_outcome(nearest)}{_offer_of_code(report)}"
-    ]
+    tried = f"none of {len(remedies)} remedies was enough; nearest: "
+    if len(remedies) == 1:
+        tried = "one remedy was tried, and it was not enough: "
+    return [f"{tried}{nearest.title}: {_outcome(nearest)}{_offer_of_code(report)}"]
 
 
 def _offer_of_code(report: Report) -> str:
@@ -152,11 +152,14 @@ def document(report: Report) -> str:
         sections += _section(remedy, is_enough=True)
 
     # 3. Without any, the nearest.
-    if not chosen:
+    if not chosen and len(remedies) == 1:
+        sections.append("One remedy was tried, and it was not enough. It is shown as code:")
+    elif not chosen:
         sections.append(
             f"None of {len(remedies)} remedies was enough. The nearest as code, which is not "
             "enough:"
         )
+    if not chosen:
         sections += _section(_nearest(remedies), is_enough=False)
     return "\n\n".join(sections) + "\n"
 

@@ -320,7 +320,10 @@ def _finding(context: RuleContext, rule: Rule, routers: Routers) -> Finding:
 
     # 2. The sentence and what to do.
     name = first.pattern.removesuffix(".weight")
-    what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
+    count = f"{len(routers.members)} routers"
+    if len(routers.members) == 1:
+        count = "1 router"
+    what = f"{name} ({count}): {_sentence(routers)}"
     fix = (
         f"draw {names_of(routers.members)} with std {plain(routers.usual_std)}, as the matrices "
         "that read the same stream, or pin a contract with the std that you want"
