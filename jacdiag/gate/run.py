@@ -70,7 +70,7 @@ class Outcome:
         """Return how the gate came out, and the summary of the report."""
         words = {PASS: "passed", FINDINGS: "failed", UNDECIDED: "undecided"}
         word = words.get(self.exit_code, "")
-        if self.exit_code == PASS and self.report.verdict == "observed":
+        if self.exit_code == PASS and self.report.is_observed:
             word = "observed a trained model"
         return f"Gate {word} (exit code {self.exit_code})\n{self.report}"
 

@@ -459,6 +459,24 @@ class Report(Record):
     jacdiag: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether the model is trained and was compared with nothing, whatever else fired.
+
+        Its norms were looked at and not judged. The verdict is "observed" if no rule fired at
+        warning or above.
+        """
+        # 1. The verdict says so.
+        if self.verdict == "observed":
+            return True
+
+        # 2. A rule such as JD903 may have fired on its own account.
+        if self.state != "trained" or self.verdict not in ("warn", "fail"):
+            return False
+        if not any(row.branch_norm is not None for row in self.sublayers):
+            return False
+        return any(rule.code == "JD110" and rule.status == "not-applicable" for rule in self.rules)
+
     def __str__(self) -> str:
         """Return a few lines: what was audited, the verdict, the worst norm, the findings."""
         return _summary(self)

@@ -408,16 +408,17 @@ def test_a_trained_model_without_a_baseline_is_observed(run: Any) -> None:
         "1",
         "--state",
         "trained",
-        "--ignore",
-        "JD903",
     )
-    code, out, _ = run(*args)
-    assert (
-        code == 0
-        and "gate: OBSERVED" in out
-        and "compared with nothing" in out
-        and "PASS" not in out
-    )
+    # JD903 warns about random tokens. That is no comparison.
+    for ignored in (("--ignore", "JD903"), ()):
+        code, out, _ = run(*args, *ignored)
+        assert (code, "gate: OBSERVED" in out, "PASS" in out) == (0, True, False)
+        assert "compared with nothing" in out
+        assert ("JD903 off-distribution" in out) == (not ignored)
+        assert run(*args, *ignored, "--fail-on", "warning")[0] == int(not ignored)
+    code, out, _ = run(*args, "--contract-only")
+    assert code == 0 and "OBSERVED" not in out
+    args = (*args, "--ignore", "JD903")
     for name in ("markdown", "github", "junit", "sarif", "json"):
         code, out, err = run(*args, "--format", name)
         assert code == 0 and "observed" in out.lower() and "gate: OBSERVED" in err, name

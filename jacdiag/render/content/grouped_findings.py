@@ -298,7 +298,7 @@ def _outcome(report: Report) -> str:
     """Return the outcome of a gate by its exit code, or the verdict of an audit."""
     exit_code = report.settings.get("gate", {}).get("exit_code")
     # A trained model that was compared with nothing does not pass: it was only looked at.
-    if exit_code == 0 and report.verdict == "observed":
+    if exit_code == 0 and report.is_observed:
         return "OBSERVED"
     return _OUTCOMES.get(exit_code, report.verdict.upper())
 
@@ -309,7 +309,7 @@ def _reservations(report: Report) -> list[str]:
     gate = report.settings.get("gate", {})
     if gate.get("rule_applied") is False:
         lines.append("no rule applied, so nothing can pass (jacdiag explain JD904)")
-    if report.verdict == "observed":
+    if report.is_observed:
         lines.append(NOT_COMPARED)
 
     # The names in them are those of somebody's model.
