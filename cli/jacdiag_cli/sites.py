@@ -290,9 +290,15 @@ def _columns(rows: list[dict[str, Any]]) -> list[TableColumn]:
 
 def _norm_of(row: dict[str, Any]) -> str:
     """Return where the norm of a sub-layer stands; "inside" if it is at neither end."""
-    if row["placement"] == "none" and row["norm_inside"]:
+    # 1. At an end of the branch, or after the sum.
+    placement = str(row["placement"])
+    if placement != "none":
+        return placement
+
+    # 2. Between its ends, or nowhere.
+    if row["norm_inside"]:
         return "inside"
-    return str(row["placement"])
+    return placement
 
 
 def _parameter_count(row: dict[str, Any]) -> str:

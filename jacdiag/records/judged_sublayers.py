@@ -26,6 +26,13 @@ class JudgedSublayers(Record):
         """Whether the rule judged some sub-layers and left out others."""
         return 0 < self.judged < self.of
 
+    @property
+    def share(self) -> str:
+        """At how many it judged, such as "4 of 8 sub-layers"; "" if at all, or at none."""
+        if self.is_partial:
+            return f"{self.judged} of {self.of} sub-layers"
+        return ""
+
     def without_names(self) -> JudgedSublayers:
         """Return the numbers alone."""
         return JudgedSublayers(self.judged, self.of)

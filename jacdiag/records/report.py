@@ -273,9 +273,15 @@ class NetworkRecord(Record):
     @property
     def part(self) -> StreamRange | None:
         """The range of the figures if they are about a part of the sub-layers; else None."""
-        if self.stream is None or not self.stream.is_partial:
+        # 1. No stream, or an older report.
+        stream = self.stream
+        if stream is None:
             return None
-        return self.stream
+
+        # 2. A part, or all of them.
+        if stream.is_partial:
+            return stream
+        return None
 
 
 @dataclass(frozen=True)
@@ -471,11 +477,21 @@ class Report(Record):
             return True
 
         # 2. A rule such as JD903 may have fired on its own account.
-        if self.state != "trained" or self.verdict not in ("warn", "fail"):
+        if self.verdict not in ("warn", "fail"):
             return False
-        if not any(row.branch_norm is not None for row in self.sublayers):
+        return self.state == "trained" and self._is_uncompared
+
+    @property
+    def _is_uncompared(self) -> bool:
+        """Whether norms were measured, and JD110 had nothing to compare them with."""
+        # 1. Weights alone, and an init contract alone, have no norms.
+        norms = [row.branch_norm for row in self.sublayers if row.branch_norm is not None]
+        if not norms:
             return False
-        return any(rule.code == "JD110" and rule.status == "not-applicable" for rule in self.rules)
+
+        # 2. A rule that was not selected did not look for a comparison.
+        statuses = {rule.code: rule.status for rule in self.rules}
+        return statuses.get("JD110") == "not-applicable"
 
     def __str__(self) -> str:
         """Return a few lines: what was audited, the verdict, the worst norm, the findings."""

@@ -180,12 +180,21 @@ def _depths_of(group: Iterable[ComparedFigure]) -> list[int]:
 
 def _share(context: RuleContext, rule: Rule, group: Sequence[ComparedFigure]) -> str:
     """Return how many sub-layers a group has, of how many, and which layers it covers."""
-    # A rule for one placement does not count the sub-layers of the others.
+    # Both conditions are for one placement, and do not count the sub-layers of the others.
     rows = context.rows(rule)
-    on_stream = [row for row in context.report.sublayers if not row.nested]
-    noun = "sub-layer" if len(rows) == 1 else "sub-layers"
-    if len(rows) < len(on_stream):
-        noun = f"{' and '.join(f'{place}-norm' for place in rule.placements)} {noun}"
+    noun = "sub-layers"
+    if len(rows) == 1:
+        noun = "sub-layer"
+
+    # 1. Whether there are others.
+    on_stream = 0
+    for row in context.report.sublayers:
+        if not row.nested:
+            on_stream += 1
+
+    # 2. The placement of those that count.
+    if len(rows) < on_stream:
+        noun = f"{rule.placements[0]}-norm {noun}"
     return f"{len(group)} of {len(rows)} {noun}, {_extent(context, group)}"
 
 

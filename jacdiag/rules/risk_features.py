@@ -135,14 +135,19 @@ def _sum_log(of: Callable[[SublayerRecord], float]) -> Figure:
 
 def _end_to_end(report: Report) -> float:
     """Return the norm of the network end to end; that of a part of it is another figure."""
-    if report.network is None or report.network.part is not None:
+    network = report.network
+    if network is None:
         return math.nan
-    return _value(report.network.end_to_end)
+    if network.part is not None:
+        return math.nan
+    return _value(network.end_to_end)
 
 
 def _gradient_growth(report: Report) -> float:
     """Return the exponent of the gradient's growth over depth, not over a part of it."""
-    if report.network is None or report.network.part is not None:
+    if report.network is None:
+        return math.nan
+    if report.network.part is not None:
         return math.nan
 
     # It is not known without a backward.

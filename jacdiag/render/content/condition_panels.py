@@ -179,10 +179,15 @@ def _outcome(report: Report, code: str, missed: _Missed, targets: list[Threshold
 
 def _judged_share(report: Report, code: str) -> str:
     """Return at how many sub-layers a condition was judged, as an end; "" if at all of them."""
+    # 1. Not known.
     judged = judged_sublayers(report, code)
-    if judged is None or not judged.is_partial:
+    if judged is None:
         return ""
-    return f", {judged.judged} of {judged.of} sub-layers judged"
+
+    # 2. At some sub-layers alone.
+    if judged.share:
+        return f", {judged.share} judged"
+    return ""
 
 
 # -- figures and targets ---------------------------------------------------------------------------

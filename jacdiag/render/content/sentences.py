@@ -450,9 +450,14 @@ def judged_words(judged: JudgedSublayers | None) -> str:
     >>> judged_words(JudgedSublayers(4, 8)), judged_words(JudgedSublayers(8, 8))
     (' (judged at 4 of 8 sub-layers)', '')
     """
-    if judged is None or not judged.is_partial:
+    # 1. Not known.
+    if judged is None:
         return ""
-    return f" (judged at {judged.judged} of {plural(judged.of, 'sub-layer')})"
+
+    # 2. At some sub-layers alone.
+    if judged.share:
+        return f" (judged at {judged.share})"
+    return ""
 
 
 def _was_run(report: Report, code: str) -> bool:

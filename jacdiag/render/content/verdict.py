@@ -200,12 +200,19 @@ def _judged_where(report: Report, code: str) -> str:
 
     It is the end of a sentence, and "" if the condition was judged at all of them.
     """
+    # 1. At all of them, or not known.
     judged = judged_sublayers(report, code)
-    if judged is None or not judged.is_partial:
+    share = ""
+    if judged is not None:
+        share = judged.share
+    if judged is None or not share:
         return ""
-    left_out = [f"{some(names)} ({reason})" for reason, names in judged.not_judged.items()]
-    sublayers = plural(judged.of, "sub-layer")
-    return f"; judged at {judged.judged} of {sublayers}, not at {' and '.join(left_out)}"
+
+    # 2. The others, by reason.
+    left_out = []
+    for reason, names in judged.not_judged.items():
+        left_out.append(f"{some(names)} ({reason})")
+    return f"; judged at {share}, not at {' and '.join(left_out)}"
 
 
 def _note_of_rule(report: Report, code: str) -> str:
@@ -242,11 +249,17 @@ def _largest_core(report: Report) -> str:
 
 def _unmeasured_cores(report: Report) -> str:
     """Return how many cores that count were not measured, as the end of a sentence."""
+    # 1. Those without a norm.
     rows = judged_rows(report, "JD101")
-    missing = [row for row in rows if row.core_norm is None]
+    missing = 0
+    for row in rows:
+        if row.core_norm is None:
+            missing += 1
+
+    # 2. How many they are.
     if not missing:
         return ""
-    return f"; not measured at {len(missing)} of {plural(len(rows), 'sub-layer')}"
+    return f"; not measured at {missing} of {plural(len(rows), 'sub-layer')}"
 
 
 def _smallest_shortcut(report: Report) -> str:
