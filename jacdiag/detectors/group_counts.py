@@ -45,9 +45,17 @@ def count_groups(names: Sequence[str], every: Sequence[str] = ()) -> str:
 
 
 def _count_sublayers(count: int, total: int) -> str:
+    """Return "3 of 8 sub-layers"; "3 sub-layers" if the total is not known, and 0."""
+    # 1. The noun is that of the last number.
+    last_number = total or count
+    noun = "sub-layers"
+    if last_number == 1:
+        noun = "sub-layer"
+
+    # 2. The numbers.
     if not total:
-        return "1 sub-layer" if count == 1 else f"{count} sub-layers"
-    noun = "sub-layer" if total == 1 else "sub-layers"
-    if count == total > 1:
+        return f"{count} {noun}"
+    are_all = count == total > 1
+    if are_all:
         return f"all {total} {noun}"
     return f"{count} of {total} {noun}"

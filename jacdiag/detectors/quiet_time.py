@@ -71,8 +71,11 @@ class QuietTime:
     def extend(self, topics: Sequence[str]) -> None:
         """Let events that lasted until the step before, or the one at hand, last until this one."""
         for topic in topics:
-            end = self._event_end.get(topic)
-            if end is not None and end >= self._step_before:
+            # An event that has not ended yet.
+            end = self._event_end.get(topic, -1)
+            is_going_on = end >= max(self._step_before, 0)
+
+            if is_going_on:
                 self._event_end[topic] = self._step
 
     def react(self, occurrence: Occurrence) -> Reaction:
@@ -94,9 +97,11 @@ class QuietTime:
             self._remember(topic, occurrence)
             return Reaction.ALERT
 
-        # 3. Count the rest.
+        # 3. Count what is held back.
         self._held_back[topic] = self._held_back.get(topic, 0) + 1
-        return Reaction.NOTHING if is_same_event else Reaction.REPEAT
+        if is_same_event:
+            return Reaction.NOTHING
+        return Reaction.REPEAT
 
     def _is_quiet(self, topic: str, occurrence: Occurrence) -> bool:
         """Return whether all that an occurrence is about was reported a short time ago."""
@@ -112,11 +117,15 @@ class QuietTime:
         return last_step is not None and step - last_step < QUIET
 
     def _remember(self, topic: str, occurrence: Occurrence) -> None:
+        # 1. The names, and whether there are more of them.
         names = list(occurrence.names)
         if occurrence.has_more:
             names.append(_ANY)
-        for key in [topic, *(_name_key(topic, name) for name in names)]:
-            self._last_alert[key] = occurrence.step
+
+        # 2. The topic, and each name in it.
+        self._last_alert[topic] = occurrence.step
+        for name in names:
+            self._last_alert[_name_key(topic, name)] = occurrence.step
 
     def last_alert(self, topic: str) -> int | None:
         """Return the step of the last alert of a topic; None if there was none."""

@@ -249,10 +249,12 @@ class Audit:
         # Weights that stay in their files are read from there.
         if self.request.source.weights is not None:
             return
+        # Those that accelerate keeps elsewhere are brought in.
         offloaded = placeholders_of(self.model)
-        shapes = [p for p in self.model.parameters() if p.is_meta and id(p) not in offloaded]
-        if not shapes:
+        on_meta = [id(parameter) for parameter in self.model.parameters() if parameter.is_meta]
+        if offloaded.keys() >= set(on_meta):
             return
+
         hint = (
             "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes "
             "it as it is"

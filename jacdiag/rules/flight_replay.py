@@ -775,9 +775,9 @@ def _explain_neither(
     # 2. The batch is out, but not by enough.
     start = f"on {_weights(context)} the batch of step {context.step} is"
     if out:
-        rest = _what_decides(jumped[0], context, of="the rest of the jump")
+        remedy = _what_decides(jumped[0], context, of="the rest of the jump")
         text = f"{start} out of the range of the others, and shows less than half of the run's jump"
-        return Reason(f"{text}; {rest.text}", rest.outcome)
+        return Reason(f"{text}; {remedy.text}", remedy.outcome)
 
     # 3. The batch is not out, and nobody knows whether the run jumped.
     if not known:
@@ -795,9 +795,9 @@ def _explain_neither(
         return Reason(text, "wide range")
 
     # 5. It does not show the jump.
-    rest = _what_decides(jumped[0], context)
-    text = f"{start} not out of the range of the others, and these are as usual; {rest.text}"
-    return Reason(text, rest.outcome)
+    remedy = _what_decides(jumped[0], context)
+    text = f"{start} not out of the range of the others, and these are as usual; {remedy.text}"
+    return Reason(text, remedy.outcome)
 
 
 def _no_jump_text(known: Sequence[Figure], out: Sequence[Figure], context: ReplayContext) -> str:

@@ -52,18 +52,20 @@ def moves_weights(module: nn.Module) -> bool:
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, OffloadedWeight]]:
     """Yield the placeholders of a module's own weights, each with the weight."""
-    # 1. The placeholders.
+    # 1. The tensors of the module itself.
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    placeholders = [(name, tensor) for name, tensor in named if tensor.is_meta]
 
-    # 2. The weight of each, where a hook of accelerate keeps them.
+    # 2. The hooks of accelerate that keep weights.
     for hook in _hooks_of_accelerate(module):
-        store = getattr(hook, "weights_map", None)
-        if store is None or not _offloads(hook):
+        keeps_weights = _offloads(hook) and getattr(hook, "weights_map", None) is not None
+        if not keeps_weights:
             continue
+
+        # 3. A placeholder lies on the meta device.
         device = torch.empty(0, device=hook.execution_device).device
-        for name, placeholder in placeholders:
-            yield placeholder, OffloadedWeight(name, store, device)
+        for name, tensor in named:
+            if tensor.is_meta:
+                yield tensor, OffloadedWeight(name, hook.weights_map, device)
 
 
 def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:

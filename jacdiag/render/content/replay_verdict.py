@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from jacdiag.records.flight_replay import ReplayRecord
+from jacdiag.records.flight_replay import ReplayRecord, SequenceReplay
 from jacdiag.render.content.command_line import without_options
 
 _LEAST_KEPT = 10  # forwards, as the other pages advise
@@ -133,9 +133,15 @@ def _advice_undecided(replay: ReplayRecord, words: Sequence[str]) -> ReplayAdvic
 
 def _what_of_the_batch(replay: ReplayRecord) -> str:
     """Return what to look at of a batch that is the cause."""
+    # 1. All sequences of the batches that are looked at.
+    sequences: list[SequenceReplay] = []
     for batch in replay.suspects:
-        if any(sequence.outlying for sequence in batch.sequences):
-            return "the sequences that are out of range"
+        sequences.extend(batch.sequences)
+
+    # 2. Those that are out of range, if there are any.
+    outlying = [sequence for sequence in sequences if sequence.outlying]
+    if outlying:
+        return "the sequences that are out of range"
     return "what the batch holds"
 
 
