@@ -252,7 +252,10 @@ def _non_deterministic(context: RuleContext, rule: Rule) -> CheckOutcome:
     fix = REPEAT_THE_FORWARD
     device = str(context.report.settings.get("device") or "cpu")
     if not device.startswith("cpu"):
-        fix += f"; a kernel on {device} may differ too: torch.use_deterministic_algorithms(True)"
+        fix += (
+            f"; a kernel on {device} may differ too, which "
+            "torch.use_deterministic_algorithms(True) names"
+        )
     return CheckOutcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
 
 
