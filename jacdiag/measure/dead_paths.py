@@ -133,13 +133,13 @@ def _fed_with_zeros(
         if is_named_already:
             continue
 
-        # What reads something gets its gradient from there.
-        reads_zeros = not bool(site.shortcut.any())
-        if not reads_zeros:
+        # The gradients are known. An accelerator is waited for only to look at the stream.
+        own_matrices = [name for name in site.parameters if outlines[name].dim() >= 2]
+        if not _without_gradient(own_matrices, profile.parameters):
             continue
 
-        own_matrices = [name for name in site.parameters if outlines[name].dim() >= 2]
-        if _without_gradient(own_matrices, profile.parameters):
+        reads_zeros = not bool(site.shortcut.any())
+        if reads_zeros:
             names.append(site.name)
             matrices.update(own_matrices)
     if not names:
