@@ -61,11 +61,9 @@ def find_low_rank_pairs(sites: Sites) -> list[LowRankPair]:
         # 1. The maps whose results a call adds.
         if len(node.operands_added) < 2:
             continue
-        added = [
-            linear_map
-            for operand in node.operands_added
-            for linear_map in _maps_behind(sites, maps, operand)
-        ]
+        added: list[_LinearMap] = []
+        for operand in node.operands_added:
+            added += _maps_before(sites, maps, operand)
 
         # 2. Those of two factors, next to a larger matrix that reads the same.
         for second in added:
@@ -141,7 +139,7 @@ def _before_carriers(sites: Sites, value: int) -> int:
     return value
 
 
-def _maps_behind(sites: Sites, maps: dict[int, _LinearMap], value: int) -> Iterator[_LinearMap]:
+def _maps_before(sites: Sites, maps: dict[int, _LinearMap], value: int) -> Iterator[_LinearMap]:
     """Yield the maps whose results a value is, or is the sum of."""
     graph = sites.graph
     stack = [value]
