@@ -566,7 +566,7 @@ def _trained_rows(table: nn.Embedding, weight: Tensor | None, vocab: int) -> Ten
 
 
 def _std_of_rows(rows: Tensor) -> Tensor:
-    """Return the std of each row of (n, d). `Tensor.std` along rows takes seven times as long."""
+    """Return the std of each row of (n, d), in several times less time than `Tensor.std` takes."""
     centred = rows - rows.mean(dim=1, keepdim=True)
     return torch.linalg.vector_norm(centred, dim=1) / math.sqrt(rows.shape[1])
 
