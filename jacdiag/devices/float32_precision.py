@@ -40,6 +40,15 @@ def full_precision() -> Iterator[None]:
         _borrowed.leave()
 
 
+def is_in_full_precision() -> bool:
+    """Return whether this thread is inside `full_precision`, without autocast.
+
+    >>> is_in_full_precision()
+    False
+    """
+    return _borrowed.is_entered_here and not torch._C._is_any_autocast_enabled()
+
+
 @dataclass(frozen=True)
 class _Flags:
     """The flags of the process.
@@ -94,7 +103,13 @@ class _Borrowed:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._depth = 0
+        self._own = threading.local()  # its `depth` is that of one thread
         self._before = _Flags(None, False, ())
+
+    @property
+    def is_entered_here(self) -> bool:
+        """Whether this thread computes in full precision."""
+        return getattr(self._own, "depth", 0) > 0
 
     def enter(self) -> None:
         """Set the flags, if nobody has yet."""
@@ -103,9 +118,11 @@ class _Borrowed:
                 self._before = _Flags.read()
                 self._before.in_full_precision().write()
             self._depth += 1
+        self._own.depth = getattr(self._own, "depth", 0) + 1
 
     def leave(self) -> None:
         """Restore the flags, if nobody else computes in full precision."""
+        self._own.depth -= 1
         with self._lock:
             self._depth -= 1
             if self._depth == 0:

@@ -36,7 +36,8 @@ class NormJacobian(Operator):
     ) -> None:
         self.z, self.centred = z, centred
         self.gain = gain.to(z).reshape(*z.shape[:-1], 1)
-        self._mean, self._spread = torch.zeros_like(self.gain), torch.ones_like(self.gain)
+        if centred:
+            self._input, self._mean = z / self.gain, torch.zeros_like(self.gain)
         self.dtype, self.device = z.dtype, z.device
         self.set_batch_dims(batch_dims)
 
@@ -52,19 +53,19 @@ class NormJacobian(Operator):
             image = self._centred(u)
         else:
             inner = (self.z * u).mean(-1, keepdim=True)
-            image = torch.addcmul(u, self.z, inner, value=-1)
-        return flat(image.mul_(self.gain), self.dims)
+            image = torch.addcmul(u, self.z, inner, value=-1).mul_(self.gain)
+        return flat(image, self.dims)
 
     def _centred(self, u: Tensor) -> Tensor:
-        """Return (I - 1 1^T / d - z z^T / d) u.
+        """Return g (I - 1 1^T / d - z z^T / d) u.
 
-        That is the backward of a layer norm at z, if its mean is taken for 0 and its spread for 1.
-        torch makes it in one pass.
+        That is the backward of a layer norm at z / g, if its mean is taken for 0 and 1 / spread for
+        g. torch makes it in one pass.
         """
         # A stream may be wider than its norms.
-        z, mean, spread = (t.to(u.dtype) for t in (self.z, self._mean, self._spread))
+        x, mean, gain = (t.to(u.dtype) for t in (self._input, self._mean, self.gain))
         image: Tensor = torch.ops.aten.native_layer_norm_backward(
-            u, z, z.shape[-1:], mean, spread, None, None, [True, False, False]
+            u, x, x.shape[-1:], mean, gain, None, None, [True, False, False]
         )[0]
         return image
 

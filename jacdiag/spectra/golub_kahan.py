@@ -264,10 +264,11 @@ class Bidiagonalisation:
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and
         A v comes out too small: without this check a wrong norm would be certified.
         """
-        # 1. Compare the two inner products.
-        alpha = self._last
-        inner = (self.u.to(alpha.dtype) * pushed.to(alpha.dtype)).sum(1)
-        size = torch.linalg.vector_norm(pushed, dim=1, dtype=alpha.dtype)
+        # 1. Compare the two inner products. That of directions does not leave the range of a type.
+        alpha, size = self._last, norms(pushed)
+        least = torch.finfo(self.u.dtype).tiny
+        direction = pushed / self._column(size).clamp_min(least)
+        inner = (self.u * direction).sum(1).to(alpha.dtype) * size
         differs = (inner - alpha).abs() > 1e-3 * torch.maximum(size, alpha)
 
         # 2. At a product that is not finite the solver stops, and says so.

@@ -140,28 +140,17 @@ def upper_ends(
 
     # 2. Their coefficients in units of `top`: x = 1 + s, and nothing overflows.
     scale = top[open_, None]
-    a, b = alphas[open_] / scale, betas[open_] / scale
+    measure = _measure_of(alphas[open_] / scale, betas[open_] / scale, codomain, eps)
+    diagonal, off, right, weight = measure
 
-    # 3. The Jacobi matrix: B B^T after A^T u_k, B^T B after A v_k.
-    right: Array | float = -math.log(eps * math.sqrt(math.pi / (2 * codomain)))
-    is_half_step = b.shape[1] < a.shape[1]
-    if is_half_step:
-        diagonal, off = a[:, :-1] ** 2 + b**2, b * a[:, 1:]
-        right = right + np.log(a[:, 0])
-        weight = 0.5
-    else:
-        diagonal, off = a**2, a * b
-        diagonal[:, 1:] += b[:, :-1] ** 2
-        weight = 0.0
-
-    # 4. The function whose root is looked for: half the log of the sum of squares, and of x before
+    # 3. The function whose root is looked for: half the log of the sum of squares, and of x before
     # it.
     def half_log_excess(t: Array) -> tuple[Array, Array]:
         s = np.exp(t)
         value, slope = _half_log_sum(1.0 + s, diagonal, off)
         return value + weight * np.log1p(s) - right, (slope + weight / (1.0 + s)) * s
 
-    # 5. Where to begin. The function is convex in t = log s, and rises. No zero of a polynomial is
+    # 4. Where to begin. The function is convex in t = log s, and rises. No zero of a polynomial is
     # above `top`, so that the last polynomial is at least s^degree / prod off. There, or at a known
     # end, Newton's method begins at or above the root, comes down to it and never passes it. From a
     # known end it does not move where that is the lower one.
@@ -173,10 +162,70 @@ def upper_ends(
     with np.errstate(divide="ignore"):
         t = np.minimum(t, np.log((known[open_] / scale[:, 0]) ** 2 - 1.0))
 
-    # 6. The root, back in the units of the norm.
+    # 5. The root, back in the units of the norm.
     t = _newton(half_log_excess, t)
     top[open_] *= np.sqrt(1.0 + np.exp(t))
     return np.minimum(top, known)
+
+
+def are_upper_ends(
+    x: Array, alphas: Array, betas: Array, codomain: int, eps: float
+) -> NDArray[np.bool_]:
+    """Return which numbers are no lower than the upper ends that `upper_ends` would find.
+
+    That takes one look at the polynomials, where the ends themselves take several.
+
+    Args:
+        x: (P,) numbers above 0.
+        alphas: (P, k) coefficients.
+        betas: (P, k - 1) or (P, k) coefficients, none of them 0.
+        codomain: m, the size of the start of one problem.
+        eps: probability of failure.
+
+    Example:
+        >>> alphas, betas = np.array([[1.0, 1.0]]), np.array([[0.5]])
+        >>> top, exact = largest_ritz_values(alphas, betas), np.array([False])
+        >>> end = upper_ends(top, alphas, betas, exact, 9, 1e-3)
+        >>> [are_upper_ends(x * end, alphas, betas, 9, 1e-3).item() for x in (0.99, 1.01)]
+        [False, True]
+    """
+    # 1. The polynomials in units of x, at 1. The quotient of two that follow each other is a pivot
+    # of I less the Jacobi matrix. All are above 0 where x lies above the zeros of all polynomials.
+    diagonal, off, right, _ = _measure_of(alphas / x[:, None], betas / x[:, None], codomain, eps)
+    polynomial = total = np.ones_like(x)
+    pivot, off_before = np.ones_like(x), np.zeros_like(x)
+    is_above = np.ones_like(x, dtype=bool)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        for diagonal_j, off_j in zip(diagonal.T, off.T, strict=True):
+            pivot = 1.0 - diagonal_j - off_before**2 / pivot
+            is_above &= pivot > 0
+            polynomial = polynomial * pivot / off_j
+            total = total + polynomial**2
+            off_before = off_j
+
+        # 2. Their squares add up to enough at the upper end and above it.
+        return np.asarray(is_above & (np.log(total) / 2 >= right))
+
+
+def _measure_of(
+    alphas: Array, betas: Array, codomain: int, eps: float
+) -> tuple[Array, Array, Array | float, float]:
+    """Return what an upper end is computed from, in the units of the coefficients.
+
+    Returns:
+        The diagonal of the Jacobi matrix and the numbers right of it: of B B^T after A^T u_k, of
+        B^T B after A v_k. Then half the log of what the squares of the polynomials have to add up
+        to, and how many times the log of x is added to half of their own.
+    """
+    right: Array | float = -math.log(eps * math.sqrt(math.pi / (2 * codomain)))
+    is_half_step = betas.shape[1] < alphas.shape[1]
+    if is_half_step:
+        diagonal, off = alphas[:, :-1] ** 2 + betas**2, betas * alphas[:, 1:]
+        return diagonal, off, right + np.log(alphas[:, 0]), 0.5
+
+    diagonal, off = alphas**2, alphas * betas
+    diagonal[:, 1:] += betas[:, :-1] ** 2
+    return diagonal, off, right, 0.0
 
 
 def _newton(function: Callable[[Array], tuple[Array, Array]], t: Array) -> Array:
@@ -186,11 +235,12 @@ def _newton(function: Callable[[Array], tuple[Array, Array]], t: Array) -> Array
         value, slope = function(t)
         change = np.where(value > 0, value, 0.0) / np.maximum(slope, 1e-30)
         t = np.maximum(t - change, _LOWEST)
-        if float((change * (t > _LOWEST)).max()) < 1e-12:
+        if float((change * (t > _LOWEST)).max()) < _CLOSE:
             break
     return t
 
 
+_CLOSE = 1e-7  # a change: each is about the square of the one before, so that the next rounds to 0
 _LOWEST, _HIGHEST = (
     -80.0,
     700.0,

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from jacdiag.devices.float32_precision import full_precision
+from jacdiag.devices.float32_precision import full_precision, is_in_full_precision
 from jacdiag.devices.packed_download import download
 from jacdiag.errors import MeasureError
 
@@ -175,7 +175,7 @@ class JacobianOperator(Operator):
     def pull_shaped(self, w: Tensor) -> Tensor:
         """Return J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
-        with _products():
+        with making_products():
             return self._pulled(_copied(w))
 
     def push(self, u: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class JacobianOperator(Operator):
 
         # 2. The products.
         results: list[Tensor] = []
-        with _products():
+        with making_products():
             for first in range(0, len(vectors), at_once):
                 chunk = [
                     _shaped_view(v, self.dims, shape) for v in vectors[first : first + at_once]
@@ -305,7 +305,10 @@ _NARROW = 1 << 20
 def flat(t: Tensor, dims: Sequence[int]) -> Tensor:
     """Return a tensor of any shape as (P, n), one row per index of the batch dimensions."""
     problems = math.prod(t.shape[d] for d in dims)
-    return t.movedim(tuple(dims), tuple(range(len(dims)))).reshape(problems, -1)
+    leading = tuple(range(len(dims)))
+    if tuple(dims) != leading:
+        t = t.movedim(tuple(dims), leading)
+    return t.reshape(problems, -1)
 
 
 def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
@@ -321,10 +324,14 @@ def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
 
 def _shaped_view(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
     """Return what `shaped` does, with strides that no gradient may have."""
+    leading = tuple(range(len(dims)))
+    if tuple(dims) == leading:
+        return rows.reshape(shape)
+
     lead = [shape[d] for d in dims]
     inner = [n for d, n in enumerate(shape) if d not in dims]
     apart = rows.reshape(*lead, *inner)
-    return apart.movedim(tuple(range(len(dims))), tuple(dims))
+    return apart.movedim(leading, tuple(dims))
 
 
 def _copied(vector: Tensor) -> Tensor:
@@ -357,8 +364,16 @@ def _graphs() -> Iterator[None]:
 
 
 @contextmanager
-def _products() -> Iterator[None]:
-    """Make products in full precision, whatever mode the caller is in."""
+def making_products() -> Iterator[None]:
+    """Make products in full precision, whatever mode the caller is in.
+
+    Each product enters it. Whoever makes many of them enters it around all: it takes no time then.
+    """
+    is_entered = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if is_entered and is_in_full_precision():
+        yield
+        return
+
     with torch.inference_mode(False), torch.no_grad(), full_precision():
         yield
 
@@ -569,12 +584,17 @@ def products_together(
         operators: any number of them.
         vectors: one for each operator.
     """
-    # 1. How many operators hold each Jacobian.
+    # 1. One alone makes its product by itself.
+    if len(operators) == 1:
+        operator, vector = operators[0], vectors[0]
+        return [operator.push(vector) if way == "push" else operator.pull(vector)]
+
+    # 2. How many operators hold each Jacobian.
     holders: Counter[JacobianOperator] = Counter()
     for operator in operators:
         holders.update(set(operator.jacobians))
 
-    # 2. An operator's product waits for one Jacobian at a time: the Jacobian, the vector to be
+    # 3. An operator's product waits for one Jacobian at a time: the Jacobian, the vector to be
     # multiplied, and the generator that goes on with the answer.
     results: list[Tensor | None] = [None] * len(operators)
     waiting: dict[int, tuple[JacobianOperator, Tensor, Steps]] = {}
@@ -591,13 +611,13 @@ def products_together(
             results[k] = end.value
             waiting.pop(k, None)
 
-    # 3. Begin all products.
+    # 4. Begin all products.
     for k, (operator, vector) in enumerate(zip(operators, vectors, strict=True)):
         if operator not in operator.jacobians:  # a Jacobian counts for itself
             operator.products += 1
         resume(k, operator.steps(way, vector), None)
 
-    # 4. Make the products with one Jacobian after the other. What few operators hold comes first:
+    # 5. Make the products with one Jacobian after the other. What few operators hold comes first:
     # the others then meet at what they have in common.
     while waiting:
         awaited = [jacobian for jacobian, _, _ in waiting.values()]

@@ -11,10 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacdiag.devices.float32_precision import full_precision
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start, norms, read_together
-from jacdiag.spectra.interval import Array, largest_ritz_values, rounding_pad, upper_ends
-from jacdiag.spectra.operator import Operator, products_together
+from jacdiag.spectra.interval import (
+    Array,
+    are_upper_ends,
+    largest_ritz_values,
+    rounding_pad,
+    upper_ends,
+)
+from jacdiag.spectra.operator import Operator, making_products, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
 Decide = Callable[[float, float], bool]
@@ -23,7 +28,7 @@ Decide = Callable[[float, float], bool]
 _MANY, _LEADERS = 32, 5
 _NEARLY = 1.25  # times the width that is wanted
 _PATIENCE = 4  # products for which the ends may be left as they are
-_SPEED_UP = 2.0  # the width may fall this many times as fast as it last did
+_SPEED_UP = 1.5  # the width may fall this many times as fast as it last did
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def top_singular(
     return solution
 
 
-@full_precision()
+@making_products()
 def in_step(
     questions: Sequence[Question],
     *,
@@ -180,18 +185,18 @@ class Ends:
         self.top = np.zeros(problems)  # largest Ritz values
         self.seen_at = np.zeros(problems, dtype=int)  # after how many products
         self.leaders: NDArray[np.bool_] | None = None
-        self.widths_of_all: list[float] = []  # of each maximum, at the last look at all
+        self.widths = [math.inf for _ in aims]  # of each maximum, at the last look
+        self.widths_of_all: list[float] = []  # the same, at the last look at all
         self.waited = 0
         self.factor = 2.0  # by which a product may narrow the interval
 
-    def width(self, aim: Aim) -> float:
-        """Return the relative width of a maximum's interval, as far as the leaders show it.
-
-        It is infinite before the first look.
-        """
-        low = float((aim.factors * self.low).max())
-        high = float(self._of_leaders(aim.factors * self.high).max())
-        return high / low - 1 if low > 0 else math.inf
+    def _measure_widths(self) -> None:
+        """Set the relative width of each maximum's interval, as far as the leaders show it."""
+        self.widths = []
+        for aim in self.aims:
+            low = float((aim.factors * self.low).max())
+            high = float(self._of_leaders(aim.factors * self.high).max())
+            self.widths.append(high / low - 1 if low > 0 else math.inf)
 
     def are_narrow(self) -> bool:
         """Return whether every maximum has the interval that is wanted."""
@@ -208,8 +213,13 @@ class Ends:
         """
         self.waited += 1
         reach = self.factor**self.waited
-        are_wide = any(self.width(aim) > aim.tol * reach for aim in self.aims)
-        return not are_wide or self.waited > _PATIENCE
+        return self._are_within(reach) or self.waited > _PATIENCE
+
+    def _are_within(self, times: float) -> bool:
+        """Return whether no width was above so many times the one that is wanted."""
+        return all(
+            width <= aim.tol * times for width, aim in zip(self.widths, self.aims, strict=True)
+        )
 
     def update(self, is_last: bool) -> None:
         """Look at the leaders; then at all that may still matter, if the run may end here.
@@ -217,7 +227,7 @@ class Ends:
         Args:
             is_last: the run ends here in any case.
         """
-        width = self.width(self.aims[0])
+        width = self.widths[0]
 
         # 1. The leaders, or all at the first look.
         if self.leaders is None:
@@ -236,7 +246,7 @@ class Ends:
         Args:
             before: width of the same problems' interval at the last look.
         """
-        after = self.width(self.aims[0])
+        after = self.widths[0]
         products, self.waited = self.waited, 0
         is_narrower = products > 0 and 0 < after < before < math.inf
         if is_narrower:
@@ -244,13 +254,11 @@ class Ends:
 
     def _leaders_may_be_others(self) -> bool:
         """Return whether all problems are to be looked at, for what the leaders show."""
-        widths = [self.width(aim) for aim in self.aims]
-        are_narrow = all(width <= aim.tol for width, aim in zip(widths, self.aims, strict=True))
-        are_nearly_narrow = all(
-            width <= _NEARLY * aim.tol for width, aim in zip(widths, self.aims, strict=True)
-        )
+        are_narrow = self._are_within(1.0)
+        are_nearly_narrow = self._are_within(_NEARLY)
         were_wide = any(
-            2 * width < before for width, before in zip(widths, self.widths_of_all, strict=True)
+            2 * width < before
+            for width, before in zip(self.widths, self.widths_of_all, strict=True)
         )
         return are_narrow or (are_nearly_narrow and were_wide)
 
@@ -260,17 +268,55 @@ class Ends:
         open_ = self.high == np.inf
         for aim in self.aims:
             open_ |= aim.factors * self.high > (aim.factors * self.low).max()
-        self._compute(open_)
+        open_ &= self.seen_at < self.lanczos.products
+        if self.leaders is not None:
+            open_ &= ~self._is_below_leaders(open_)
+        if open_.any():
+            self._compute(open_)
 
-        # 2. The leaders of each maximum.
+        # 2. The leaders of each maximum, of those whose ends were computed now.
         if not self.may_follow_leaders or len(self.high) <= _MANY:
             return
+        seen_now = self.seen_at == self.lanczos.products
         self.leaders = np.zeros_like(open_)
         for aim in self.aims:
             for ends in (self.low, self.high):
-                order = np.argpartition(aim.factors * ends, -_LEADERS)
+                order = np.argpartition(np.where(seen_now, aim.factors * ends, 0.0), -_LEADERS)
                 self.leaders[order[-_LEADERS:]] = True
-        self.widths_of_all = [self.width(aim) for aim in self.aims]
+        self._measure_widths()
+        self.widths_of_all = self.widths
+
+    def _is_below_leaders(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which problems' upper ends lie no higher than the largest one of the leaders.
+
+        Their upper ends are lowered to that. The leaders have just been looked at.
+
+        Args:
+            chosen: (P,) the problems in question.
+
+        Returns:
+            (P,) flags, False where a run has broken down.
+        """
+        # 1. What each problem may reach without a larger maximum.
+        lanczos = self.lanczos
+        chosen = chosen & ~lanczos.exact
+        cap = np.full_like(self.high, np.inf)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for aim in self.aims:
+                largest = self._of_leaders(aim.factors * self.high).max()
+                cap = np.fmin(cap, largest / aim.factors)
+
+        # 2. The problems that do not reach it.
+        is_below = np.zeros_like(chosen)
+        is_below[chosen] = are_upper_ends(
+            cap[chosen] / (1 + self.pad),
+            lanczos.alphas[chosen],
+            lanczos.betas[chosen],
+            lanczos.operator.codomain,
+            self.eps,
+        )
+        self.high[is_below] = np.minimum(self.high, cap)[is_below]
+        return is_below
 
     def _compute(self, chosen: NDArray[np.bool_]) -> None:
         """Compute the ends of some problems."""
@@ -284,6 +330,7 @@ class Ends:
         self.top[chosen], self.seen_at[chosen] = top, lanczos.products
         self.low[chosen] = top * (1 - self.pad)
         self.high[chosen] = upper * (1 + self.pad)
+        self._measure_widths()
 
     def _of_leaders(self, values: Array) -> Array:
         """Return the values of the leaders, or of all if there are none."""
@@ -418,7 +465,7 @@ class _Run:
         )
 
 
-@full_precision()
+@making_products()
 def inherited(
     operator: Operator,
     vectors: Tensor,

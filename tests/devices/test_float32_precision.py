@@ -4,6 +4,7 @@ back.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacdiag
-from jacdiag.devices.float32_precision import full_precision
+from jacdiag.devices.float32_precision import full_precision, is_in_full_precision
 from jacdiag.sources.gpt import build
 
 LEGACY = """
@@ -103,6 +104,29 @@ def test_advice_on_the_flags_is_kept_off_the_terminal(monkeypatch: pytest.Monkey
         with full_precision():
             pass
         assert [str(warning.message) for warning in seen] == ["something else"]
+
+
+def test_full_precision_is_that_of_the_own_thread() -> None:
+    """Another thread leaves it when it likes, and restores the flags."""
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with full_precision():
+            entered.set()
+            may_leave.wait(60)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        assert entered.wait(60) and not is_in_full_precision()
+        with full_precision():
+            assert is_in_full_precision()
+            with torch.autocast("cpu"):
+                assert not is_in_full_precision()
+        assert not is_in_full_precision()
+    finally:
+        may_leave.set()
+        thread.join()
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="one set of flags")

@@ -57,6 +57,16 @@ def test_a_problem_of_zeros_changes_nothing_of_the_cause() -> None:
     assert "float64" not in str(refused.value)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
+def test_the_check_of_the_products_does_not_depend_on_their_size(size: float) -> None:
+    matrix = size * torch.randn(2, 20, 20, generator=torch.Generator().manual_seed(0))
+    truth = torch.linalg.svdvals(matrix.double())[:, 0].max()
+    found = top_singular(DenseOperator(matrix), tol=1e-3)
+    assert found.lower.max() <= truth <= found.upper.max()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        top_singular(Halved(matrix))
+
+
 def test_products_that_are_not_finite_have_no_top_vector() -> None:
     matrices = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     matrices[1, 0, 0] = float("nan")

@@ -23,6 +23,7 @@ from jacdiag.spectra.golub_kahan import Bidiagonalisation, draw_start
 from jacdiag.spectra.interval import (
     PAD,
     _sum_of_squares,
+    are_upper_ends,
     bidiagonal,
     largest_ritz_values,
     ritz_values,
@@ -378,6 +379,30 @@ def test_few_of_many_problems_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     products_of_all, computed_of_all = solve()
     assert products == products_of_all
     assert computed < computed_of_all * 2 / 3
+
+
+@pytest.mark.parametrize("shape", [(25, 40), (40, 25)])
+def test_a_number_is_an_upper_end_if_it_is_no_lower_than_the_one_found(
+    shape: tuple[int, int],
+) -> None:
+    """After each product, for whatever ends the problems have."""
+    rng = np.random.default_rng(3)
+    problems = rng.standard_normal((50, *shape)) * 10.0 ** rng.uniform(-9, 9, (50, 1, 1))
+    operator = DenseOperator(torch.from_numpy(problems))
+    lanczos = Bidiagonalisation(operator, draw_start(operator, torch.Generator().manual_seed(0)))
+    lanczos.advance()
+    for _ in range(16):
+        lanczos.advance()
+        coefficients = lanczos.alphas, lanczos.betas
+        top = largest_ritz_values(*coefficients)
+        ends = upper_ends(top, *coefficients, lanczos.exact, shape[0], 1e-3)
+
+        def are(x: np.ndarray, coefficients: Any = coefficients) -> np.ndarray:
+            return are_upper_ends(x, *coefficients, shape[0], 1e-3)
+
+        assert are((1 + 1e-9) * ends).all() and are(1e6 * ends).all()
+        assert not are((1 - 1e-6) * ends).any()
+        assert not are(0.5 * top).any()
 
 
 @pytest.mark.parametrize("early", [False, True])
