@@ -549,10 +549,11 @@ class Audit:
         # 1. One job for each shortcut. Its cost is that of the weights in its products.
         options = self.request.options
         effort = self._effort()
+        figures = self._weight_figures if self.request.scope.contract else _no_figures
         jobs = []
         for members in self.sites.by_shortcut():
             cost = sum(map(self._product_weights, members))
-            run = partial(self._measure_sublayers, members, effort, self._weight_figures)
+            run = partial(self._measure_sublayers, members, effort, figures)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
         # 2. The entire network. With --decide its end-to-end norm is left out.
@@ -896,3 +897,8 @@ def _clear_of(points: Iterable[float]) -> Decided:
         return all(upper <= limit or lower > limit for limit in limits)
 
     return is_clear
+
+
+def _no_figures(_names: Sequence[str]) -> Mapping[str, WeightStats | None]:
+    """Return no figure of any weight, in the place of `_weight_figures`."""
+    return {}

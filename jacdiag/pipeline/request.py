@@ -24,7 +24,7 @@ class Scope:
             computes, which takes a run of the model itself.
         replay: check that parts of the model that are run alone give what the model gives.
         network: the gradient at every depth, dead paths and the end-to-end norm.
-        contract: how every weight was drawn.
+        contract: how every weight was drawn, and the paper's bounds, which are made of that.
         norms: fields of the norms of a sub-layer. That of the branch is always measured.
     """
 

@@ -57,6 +57,8 @@ class RemedyRecord(Record):
         keeps_function: meant to leave the function as it is; `function_change` is the largest
             relative difference of the outputs that was measured, None where it is not meant to.
         seeds: initialisations that it was tried on.
+        sequences: of the probe that `after` was measured on; None if it has none, and in older
+            reports.
         patches: "pytorch", "huggingface", "megatron", "torchtitan" -> text.
     """
 
@@ -74,6 +76,7 @@ class RemedyRecord(Record):
     keeps_function: bool = False
     function_change: float | None = None
     seeds: list[int] = field(default_factory=list)
+    sequences: int | None = None
 
     # How it is written.
     patches: dict[str, str] = field(default_factory=dict)

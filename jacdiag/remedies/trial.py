@@ -21,7 +21,7 @@ from jacdiag.sources.foreign_code import seeded
 from jacdiag.trace.execution.tensors import collect_deep
 
 _MOST = 16  # trials of one report
-_FURTHER = 2  # seeds that a remedy must hold for, after the report's own
+_FURTHER = 2  # seeds, at most, that a remedy must hold for after the report's own
 _APART = 1_000_003  # new draws must not be those that the model itself made with the same seed
 _ABOUT_WEIGHTS = ("JD202", "JD203", "JD204")  # compare a weight with others
 
@@ -59,8 +59,12 @@ class Bench:
         again: audits a changed model with a seed, spending products until the rules are decided;
             the second argument names the parameters that weight decay is to spare. Returns the
             report, and the output at the probe.
+        on_one_sequence: does the same on one sequence of the probe, and returns the report alone;
+            None if the model does not run on one, or the probe cannot be divided.
         confirm: audits a changed model of a further seed, from the same arguments. Its report is
             judged by the rules that remedies are tried against, and by no other.
+        is_clear: whether all figures of such a report are far from the cuts of these rules, so that
+            another seed would hardly say anything else.
         output: of the model as it is, at the probe.
         fresh: builds the model with another seed, to be changed in place; None if there is one set
             of weights only.
@@ -69,7 +73,9 @@ class Bench:
     """
 
     again: Callable[[nn.Module, Iterable[str], int], tuple[Report, Any]]
+    on_one_sequence: Callable[[nn.Module, Iterable[str], int], Report | None]
     confirm: Callable[[nn.Module, Iterable[str], int], Report]
+    is_clear: Callable[[Report], bool]
     output: Any
     fresh: Callable[[int], nn.Module | None] | None
     seed: int
@@ -131,9 +137,24 @@ def try_remedies(
 def most_trials(remedies: int) -> int:
     """Return how many audits of copies so many remedies may take.
 
-    Each is audited on the report's seed and on further ones.
+    Each is audited on the report's seed, on one sequence and on all, and on further seeds.
     """
-    return min(remedies, _MOST) * (1 + _FURTHER)
+    return min(remedies, _MOST) * (2 + _FURTHER)
+
+
+@dataclass(frozen=True)
+class _FirstTrial:
+    """A changed copy of the report's own seed, as it was audited.
+
+    Attributes:
+        after: its report.
+        output: at the probe; None where that of one sequence was run alone.
+        is_enough: nothing is left of what the remedy was tried against, and nothing is new.
+    """
+
+    after: Report
+    output: Any
+    is_enough: bool
 
 
 def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> RemedyRecord:
@@ -145,11 +166,11 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
     spared = _spared_names(remedy)
     # 1. The report's own seed.
     changed = _changed(copy.deepcopy(model), remedy, bench.seed)
-    after, output = bench.again(changed, spared, bench.seed)
+    first = _first_trial(report, changed, remedy, bench)
+    after, is_enough = first.after, first.is_enough
     seeds = [bench.seed]
-    is_enough = sufficient(report, after, remedy)
 
-    # 2. Further seeds.
+    # 2. Further seeds, until one leaves no doubt.
     for seed in range(bench.seed + 1, bench.seed + 1 + _FURTHER):
         if not is_enough or bench.fresh is None:
             break
@@ -161,11 +182,13 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
         changed = _changed(other, remedy, seed)
         other_report = bench.confirm(changed, spared, seed)
         is_enough = sufficient(report, other_report, remedy)
+        if bench.is_clear(other_report):
+            break
 
     # 3. How far the function changed, if it should not.
     function_change = None
     if remedy.keeps_function:
-        function_change = _difference(bench.output, output)
+        function_change = _difference(bench.output, first.output)
     return RemedyRecord(
         remedy.name,
         remedy.title,
@@ -176,9 +199,34 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
         sufficient=is_enough,
         keeps_function=remedy.keeps_function,
         seeds=seeds,
+        sequences=None if after.probe is None else after.probe.batch,
         function_change=function_change,
         patches=patches(report, model, remedy),
     )
+
+
+def _first_trial(report: Report, changed: nn.Module, remedy: Remedy, bench: Bench) -> _FirstTrial:
+    """Audit a changed copy of the report's own seed: on one sequence, if that settles it.
+
+    It does where nothing is held against the remedy, and where a rule still warns that it was tried
+    against: what one sequence shows is left on all of them. Something new may be of one sequence
+    alone, such as an expert that no token chose.
+    """
+    spared = _spared_names(remedy)
+    # 1. One sequence. The function is compared on all of them.
+    after = None
+    if not remedy.keeps_function:
+        after = bench.on_one_sequence(changed, spared, bench.seed)
+    if after is not None:
+        is_enough = sufficient(report, after, remedy)
+        aimed = _aims_of(report, remedy)
+        is_left = _still_broken(_held_against(after, aimed, remedy), aimed)
+        if is_enough or is_left:
+            return _FirstTrial(after, None, is_enough)
+
+    # 2. All of them.
+    after, output = bench.again(changed, spared, bench.seed)
+    return _FirstTrial(after, output, sufficient(report, after, remedy))
 
 
 def _spared_names(remedy: Remedy) -> list[str]:

@@ -106,6 +106,20 @@ class Thresholds:
             table[key] = replace(limits, info=None, error=error)
         return replace(self, table=table)
 
+    def with_infos_below_warnings(self, factor: float) -> Thresholds:
+        """Return the same cuts, with an info where a figure comes near a warning.
+
+        Args:
+            factor: above 1: how many times the info's cut is below the warning's.
+        """
+        table = {}
+        for key, limits in self.table.items():
+            info = None
+            if limits.warning is not None:
+                info = limits.warning / factor
+            table[key] = replace(limits, info=info)
+        return replace(self, table=table)
+
     def without_infos(self, figure: str) -> Thresholds:
         """Return the same cuts, without the infos of a figure where it has warnings too.
 

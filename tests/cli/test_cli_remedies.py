@@ -29,7 +29,7 @@ def test_what_to_do_was_tried_and_the_patch_is_written(jd: Run, tmp_path: Path) 
     done = jd("audit", *SOURCE, "--patch", "patch.md", "--json", "report.json")
     assert done.code == 0
     assert "What to do   multiply the embedding by √d = 8.00 (scaled-embed)" in done.out
-    assert "tried on a copy, on seeds 0 to 2: worst branch norm" in done.out
+    assert "tried on a copy, on seeds 0 and 1, one sequence each: worst branch norm" in done.out
     assert "--patch FILE" not in done.out  # this command writes it
     patch = (tmp_path / "patch.md").read_text(encoding="utf-8")
     assert (

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from jacdiag_cli.main import main
 
+from jacdiag.pipeline import with_remedies
 from jacdiag.rules.thresholds import load_thresholds
 from scripts.docs.repository_files import ROOT
 
@@ -272,6 +273,15 @@ def test_faults_and_init_bugs() -> None:
     correct = bugs["recipes"] + bugs["bugs"]
     assert bugs["mended_alarmed"] == bugs["recipes_alarmed"] == 0
     assert f"no false alarm in {correct} correct models" in page(INDEX)
+
+
+def test_seeds_of_mended_models_differ_by_less_than_a_clear_figure() -> None:
+    spreads = result("remedies.json")["spread"].values()
+    largest = max(max(spread["largest_over_median"].values()) for spread in spreads)
+    said = page(INDEX)
+    assert f"at most {largest:.2f} times the median" in said
+    assert {spread["seeds"] for spread in spreads} == {12} and "of 12 seeds" in said
+    assert largest < with_remedies._CLEAR
 
 
 def test_remedies_are_of_verdicts() -> None:

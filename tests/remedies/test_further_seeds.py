@@ -13,7 +13,8 @@ from torch import nn
 import jacdiag
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.pipeline import with_remedies
-from jacdiag.records import Report
+from jacdiag.pipeline.request import Request
+from jacdiag.records import Finding, Report
 from jacdiag.remedies import trial
 from jacdiag.rules.thresholds import Limits, Thresholds, load_thresholds
 from jacdiag.sources import gpt
@@ -41,6 +42,31 @@ def tried(
     return jacdiag.audit(source, **OPTIONS | options), reports
 
 
+def first_trials(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
+    """Return a list that gets the reports on the seed of the audit, of one sequence and of all."""
+    reports: list[Report] = []
+    on_one, on_all = with_remedies._Trial.audit_on_one_sequence, with_remedies._Trial.audit
+
+    def noting_one(*arguments: Any) -> Report | None:
+        report = on_one(*arguments)
+        if report is not None:
+            reports.append(report)
+        return report
+
+    def noting_all(*arguments: Any) -> tuple[Report, Any]:
+        report, output = on_all(*arguments)
+        reports.append(report)
+        return report, output
+
+    monkeypatch.setattr(with_remedies._Trial, "audit_on_one_sequence", noting_one)
+    monkeypatch.setattr(with_remedies._Trial, "audit", noting_all)
+    return reports
+
+
+def sequences_of(reports: list[Report]) -> list[int | None]:
+    return [report.probe.batch for report in reports if report.probe is not None]
+
+
 def recommended(report: Report) -> list[tuple[str, list[int]]]:
     return [(remedy.name, remedy.seeds) for remedy in report.remedies if remedy.recommended]
 
@@ -53,26 +79,48 @@ def test_only_what_the_rules_read_is_measured_of_further_seeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report, further = tried(monkeypatch)
-    assert recommended(report) == [("scaled-embed", [0, 1, 2])]
-    for of_seed in further[-2:]:
+    assert recommended(report) == [("scaled-embed", [0, 1])] and further
+    for of_seed in further[-1:]:
         assert {rule.code for rule in of_seed.rules} == {"JD102", "JD103"}
         assert of_seed.probe is not None and of_seed.probe.batch == 1
         assert of_seed.contract is None and of_seed.network is not None
         assert of_seed.network.gradient_norms is None
         for row in of_seed.sublayers:
             assert row.branch_norm is not None and row.branch_norm.upper < 2.35
-            assert row.residual_norm is None
+            assert row.residual_norm is None and row.bound is None and not row.weights
 
 
-def test_a_remedy_that_fails_on_a_further_seed_is_not_enough(
+@pytest.mark.parametrize(("factor", "seeds"), [(1.01, [0, 1]), (0.99, [0, 1, 2])])
+def test_another_seed_follows_where_a_figure_comes_near_a_cut(
+    monkeypatch: pytest.MonkeyPatch, factor: float, seeds: list[int]
+) -> None:
+    _, further = tried(monkeypatch)
+    gains = [row.norm_gain.per_token.p99 for row in further[-1].sublayers]
+    cut = factor * with_remedies._CLEAR * max(gains)
+    report, _ = tried(monkeypatch, thresholds={"norm_gain": {"info": 0.5 * cut, "warning": cut}})
+    assert recommended(report) == [("scaled-embed", seeds)]
+
+
+def test_another_seed_follows_where_the_distance_from_a_cut_is_not_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    report, _ = tried(monkeypatch, profile="paper")
+    assert [remedy.seeds for remedy in report.remedies if remedy.sufficient] == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_remedy_that_fails_on_a_further_seed_is_not_enough(
+    monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """The first further seed, or the second where that one comes near a cut."""
     changed = trial._changed
 
     def only_on_the_first(model: nn.Module, remedy: Any, seed: int) -> nn.Module:
-        return changed(model, remedy, seed) if seed < 2 else model
+        return changed(model, remedy, seed) if seed <= last else model
 
     monkeypatch.setattr(trial, "_changed", only_on_the_first)
+    if last == 1:
+        monkeypatch.setattr(with_remedies, "_CLEAR", 1000.0)
     report, further = tried(monkeypatch)
     assert not any(remedy.sufficient for remedy in report.remedies)
     assert {finding.code for finding in further[-1].findings} >= {"JD102", "JD103"}
@@ -83,10 +131,10 @@ def test_infos_need_no_products_unless_a_profile_makes_warnings_of_them(
 ) -> None:
     _, further = tried(monkeypatch)
     cuts = further[-1].settings["thresholds"]["branch_norm"]
-    assert "warning" in cuts and "info" not in cuts
+    assert cuts["info"] == pytest.approx(cuts["warning"] / with_remedies._CLEAR)
     fewer = spent(further)
     with monkeypatch.context() as patched:
-        patched.setattr(Thresholds, "of_warnings", lambda self: self)
+        patched.setattr(Thresholds, "with_infos_below_warnings", lambda self, _: load_thresholds())
         _, further = tried(monkeypatch)
     assert fewer < spent(further)
     _, further = tried(monkeypatch, profile="paper")
@@ -97,14 +145,7 @@ def test_infos_of_branches_are_left_open_in_the_first_trial_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They decide neither a condition nor a verdict, unless a profile makes warnings of them."""
-    reports: list[Report] = []
-    audit = with_remedies._Trial.audit
-
-    def noting(*arguments: Any) -> tuple[Report, Any]:
-        reports.append(audit(*arguments)[0])
-        return audit(*arguments)
-
-    monkeypatch.setattr(with_remedies._Trial, "audit", noting)
+    reports = first_trials(monkeypatch)
     report, _ = tried(monkeypatch)
     cuts = reports[-1].settings["thresholds"]
     assert "info" not in cuts["branch_norm"] and "info" in cuts["norm_gain"]
@@ -120,6 +161,13 @@ def test_the_cuts_of_warnings_are_those_of_the_table() -> None:
     for key, limits in table.table.items():
         assert warnings.table[key].warning == limits.warning
         assert warnings.table[key].info is None
+
+
+def test_an_info_can_say_that_a_figure_comes_near_a_warning() -> None:
+    near = load_thresholds().with_infos_below_warnings(2.0)
+    for key, limits in load_thresholds().table.items():
+        info = None if limits.warning is None else limits.warning / 2
+        assert near.table[key] == replace(limits, info=info)
 
 
 def test_infos_of_one_figure_can_be_left_out() -> None:
@@ -188,7 +236,7 @@ def test_figures_of_another_model_do_not_stop_further_seeds(
     # 1. A baseline with a probe of two sequences.
     plain = {**OPTIONS, "remedies": "none", "model_args": {"recipe": "vanilla", **SIZES}}
     report, further = tried(monkeypatch, baseline=figures_of([jacdiag.audit(SOURCE, **plain)], 0.3))
-    assert recommended(report) == [("scaled-embed", [0, 1, 2])] and len(further) == 2
+    assert recommended(report) == [("scaled-embed", [0, 1])] and len(further) == 1
 
     # 2. An earlier checkpoint, where only weights are judged.
     (tmp_path / "build.py").write_text(UNSCALED)
@@ -246,9 +294,61 @@ def test_a_model_that_does_not_run_on_one_sequence_gets_the_entire_probe(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "build.py").write_text(TWO_AT_LEAST)
+    first = first_trials(monkeypatch)
     report, further = tried(monkeypatch, f"{tmp_path / 'build.py'}:model")
-    assert recommended(report) == [("scaled-embed", [0, 1, 2])]
-    assert [of_seed.probe.batch for of_seed in further if of_seed.probe is not None] == [2, 2]
+    assert recommended(report) == [("scaled-embed", [0, 1])]
+    assert set(sequences_of(first)) == {2} == set(sequences_of(further))
+
+
+def test_a_remedy_that_passes_on_one_sequence_is_not_tried_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = first_trials(monkeypatch)
+    report, _ = tried(monkeypatch)
+    assert sequences_of(first) == [1] and report.remedies[-1].sequences == 1
+
+
+def test_what_one_sequence_has_left_is_left_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remedy that changes nothing is not tried twice."""
+    monkeypatch.setattr(trial, "_changed", lambda model, remedy, seed: model)
+    first = first_trials(monkeypatch)
+    report, further = tried(monkeypatch)
+    assert first and set(sequences_of(first)) == {1} and not further
+    assert not any(remedy.sufficient for remedy in report.remedies)
+
+
+@pytest.mark.parametrize("is_on_all", [False, True])
+def test_something_new_on_one_sequence_is_looked_for_on_all(
+    monkeypatch: pytest.MonkeyPatch, is_on_all: bool
+) -> None:
+    """Such as an expert that no token of the first sequence chose."""
+    judged = Request.judged
+    new = Finding("JD405", "warning", [], "an expert that no token chose")
+
+    def with_new(self: Request, report: Report) -> Report:
+        found = judged(self, report)
+        sequences = 2 if is_on_all else 1
+        is_trial = self.options.remedies == "none" and "JD405" in {r.code for r in found.rules}
+        if is_trial and self.options.batch <= sequences:
+            found = replace(found, findings=[*found.findings, new])
+        return found
+
+    monkeypatch.setattr(Request, "judged", with_new)
+    first = first_trials(monkeypatch)
+    report, _ = tried(monkeypatch)
+    assert sequences_of(first)[:2] == [1, 2]
+    assert any(remedy.sufficient for remedy in report.remedies) is not is_on_all
+    assert report.remedies[0].sequences == 2
+
+
+def test_figures_of_a_baseline_are_compared_on_its_own_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = {**OPTIONS, "remedies": "none", "model_args": {"recipe": "vanilla", **SIZES}}
+    figures = figures_of([jacdiag.audit(SOURCE, **plain)], 0.3)
+    first = first_trials(monkeypatch)
+    tried(monkeypatch, baseline=figures)
+    assert first and set(sequences_of(first)) == {2}
 
 
 ASLEEP = """
@@ -269,15 +369,7 @@ def test_a_branch_that_a_remedy_wakes_up_is_looked_at_again(
 ) -> None:
     """A branch of zeros depends on nothing. Its operations show that it mixes tokens."""
     (tmp_path / "build.py").write_text(ASLEEP)
-    woken: list[Report] = []
-    audit = with_remedies._Trial.audit
-
-    def noting(*arguments: Any) -> tuple[Report, Any]:
-        report, output = audit(*arguments)
-        woken.append(report)
-        return report, output
-
-    monkeypatch.setattr(with_remedies._Trial, "audit", noting)
+    woken = first_trials(monkeypatch)
     options = {**OPTIONS, "remedies": "all"}
     report = jacdiag.audit(f"{tmp_path / 'build.py'}:model", state="init", **options)
     name = "transformer.h.1.attn"

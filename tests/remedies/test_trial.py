@@ -89,7 +89,7 @@ def test_the_patch_makes_a_failing_recipe_pass_on_a_new_seed(
     assert (
         remedy.name == name
         and remedy.codes == codes
-        and remedy.seeds == [0, 1, 2]
+        and remedy.seeds == ([0, 1, 2] if recipe == "xavier" else [0, 1])
         and remedy.sufficient
     )
     assert remedy.before.fired == codes and remedy.after.fired == [] == remedy.after.undecided

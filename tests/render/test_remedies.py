@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import synthetic
 
 from jacdiag.records import Finding, Outlook, RemedyRecord
@@ -59,6 +60,24 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
         "met, "
         "large shortcut not met (left JD102)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sequences", "said"),
+    [
+        ([0], None, ""),
+        ([0], 2, ""),
+        ([0], 1, ", on one sequence"),
+        ([3, 4], 1, ", on seeds 3 and 4, one sequence each"),
+        ([0, 1, 2], 1, ", on seeds 0 to 2, one sequence each"),
+        ([0, 1, 2], 2, ", on seeds 0 to 2"),
+    ],
+)
+def test_what_a_remedy_was_tried_on_is_said(
+    seeds: list[int], sequences: int | None, said: str
+) -> None:
+    tried = dataclasses.replace(GOOD, seeds=seeds, sequences=sequences)
+    assert f"tried on a copy{said}: worst" in lines.to_do(with_remedies(tried))[1]
 
 
 def test_a_command_that_writes_the_change_is_not_offered_again() -> None:

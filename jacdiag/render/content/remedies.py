@@ -335,8 +335,15 @@ def _effect_on_function(remedy: RemedyRecord) -> str:
 
 
 def _on_seeds(remedy: RemedyRecord) -> str:
-    """Return the seeds that a remedy was tried on, if they are several."""
+    """Return the seeds that a remedy was tried on, if they are several; of sequences, if one."""
+    # 1. One seed.
     seeds = remedy.seeds
+    is_one = remedy.sequences == 1
     if len(seeds) <= 1:
-        return ""
-    return f", on seeds {seeds[0]} to {seeds[-1]}"
+        return ", on one sequence" if is_one else ""
+
+    # 2. Several seeds.
+    named = f"{seeds[0]} to {seeds[-1]}"
+    if len(seeds) == 2:
+        named = f"{seeds[0]} and {seeds[-1]}"
+    return f", on seeds {named}" + (", one sequence each" if is_one else "")
