@@ -240,17 +240,25 @@ class _Trial:
         None if the probe has one, was passed, or is that of a baseline, if a rule reads figures of
         the entire probe, or if the model does not run on one sequence.
         """
-        # 1. Whether one sequence can stand for the probe.
-        options = self.request.options
-        is_divided = options.batch > 1 and options.inputs is None
-        is_compared = self.request.baseline is not None or self.request.against is not None
-        if not is_divided or is_compared or _NEED_FULL_WIDTH & (self.aims | self.applied):
+        if not self._may_divide_probe():
             return None
 
-        # 2. The audit.
         request = self._request_of_first(model, spared, seed).with_options(batch=1)
         audit = _traced(request)
-        return None if audit is None else request.judged(audit.run())
+        if audit is None:
+            return None
+        return request.judged(audit.run())
+
+    def _may_divide_probe(self) -> bool:
+        """Return whether one sequence can stand for the probe."""
+        # 1. It has several, which are drawn or read here.
+        options = self.request.options
+        is_several = options.batch > 1 and options.inputs is None
+
+        # 2. No figure of the entire probe is read or compared.
+        needs_all = bool(_NEED_FULL_WIDTH & (self.aims | self.applied))
+        is_compared = self.request.baseline is not None or self.request.against is not None
+        return is_several and not needs_all and not is_compared
 
     def _request_of_first(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
         """Return the request of an audit on the report's own seed; see `audit`.
@@ -313,13 +321,16 @@ class _Trial:
         Args:
             report: as `confirm` returns it.
         """
-        # Another profile keeps its own infos, and rules on weights have no distance from a cut.
-        if self.request.options.profile != _USUAL_PROFILE or self.aims - _HAVE_DISTANCE:
+        # 1. Another profile keeps its own infos, and rules on weights have no distance from a cut.
+        is_usual = self.request.options.profile == _USUAL_PROFILE
+        has_distance = self.aims <= _HAVE_DISTANCE
+        if not (is_usual and has_distance):
             return False
 
-        fired = {finding.code for finding in report.findings}
+        # 2. An info says that a figure is near.
+        near = {finding.code for finding in report.findings}
         undecided = {rule.code for rule in report.rules if rule.status == "unknown"}
-        return self.aims.isdisjoint(fired | undecided)
+        return self.aims.isdisjoint(near | undecided)
 
     def _changed_request(self, model: nn.Module, spared: Iterable[str], seed: int) -> Request:
         """Return the request of an audit of a copy; see `audit` for the arguments."""

@@ -218,15 +218,20 @@ def _first_trial(report: Report, changed: nn.Module, remedy: Remedy, bench: Benc
     if not remedy.keeps_function:
         after = bench.on_one_sequence(changed, spared, bench.seed)
     if after is not None:
-        is_enough = sufficient(report, after, remedy)
-        aimed = _aims_of(report, remedy)
-        is_left = _still_broken(_held_against(after, aimed, remedy), aimed)
-        if is_enough or is_left:
-            return _FirstTrial(after, None, is_enough)
+        first = _FirstTrial(after, None, sufficient(report, after, remedy))
+        if first.is_enough or _is_left(report, after, remedy):
+            return first
 
     # 2. All of them.
     after, output = bench.again(changed, spared, bench.seed)
     return _FirstTrial(after, output, sufficient(report, after, remedy))
+
+
+def _is_left(before: Report, after: Report, remedy: Remedy) -> bool:
+    """Return whether a rule still warns of the changed model that the remedy was tried against."""
+    aimed = _aims_of(before, remedy)
+    findings = _held_against(after, aimed, remedy)
+    return _still_broken(findings, aimed)
 
 
 def _spared_names(remedy: Remedy) -> list[str]:
