@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from jacdiag.records.report import ModelRecord
+from jacdiag.records.structure import MissingShortcutRecord
 from jacdiag.trace import Sites
 
 
@@ -29,4 +30,8 @@ def model_record(model: nn.Module, sites: Sites) -> ModelRecord:
         uncovered=list(sites.coverage.uncovered),
         uncovered_reasons=sites.coverage.uncovered,
         left_out=[str(item) for item in sites.left_out],
+        missing_shortcuts=[
+            MissingShortcutRecord(missing.part, missing.like, list(missing.parameters))
+            for missing in sites.missing_shortcuts
+        ],
     )

@@ -29,6 +29,7 @@ from jacdiag.records.signal_propagation import (
     ForwardRecord,
 )
 from jacdiag.records.stream_range import StreamRange
+from jacdiag.records.structure import MissingShortcutRecord
 
 # -- words of the JSON -----------------------------------------------------------------------------
 Level = Literal["info", "warning", "error"]
@@ -298,6 +299,7 @@ class ModelRecord(Record):
     weights: dict[str, WeightStats] = field(default_factory=dict)
     vocabulary: int | None = None
     left_out: list[str] = field(default_factory=list)
+    missing_shortcuts: list[MissingShortcutRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the name stands under the key "class"."""

@@ -133,3 +133,18 @@ class ZeroShortcut(Record):
 
     sublayer: str
     parameters: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MissingShortcutRecord(Record):
+    """A part of a layer that no shortcut leads around, as one does in other layers.
+
+    Attributes:
+        part: The module that holds its weights.
+        like: The same of a layer that has a shortcut.
+        parameters: That its matrix products read. They are in no sub-layer.
+    """
+
+    part: str
+    like: str
+    parameters: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""JD407 and JD408: a factor of zero on the shortcut, or one where DeepNorm has alpha."""
+"""JD407, JD408, JD410: no shortcut, one times zero, or one times 1 where DeepNorm has alpha."""
 
 from __future__ import annotations
 
@@ -97,6 +97,27 @@ def _has_factor(row: SublayerRecord) -> bool:
     return row.shortcut_gain is not None and abs(row.shortcut_gain - 1) > _NEAR
 
 
+def _missing(context: RuleContext, rule: Rule) -> CheckOutcome:
+    report = context.report
+    missing = report.model.missing_shortcuts
+    matched = len(report.sublayers) + len(missing)
+    if not missing:
+        return CheckOutcome(matched)
+
+    # 1. The sentence: one layer that has it stands for all.
+    parts = [shortcut.part for shortcut in missing]
+    like = missing[0].like
+    what = f"no shortcut leads around {list_names(parts)}, as one does around {like}"
+    fix = f"add the stream to the result of {list_names(parts)}, as is done at {like}"
+
+    # 2. The finding.
+    parameters = [name for shortcut in missing for name in shortcut.parameters]
+    evidence = {"parts": parts, "like": like, "parameters": parameters}
+    level = context.level(rule, "warning")
+    finding = Finding(rule.code, level, parts, what, evidence, rule.summary, fix)
+    return CheckOutcome(matched, [finding])
+
+
 RULES = (
     Rule("JD407", "zero-shortcut", "warning", check=_zero),
     Rule(
@@ -107,4 +128,5 @@ RULES = (
         states=("init",),
         placements=("post",),
     ),
+    Rule("JD410", "missing-shortcut", "warning", check=_missing),
 )

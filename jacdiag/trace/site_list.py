@@ -11,6 +11,7 @@ import torch
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.discovery.coverage import Coverage
+from jacdiag.trace.discovery.missing_shortcuts import MissingShortcut
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.discovery.residual_stream import Streams
 from jacdiag.trace.discovery.unlisted_sums import LeftOut
@@ -35,6 +36,8 @@ class Sites(Sequence[Sublayer]):
         notes: what had to be done to run the model outside its wrappers.
         left_out: residual sums that are not sub-layers, each with its module, source line and
             reason.
+        missing_shortcuts: parts of layers that no shortcut leads around, as one does in other
+            layers.
         hidden: additions that autograd does not see, each with the way to declare it.
     """
 
@@ -54,6 +57,7 @@ class Sites(Sequence[Sublayer]):
         self.raw: list[Site] = residuals.sites
         self.hidden: list[str] = residuals.hidden
         self.left_out: list[LeftOut] = residuals.left_out
+        self.missing_shortcuts: list[MissingShortcut] = residuals.missing
         self.deterministic: bool = captured.deterministic
         self.culprit: str = captured.culprit
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.trace.discovery.coverage import Coverage
+from jacdiag.trace.discovery.missing_shortcuts import MissingShortcut
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.discovery.residual_stream import Streams
 from jacdiag.trace.discovery.unlisted_sums import LeftOut
@@ -60,6 +61,7 @@ class Residuals:
         streams: which sums follow which.
         coverage: which parameter belongs where.
         left_out: residual sums that are not sub-layers.
+        missing: parts of layers that no shortcut leads around, as one does in other layers.
         hidden: additions that autograd does not see, each with the way to declare it.
     """
 
@@ -70,6 +72,7 @@ class Residuals:
     streams: Streams
     coverage: Coverage
     left_out: list[LeftOut]
+    missing: list[MissingShortcut]
     hidden: list[str]
 
 

@@ -24,6 +24,7 @@ from jacdiag.trace.discovery.declarations import (
     declared_sites,
     hidden_lines,
 )
+from jacdiag.trace.discovery.missing_shortcuts import find_missing_shortcuts
 from jacdiag.trace.discovery.naming import home_of
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.discovery.residual_stream import Streams, StreamSum, owner_of
@@ -249,14 +250,19 @@ class Tracer:
 
         # 3. Where they belong, and what is not covered.
         homes = [home_of(graph, finder, site, sites) for site in sites]
+        coverage = cover(graph, finder, sites, homes, recording.skeleton)
+        missing = find_missing_shortcuts(graph, finder, coverage, recording.skeleton)
+        for part in missing:
+            coverage.leave_out(part.parameters, "no shortcut leads around it")
         return Residuals(
             recording=recording,
             finder=finder,
             sites=sites,
             homes=homes,
             streams=Streams(graph, finder, sites),
-            coverage=cover(graph, finder, sites, homes, recording.skeleton),
+            coverage=coverage,
             left_out=left_out(graph, finder, sites),
+            missing=missing,
             hidden=hidden,
         )
 

@@ -1,4 +1,4 @@
-"""JD212 to JD216 and JD407 to JD409: what must be named, what must not, and the boundaries."""
+"""JD212 to JD216 and JD407 to JD410: what must be named, what must not, and the boundaries."""
 
 from __future__ import annotations
 
@@ -83,7 +83,19 @@ def loud(model: nn.Module, *codes: str) -> set[str]:
     )
 
 
-NEW = ("JD212", "JD213", "JD214", "JD215", "JD216", "JD401", "JD402", "JD407", "JD408", "JD409")
+NEW = (
+    "JD212",
+    "JD213",
+    "JD214",
+    "JD215",
+    "JD216",
+    "JD401",
+    "JD402",
+    "JD407",
+    "JD408",
+    "JD409",
+    "JD410",
+)
 
 
 def test_a_healthy_model_has_none() -> None:
@@ -769,6 +781,43 @@ def test_a_zero_that_is_no_parameter_is_not_blamed_on_one() -> None:
         finding.evidence["parameters"] == [] and "no parameter on the way is zero" in finding.what
     )
     assert finding.where == ["layers.1"] and not finding.fix
+
+
+# -- JD410: no shortcut ----------
+class NoSum(Model):
+    """Model of which some layers have no sum."""
+
+    cut: tuple[int, ...] = (1,)
+
+    def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:
+        return branch if k in self.cut else x + branch
+
+
+class NoSums(NoSum):
+    cut = (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("cls", "parts", "like"),
+    [(NoSum, ["layers.1"], "layers.0"), (NoSums, ["layers.0", "layers.2"], "layers.1")],
+)
+@pytest.mark.parametrize("state", ["init", "trained"])
+def test_jd410_names_the_layers_without_a_shortcut(
+    cls: type[Model], parts: list[str], like: str, state: Any
+) -> None:
+    report = jacdiag.audit(build(cls), tokens(), state=state, decide=True)
+    (finding,) = [finding for finding in report.findings if finding.code == "JD410"]
+    assert finding.where == parts and finding.level == "warning"
+    assert finding.what.endswith(f"as one does around {like}")
+    assert all(name in finding.what and name in finding.fix for name in parts)
+    assert [record.part for record in report.model.missing_shortcuts] == parts
+    assert Report.from_dict(report.to_dict()).model == report.model
+    assert report.verdict not in ("pass", "observed")
+
+
+def test_jd410_is_clean_where_every_layer_has_a_shortcut() -> None:
+    (rule,) = [rule for rule in audited(build()).rules if rule.code == "JD410"]
+    assert rule.status == "clean" and rule.matched
 
 
 # -- JD408: DeepNorm ----------

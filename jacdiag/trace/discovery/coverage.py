@@ -26,6 +26,18 @@ class Coverage:
         names = {*self.embedding, *self.head, *self.norms}
         return names.union(*self.sublayers.values())
 
+    def leave_out(self, names: Iterable[str], reason: str) -> None:
+        """Take parameters outside of sub-layers from their places; they are not covered.
+
+        Args:
+            names: of the parameters.
+            reason: why they are not covered.
+        """
+        left_out = set(names)
+        for place in (self.embedding, self.head, self.norms):
+            place[:] = [name for name in place if name not in left_out]
+        self.uncovered.update(dict.fromkeys(names, reason))
+
 
 def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> list[str]:
     """Return the parameters that calls read, in order.
