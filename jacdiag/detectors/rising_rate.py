@@ -70,20 +70,11 @@ class RisingRate:
             step: its number.
             lr: its learning rate; nan if it is not known.
         """
+        # 1. Follow the rate.
         is_rate = lr >= 0.0
         if self._curve is None or not is_rate:
             return []
-        # 1. Follow the rate. From the first step alone it is not known whether it rises.
-        before = self._last_rate
-        self._last_rate = lr
-        if before is None:
-            return []
-        self._steepest = max(self._steepest, lr - before)
-        if not self._steepest:
-            self._steepest = lr  # a rate that stands where it began was there in one step
-        lowest, highest = self._curve.ranges.get("lr", _ANY)
-        is_new_highest = lr > self._highest and lowest <= lr <= highest
-        if not is_new_highest:
+        if not self._is_new_highest(self._curve, lr):
             return []
         self._highest = lr
 
@@ -101,6 +92,23 @@ class RisingRate:
             f"recorded runs tell it ({level} above {limit:.0%})"
         )
         return [Alert(step, "JD105", level, what, [], evidence(risk, limit))]
+
+    def _is_new_highest(self, curve: RiskCurve, lr: float) -> bool:
+        """Follow the rate; return whether it is the highest so far, and in the curve's range."""
+        # 1. From the first step alone it is not known whether it rises.
+        before = self._last_rate
+        self._last_rate = lr
+        if before is None:
+            return False
+
+        # 2. How steeply it rises. One that stands where it began was there in one step.
+        self._steepest = max(self._steepest, lr - before)
+        if not self._steepest:
+            self._steepest = lr
+
+        # 3. Whether the curve says something of it.
+        lowest, highest = curve.ranges.get("lr", _ANY)
+        return lr > self._highest and lowest <= lr <= highest
 
     def _risk_at(self, curve: RiskCurve, lr: float) -> Risk:
         """Return the chance to go wrong at a learning rate, with the warm-up that led to it."""

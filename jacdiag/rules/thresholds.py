@@ -59,6 +59,13 @@ class Limits:
         values = set(self.named_cuts.values())
         return tuple(sorted(values))
 
+    def with_info_below_warning(self, factor: float) -> Limits:
+        """Return these limits with an info so many times below the warning, if there is one."""
+        if self.warning is None:
+            return replace(self, info=None)
+
+        return replace(self, info=self.warning / factor)
+
     def beyond(self, value: float) -> Level | None:
         """Return the highest cut that a value lies above; None for none, and for NaN.
 
@@ -112,12 +119,7 @@ class Thresholds:
         Args:
             factor: above 1: how many times the info's cut is below the warning's.
         """
-        table = {}
-        for key, limits in self.table.items():
-            info = None
-            if limits.warning is not None:
-                info = limits.warning / factor
-            table[key] = replace(limits, info=info)
+        table = {key: limits.with_info_below_warning(factor) for key, limits in self.table.items()}
         return replace(self, table=table)
 
     def without_infos(self, figure: str) -> Thresholds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from jacdiag.trace.discovery.residual import Finder, Site
@@ -34,9 +34,15 @@ class Coverage:
             reason: why they are not covered.
         """
         left_out = set(names)
-        for place in (self.embedding, self.head, self.norms):
-            place[:] = [name for name in place if name not in left_out]
+        self.embedding = _without(self.embedding, left_out)
+        self.head = _without(self.head, left_out)
+        self.norms = _without(self.norms, left_out)
         self.uncovered.update(dict.fromkeys(names, reason))
+
+
+def _without(names: Iterable[str], left_out: Container[str]) -> list[str]:
+    """Return the names that are not left out, in order."""
+    return [name for name in names if name not in left_out]
 
 
 def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> list[str]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import chain
+from posixpath import commonpath
 
 from jacdiag.trace.discovery.coverage import Coverage, parameters_of
 from jacdiag.trace.discovery.residual import Finder
@@ -39,17 +41,23 @@ class MissingShortcut:
     parameters: tuple[str, ...]
 
 
-@dataclass(frozen=True, order=True)
-class _Place:
-    """A layer by the name up to its number, and the sub-layer of another one that has its weights.
+@dataclass
+class _Part:
+    """Products outside of branches whose weights another layer has in one.
 
     Attributes:
-        layer: such as "transformer.h.3".
-        sublayer: index of the sub-layer.
+        products: the calls.
+        namesakes: each of their weights -> the same of the other layer.
     """
 
-    layer: str
-    sublayer: int
+    products: set[int] = field(default_factory=set)
+    namesakes: dict[str, str] = field(default_factory=dict)
+
+    def missing(self) -> MissingShortcut:
+        """Return what is said of it."""
+        part = _common_module(self.namesakes)
+        like = _common_module(self.namesakes.values())
+        return MissingShortcut(part, like, tuple(self.namesakes))
 
 
 def find_missing_shortcuts(
@@ -63,49 +71,83 @@ def find_missing_shortcuts(
         coverage: which parameter belongs where.
         skeleton: the names and shapes of the parameters.
     """
-    # 1. The weights of products: those of branches, and the others that another layer has in one.
-    in_branches = _weights_in_branches(coverage)
-    by_pattern = _by_pattern(in_branches)
-    products: defaultdict[_Place, list[int]] = defaultdict(list)
-    namesakes: defaultdict[_Place, dict[str, str]] = defaultdict(dict)
-    multiplied: set[str] = set()
-    for node in finder.products_among(range(len(graph.nodes))):
-        for name in parameters_of(graph, (node,), skeleton):
-            if name in in_branches:
-                multiplied.add(name)
-                continue
-            found = _namesake(name, by_pattern, skeleton)
-            if found is not None:
-                layer, namesake = found
-                place = _Place(layer, in_branches[namesake])
-                products[place].append(node)
-                namesakes[place][name] = namesake
-
-    # 2. The parts that are the same as a branch, and that no way leads around.
+    weights = _weights_of_products(graph, finder, skeleton)
+    parts = _parts_like_branches(weights, coverage, skeleton)
     missing: list[MissingShortcut] = []
-    for place, nodes in products.items():
-        names = namesakes[place]
-        needed = multiplied.intersection(coverage.sublayers[place.sublayer])
-        is_same = needed <= set(names.values())
-        if is_same and not _are_passed_by(graph, finder, set(nodes)):
-            part, like = _common_module(names), _common_module(names.values())
-            missing.append(MissingShortcut(part, like, tuple(names)))
+    for part in parts:
+        walk = _Around(graph, finder, part.products)
+        is_inside = not walk.reads_input() and walk.is_followed_by_product()
+        if is_inside and not walk.is_passed_by():
+            missing.append(part.missing())
+
     return missing
 
 
-def _weights_in_branches(coverage: Coverage) -> dict[str, int]:
+def _weights_of_products(graph: Graph, finder: Finder, skeleton: Skeleton) -> dict[int, list[str]]:
+    """Return the parameters that each matrix product reads."""
+    products = finder.products_among(range(len(graph.nodes)))
+    return {node: parameters_of(graph, (node,), skeleton) for node in products}
+
+
+def _parts_like_branches(
+    weights: Mapping[int, Sequence[str]], coverage: Coverage, skeleton: Skeleton
+) -> list[_Part]:
+    """Return the parts outside of branches that have all the weights of a branch.
+
+    Args:
+        weights: product -> the parameters that it reads.
+        coverage: which parameter belongs to which sub-layer.
+        skeleton: the shapes of the parameters.
+    """
+    # 1. The weights of each layer that a branch of another one has, by that branch.
+    owners = _owners(coverage)
+    by_pattern = _by_pattern(owners)
+    parts: defaultdict[tuple[str, int], _Part] = defaultdict(_Part)
+    for product, name in _outside(weights, owners):
+        found = _namesake(name, by_pattern, skeleton)
+        if found is None:
+            continue
+        layer, namesake = found
+        part = parts[layer, owners[namesake]]
+        part.products.add(product)
+        part.namesakes[name] = namesake
+
+    # 2. Those that lack none.
+    multiplied = set(chain.from_iterable(weights.values()))
+    complete: list[_Part] = []
+    for (_, sublayer), part in parts.items():
+        needed = multiplied.intersection(coverage.sublayers[sublayer])
+        if needed <= set(part.namesakes.values()):
+            complete.append(part)
+
+    return complete
+
+
+def _outside(
+    weights: Mapping[int, Sequence[str]], owners: Mapping[str, int]
+) -> Iterator[tuple[int, str]]:
+    """Yield the products with the weights that are in no sub-layer."""
+    for product, names in weights.items():
+        for name in names:
+            if name not in owners:
+                yield product, name
+
+
+def _owners(coverage: Coverage) -> dict[str, int]:
     """Return the parameters of sub-layers, each with the index of the first that has it."""
-    in_branches: dict[str, int] = {}
+    owners: dict[str, int] = {}
     for index, names in coverage.sublayers.items():
         for name in names:
-            in_branches.setdefault(name, index)
-    return in_branches
+            owners.setdefault(name, index)
+
+    return owners
 
 
 def _patterns(name: str) -> Iterator[tuple[str, str]]:
     """Yield a name with one of its numbers left out, and the name up to that number."""
     for number in _NUMBER.finditer(name):
-        pattern = f"{name[: number.start()]}*{name[number.end() :]}"
+        before, after = name[: number.start()], name[number.end() :]
+        pattern = f"{before}*{after}"
         yield pattern, name[: number.end()]
 
 
@@ -115,6 +157,7 @@ def _by_pattern(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         for pattern, _ in _patterns(name):
             first.setdefault(pattern, name)
+
     return first
 
 
@@ -123,84 +166,93 @@ def _namesake(
 ) -> tuple[str, str] | None:
     """Return the layer of a parameter, and its namesake of another layer; None without one."""
     outlines = skeleton.outlines
+    shape = outlines[name].shape
     for pattern, layer in _patterns(name):
-        namesake = by_pattern.get(pattern)
-        if namesake is None:
-            continue
-
         # That of another size is another thing.
-        if outlines[name].shape == outlines[namesake].shape:
+        namesake = by_pattern.get(pattern)
+        if namesake is not None and outlines[namesake].shape == shape:
             return layer, namesake
+
     return None
 
 
-def _are_passed_by(graph: Graph, finder: Finder, products: Set[int]) -> bool:
-    """Return whether what some products read reaches the model's output without them.
+class _Around:
+    """Walks around some products of a graph.
 
-    Also if they stand at an end of the model: what reads its input as it is, or makes its output,
-    needs no shortcut.
+    Attributes:
+        products: the calls.
+        read: the values that they read.
+        made: the values that depend on them.
     """
-    # 1. What reads the model's input.
-    read = [value for node in products for value in graph.float_indices(node)]
-    if any(graph.values[value].node == INPUT for value in read):
-        return True
 
-    # 2. What the part was made of, back to the products before it.
-    made = _reached(graph, _outputs_of(graph, products))
-    before: set[int] = set()
-    stack = read
-    while stack:
-        value = stack.pop()
-        if value in made or value in before:
-            continue
-        before.add(value)
-        node = graph.values[value].node
-        if node >= 0 and not finder.is_product(node):
-            stack.extend(graph.float_indices(node))
+    def __init__(self, graph: Graph, finder: Finder, products: Set[int]) -> None:
+        self.graph, self.finder, self.products = graph, finder, products
+        self.read = list(chain.from_iterable(map(graph.float_indices, products)))
+        results = chain.from_iterable(graph.nodes[node].outputs for node in products)
+        self.made = self._reached(results, set())
 
-    # 3. Whether it reaches the output without them.
-    around = _reached(graph, before, without=products)
-    if not around.isdisjoint(graph.outputs):
-        return True
+    def reads_input(self) -> bool:
+        """Return whether one of them reads the model's input as it is."""
+        makers = {self.graph.values[value].node for value in self.read}
+        return INPUT in makers
 
-    # 4. Whether another product comes after them.
-    after = {node for value in made for node in graph.values[value].consumers}
-    return not finder.has_product(after - products)
+    def is_followed_by_product(self) -> bool:
+        """Return whether what they make reaches another product; else they make the output."""
+        after: set[int] = set()
+        for value in self.made:
+            after.update(self.graph.values[value].consumers)
 
+        return self.finder.has_product(after - self.products)
 
-def _outputs_of(graph: Graph, nodes: Iterable[int]) -> list[int]:
-    """Return the values that some calls make."""
-    return [value for node in nodes for value in graph.nodes[node].outputs]
+    def is_passed_by(self) -> bool:
+        """Return whether what they read reaches the model's output without them."""
+        around = self._reached(self._origins(), self.products)
+        return not around.isdisjoint(self.graph.outputs)
 
+    def _origins(self) -> set[int]:
+        """Return what they read with all that it is made of, back to the products before it."""
+        origins: set[int] = set()
+        stack = list(self.read)
+        while stack:
+            value = stack.pop()
+            if value in self.made or value in origins:
+                continue
+            origins.add(value)
 
-def _reached(graph: Graph, values: Iterable[int], without: Set[int] = frozenset()) -> set[int]:
-    """Return values with all that they reach by differentiable paths.
+            # A norm is made of the stream, which may pass them by.
+            node = self.graph.values[value].node
+            is_call = node >= 0
+            if is_call and not self.finder.is_product(node):
+                stack.extend(self.graph.float_indices(node))
 
-    Args:
-        graph: what one forward did.
-        values: where the paths begin.
-        without: calls that may not lie on them.
-    """
-    reached: set[int] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if value in reached:
-            continue
-        reached.add(value)
-        for node in graph.values[value].consumers:
-            if node not in without and value in graph.float_indices(node):
-                stack.extend(graph.nodes[node].outputs)
-    return reached
+        return origins
+
+    def _reached(self, values: Iterable[int], closed: Set[int]) -> set[int]:
+        """Return values with all that they reach by differentiable paths.
+
+        Args:
+            values: where the paths begin.
+            closed: calls that may not lie on them.
+        """
+        reached: set[int] = set()
+        stack = list(values)
+        while stack:
+            value = stack.pop()
+            if value in reached:
+                continue
+            reached.add(value)
+
+            # The calls that read it, if a gradient passes them.
+            for node in set(self.graph.values[value].consumers) - closed:
+                if value in self.graph.float_indices(node):
+                    stack.extend(self.graph.nodes[node].outputs)
+
+        return reached
 
 
 def _common_module(parameters: Iterable[str]) -> str:
     """Return the name of the smallest module that holds some parameters."""
     # Without the last part, which is the parameter's own.
-    paths = [name.split(".")[:-1] for name in parameters]
-    common: list[str] = []
-    for at_this_depth in zip(*paths, strict=False):
-        if len(set(at_this_depth)) > 1:
-            break
-        common.append(at_this_depth[0])
-    return ".".join(common)
+    modules = [name.rpartition(".")[0] for name in parameters]
+    paths = [module.replace(".", "/") for module in modules]
+    return commonpath(paths).replace("/", ".")
