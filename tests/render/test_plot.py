@@ -520,6 +520,17 @@ def test_kinds_are_told_apart_in_grey_and_without_green_cones() -> None:
 def test_what_has_no_place_on_the_scale_is_said() -> None:
     assert {"no finite value", "attention", "FFN"} <= set(texts(draw(synthetic.broken())))
     assert "no finite value" not in texts(draw(ODD["zeros"]))
+    assert not any("not measured" in text for text in texts(draw(synthetic.broken())))
+    base = synthetic.vanilla(4)
+    why = {"branch_norm": "a backward in it has no derivative"}
+    rows = list(base.sublayers)
+    rows[1] = dataclasses.replace(rows[1], branch_norm=None, notes=why)
+    unmeasured = dataclasses.replace(base, sublayers=rows)
+    assert "not measured" in texts(draw(unmeasured))
+    assert "no finite value" not in texts(draw(unmeasured))
+    rows[2] = synthetic.broken().sublayers[2]
+    both = dataclasses.replace(base, sublayers=rows)
+    assert "not measured or no finite value" in texts(draw(both))
     assert {"every branch norm is 0", "0"} <= set(texts(draw(ODD["zeros"])))
     assert "nothing could be measured" in texts(draw(ODD["no sub-layers"]))
     top = draw(ODD["no upper ends"]).axes[0]

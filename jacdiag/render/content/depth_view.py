@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jacdiag.records import Interval, Report
@@ -44,6 +45,7 @@ class DepthView:
         conditions: the two lower panels of a model whose branches do. A picture has these or
             `residuals`.
         missing: places of sub-layers that should have a branch norm and have none.
+        missing_words: what these have in place of it.
         zeros: places of branches that add nothing.
         last: the largest place on the depth axis.
         worst: the largest branch norm; None if none is finite.
@@ -56,6 +58,7 @@ class DepthView:
     residuals: list[DepthCurve]
     conditions: list[ConditionPanel]
     missing: list[float]
+    missing_words: str
     zeros: list[float]
     last: float
     worst: WorstBranch | None
@@ -77,6 +80,7 @@ def build_depth_view(report: Report) -> DepthView:
         residuals=residual_curves(report),
         conditions=build_condition_panels(report),
         missing=_missing(report),
+        missing_words=_missing_in_words(report),
         zeros=_zeros(report),
         last=max(at.values(), default=1.0),
         worst=_worst(report, at, shown),
@@ -101,6 +105,25 @@ def _missing(report: Report) -> list[float]:
         if is_missing:
             missing.append(at[row.name])
     return missing
+
+
+def _missing_in_words(report: Report) -> str:
+    """Return what the sub-layers without a drawable branch norm have in place of it."""
+    # 1. Whether NaN or Inf is the reason, or there is no norm at all.
+    words: dict[str, None] = {}
+    for row in report.sublayers:
+        norm = row.branch_norm
+        reason = row.notes.get("branch_norm", "")
+        is_lost = "not finite" in reason or "NaN" in reason
+        if norm is not None and not math.isfinite(norm.estimate):
+            is_lost = True
+        if is_lost:
+            words["no finite value"] = None
+        elif norm is None:
+            words["not measured"] = None
+
+    # 2. Both may be there.
+    return " or ".join(words)
 
 
 def _zeros(report: Report) -> list[float]:

@@ -170,7 +170,7 @@ def _gain_panel(depth: DepthView) -> _Panel:
         reason = "every branch norm is 0"
 
     # 3. Sub-layers whose value has no place on the scale.
-    signs = [("x", "no finite value", depth.missing), ("v", "0", depth.zeros)]
+    signs = [("x", depth.missing_words, depth.missing), ("v", "0", depth.zeros)]
     return _Panel(
         figure=figure,
         curves=depth.gains,
