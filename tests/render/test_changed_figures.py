@@ -8,7 +8,7 @@ from typing import Any
 from jacdiag.comparison.match import Pair, are_apart
 from jacdiag.render.content.changed_figures import summarize_changes
 from jacdiag.render.content.compared_curves import compared_curves
-from jacdiag.render.content.compared_figures import factor_words, verdict
+from jacdiag.render.content.compared_figures import cell_words, factor_words, verdict
 
 
 def pair(depth: int | None, old: Any, new: Any, figure: str = "branch_norm") -> Pair:
@@ -102,3 +102,28 @@ def test_the_verdict_on_one_figure_is_in_the_singular() -> None:
     assert verdict(same) == "none of 2 figures differs beyond its interval"
     assert verdict([pair(0, exact(1.0), exact(2.0))]).endswith("; it is the only figure")
     assert verdict([*same, pair(2, exact(1.0), exact(2.0))]).endswith("; 1 of 3 figures differs")
+
+
+def unmeasured(depth: int, old: Any, new: Any) -> Pair:
+    """A figure that both models have, and that was not measured in one of them, or in neither."""
+    name = f"h.{depth}.mlp"
+    return Pair(depth, "mlp", "branch_norm", name, name, old, new, parts=False)
+
+
+def test_a_figure_without_a_value_in_one_model_is_not_counted_as_compared() -> None:
+    same = [pair(k, exact(1.0), exact(1.0)) for k in range(2)]
+    tail = "1 more could not be compared"
+    for lone in (unmeasured(2, exact(1.0), None), unmeasured(2, None, None)):
+        assert verdict([*same, lone]) == f"none of 2 figures differs beyond its interval; {tail}"
+        other = pair(3, exact(1.0), exact(2.0))
+        assert verdict([*same, lone, other]).endswith(f"; 1 of 3 figures differs; {tail}")
+        assert verdict([lone]) == f"no figure was compared; {tail}"
+
+
+def test_a_sub_layer_of_one_model_alone_is_present_there() -> None:
+    """It was measured, but there is nothing to compare its figures with."""
+    lone = Pair(2, "mlp", "sub-layer", "", "h.2.mlp", None, None, parts=True)
+    assert cell_words(lone, lone.old, lone.a) == "missing"
+    assert cell_words(lone, lone.new, lone.b) == "present"
+    lost = unmeasured(2, exact(1.0), None)
+    assert cell_words(lost, lost.new, lost.b) == "not measured"

@@ -57,10 +57,13 @@ def cell_words(pair: Pair, ends: Ends | None, name: str) -> str:
     if ends is not None:
         return ends_words(pair, ends)
 
-    # No figure, of a part that the model has or has not.
-    if name:
-        return "not measured"
-    return "missing"
+    # No figure, of a part that the model has or has not. A sub-layer of one model alone has a pair
+    # without figures.
+    if not name:
+        return "missing"
+    if pair.figure == "sub-layer":
+        return "present"
+    return "not measured"
 
 
 def change_words(pair: Pair) -> str:
@@ -125,19 +128,30 @@ def verdict(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return "nothing in one model has a counterpart in the other"
 
-    # 1. The figures that differ.
+    # 1. The figures that differ. One that a model lacks, or was not measured, was not compared.
     different = [pair for pair in pairs if pair.parts]
+    uncompared = 0
+    for pair in pairs:
+        is_in_both = pair.old is not None and pair.new is not None
+        if not is_in_both and not pair.parts:
+            uncompared += 1
+    figures = len(pairs) - uncompared
+    tail = ""
+    if uncompared:
+        tail = f"; {uncompared} more could not be compared"
     if not different:
-        return _without_difference(len(pairs))
+        return f"{_without_difference(figures)}{tail}"
 
     # 2. The first of them, without control characters in its name.
-    counts = _count_of_differences(len(different), len(pairs))
-    sentence: str = legible(f"{_first_difference(different[0])}; {counts}")
+    counts = _count_of_differences(len(different), figures)
+    sentence: str = legible(f"{_first_difference(different[0])}; {counts}{tail}")
     return sentence
 
 
 def _without_difference(figures: int) -> str:
     """Return that no figure differs, in words."""
+    if not figures:
+        return "no figure was compared"
     if figures == 1:
         return "the one figure does not differ beyond its interval"
     return f"none of {figures} figures differs beyond its interval"
