@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+from jacdiag_cli.diff import _columns
+from jacdiag_cli.streams import grid
+
 from jacdiag.comparison.match import Pair, are_apart
 from jacdiag.render.content.changed_figures import summarize_changes
 from jacdiag.render.content.compared_curves import compared_curves
@@ -127,3 +131,18 @@ def test_a_sub_layer_of_one_model_alone_is_present_there() -> None:
     assert cell_words(lone, lone.new, lone.b) == "present"
     lost = unmeasured(2, exact(1.0), None)
     assert cell_words(lost, lost.new, lost.b) == "not measured"
+
+
+@pytest.mark.parametrize("width", [None, 120, 90, 70, 60])
+def test_no_value_of_a_table_is_cut(width: int | None) -> None:
+    """Cut to its first digit, 0.0458 would be 0."""
+    pairs = [
+        Pair(0, "attention", "core_norm", "a", "a", (0.75, 0.76, 0.78), (0.67, 0.68, 0.7), True),
+        Pair(0, "W_2", "std", "w", "w", (0.053, 0.056, 0.06), (0.043, 0.0458, 0.0485), True),
+    ]
+    text = grid(_columns(pairs, width), width)
+    assert "…" not in text
+    assert "0.670 to 0.700" in text and "0.0458" in text
+    assert ("0.0430 to 0.0485" in text) == (width is None or width > 80)
+    if width is not None:
+        assert max(map(len, text.splitlines())) <= width

@@ -28,7 +28,7 @@ def place_words(pair: Pair) -> str:
     return words
 
 
-def ends_words(pair: Pair, ends: Ends) -> str:
+def ends_words(pair: Pair, ends: Ends, *, with_range: bool = True) -> str:
     """Return one figure of one model.
 
     A norm is written as its interval, a median with the range around it if that is wide.
@@ -36,26 +36,28 @@ def ends_words(pair: Pair, ends: Ends) -> str:
     Args:
         pair: of the figure.
         ends: of one of the models.
+        with_range: write the range around a median.
     """
     lower, middle, upper = ends
     if pair.figure.endswith("_norm"):
         return between(lower, upper)
     is_wide = lower <= 0 or upper > lower * 1.1
-    if is_wide:
+    if is_wide and with_range:
         return f"{three(middle)} ({between(lower, upper)})"
     return three(middle)
 
 
-def cell_words(pair: Pair, ends: Ends | None, name: str) -> str:
+def cell_words(pair: Pair, ends: Ends | None, name: str, *, with_range: bool = True) -> str:
     """Return one figure of one model, or that it has none.
 
     Args:
         pair: of the figure.
         ends: of the model; None without a figure.
         name: of the part in the model; "" if the model lacks it.
+        with_range: write the range around a median.
     """
     if ends is not None:
-        return ends_words(pair, ends)
+        return ends_words(pair, ends, with_range=with_range)
 
     # No figure, of a part that the model has or has not. A sub-layer of one model alone has a pair
     # without figures.
