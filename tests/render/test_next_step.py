@@ -149,7 +149,16 @@ def test_a_branch_is_compared_with_the_thresholds_of_its_placement(
 def test_a_model_that_no_rule_judges_is_told_why() -> None:
     finding = Finding("JD904", "warning", [], "no rule applied")
     report = dataclasses.replace(synthetic.clean(), findings=[finding], rules=[], verdict="unknown")
-    assert of(report) == "jacdiag explain JD904"
+    assert next_step(report).text == (
+        "jacdiag explain JD904   says what the rule checks and what helps"
+    )
+
+    # Other rules may have been decided: it is not said that nothing was.
+    finding = Finding("JD901", "warning", [], "JD101 undecided")
+    report = dataclasses.replace(report, findings=[finding])
+    assert next_step(report).text == (
+        "jacdiag explain JD901   says what the rule checks and what helps"
+    )
 
 
 def test_a_trained_model_is_compared_with_an_earlier_one() -> None:

@@ -89,7 +89,12 @@ def _after_finding(report: Report, finding: Finding) -> NextStep:
         source = shlex.quote(f"hf:{report.source['path']}")
         command = f"jacdiag audit {source} --patch fix.md"
         return NextStep(command, "tries remedies on a fresh model of this config")
-    return NextStep(f"jacdiag explain {finding.code}", "says what the rule checks and what helps")
+    return _explain(finding.code)
+
+
+def _explain(code: str) -> NextStep:
+    """Return the step that shows the page of a rule."""
+    return NextStep(f"jacdiag explain {code}", "says what the rule checks and what helps")
 
 
 def _is_folder_without_remedies(report: Report) -> bool:
@@ -124,7 +129,7 @@ def _after_unknown(report: Report) -> NextStep:
     # 4. No rule that judges the model applied, or nothing could be measured.
     for code in ("JD904", "JD901"):
         if any(finding.code == code for finding in report.findings):
-            return NextStep(f"jacdiag explain {code}", "says why nothing was decided")
+            return _explain(code)
     return NextStep("jacdiag rules", "lists which rules apply to which models")
 
 
