@@ -25,7 +25,15 @@ from render import synthetic
 from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
-from jacdiag.records import AgainstRecord, Finding, Interval, Report
+from jacdiag.records import (
+    AgainstRecord,
+    Finding,
+    Growth,
+    Interval,
+    NetworkRecord,
+    Report,
+    StreamRange,
+)
 from jacdiag.render.content.depth_curves import LOOKS
 from jacdiag.render.content.shared_names import shown_names, with_shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
@@ -545,3 +553,21 @@ def test_a_lonely_point_is_seen() -> None:
         assert all(line.get_marker() not in (None, "", "None") for line in single)
         assert all(line.get_markevery() in (None, [0]) for line in single)
         assert [label for label in axes.get_xticks() if 0 <= label <= 0.4] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("of", "label"),
+    [
+        (4, "depth: layer, counted from the embedding"),
+        (6, "depth: layer, in the order of the forward, on more than one stream"),
+        (0, "depth: layer"),
+    ],
+)
+def test_layers_of_two_streams_are_not_counted_from_one_embedding(of: int, label: str) -> None:
+    base = synthetic.clean(2)
+    stream = StreamRange("h.0.attn", "h.1.mlp", sublayers=4, of=of, layers=2)
+    network = NetworkRecord(growth=Growth(), stream=stream)
+    if not of:
+        network = dataclasses.replace(network, stream=None)
+    figure = draw(dataclasses.replace(base, network=network))
+    assert figure.axes[0].get_xlabel() == label

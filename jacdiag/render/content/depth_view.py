@@ -51,6 +51,7 @@ class DepthView:
         worst: the largest branch norm; None if none is finite.
         gain_limits: thresholds on branch norms.
         names: place on the depth axis -> name of the sub-layer.
+        order: what the layers are counted by; "" if that is not known.
     """
 
     measured: bool
@@ -64,6 +65,7 @@ class DepthView:
     worst: WorstBranch | None
     gain_limits: list[Threshold]
     names: dict[float, str]
+    order: str
 
 
 def build_depth_view(report: Report) -> DepthView:
@@ -86,7 +88,21 @@ def build_depth_view(report: Report) -> DepthView:
         worst=_worst(report, at, shown),
         gain_limits=_gain_limits(report),
         names={place: shown[name] for name, place in at.items()},
+        order=_order_of_layers(report),
     )
+
+
+def _order_of_layers(report: Report) -> str:
+    """Return what the layers are counted by.
+
+    Those of an encoder and a decoder lie on two streams. They follow each other in the forward.
+    """
+    network = report.network
+    if network is None or network.stream is None:
+        return ""
+    if network.stream.is_partial:
+        return "in the order of the forward, on more than one stream"
+    return "counted from the embedding"
 
 
 # -- marks and thresholds --------------------------------------------------------------------------
