@@ -13,6 +13,7 @@ from jacdiag.comparison.match import Pair, are_apart
 from jacdiag.render.content.changed_figures import summarize_changes
 from jacdiag.render.content.compared_curves import compared_curves
 from jacdiag.render.content.compared_figures import cell_words, factor_words, verdict
+from jacdiag.render.html.depth_chart import charts_of_comparison
 
 
 def pair(depth: int | None, old: Any, new: Any, figure: str = "branch_norm") -> Pair:
@@ -89,6 +90,15 @@ def test_curves_of_both_models_mark_where_intervals_are_apart() -> None:
     ]
     assert panel.changed == [(0.0, 2.0)]
     assert curves.names == {0.0: "h.0.mlp", 1.0: "h.1.mlp"}
+
+
+def test_a_std_is_no_factor_and_has_the_unit_of_the_stream() -> None:
+    pairs = [pair(0, exact(1.0), exact(2.0), figure) for figure in ("branch_norm", "shortcut_std")]
+    titles = [chart.title for chart in charts_of_comparison(compared_curves(pairs))]
+    assert titles == [
+        "branch norm ‖J‖ over depth (a factor, no unit)",
+        "shortcut std over depth (in the unit of the residual stream)",
+    ]
 
 
 def test_a_factor_of_one_is_not_printed_as_a_factor() -> None:

@@ -201,7 +201,10 @@ def charts_of_comparison(compared: ComparedCurves) -> list[Chart]:
         note = ""
         if panel.changed:
             note = "A ring: the intervals of A and B are apart."
-        title = f"{panel.title} over depth {_UNIT}"
+        unit = _UNIT
+        if panel.has_unit:
+            unit = "(in the unit of the residual stream)"
+        title = f"{panel.title} over depth {unit}"
         unlaid = _Panel(title, panel.curves, [], panel.changed, note=note)
         charts.append(_build_chart(unlaid, compared.names, compared.last))
     return charts

@@ -31,7 +31,7 @@ _TEXT = 9.5  # points
 _LONGEST_ROW = 3.6  # inches of what a row is called
 _LONGEST_NAME = 32  # characters of what a model is called
 _A_COLOUR, _B_COLOUR = LOOKS[1].colour, LOOKS[0].colour
-_AXIS = "gain, norm or std (no unit, log scale); bar: its interval or range"
+_AXIS = "gain, norm or std (log scale); bar: its interval or range"
 _WORDS = {
     "branch_norm": "branch norm",
     "core_norm": "core norm",
