@@ -571,3 +571,23 @@ def test_layers_of_two_streams_are_not_counted_from_one_embedding(of: int, label
         network = dataclasses.replace(network, stream=None)
     figure = draw(dataclasses.replace(base, network=network))
     assert figure.axes[0].get_xlabel() == label
+
+
+@pytest.mark.parametrize(
+    ("placements", "label"),
+    [
+        (("post", "post"), "‖J_norm (aI + J)‖"),
+        (("sandwich", "sandwich"), "‖aI + J‖"),
+        (("post", "sandwich"), "residual norm"),
+    ],
+)
+def test_the_residual_map_of_post_norm_holds_the_norm(
+    placements: tuple[str, str], label: str
+) -> None:
+    base = synthetic.post(2)
+    rows = [
+        dataclasses.replace(row, placement=placements[row.index % 2])  # type: ignore[arg-type]
+        for row in base.sublayers
+    ]
+    labels = set(texts(draw(dataclasses.replace(base, sublayers=rows))))
+    assert labels & {"‖J_norm (aI + J)‖", "‖aI + J‖", "residual norm"} == {label}
