@@ -292,7 +292,11 @@ def test_the_norm_before_clipping_is_drawn_if_the_loop_passed_it() -> None:
     for row in run.steps:
         row.update(grad_norm=None, clipped=None)
     figure = draw_run(run)
-    assert "orange: after clipping" not in words(panel_of(figure, "gradient norm"))
+    assert words(panel_of(figure, "gradient norm")) == ["after clipping, if there was any"]
+    both = draw_run({"a": run_log(40), "b": run})
+    assert words(panel_of(both, "gradient norm")) == ["b: after clipping, if there was any"]
+    known = draw_run({"a": run_log(40), "c": run_log(40)})
+    assert words(panel_of(known, "gradient norm")) == []
     assert list(panel_of(figure, "gradient norm").lines[0].get_ydata()) == pytest.approx(
         run.column("grad_norm_post")
     )

@@ -374,6 +374,9 @@ def _panel(
         if has_second:
             note, colour = "orange: after clipping", _RUNS[1]
 
+    if name == "gradient":
+        note = note or _note_on_late_norms(drawn)
+
     # 2. The scale.
     _set_scale(panel, name, drawn)
 
@@ -383,6 +386,26 @@ def _panel(
         if lost:
             note, colour = "; ".join(filter(None, [note, lost])), _ALERT["error"]
     _write_note(panel, note, colour)
+
+
+def _note_on_late_norms(drawn: Sequence[_Drawn]) -> str:
+    """Return which runs show the norm after clipping, since the loop passed none before it."""
+    late = []
+    for curve in drawn:
+        is_drawn = "gradient" in curve.panels
+        if is_drawn and not gradient(curve.run).any:
+            late.append(curve.name)
+    if not late:
+        return ""
+
+    # A run that is alone in its picture, or several by name.
+    words = "after clipping, if there was any"
+    if len(late) == len(drawn):
+        return words
+    names = ", ".join(clipped(printable(name), 20) for name in late[:2])
+    if len(late) > 2:
+        names += f" and {len(late) - 2} more"
+    return f"{names}: {words}"
 
 
 def _write_note(panel: Axes, note: str, colour: str) -> None:
