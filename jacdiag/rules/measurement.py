@@ -62,7 +62,7 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
 
     # 3. The reason of each that has none.
     if unmeasured:
-        ways.append("the table says what could not be measured")
+        ways.append("the table of jacdiag audit says what could not be measured")
     return "; ".join(ways)
 
 
