@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from jacdiag_cli.main import main
+from render import synthetic
 from torch import Tensor
 
 import jacdiag
@@ -149,6 +151,21 @@ def test_diff_lists_missing_layers() -> None:
     )
     missing = [p for p in found.parted if p.new is None]
     assert {p.depth for p in missing} == {3} and {p.b for p in missing} == {""}
+
+
+def test_sub_layers_without_a_norm_are_named() -> None:
+    whole = synthetic.clean(4)
+    rows = [replace(row, branch_norm=None) for row in whole.sublayers]
+    partly = replace(whole, sublayers=[*rows[:4], *whole.sublayers[4:]])
+    assert compare(whole, whole).notes == ()
+    assert compare(whole, partly).notes == (
+        "not compared: branch norm of transformer.h.0.attn, transformer.h.0.mlp, "
+        "transformer.h.1.attn and 1 more, not measured in B",
+    )
+    assert len(compare(partly, partly).notes) == 2
+
+    # Of weights alone nothing was to be measured.
+    assert compare(whole, replace(whole, sublayers=rows)).notes == ()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

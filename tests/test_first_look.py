@@ -78,7 +78,9 @@ def test_the_first_look_costs_what_the_report_says() -> None:
 def test_one_forward_decides_the_shortcut_and_nothing_else() -> None:
     _, looks = shown()
     everywhere = JudgedSublayers(judged=4, of=4)
-    assert looks[0].conditions == Conditions("unknown", "not met", everywhere, everywhere)
+    names = [row.name for row in looks[0].sublayers]
+    nowhere = JudgedSublayers(judged=0, of=4, not_judged={"not measured": names})
+    assert looks[0].conditions == Conditions("unknown", "not met", nowhere, everywhere)
     (line,) = first_look_lines(looks[0])
     assert line == "first look: large shortcut not met; small sub-layers not measured yet"
 

@@ -14,7 +14,16 @@ from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
 from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_text
 from jacdiag_cli.report_files import check_html
-from jacdiag_cli.streams import CommandInvocation, TableColumn, emit, grid, model_output, room, show
+from jacdiag_cli.streams import (
+    CommandInvocation,
+    TableColumn,
+    emit,
+    grid,
+    model_output,
+    room,
+    row_width,
+    show,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -251,7 +260,8 @@ def _show(view: ComparisonView, output_format: str, all_rows: bool, *, aside: bo
     show("\n".join(view.model_lines) + "\n\n", aside=aside)
     shown = view.shown_pairs(all_rows=all_rows)
     if shown:
-        show(grid(_columns(shown), room(stderr=aside)) + "\n", aside=aside)
+        width = room(stderr=aside)
+        show(grid(_columns(shown, width), width) + "\n", aside=aside)
 
     # 3. What changed, the verdict, and what limits it.
     lines = [*view.summary.lines, view.verdict]
@@ -259,12 +269,35 @@ def _show(view: ComparisonView, output_format: str, all_rows: bool, *, aside: bo
     show("\n".join(lines) + "\n", aside=aside)
 
 
-def _columns(pairs: Sequence[Pair]) -> list[TableColumn]:
-    """Return the columns of a table of pairs."""
+def _columns(pairs: Sequence[Pair], width: int | None) -> list[TableColumn]:
+    """Return the columns of a table of pairs.
+
+    A value is not cut. On a narrow terminal those of weights and shortcuts have no range, and layer
+    and part share a column.
+
+    Args:
+        pairs: a row each.
+        width: of the terminal; None for no limit.
+    """
+    from jacdiag.render.formats import diff as layout
+
+    # 1. All columns, if those that stay have room.
+    columns = _full_columns(layout.rows(pairs))
+    if width is None or row_width(columns[: _ALWAYS_SHOWN + 1]) <= width:
+        return columns
+
+    # 2. Less of each.
+    depth, part, *others = _full_columns(layout.rows(pairs, with_range=False))
+    places = [" ".join(words) for words in zip(depth.cells, part.cells, strict=True)]
+    return [TableColumn(f"{depth.title}, {part.title}", places, 100), *others]
+
+
+def _full_columns(rows: Sequence[tuple[str, ...]]) -> list[TableColumn]:
+    """Return the columns of the rows of a table of pairs."""
     from jacdiag.render.formats import diff as layout
 
     columns = []
-    for index, cells in enumerate(zip(*layout.rows(pairs), strict=True)):
+    for index, cells in enumerate(zip(*rows, strict=True)):
         # The last column is the first to go on a narrow terminal.
         interest = 100
         if index > _ALWAYS_SHOWN:

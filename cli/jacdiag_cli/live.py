@@ -120,7 +120,7 @@ def _single_frame(
 
     # 1. The frame.
     with terminal.capture() as held:
-        frame = screen(run, str(path), terminal.width, height, state=state)
+        frame = screen(run, str(path), terminal.width, height, state=state, is_followed=False)
         terminal.print(frame, height=height)
     text = held.get()
 

@@ -235,13 +235,13 @@ def _fitting(columns: Sequence[TableColumn], width: int | None) -> list[TableCol
     droppable = [column for column in columns if column.interest < 100]
     droppable.sort(key=lambda column: column.interest)
     for column in droppable:
-        if _row_width(shown) <= width:
+        if row_width(shown) <= width:
             break
         shown.remove(column)
     return shown
 
 
-def _row_width(columns: Sequence[TableColumn]) -> int:
+def row_width(columns: Sequence[TableColumn]) -> int:
     """Return the width of a row, with two spaces between its cells."""
     return sum(column.width + 2 for column in columns) - 2
 

@@ -19,6 +19,7 @@ from jacdiag.records import Interval, Report, SublayerRecord, WeightRecord
 FIGURES = ("shortcut_std", "norm_gain", "core_norm", "branch_norm")
 FUSED = {"W_QKV": ("W_Q", "W_K", "W_V"), "W_KV": ("W_K", "W_V"), "W_gate_up": ("W_gate", "W_1")}
 _NOT_COMPARED = ("", "bias", "norm_gain", "scale")  # vectors are judged by the contract alone
+_MOST_NAMES = 3  # of sub-layers, in a note
 _ROUNDING = 1e-3  # two runs of one model, in other kernels, may differ by so much
 _ORDER = (
     "W_Q",
@@ -132,6 +133,23 @@ def _notes(a: Report, b: Report) -> Iterable[str]:
             f"{spoken(probe_of_b)} of B"
         )
     yield from _note_on_random_probes(a, b)
+    yield from _notes_on_unmeasured(a, b)
+
+
+def _notes_on_unmeasured(a: Report, b: Report) -> Iterable[str]:
+    """Yield which sub-layers of a measured model have no norm to compare."""
+    for letter, report in (("A", a), ("B", b)):
+        # 1. A model whose weights alone were read has no norms at all.
+        rows = numbered_rows(report.sublayers).values()
+        names = [row.name for row in rows if row.branch_norm is None]
+        if not names or len(names) == len(rows):
+            continue
+
+        # 2. The first few of them.
+        listed = ", ".join(names[:_MOST_NAMES])
+        if len(names) > _MOST_NAMES:
+            listed += f" and {len(names) - _MOST_NAMES} more"
+        yield f"not compared: branch norm of {listed}, not measured in {letter}"
 
 
 def _note_on_random_probes(a: Report, b: Report) -> Iterable[str]:

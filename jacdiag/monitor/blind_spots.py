@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from jacdiag.monitor.batches import Batches
+from jacdiag.records import Report
+from jacdiag.rules.wording import list_names
 
 FIRST_STEPS = 5  # a loop that evaluates or warms up before it trains has trained by then
 _WINDOW = 20  # rows in which a ceiling of the gradient norm is looked for
@@ -80,6 +82,32 @@ class Silence:
                 "the Jacobian probe runs on random tokens, not on data of the run: no batch had "
                 "been seen when it was "
                 f"first needed. {_PASS_PROBE}",
+            )
+
+    def look_at_probe(self, report: Report) -> None:
+        """Say which sub-layers the probe cannot measure, once.
+
+        NaN and Inf are left out: a live rule says those.
+
+        Args:
+            report: of a probe.
+        """
+        # 1. The sub-layers, with the reason of the first.
+        names = []
+        first_reason = ""
+        for row in report.sublayers:
+            reason = row.notes.get("branch_norm", "")
+            is_lost = "not finite" in reason
+            if row.branch_norm is None and reason and not is_lost:
+                names.append(row.name)
+                first_reason = first_reason or reason
+
+        # 2. The sentence.
+        if names:
+            self.warn(
+                "unmeasured sub-layers",
+                f"the Jacobian probe cannot measure {list_names(names)}, whose norms JD504 does "
+                f"not watch: {first_reason}",
             )
 
     def _look_at_batches(self, kind: str, batches: Batches, probe: ProbeState) -> None:

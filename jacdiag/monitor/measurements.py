@@ -684,6 +684,7 @@ class Measurements:
             announced: seconds that were predicted, or that the last probe took.
         """
         self.record.live.know(report)
+        self.record.silence.look_at_probe(report)
         self.findings = report.findings
         verdict = self.record.live.probe(step, series)
         row = {

@@ -468,6 +468,12 @@ class Report(Record):
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def distrusted(self) -> set[str]:
+        """Names of sub-layers whose replay differs from the model: their figures are not used."""
+        checks: dict[str, Any] = self.settings.get("checks", {})
+        return set(checks.get("replay") or {})
+
+    @property
     def is_observed(self) -> bool:
         """Whether the model is trained and was compared with nothing, whatever else fired.
 

@@ -42,7 +42,7 @@ def _compare_with_cuts(
     """
     rows = context.rows(rule)
     if not rows:
-        judged = _judged_sublayers(context, rule, [])
+        judged = _judged_sublayers(context, rule, [], [])
         return CheckOutcome(0, note=_why_not(context, rule), judged=judged)
 
     # 1. Place each figure between its cuts.
@@ -69,12 +69,16 @@ def _compare_with_cuts(
     undecided = [figure.row.name for figure in compared if figure.is_undecided]
     conditions = {figure.row.name: figure.condition for figure in compared}
     note = _note_of_uncalibrated(uncalibrated)
-    judged = _judged_sublayers(context, rule, uncalibrated)
+    unmeasured = [figure.row for figure in compared if figure.value is None]
+    judged = _judged_sublayers(context, rule, uncalibrated, unmeasured)
     return CheckOutcome(len(compared), findings, undecided, note, conditions, judged)
 
 
 def _judged_sublayers(
-    context: RuleContext, rule: Rule, uncalibrated: Sequence[SublayerRecord]
+    context: RuleContext,
+    rule: Rule,
+    uncalibrated: Sequence[SublayerRecord],
+    unmeasured: Sequence[SublayerRecord],
 ) -> JudgedSublayers | None:
     """Return which sub-layers on the stream a rule judged, and why it did not judge the others.
 
@@ -82,6 +86,7 @@ def _judged_sublayers(
         context: of the evaluation.
         rule: that judges.
         uncalibrated: sub-layers that it applies to and for which there is no threshold.
+        unmeasured: sub-layers that it applies to and that have no figure it could compare.
     """
     # 1. Without a run of the model there are no figures.
     report = context.report
@@ -90,6 +95,7 @@ def _judged_sublayers(
 
     # 2. Those that were not judged, by reason.
     has_no_threshold = {row.name for row in uncalibrated}
+    has_no_figure = {row.name for row in unmeasured}
     on_stream = [row for row in report.sublayers if not row.nested]
     not_judged: dict[str, list[str]] = {}
     for row in on_stream:
@@ -97,6 +103,8 @@ def _judged_sublayers(
             reason = placement_in_words(row)
         elif row.name in has_no_threshold:
             reason = f"no threshold is calibrated for {row.kind}"
+        elif row.name in has_no_figure:
+            reason = context.distrusted.get(row.name, "not measured")
         else:
             continue
         not_judged.setdefault(reason, []).append(row.name)

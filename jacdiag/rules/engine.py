@@ -348,6 +348,10 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
     # The cuts of cores differ by kind of sub-layer.
     for kind in dict.fromkeys(row.kind for row in report.sublayers):
         shown[f"core_norm.{kind}"] = cuts("core_norm", kind, 1 / scale)
+
+    # Those of branches differ by placement.
+    for placement in dict.fromkeys(row.placement for row in report.sublayers if row.placement):
+        shown[f"branch_norm.{placement}"] = cuts("branch_norm", placement)
     return shown
 
 

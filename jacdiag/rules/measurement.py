@@ -44,9 +44,10 @@ def _undecided(context: RuleContext, rule: Rule) -> CheckOutcome:
 
 
 def _decide_by(context: RuleContext, names: list[str]) -> str:
-    """Return what decides what is open.
+    """Return what decides what is open; "" if nothing here does.
 
-    More products do where there is an interval. Where NaN came in between, no number of them does.
+    More products do where there is an interval. They do not where NaN came in between, or where
+    the replay differs.
     """
     # 1. Sub-layers that NaN or Inf hides.
     unmeasured = _unmeasured(context, names)
@@ -56,12 +57,23 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
         ways.append(f"NaN or Inf hides {hidden}, and more products do not help: {_mend(context)}")
 
     # 2. The others have an interval, which may be too wide.
-    if len(unmeasured) < len(names):
+    if _has_interval(context, names):
         ways.append("more products (--max-products), or --dtype float64")
 
-    # 3. The reason of each.
-    ways.append("the table says what could not be measured")
+    # 3. The reason of each that has none.
+    if unmeasured:
+        ways.append("the table of jacdiag audit says what could not be measured")
     return "; ".join(ways)
+
+
+def _has_interval(context: RuleContext, names: Container[str]) -> bool:
+    """Return whether one of the sub-layers of these names has a branch norm that is used."""
+    for row in context.report.sublayers:
+        is_open = row.name in names and row.name not in context.distrusted
+        if is_open and row.branch_norm is not None:
+            return True
+
+    return False
 
 
 def _unmeasured(context: RuleContext, names: Container[str]) -> list[SublayerRecord]:

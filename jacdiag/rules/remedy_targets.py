@@ -89,7 +89,8 @@ def _worst(report: Report, name: str) -> list[float] | None:
     uppers = []
     for row in report.sublayers:
         interval = getattr(row, name)
-        if interval is not None:
+        is_trusted = row.name not in report.distrusted
+        if interval is not None and is_trusted:
             lowers.append(interval.lower)
             uppers.append(interval.upper)
 

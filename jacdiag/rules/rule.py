@@ -87,8 +87,7 @@ class RuleContext:
     @property
     def distrusted(self) -> Mapping[str, str]:
         """Sub-layers whose figures cannot be trusted, with the reason."""
-        replay = self.report.settings.get("checks", {}).get("replay", {})
-        return dict.fromkeys(replay, "its replay differs from the whole model")
+        return dict.fromkeys(self.report.distrusted, "its replay differs from the whole model")
 
     def level(self, rule: Rule, cut: Level) -> Level:
         """Return the level at which a rule may fire.

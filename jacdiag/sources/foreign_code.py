@@ -34,9 +34,18 @@ def model_code() -> Iterator[None]:
         if not is_foreign(error):
             raise
 
-        raise TraceError(
-            "the model's code raised when it was run again", got=own_frames(error)
-        ) from error
+        what, hint = "the model's code raised when it was run again", None
+        if _is_in_backward(error):
+            what = "a backward of the model's own raised"
+            hint = "every branch is differentiated: a plain PyTorch version of it can be measured"
+        raise TraceError(what, got=own_frames(error), hint=hint) from error
+
+
+def _is_in_backward(error: BaseException) -> bool:
+    """Return whether an error was raised in the backward of a custom autograd.Function."""
+    torch_folder = str(Path(torch.__file__ or "").parent)
+    frames = _frames_outside((torch_folder, str(_PACKAGE), _FROZEN), error)
+    return any(frame.name in ("backward", "vjp") for frame in frames)
 
 
 def is_foreign(error: BaseException) -> bool:

@@ -305,6 +305,11 @@ def test_a_parallel_branch_that_cannot_be_measured_leaves_the_other(
     if not is_measured:
         assert "once_differentiable" in other.notes["branch_norm"]
 
+    # The condition counts the branches that it was judged at.
+    judged = report.conditions.small_sublayers_judged
+    assert judged is not None and judged.of == 2
+    assert judged.not_judged.get("not measured", []) == [other.name] * (not is_measured)
+
 
 def test_the_cost_of_a_report_is_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Core, branch, residual map and the check of the replay share their first product."""

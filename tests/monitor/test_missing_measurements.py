@@ -11,6 +11,7 @@ import pytest
 import torch
 from monitor.rig import adam, batch, lines, small
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import jacdiag
 from jacdiag.monitor.blind_spots import FIRST_STEPS, Silence
@@ -283,3 +284,45 @@ def test_healthy_gradient_norms_are_no_ceiling() -> None:
 def test_the_first_steps_are_few() -> None:
     """A message that comes after thousands of steps is of no use."""
     assert FIRST_STEPS <= 10
+
+
+# -- sub-layers that the probe cannot measure ------------------------------------------------------
+class CutOff(torch.autograd.Function):
+    """Tanh with a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class CutOffAfter(nn.Module):
+    """A module whose output goes through that function."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return CutOff.apply(self.inner(x))
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_sub_layer_that_the_probe_cannot_measure_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_cut: bool
+) -> None:
+    model = small(dropout=0.0)
+    if is_cut:
+        model.transformer["h"][1].mlp.c_proj = CutOffAfter(model.transformer["h"][1].mlp.c_proj)
+    run(tmp_path, model=model)
+    texts = messages(caplog)
+    assert len(texts) == is_cut
+    for text in texts:
+        assert "cannot measure transformer.h.1.mlp, whose norms JD504 does not watch" in text
+        assert "once_differentiable" in text

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+from jacdiag_cli.diff import _columns
+from jacdiag_cli.streams import grid
+
 from jacdiag.comparison.match import Pair, are_apart
 from jacdiag.render.content.changed_figures import summarize_changes
 from jacdiag.render.content.compared_curves import compared_curves
-from jacdiag.render.content.compared_figures import factor_words, verdict
+from jacdiag.render.content.compared_figures import cell_words, factor_words, verdict
+from jacdiag.render.html.depth_chart import charts_of_comparison
 
 
 def pair(depth: int | None, old: Any, new: Any, figure: str = "branch_norm") -> Pair:
@@ -87,6 +92,15 @@ def test_curves_of_both_models_mark_where_intervals_are_apart() -> None:
     assert curves.names == {0.0: "h.0.mlp", 1.0: "h.1.mlp"}
 
 
+def test_a_std_is_no_factor_and_has_the_unit_of_the_stream() -> None:
+    pairs = [pair(0, exact(1.0), exact(2.0), figure) for figure in ("branch_norm", "shortcut_std")]
+    titles = [chart.title for chart in charts_of_comparison(compared_curves(pairs))]
+    assert titles == [
+        "branch norm ‖J‖ over depth (a factor, no unit)",
+        "shortcut std over depth (in the unit of the residual stream)",
+    ]
+
+
 def test_a_factor_of_one_is_not_printed_as_a_factor() -> None:
     assert factor_words(pair(0, exact(1.0), exact(1.004))) == "less than 1% apart"
     assert factor_words(pair(0, exact(1.004), exact(1.0))) == "less than 1% apart"
@@ -102,3 +116,43 @@ def test_the_verdict_on_one_figure_is_in_the_singular() -> None:
     assert verdict(same) == "none of 2 figures differs beyond its interval"
     assert verdict([pair(0, exact(1.0), exact(2.0))]).endswith("; it is the only figure")
     assert verdict([*same, pair(2, exact(1.0), exact(2.0))]).endswith("; 1 of 3 figures differs")
+
+
+def unmeasured(depth: int, old: Any, new: Any) -> Pair:
+    """A figure that both models have, and that was not measured in one of them, or in neither."""
+    name = f"h.{depth}.mlp"
+    return Pair(depth, "mlp", "branch_norm", name, name, old, new, parts=False)
+
+
+def test_a_figure_without_a_value_in_one_model_is_not_counted_as_compared() -> None:
+    same = [pair(k, exact(1.0), exact(1.0)) for k in range(2)]
+    tail = "1 more could not be compared"
+    for lone in (unmeasured(2, exact(1.0), None), unmeasured(2, None, None)):
+        assert verdict([*same, lone]) == f"none of 2 figures differs beyond its interval; {tail}"
+        other = pair(3, exact(1.0), exact(2.0))
+        assert verdict([*same, lone, other]).endswith(f"; 1 of 3 figures differs; {tail}")
+        assert verdict([lone]) == f"no figure was compared; {tail}"
+
+
+def test_a_sub_layer_of_one_model_alone_is_present_there() -> None:
+    """It was measured, but there is nothing to compare its figures with."""
+    lone = Pair(2, "mlp", "sub-layer", "", "h.2.mlp", None, None, parts=True)
+    assert cell_words(lone, lone.old, lone.a) == "missing"
+    assert cell_words(lone, lone.new, lone.b) == "present"
+    lost = unmeasured(2, exact(1.0), None)
+    assert cell_words(lost, lost.new, lost.b) == "not measured"
+
+
+@pytest.mark.parametrize("width", [None, 120, 90, 70, 60])
+def test_no_value_of_a_table_is_cut(width: int | None) -> None:
+    """Cut to its first digit, 0.0458 would be 0."""
+    pairs = [
+        Pair(0, "attention", "core_norm", "a", "a", (0.75, 0.76, 0.78), (0.67, 0.68, 0.7), True),
+        Pair(0, "W_2", "std", "w", "w", (0.053, 0.056, 0.06), (0.043, 0.0458, 0.0485), True),
+    ]
+    text = grid(_columns(pairs, width), width)
+    assert "…" not in text
+    assert "0.670 to 0.700" in text and "0.0458" in text
+    assert ("0.0430 to 0.0485" in text) == (width is None or width > 80)
+    if width is not None:
+        assert max(map(len, text.splitlines())) <= width

@@ -62,6 +62,12 @@ def test_what_has_no_finite_value_is_said() -> None:
     assert "no finite value" in report_page(synthetic.broken(4))
     assert "no finite value" not in report_page(synthetic.clean(4))
 
+    # One that no product can measure is another thing.
+    base = synthetic.clean(4)
+    rows = [dataclasses.replace(base.sublayers[0], branch_norm=None), *base.sublayers[1:]]
+    unmeasured = dataclasses.replace(base, sublayers=rows)
+    assert "not measured" in [text.text for text in charts(unmeasured)[0].labels]
+
 
 def test_points_of_the_weights_alone_have_markers_and_those_of_a_bound_have_none() -> None:
     [alone] = charts(synthetic.weights_tier(4))

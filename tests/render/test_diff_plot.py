@@ -128,6 +128,10 @@ def test_what_has_no_place_is_said() -> None:
     assert "A is 0" in texts(draw(view_of([pair(0, zero, known)])))
     both = draw(view_of([pair(0, known, (3.0, 4.0, 5.0)), pair(1, zero, None)]))
     assert "1 of 2 figures that differ have no value above 0 to draw." in texts(both)
+    lone = Pair(2, "mlp", "sub-layer", "", "h.2.mlp", None, None, parts=True)
+    alone = texts(draw(view_of([pair(0, known, (3.0, 4.0, 5.0)), lone])))
+    assert "Not drawn: 1 sub-layer in one model alone." in alone
+    assert not any("no value above 0" in text for text in alone)
     same = draw(view_of([pair(0, known, known, parts=False)]))
     assert "nothing to draw" in texts(same)
     assert_clear([pair(0, known, known, parts=False)], NAMES)

@@ -276,7 +276,45 @@ def test_no_next_probe_is_said_if_there_is_none() -> None:
         assert "next probe" not in shown(run, 120, 40)
 
 
+# -- numbers that fit, and sub-layers that have none -----------------------------------------------
+@pytest.mark.parametrize(("width", "is_shown"), [(60, False), (80, True)])
+def test_a_gain_is_shown_whole_or_not_at_all(width: int, is_shown: bool) -> None:
+    """Cut to its first digit, 0.785 would be 0."""
+    run = probed(0.785, 0.785, names=("h.0.attn", "h.0.mlp"))
+    middle = column(shown(run, width), 1)
+    assert ("0.785" in middle) == is_shown
+    assert ("a number: the last" in middle) == is_shown
+    assert not re.search(r"[·░▒▓█] 0(?!\.)", middle.replace("░ 0.3", ""))
+
+
+def test_a_sub_layer_that_no_probe_measures_has_a_row() -> None:
+    rows = [{"name": name, "depth": 0} for name in ("h.0.attn", "h.0.mlp")]
+    run = probed(1.0, 1.0, sublayers=rows)
+    assert re.search(r"h\.0\.mlp +–", column(shown(run), 1))
+    assert "h.0.mlp" not in shown(probed(1.0, 1.0))
+
+
+@pytest.mark.parametrize(("share", "words"), [(1.2, "1.2 x steps' time"), (0.5, "50.0% of steps'")])
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_what_probes_cost_is_not_cut(width: int, share: float, words: str) -> None:
+    run = run_log(100)
+    run.prices.append({"probe_share": share})
+    text = column(shown(run, width, 40), 0)
+    if width == 200:
+        words = words.replace("x steps' time", "times the time of").replace("of steps'", "of the")
+    assert words in text and "x the" not in text
+
+
 # -- a frame that is printed once ------------------------------------------------------------------
+def test_only_a_screen_that_follows_the_run_says_how_to_leave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_log(tmp_path, 300)
+    assert main(["live", str(folder), "--once"]) == 0
+    assert "Ctrl-C" not in capsys.readouterr().out
+    assert "Ctrl-C leaves" in shown(run_log(300))
+
+
 def test_once_prints_the_alerts_in_full_below_the_frame(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

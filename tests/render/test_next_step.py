@@ -11,6 +11,8 @@ from render.test_remedies import GOOD, POOR, with_remedies
 
 from jacdiag.records import AgainstRecord, Finding, Interval, Report, RuleResult
 from jacdiag.render.content.next_step import next_step
+from jacdiag.render.content.severity import is_across as is_across_threshold
+from jacdiag.render.content.severity import marks
 from jacdiag.render.formats import markdown
 from jacdiag.render.terminal.gate import render as gate_screen
 from jacdiag.render.view import build_view
@@ -90,10 +92,73 @@ def test_an_interval_across_a_threshold_is_measured_narrower() -> None:
     assert "--tol" not in of(dataclasses.replace(report, sublayers=rows))
 
 
+@pytest.mark.parametrize(
+    ("core", "is_across"),
+    [
+        (Interval(0.4, 0.39, 0.41, 0.999), True),
+        (Interval(0.4, 0.41, 0.42, 0.999), False),
+        (Interval(0.8, 0.79, 0.81, 0.999), True),
+        (None, False),
+    ],
+)
+def test_a_core_is_compared_with_the_thresholds_of_its_kind(
+    core: Interval | None, is_across: bool
+) -> None:
+    """Thresholds of cores are for a kind each, and the lowest of them leaves a rule open too."""
+    base = synthetic.clean(2)
+    rows = [dataclasses.replace(base.sublayers[0], core_norm=core), *base.sublayers[1:]]
+    cuts = {"core_norm": {}, "core_norm.attention": {"info": 0.4, "warning": 0.8}}
+    report = dataclasses.replace(
+        base,
+        sublayers=rows,
+        rules=[RuleResult("JD101", "unknown", 4, "small-sublayers")],
+        verdict="unknown",
+        settings={**base.settings, "thresholds": cuts},
+    )
+    assert ("--tol" in of(report)) == is_across
+    mark = marks(report).get((rows[0].name, "core_norm"))
+    assert (mark == "undecided") == is_across
+
+
+@pytest.mark.parametrize(("placement", "is_across"), [("pre", False), ("post", True)])
+def test_a_branch_is_compared_with_the_thresholds_of_its_placement(
+    placement: str, is_across: bool
+) -> None:
+    base = synthetic.clean(2)
+    norm = Interval(4.0, 3.9, 4.1, 0.999)
+    row = dataclasses.replace(base.sublayers[0], branch_norm=norm, placement=placement)
+    cuts = {
+        "branch_norm": {"warning": 10.0},
+        "branch_norm.pre": {"warning": 10.0},
+        "branch_norm.post": {"info": 4.0},
+    }
+    report = dataclasses.replace(
+        base,
+        sublayers=[row, *base.sublayers[1:]],
+        rules=[RuleResult("JD103", "unknown", 4, "amplification")],
+        settings={**base.settings, "thresholds": cuts, "stratum": "pre"},
+    )
+    assert is_across_threshold(report, row, "branch_norm") == is_across
+
+    # An older report has those of the usual placement alone.
+    settings = {**report.settings, "thresholds": {"branch_norm": {"warning": 4.0}}}
+    older = dataclasses.replace(report, settings=settings)
+    assert is_across_threshold(older, row, "branch_norm") == (placement == "pre")
+
+
 def test_a_model_that_no_rule_judges_is_told_why() -> None:
     finding = Finding("JD904", "warning", [], "no rule applied")
     report = dataclasses.replace(synthetic.clean(), findings=[finding], rules=[], verdict="unknown")
-    assert of(report) == "jacdiag explain JD904"
+    assert next_step(report).text == (
+        "jacdiag explain JD904   says what the rule checks and what helps"
+    )
+
+    # Other rules may have been decided: it is not said that nothing was.
+    finding = Finding("JD901", "warning", [], "JD101 undecided")
+    report = dataclasses.replace(report, findings=[finding])
+    assert next_step(report).text == (
+        "jacdiag explain JD901   says what the rule checks and what helps"
+    )
 
 
 def test_a_trained_model_is_compared_with_an_earlier_one() -> None:

@@ -25,7 +25,15 @@ from render import synthetic
 from render.picture_overlaps import overlaps
 
 from jacdiag.errors import JacdiagError
-from jacdiag.records import AgainstRecord, Finding, Interval, Report
+from jacdiag.records import (
+    AgainstRecord,
+    Finding,
+    Growth,
+    Interval,
+    NetworkRecord,
+    Report,
+    StreamRange,
+)
 from jacdiag.render.content.depth_curves import LOOKS
 from jacdiag.render.content.shared_names import shown_names, with_shown_names
 from jacdiag.render.plots.report_plot import _STYLE, draw, save
@@ -520,6 +528,17 @@ def test_kinds_are_told_apart_in_grey_and_without_green_cones() -> None:
 def test_what_has_no_place_on_the_scale_is_said() -> None:
     assert {"no finite value", "attention", "FFN"} <= set(texts(draw(synthetic.broken())))
     assert "no finite value" not in texts(draw(ODD["zeros"]))
+    assert not any("not measured" in text for text in texts(draw(synthetic.broken())))
+    base = synthetic.vanilla(4)
+    why = {"branch_norm": "a backward in it has no derivative"}
+    rows = list(base.sublayers)
+    rows[1] = dataclasses.replace(rows[1], branch_norm=None, notes=why)
+    unmeasured = dataclasses.replace(base, sublayers=rows)
+    assert "not measured" in texts(draw(unmeasured))
+    assert "no finite value" not in texts(draw(unmeasured))
+    rows[2] = synthetic.broken().sublayers[2]
+    both = dataclasses.replace(base, sublayers=rows)
+    assert "not measured or no finite value" in texts(draw(both))
     assert {"every branch norm is 0", "0"} <= set(texts(draw(ODD["zeros"])))
     assert "nothing could be measured" in texts(draw(ODD["no sub-layers"]))
     top = draw(ODD["no upper ends"]).axes[0]
@@ -534,3 +553,41 @@ def test_a_lonely_point_is_seen() -> None:
         assert all(line.get_marker() not in (None, "", "None") for line in single)
         assert all(line.get_markevery() in (None, [0]) for line in single)
         assert [label for label in axes.get_xticks() if 0 <= label <= 0.4] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("of", "label"),
+    [
+        (4, "depth: layer, counted from the embedding"),
+        (6, "depth: layer, in the order of the forward, on more than one stream"),
+        (0, "depth: layer"),
+    ],
+)
+def test_layers_of_two_streams_are_not_counted_from_one_embedding(of: int, label: str) -> None:
+    base = synthetic.clean(2)
+    stream = StreamRange("h.0.attn", "h.1.mlp", sublayers=4, of=of, layers=2)
+    network = NetworkRecord(growth=Growth(), stream=stream)
+    if not of:
+        network = dataclasses.replace(network, stream=None)
+    figure = draw(dataclasses.replace(base, network=network))
+    assert figure.axes[0].get_xlabel() == label
+
+
+@pytest.mark.parametrize(
+    ("placements", "label"),
+    [
+        (("post", "post"), "‖J_norm (aI + J)‖"),
+        (("sandwich", "sandwich"), "‖aI + J‖"),
+        (("post", "sandwich"), "residual norm"),
+    ],
+)
+def test_the_residual_map_of_post_norm_holds_the_norm(
+    placements: tuple[str, str], label: str
+) -> None:
+    base = synthetic.post(2)
+    rows = [
+        dataclasses.replace(row, placement=placements[row.index % 2])  # type: ignore[arg-type]
+        for row in base.sublayers
+    ]
+    labels = set(texts(draw(dataclasses.replace(base, sublayers=rows))))
+    assert labels & {"‖J_norm (aI + J)‖", "‖aI + J‖", "residual norm"} == {label}

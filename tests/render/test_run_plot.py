@@ -20,6 +20,7 @@ from jacdiag.errors import UsageError
 from jacdiag.records.run_log import RunLog, read_run
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.plots.picture_file import STYLE
+from jacdiag.render.plots.run_heatmap import heat_of
 from jacdiag.render.plots.run_plot import (
     FIGURES,
     SIZES,
@@ -211,9 +212,54 @@ def test_the_bold_line_is_the_mean_of_the_last_steps_and_lies_over_the_raw_one()
     assert list(mean.get_ydata()) == pytest.approx(expected)
     assert mean.get_linewidth() > raw.get_linewidth() and mean.get_alpha() > raw.get_alpha()
     [legend] = draw_run(run, RunPlot(smooth=4)).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["mean of the last 4 steps"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "loss, gradient norm: mean of the last 4 steps"
+    ]
     plain = draw_run(run, RunPlot(smooth=1))
     assert plain.legends == [] and len(panel_of(plain, "loss").lines) == 1
+
+
+@pytest.mark.parametrize(("smooth", "clips", "updates"), [(4, 20, 10), (1, 20, 0), (50, 50, 50)])
+def test_each_panel_says_what_its_own_line_is_the_mean_of(
+    smooth: int, clips: int, updates: int
+) -> None:
+    run = run_log(500, spike=200)
+    figure = draw_run(run, RunPlot(smooth=smooth))
+    clipping = panel_of(figure, "clipped steps, %")
+    assert words(clipping)[-1:] == [f"of the last {clips} steps"]
+    shares = [100.0 * row["clipped"] for row in run.steps]
+    expected = [np.mean(shares[max(k + 1 - clips, 0) : k + 1]) for k in range(len(shares))]
+    assert list(clipping.lines[0].get_ydata()) == pytest.approx(expected)
+
+    # Without a mean there are only dots.
+    note = f"line: mean of the last {updates} dots"
+    assert (note in words(panel_of(figure, "update / weight norm"))) == (updates > 0)
+
+    # The legend is about the panels that are drawn.
+    alone = draw_run(run, RunPlot(smooth=smooth, figures=("clip", "update")))
+    assert alone.legends == []
+
+
+def test_a_sub_layer_that_no_probe_measures_is_a_row_without_a_colour() -> None:
+    run = run_log(200)
+    assert not any("white" in text for text in words(panel_of(draw_run(run), "branch norm ‖J‖")))
+    rows = [{"name": name, "depth": k // 2} for k, name in enumerate(NAMES)]
+    run.probes[0]["report"] = {"sublayers": rows}
+    for row in run.probes:
+        del row["figures"]["branch_norm"][NAMES[3]]
+    panel = panel_of(draw_run(run), "branch norm ‖J‖")
+    assert words(panel)[-1] == "white: not measured"
+    assert heat_of(run).names == NAMES, "in the order of depth"
+    run.probes[-1]["figures"]["branch_norm"][NAMES[0]] = 0.0
+    assert heat_of(run).gaps_in_words == "0 or not measured"
+
+
+@pytest.mark.parametrize(("width", "lines"), [(7.0, 2), (16.0, 1)])
+def test_a_title_that_is_too_long_for_one_line_has_two(width: float, lines: int) -> None:
+    run = run_log(300, spike=200, findings=FINDINGS)
+    title = title_of(draw_run(run, RunPlot(size=(width, 6.0))))
+    assert len(title.splitlines()) == lines
+    assert "report at step 0: " in title and "…" not in title
 
 
 def test_means_leave_out_what_is_not_finite_and_gaps_stay() -> None:
@@ -226,9 +272,12 @@ def test_means_leave_out_what_is_not_finite_and_gaps_stay() -> None:
 def test_lost_steps_are_marked_and_said_and_finite_ones_are_not() -> None:
     figure = draw_run(run_log(300, lost=280))
     for title in ("loss", "gradient norm"):
-        assert "not finite from 280, 21 steps" in words(panel_of(figure, title))
+        [note] = [text for text in words(panel_of(figure, title)) if "not finite" in text]
+        assert note.endswith("not finite from 280, 21 steps")
         crosses = [line for line in panel_of(figure, title).lines if line.get_marker() == "x"]
         assert crosses[0].get_xdata().tolist() == list(range(280, 301))
+    # The line after clipping is still named.
+    assert note.startswith("orange: after clipping; ")
     healthy = draw_run(run_log(300))
     assert not any("not finite" in text for panel in healthy.axes for text in words(panel))
     run = run_log(300)
@@ -243,7 +292,11 @@ def test_the_norm_before_clipping_is_drawn_if_the_loop_passed_it() -> None:
     for row in run.steps:
         row.update(grad_norm=None, clipped=None)
     figure = draw_run(run)
-    assert "orange: after clipping" not in words(panel_of(figure, "gradient norm"))
+    assert words(panel_of(figure, "gradient norm")) == ["after clipping, if there was any"]
+    both = draw_run({"a": run_log(40), "b": run})
+    assert words(panel_of(both, "gradient norm")) == ["b: after clipping, if there was any"]
+    known = draw_run({"a": run_log(40), "c": run_log(40)})
+    assert words(panel_of(known, "gradient norm")) == []
     assert list(panel_of(figure, "gradient norm").lines[0].get_ydata()) == pytest.approx(
         run.column("grad_norm_post")
     )
@@ -368,7 +421,10 @@ def test_a_spike_keeps_its_height_though_the_mean_hides_it() -> None:
     heights = [max(line.get_ydata()) for line in panel.lines if line.get_marker() == "."]
     assert heights == pytest.approx([top])
     words = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert words == ["mean of the last 100 steps", "a step far above the mean"]
+    assert words == [
+        "loss, gradient norm: mean of the last 100 steps",
+        "a step far above the mean",
+    ]
 
     # A healthy run has no such step, and the picture does not speak of one.
     figure = draw_run(run_log(2000), RunPlot(smooth=100))

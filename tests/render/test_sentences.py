@@ -260,8 +260,25 @@ def test_what_to_do_is_each_remedy_once_and_the_loudest_first() -> None:
     assert len(advice) == 2 and "tried on a copy of this model: it helps" in advice[1]
     assert lines.to_do(synthetic.clean()) == ["nothing: no rule fired"]
     assert "--model FACTORY" in lines.to_do(synthetic.weights_tier())[0]
-    open_ = dataclasses.replace(synthetic.clean(), verdict="unknown")
-    assert "--tol" in lines.to_do(open_)[0], "undecided is not nothing to do"
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        (Interval(9.9, 9.0, 11.0), "--tol"),
+        (Interval(5.0, 4.9, 5.1), "what could not be measured"),
+        (None, "what could not be measured"),
+    ],
+)
+def test_narrower_intervals_are_asked_for_only_if_one_lies_across_a_threshold(
+    norm: Interval | None, words: str
+) -> None:
+    base = synthetic.clean(2)
+    rows = [dataclasses.replace(base.sublayers[0], branch_norm=norm), *base.sublayers[1:]]
+    rules = [RuleResult("JD103", "unknown", 4, "amplification")]
+    open_ = dataclasses.replace(base, sublayers=rows, rules=rules, verdict="unknown")
+    (advice,) = lines.to_do(open_)
+    assert words in advice
 
 
 def test_your_rung_on_the_ladder_stands_between_its_neighbours() -> None:

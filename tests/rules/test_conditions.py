@@ -455,6 +455,103 @@ def test_the_outlook_of_a_remedy_says_where_the_conditions_were_judged() -> None
     assert effect(remedy).endswith(", both conditions met")
 
 
+def one_unmeasured() -> list[SublayerRecord]:
+    """Return healthy sub-layers, the last of which has no norm. Its shortcut is known."""
+    rows = healthy()
+    why = {"branch_norm": "a backward in it has no derivative"}
+    rows[3] = replace(rows[3], branch_norm=None, core_norm=None, notes=why)
+    return rows
+
+
+def test_a_sublayer_without_a_norm_is_not_judged() -> None:
+    made = judged(one_unmeasured())
+    small = JudgedSublayers(3, 4, {"not measured": ["h.1.mlp"]})
+    assert made.conditions == Conditions("unknown", "met", small, JudgedSublayers(4, 4))
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["small sub-layers"].text == (
+        "largest core norm times √(2N) 0.999 to 1.01, at h.0.attn; judged at 3 of 4 sub-layers, "
+        "not at h.1.mlp (not measured)"
+    )
+    assert "judged at" not in lines["large shortcut"].text
+    assert headline(made) == (
+        "Large shortcut met, small sub-layers unknown (judged at 3 of 4 sub-layers): worst branch "
+        "norm 0.499 to 0.501 at h.0.attn (known at 3 of 4 sub-layers)"
+    )
+    titles = [panel.title for panel in build_condition_panels(made)]
+    assert titles == [
+        "Small sub-layers: undecided, 3 of 4 sub-layers judged",
+        "Large shortcut: met",
+    ]
+    after = outlook(made)
+    assert after.small_sublayers_judged == JudgedSublayers(3, 4)
+    assert after.large_shortcut_judged == JudgedSublayers(4, 4)
+
+
+def test_an_interval_across_a_threshold_was_judged() -> None:
+    rows = healthy()
+    rows[3] = replace(rows[3], core_norm=Interval(2.0 / SCALE, 1.95 / SCALE, 2.05 / SCALE, 0.999))
+    made = judged(rows)
+    assert made.conditions.small_sublayers == "unknown"
+    assert made.conditions.small_sublayers_judged == JudgedSublayers(4, 4)
+
+
+def test_a_shortcut_that_is_not_known_was_not_judged() -> None:
+    rows = one_unmeasured()
+    rows[3] = replace(rows[3], norm_gain=None, shortcut_std=None)
+    made = judged(rows)
+    judged_at = JudgedSublayers(3, 4, {"not measured": ["h.1.mlp"]})
+    assert made.conditions == Conditions("unknown", "unknown", judged_at, judged_at)
+    assert headline(made).startswith("Both conditions unknown (judged at 3 of 4 sub-layers): ")
+
+
+def test_without_any_norm_the_line_says_that_nothing_was_judged() -> None:
+    rows = [replace(row, branch_norm=None, core_norm=None) for row in healthy()]
+    made = judged(rows)
+    assert made.conditions.small_sublayers_judged == JudgedSublayers(
+        0, 4, {"not measured": [row.name for row in rows]}
+    )
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["small sub-layers"].text == (
+        "not judged at h.0.attn, h.0.mlp, h.1.attn and 1 more (not measured)"
+    )
+    assert headline(made) == "Large shortcut met, small sub-layers unknown"
+
+
+def test_no_sentence_quotes_a_figure_whose_replay_differs() -> None:
+    rows = healthy()
+    rows[0] = replace(rows[0], core_norm=narrow(50.0), branch_norm=narrow(40.0))
+    trusted = {"checks": {"deterministic": True, "non_finite": [], "replay": {}}}
+    differs = {"checks": {**trusted["checks"], "replay": {"h.0.attn": 0.7}}}
+
+    # 1. It differs at one sub-layer, the one with the largest norms.
+    made = judged(rows, settings=differs)
+    assert made.conditions.small_sublayers_judged == JudgedSublayers(
+        3, 4, {"its replay differs from the whole model": ["h.0.attn"]}
+    )
+    lines = {line.label: line for line in verdict_lines(made)}
+    assert lines["small sub-layers"].text == (
+        "largest core norm times √(2N) 0.999 to 1.01, at h.0.mlp; judged at 3 of 4 sub-layers, "
+        "not at h.0.attn (its replay differs from the whole model)"
+    )
+    assert "0.501 at h.0.mlp (known at 3 of 4 sub-layers)" in headline(made)
+    assert outlook(made).branch_norm == pytest.approx([0.4995, 0.5005])
+    (finding,) = findings(made, "JD901")
+    assert "--max-products" not in finding.fix
+
+    # 2. It agrees everywhere.
+    made = judged(rows, settings=trusted)
+    assert made.conditions.small_sublayers_judged == JudgedSublayers(4, 4)
+    assert headline(made).endswith("at h.0.attn")
+    assert outlook(made).branch_norm == pytest.approx([39.96, 40.04])
+
+
+def test_the_worst_branch_that_no_rule_judges_says_at_how_many_it_is_known() -> None:
+    rows = [replace(row, placement="sandwich") for row in one_unmeasured()]
+    for group, is_partial in ((rows, True), (rows[:3], False)):
+        lines = {line.label: line for line in verdict_lines(judged(group))}
+        assert lines["looked at"].text.endswith("; known at 3 of 4 sub-layers)") == is_partial
+
+
 def test_a_report_of_an_older_version_quotes_the_pre_norm_sublayers() -> None:
     made = judged(half_sandwich())
     old = replace(made, conditions=Conditions("met", "met"))

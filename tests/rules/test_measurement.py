@@ -88,9 +88,18 @@ def test_advice_on_a_nan_names_the_weight_and_not_more_products() -> None:
         judged(rows, settings={"checks": {"non_finite": ["h.0.mlp.weight"]}}), "JD901"
     )
     assert "h.0.mlp.weight" in finding.fix and "--max-products" not in finding.fix
+    # A gate and an annotation have no table of their own.
+    assert "the table of jacdiag audit says what could not be measured" in finding.fix
     rows[0] = replace(rows[0], branch_norm=Interval(1.0, 0.9, 1.1, 0.999))
     (finding,) = findings(judged(rows), "JD901")
     assert "NaN" in finding.fix and "--max-products" in finding.fix
+
+
+def test_a_table_is_referred_to_only_if_a_norm_is_missing() -> None:
+    rows = healthy()
+    rows[0] = replace(rows[0], branch_norm=Interval(1.0, 0.9, 1.1, 0.999))
+    (finding,) = findings(judged(rows), "JD901")
+    assert finding.fix == "more products (--max-products), or --dtype float64"
 
 
 def test_a_rule_that_matched_nothing_is_not_applicable_and_said() -> None:

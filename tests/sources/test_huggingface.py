@@ -196,6 +196,41 @@ def test_config_alone_builds_a_seeded_fresh_model(tmp_path: Path, as_file: bool)
     ) == pytest.approx(0.02, rel=0.1)
 
 
+BART = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "architectures", "name"),
+    [
+        (hf.BartConfig(**BART), None, "BartForConditionalGeneration"),
+        (hf.BartConfig(**BART, is_encoder_decoder=False), None, "BartForCausalLM"),
+        (hf.BartConfig(**BART), ["BartForCausalLM"], "BartForCausalLM"),
+        (hf.BartConfig(**BART), ["BartModel"], "BartModel"),
+        (
+            hf.T5Config(d_model=32, d_kv=8, num_layers=1, d_ff=64),
+            None,
+            "T5ForConditionalGeneration",
+        ),
+        (hf.GPT2Config(n_embd=32, n_layer=1, n_head=4), None, "GPT2LMHeadModel"),
+    ],
+)
+def test_an_encoder_decoder_is_built_with_both_unless_a_class_is_named(
+    tmp_path: Path, config: Any, architectures: list[str] | None, name: str
+) -> None:
+    config.architectures = architectures
+    config.save_pretrained(tmp_path)
+    assert type(load(f"hf:{tmp_path}").model).__name__ == name
+
+
 def test_fields_of_the_config_can_be_changed(tmp_path: Path) -> None:
     model().config.save_pretrained(tmp_path)
     found: Any = load(f"hf:{tmp_path}", model_args={"n_layer": 1}).model

@@ -124,10 +124,11 @@ COLUMNS: tuple[Column, ...] = (
         key="residual_norm",
         title="residual norm",
         meaning="The spectral norm of the entire sub-layer's Jacobian, shortcut and branch "
-        "together. It is left out for pre-norm, where it is nearly 1 + branch norm.",
-        symbol="‖aI + J‖",
-        formula="the largest singular value of ∂ (a x + f(x)) / ∂ x; a is the factor on the "
-        "shortcut",
+        "together, and in post-norm the norm after their sum. It is left out for pre-norm, where "
+        "it is nearly 1 + branch norm.",
+        symbol="‖aI + J‖; ‖J_norm (aI + J)‖ in post-norm",
+        formula="the largest singular value of ∂ (a x + f(x)) / ∂ x, or of ∂ norm(a x + f(x)) / "
+        "∂ x in post-norm; a is the factor on the shortcut",
         unit=_NO_UNIT,
         rules=("JD104",),
     ),

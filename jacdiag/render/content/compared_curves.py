@@ -31,11 +31,13 @@ class ComparedPanel:
 
     Attributes:
         title: what the figure is.
+        has_unit: it is in the unit of the residual stream. The other figures are factors.
         curves: of A in dashes, of B solid; per kind of sub-layer.
         changed: place and value of B where the two intervals are apart.
     """
 
     title: str
+    has_unit: bool
     curves: list[DepthCurve]
     changed: list[tuple[float, float]]
 
@@ -71,9 +73,9 @@ def compared_curves(pairs: Sequence[Pair]) -> ComparedCurves:
 
     # 2. A panel for each figure.
     panels = []
-    for figure, title in _FIGURES.items():
+    for figure in _FIGURES:
         of_figure = [pair for pair in of_sublayers if pair.figure == figure]
-        panel = _panel(title, of_figure, at)
+        panel = _panel(figure, of_figure, at)
         if panel.curves:
             panels.append(panel)
 
@@ -106,11 +108,11 @@ def _places(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
     return at
 
 
-def _panel(title: str, pairs: Sequence[Pair], at: dict[tuple[str, str], float]) -> ComparedPanel:
+def _panel(figure: str, pairs: Sequence[Pair], at: dict[tuple[str, str], float]) -> ComparedPanel:
     """Return the panel of one figure.
 
     Args:
-        title: what the figure is.
+        figure: such as "core_norm".
         pairs: of this figure.
         at: where each sub-layer stands.
     """
@@ -126,7 +128,8 @@ def _panel(title: str, pairs: Sequence[Pair], at: dict[tuple[str, str], float]) 
         if pair.parts and has_point:
             assert pair.new is not None
             changed.append((at[_key(pair)], pair.new[1]))
-    return ComparedPanel(title, drawable_curves(curves), changed)
+    has_unit = figure == "shortcut_std"
+    return ComparedPanel(_FIGURES[figure], has_unit, drawable_curves(curves), changed)
 
 
 def _curves_of_kind(

@@ -28,7 +28,7 @@ def place_words(pair: Pair) -> str:
     return words
 
 
-def ends_words(pair: Pair, ends: Ends) -> str:
+def ends_words(pair: Pair, ends: Ends, *, with_range: bool = True) -> str:
     """Return one figure of one model.
 
     A norm is written as its interval, a median with the range around it if that is wide.
@@ -36,31 +36,36 @@ def ends_words(pair: Pair, ends: Ends) -> str:
     Args:
         pair: of the figure.
         ends: of one of the models.
+        with_range: write the range around a median.
     """
     lower, middle, upper = ends
     if pair.figure.endswith("_norm"):
         return between(lower, upper)
     is_wide = lower <= 0 or upper > lower * 1.1
-    if is_wide:
+    if is_wide and with_range:
         return f"{three(middle)} ({between(lower, upper)})"
     return three(middle)
 
 
-def cell_words(pair: Pair, ends: Ends | None, name: str) -> str:
+def cell_words(pair: Pair, ends: Ends | None, name: str, *, with_range: bool = True) -> str:
     """Return one figure of one model, or that it has none.
 
     Args:
         pair: of the figure.
         ends: of the model; None without a figure.
         name: of the part in the model; "" if the model lacks it.
+        with_range: write the range around a median.
     """
     if ends is not None:
-        return ends_words(pair, ends)
+        return ends_words(pair, ends, with_range=with_range)
 
-    # No figure, of a part that the model has or has not.
-    if name:
-        return "not measured"
-    return "missing"
+    # No figure, of a part that the model has or has not. A sub-layer of one model alone has a pair
+    # without figures.
+    if not name:
+        return "missing"
+    if pair.figure == "sub-layer":
+        return "present"
+    return "not measured"
 
 
 def change_words(pair: Pair) -> str:
@@ -125,19 +130,30 @@ def verdict(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return "nothing in one model has a counterpart in the other"
 
-    # 1. The figures that differ.
+    # 1. The figures that differ. One that a model lacks, or was not measured, was not compared.
     different = [pair for pair in pairs if pair.parts]
+    uncompared = 0
+    for pair in pairs:
+        is_in_both = pair.old is not None and pair.new is not None
+        if not is_in_both and not pair.parts:
+            uncompared += 1
+    figures = len(pairs) - uncompared
+    tail = ""
+    if uncompared:
+        tail = f"; {uncompared} more could not be compared"
     if not different:
-        return _without_difference(len(pairs))
+        return f"{_without_difference(figures)}{tail}"
 
     # 2. The first of them, without control characters in its name.
-    counts = _count_of_differences(len(different), len(pairs))
-    sentence: str = legible(f"{_first_difference(different[0])}; {counts}")
+    counts = _count_of_differences(len(different), figures)
+    sentence: str = legible(f"{_first_difference(different[0])}; {counts}{tail}")
     return sentence
 
 
 def _without_difference(figures: int) -> str:
     """Return that no figure differs, in words."""
+    if not figures:
+        return "no figure was compared"
     if figures == 1:
         return "the one figure does not differ beyond its interval"
     return f"none of {figures} figures differs beyond its interval"

@@ -145,10 +145,20 @@ def residual_curves(report: Report) -> list[DepthCurve]:
     if report.tier == "weights" or is_split(report):
         return []
     curves = [
-        _single(report, "residual_norm", "‖aI + J‖"),
+        _single(report, "residual_norm", _residual_label(report)),
         _single(report, "out_norm_gain", "out-norm gain"),
     ]
     return drawable_curves(curves)
+
+
+def _residual_label(report: Report) -> str:
+    """Return the symbol of the residual map. In post-norm it holds the norm after the sum."""
+    placements = {row.placement for row in report.sublayers}
+    if "post" not in placements:
+        return "‖aI + J‖"
+    if placements == {"post"}:
+        return "‖J_norm (aI + J)‖"
+    return "residual norm"
 
 
 def is_drawable(value: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jacdiag.records import Interval, Report
@@ -44,11 +45,13 @@ class DepthView:
         conditions: the two lower panels of a model whose branches do. A picture has these or
             `residuals`.
         missing: places of sub-layers that should have a branch norm and have none.
+        missing_words: what these have in place of it.
         zeros: places of branches that add nothing.
         last: the largest place on the depth axis.
         worst: the largest branch norm; None if none is finite.
         gain_limits: thresholds on branch norms.
         names: place on the depth axis -> name of the sub-layer.
+        order: what the layers are counted by; "" if that is not known.
     """
 
     measured: bool
@@ -56,11 +59,13 @@ class DepthView:
     residuals: list[DepthCurve]
     conditions: list[ConditionPanel]
     missing: list[float]
+    missing_words: str
     zeros: list[float]
     last: float
     worst: WorstBranch | None
     gain_limits: list[Threshold]
     names: dict[float, str]
+    order: str
 
 
 def build_depth_view(report: Report) -> DepthView:
@@ -77,12 +82,27 @@ def build_depth_view(report: Report) -> DepthView:
         residuals=residual_curves(report),
         conditions=build_condition_panels(report),
         missing=_missing(report),
+        missing_words=_missing_in_words(report),
         zeros=_zeros(report),
         last=max(at.values(), default=1.0),
         worst=_worst(report, at, shown),
         gain_limits=_gain_limits(report),
         names={place: shown[name] for name, place in at.items()},
+        order=_order_of_layers(report),
     )
+
+
+def _order_of_layers(report: Report) -> str:
+    """Return what the layers are counted by.
+
+    Those of an encoder and a decoder lie on two streams. They follow each other in the forward.
+    """
+    network = report.network
+    if network is None or network.stream is None:
+        return ""
+    if network.stream.is_partial:
+        return "in the order of the forward, on more than one stream"
+    return "counted from the embedding"
 
 
 # -- marks and thresholds --------------------------------------------------------------------------
@@ -101,6 +121,25 @@ def _missing(report: Report) -> list[float]:
         if is_missing:
             missing.append(at[row.name])
     return missing
+
+
+def _missing_in_words(report: Report) -> str:
+    """Return what the sub-layers without a drawable branch norm have in place of it."""
+    # 1. Whether NaN or Inf is the reason, or there is no norm at all.
+    words: dict[str, None] = {}
+    for row in report.sublayers:
+        norm = row.branch_norm
+        reason = row.notes.get("branch_norm", "")
+        is_lost = "not finite" in reason or "NaN" in reason
+        if norm is not None and not math.isfinite(norm.estimate):
+            is_lost = True
+        if is_lost:
+            words["no finite value"] = None
+        elif norm is None:
+            words["not measured"] = None
+
+    # 2. Both may be there.
+    return " or ".join(words)
 
 
 def _zeros(report: Report) -> list[float]:

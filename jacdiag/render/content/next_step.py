@@ -13,10 +13,9 @@ from jacdiag.render.content.command_line import (
     words_of,
 )
 from jacdiag.render.content.replay_verdict import replay_advice
-from jacdiag.render.content.severity import FIELD_OF_RULE, at_least, is_across, open_rules
+from jacdiag.render.content.severity import at_least, has_interval_across_threshold
 from jacdiag.rules.remedy_targets import aims
 
-_CONDITION_RULES = tuple(FIELD_OF_RULE)
 _ONLY_AUDIT = ("--replay", "--against", "--probes")  # options with a value that a gate lacks
 _NARROWER = 5  # how many times narrower the intervals of the next command are
 _MORE_PRODUCTS = 1000  # five times the default
@@ -90,7 +89,12 @@ def _after_finding(report: Report, finding: Finding) -> NextStep:
         source = shlex.quote(f"hf:{report.source['path']}")
         command = f"jacdiag audit {source} --patch fix.md"
         return NextStep(command, "tries remedies on a fresh model of this config")
-    return NextStep(f"jacdiag explain {finding.code}", "says what the rule checks and what helps")
+    return _explain(finding.code)
+
+
+def _explain(code: str) -> NextStep:
+    """Return the step that shows the page of a rule."""
+    return NextStep(f"jacdiag explain {code}", "says what the rule checks and what helps")
 
 
 def _is_folder_without_remedies(report: Report) -> bool:
@@ -115,7 +119,7 @@ def _after_unknown(report: Report) -> NextStep:
         return NextStep(f"{shlex.join(words)} --budget SECONDS", "gives the gate more time")
 
     # 3. Intervals that lie across a threshold.
-    if _has_interval_across_threshold(report):
+    if has_interval_across_threshold(report):
         tolerance = float(report.settings.get("tol") or _TOLERANCE) / _NARROWER
         options = f"--tol {tolerance:g}"
         if not has_option(report, "--max-products"):
@@ -125,7 +129,7 @@ def _after_unknown(report: Report) -> NextStep:
     # 4. No rule that judges the model applied, or nothing could be measured.
     for code in ("JD904", "JD901"):
         if any(finding.code == code for finding in report.findings):
-            return NextStep(f"jacdiag explain {code}", "says why nothing was decided")
+            return _explain(code)
     return NextStep("jacdiag rules", "lists which rules apply to which models")
 
 
@@ -201,15 +205,3 @@ def _loudest(report: Report) -> Finding | None:
     """Return the first of the loudest findings that are a warning or an error."""
     loud = [finding for finding in report.findings if at_least(finding.level, "warning")]
     return max(loud, key=lambda finding: LEVELS.index(finding.level), default=None)
-
-
-def _has_interval_across_threshold(report: Report) -> bool:
-    """Return whether narrower intervals can decide a rule about norms."""
-    open_codes = open_rules(report)
-    for code in _CONDITION_RULES:
-        if code not in open_codes:
-            continue
-        field = FIELD_OF_RULE[code]
-        if any(is_across(report, row, field) for row in report.sublayers):
-            return True
-    return False

@@ -25,6 +25,7 @@ __all__ = [
     "judged_rows",
     "judged_sublayers",
     "judged_words",
+    "known_share",
     "left_out",
     "legible",
     "model_words",
@@ -539,7 +540,10 @@ def _worst_gain(report: Report) -> str:
     if worst is None:
         return ""
     record, norm = worst
-    return f"worst branch norm {spoken(norm)} at {record.name}"
+    share = known_share(report)
+    if share:
+        share = f" ({share})"
+    return f"worst branch norm {spoken(norm)} at {record.name}{share}"
 
 
 def _comparison(report: Report) -> str:
@@ -565,12 +569,34 @@ def _weights_headline(report: Report) -> str:
 
 
 def worst_branch(report: Report) -> tuple[SublayerRecord, Interval] | None:
-    """Return the sub-layer with the largest finite branch norm, and that norm."""
+    """Return the sub-layer with the largest finite branch norm, and that norm.
+
+    A norm that is not trusted does not count.
+    """
     measured = []
     for row in report.sublayers:
         norm = row.branch_norm
-        if norm and math.isfinite(norm.estimate):
+        is_trusted = row.name not in report.distrusted
+        if norm and is_trusted and math.isfinite(norm.estimate):
             measured.append((row, norm))
     if not measured:
         return None
     return max(measured, key=lambda pair: pair[1].estimate)
+
+
+def known_share(report: Report) -> str:
+    """Return at how many sub-layers the branch norm is known; "" if at all.
+
+    It stands next to the worst norm: a branch whose norm is not known may have a larger one.
+    """
+    # 1. A norm that is not trusted is not known.
+    known = 0
+    for row in report.sublayers:
+        is_trusted = row.name not in report.distrusted
+        if row.branch_norm is not None and is_trusted:
+            known += 1
+
+    # 2. Some of them.
+    if known == len(report.sublayers):
+        return ""
+    return f"known at {known} of {plural(len(report.sublayers), 'sub-layer')}"

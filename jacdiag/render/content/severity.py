@@ -116,18 +116,45 @@ def _compares(report: Report, code: str) -> bool:
 def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
     """Return whether the interval of a figure holds one of its thresholds.
 
-    No rule can decide then.
+    No rule can decide then, and a narrower interval may let it.
     """
     value = getattr(row, field)
-    if not isinstance(value, Interval):
-        return False  # it was not measured
-    for level in ("warning", "error"):
-        limit = threshold(report, field, level)
-        if limit is None:
-            continue
-        if value.side_of(limit) == "across":
+    if not isinstance(value, Interval) or row.name in report.distrusted:
+        return False  # it was not measured, or its interval is not used
+    for limit in _limits_of(report, row, field).values():
+        if limit is not None and value.side_of(limit) == "across":
             return True
     return False
+
+
+def has_interval_across_threshold(report: Report) -> bool:
+    """Return whether narrower intervals can decide a rule about norms."""
+    open_codes = open_rules(report)
+    for code, field in FIELD_OF_RULE.items():
+        if code not in open_codes:
+            continue
+        if any(is_across(report, row, field) for row in report.sublayers):
+            return True
+    return False
+
+
+def _limits_of(report: Report, row: SublayerRecord, field: str) -> dict[str, float | None]:
+    """Return the thresholds of a figure of one sub-layer, by level.
+
+    Those of a core differ by kind, and those of a branch by placement.
+    """
+    # 1. Those of its own kind or placement.
+    thresholds: dict[str, dict[str, float | None]] = report.settings.get("thresholds", {})
+    stratum = {"core_norm": row.kind, "branch_norm": row.placement}.get(field)
+    own = thresholds.get(f"{field}.{stratum}")
+    if own is not None:
+        return own
+
+    # 2. An older report holds the thresholds of branches of the usual placement alone.
+    usual = report.settings.get("stratum") or row.placement
+    if field == "branch_norm" and row.placement != usual:
+        return {}
+    return thresholds.get(field, {})
 
 
 def guilty(report: Report) -> dict[str, str]:

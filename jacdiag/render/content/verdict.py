@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.errors import clipped
-from jacdiag.records import LEVELS, Finding, Interval, Report, RuleResult, SublayerRecord
+from jacdiag.records import (
+    LEVELS,
+    Finding,
+    Interval,
+    JudgedSublayers,
+    Report,
+    RuleResult,
+    SublayerRecord,
+)
 from jacdiag.records.number_format import (
     ABSENT,
     between,
@@ -29,10 +37,12 @@ from jacdiag.render.content.sentences import (
     counted_once,
     judged_rows,
     judged_sublayers,
+    known_share,
     plural,
     status_words,
     worst_branch,
 )
+from jacdiag.render.content.severity import has_interval_across_threshold
 from jacdiag.rules.thresholds import load_healthy
 
 CONDITIONS = {"JD101": "small sub-layers", "JD102": "large shortcut"}
@@ -191,7 +201,7 @@ def _condition(report: Report, code: str) -> list[Line]:
     if figure:
         text = figure + _judged_where(report, code)
     else:
-        text = _note_of_rule(report, code)
+        text = _note_of_rule(report, code) or _judged_nowhere(report, code)
     return [Line(label, text, status, level)]
 
 
@@ -209,10 +219,23 @@ def _judged_where(report: Report, code: str) -> str:
         return ""
 
     # 2. The others, by reason.
+    return f"; judged at {share}, not at {_left_out(judged)}"
+
+
+def _judged_nowhere(report: Report, code: str) -> str:
+    """Return why a condition was judged at no sub-layer; "" if it was, or if that is not known."""
+    judged = judged_sublayers(report, code)
+    if judged is None or judged.judged or not judged.not_judged:
+        return ""
+    return f"not judged at {_left_out(judged)}"
+
+
+def _left_out(judged: JudgedSublayers) -> str:
+    """Return the sub-layers that were not judged, by reason: "h.0.attn (not measured)"."""
     left_out = []
     for reason, names in judged.not_judged.items():
         left_out.append(f"{some(names)} ({reason})")
-    return f"; judged at {share}, not at {' and '.join(left_out)}"
+    return " and ".join(left_out)
 
 
 def _note_of_rule(report: Report, code: str) -> str:
@@ -303,7 +326,8 @@ def _judged_branch_gain(report: Report) -> str:
     judged = "judged by no rule"
     if _matched_gain_rule(report):
         judged = "JD103 judges it by its placement"
-    return f"worst branch norm {spoken(gain)} at {row.name} ({judged})"
+    facts = "; ".join(filter(None, [judged, known_share(report)]))
+    return f"worst branch norm {spoken(gain)} at {row.name} ({facts})"
 
 
 def _matched_gain_rule(report: Report) -> bool:
@@ -654,7 +678,11 @@ def _others(report: Report) -> Line | None:
     # 3. This model among them.
     gain = worst[1].estimate
     ladder = _ladder(rungs, gain)
-    text = f"worst branch norm  {ladder}  ({norms}, at init{_widths(report, rungs)})"
+    basis = f"{norms}, at init{_widths(report, rungs)}"
+    share = known_share(report)
+    if share:
+        basis += f"; this model's norm is {share}"
+    text = f"worst branch norm  {ladder}  ({basis})"
     return Line("other models", text)
 
 
@@ -876,6 +904,8 @@ def _without_remedy(report: Report) -> str:
 
     # 2. Nothing fired.
     if not report.findings:
+        if is_undecided and any(rule.status == "unknown" for rule in report.rules):
+            return "the table says what could not be measured"
         if is_undecided:
             return "nothing: no selected rule applied"
         return "nothing: no rule fired"
@@ -889,17 +919,7 @@ def _without_remedy(report: Report) -> str:
 
 def _could_measure_more(report: Report) -> bool:
     """Return whether a measurement, or one with more products, could decide the verdict."""
-    return report.tier == "weights" or _norms_judged(report)
-
-
-def _norms_judged(report: Report) -> bool:
-    """Return whether a rule is undecided, or compared norms with its thresholds."""
-    for rule in report.rules:
-        if rule.status == "unknown":
-            return True
-        if rule.matched and rule.code.startswith("JD1"):
-            return True
-    return False
+    return report.tier == "weights" or has_interval_across_threshold(report)
 
 
 def cost(report: Report) -> str:

@@ -18,12 +18,17 @@ from jacdiag.render.formats.markdown import escaped, table_row
 HEAD = tuple(column.title for column in DIFF_COLUMNS)
 
 
-def rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    """Return one row of cells per pair, under `HEAD`."""
-    return [_row(pair) for pair in pairs]
+def rows(pairs: Sequence[Pair], *, with_range: bool = True) -> list[tuple[str, ...]]:
+    """Return one row of cells per pair, under `HEAD`.
+
+    Args:
+        pairs: a row each.
+        with_range: write the range around a median.
+    """
+    return [_row(pair, with_range) for pair in pairs]
 
 
-def _row(pair: Pair) -> tuple[str, ...]:
+def _row(pair: Pair, with_range: bool) -> tuple[str, ...]:
     """Return the cells of one figure of both models."""
     # 1. What may be missing.
     depth, ratio = "-", ""
@@ -36,7 +41,8 @@ def _row(pair: Pair) -> tuple[str, ...]:
     mark = ""
     if pair.parts:
         mark = "◀"
-    first, second = cell_words(pair, pair.old, pair.a), cell_words(pair, pair.new, pair.b)
+    first = cell_words(pair, pair.old, pair.a, with_range=with_range)
+    second = cell_words(pair, pair.new, pair.b, with_range=with_range)
     return depth, pair.part, figure_words(pair.figure), first, second, ratio, mark
 
 

@@ -148,6 +148,7 @@ class _Panel:
         missed: place and value of the points with a ring.
         named: the kinds of sub-layers are named in this chart.
         absent: places of what has no place on the scale.
+        absent_words: what these have in place of a value.
         note: what its marks mean.
     """
 
@@ -157,6 +158,7 @@ class _Panel:
     missed: list[tuple[float, float]]
     named: bool = True
     absent: tuple[float, ...] = ()
+    absent_words: str = ""
     note: str = ""
 
 
@@ -171,7 +173,15 @@ def charts_of(depth: DepthView) -> list[Chart]:
     if depth.measured:
         title, limits = "branch norm ‖J‖ over depth", depth.gain_limits
     absent = tuple(depth.missing)
-    panels = [_Panel(f"{title} {_UNIT}", depth.gains, limits, [], absent=absent)]
+    gains = _Panel(
+        f"{title} {_UNIT}",
+        depth.gains,
+        limits,
+        [],
+        absent=absent,
+        absent_words=depth.missing_words,
+    )
+    panels = [gains]
 
     # 2. The two conditions, or the residual map. A kind is named once.
     named = {curve.label for curve in depth.gains}
@@ -191,7 +201,10 @@ def charts_of_comparison(compared: ComparedCurves) -> list[Chart]:
         note = ""
         if panel.changed:
             note = "A ring: the intervals of A and B are apart."
-        title = f"{panel.title} over depth {_UNIT}"
+        unit = _UNIT
+        if panel.has_unit:
+            unit = "(in the unit of the residual stream)"
+        title = f"{panel.title} over depth {unit}"
         unlaid = _Panel(title, panel.curves, [], panel.changed, note=note)
         charts.append(_build_chart(unlaid, compared.names, compared.last))
     return charts
@@ -318,7 +331,7 @@ def _texts(panel: _Panel, limits: list[Threshold]) -> list[_Text]:
     for limit in limits:
         texts.append(_Text(limit.text, [limit.value], _limit_style(limit), "limit"))
     if panel.absent:
-        texts.append(_Text("no finite value", [], "", "sign"))
+        texts.append(_Text(panel.absent_words, [], "", "sign"))
     return texts
 
 

@@ -13,7 +13,7 @@ from jacdiag.records.output_file import write_output
 from jacdiag.render.content.compared_figures import OUTSIDE, PARTS, change_size
 from jacdiag.render.content.compared_models import ComparedModel, ComparisonView
 from jacdiag.render.content.depth_curves import INK, LOOKS, PALE
-from jacdiag.render.content.sentences import legible
+from jacdiag.render.content.sentences import legible, plural
 from jacdiag.render.plots.picture_file import STYLE, check_suffix, picture_bytes
 from jacdiag.render.plots.text_layout import fit_headline, fit_lines, shorten, text_width
 
@@ -31,7 +31,7 @@ _TEXT = 9.5  # points
 _LONGEST_ROW = 3.6  # inches of what a row is called
 _LONGEST_NAME = 32  # characters of what a model is called
 _A_COLOUR, _B_COLOUR = LOOKS[1].colour, LOOKS[0].colour
-_AXIS = "gain, norm or std (no unit, log scale); bar: its interval or range"
+_AXIS = "gain, norm or std (log scale); bar: its interval or range"
 _WORDS = {
     "branch_norm": "branch norm",
     "core_norm": "core norm",
@@ -148,6 +148,28 @@ def _is_short(name: str) -> bool:
     return text_width(name, _TEXT) <= _LONGEST_ROW
 
 
+def _without_value(different: Sequence[Pair], rows: Sequence[Pair]) -> list[str]:
+    """Return why figures that differ are not drawn though there is room for them.
+
+    Args:
+        different: all figures that differ.
+        rows: those that are drawn.
+    """
+    # 1. A sub-layer of one model alone is no figure.
+    left_out = [pair for pair in different if pair not in rows]
+    alone = sum(pair.figure == "sub-layer" for pair in left_out)
+    sentences = []
+    if alone:
+        sentences.append(f"Not drawn: {plural(alone, 'sub-layer')} in one model alone.")
+
+    # 2. Values of 0, and values that are not finite.
+    others = len(left_out) - alone
+    if others:
+        count = f"{others} of {len(different)}"
+        sentences.append(f"{count} figures that differ have no value above 0 to draw.")
+    return sentences
+
+
 def _ratio(pair: Pair) -> str:
     """Return B over A in words, or which of them has no place on a log scale."""
     if _is_drawable(pair.old) and _is_drawable(pair.new):
@@ -195,14 +217,15 @@ def _header(
 
 def _left_out(different: int, rows: Sequence[Pair], view: ComparisonView) -> list[str]:
     """Return what the picture does not show, one sentence each."""
-    # 1. Nothing, or what has no place on a log scale.
+    # 1. Nothing.
     beyond = different - len(rows)
     if not beyond:
         return []
     if len(rows) < MOST_ROWS:
-        return [f"{beyond} of {different} figures that differ have no value above 0 to draw."]
+        # 2. What has no place on a log scale.
+        return _without_value(view.shown_pairs(), rows)
 
-    # 2. What differs less.
+    # 3. What differs less.
     chosen = f"The {len(rows)} figures that differ most are drawn."
     if rows != rows_of(view.shown_pairs()):
         chosen = "Branch norms are drawn first, then the figures that differ most."

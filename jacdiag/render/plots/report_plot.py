@@ -53,7 +53,7 @@ _FOOT = 0.30  # for the line that says what shades and rings mean
 _FACTS, _TITLE, _NOTE = 10.0, 10.5, 8.5  # points
 _MOST_FACTS = 3  # lines
 _LONGEST_FACT = 0.45  # of the width: a longer name is shortened in its middle
-_DEPTH, _SHORT_DEPTH = "depth: layer, counted from the embedding", "depth: layer"
+_DEPTH = "depth: layer"
 _MANY = 40  # points on a curve from which markers are small
 
 # -- strokes ---------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _gain_panel(depth: DepthView) -> _Panel:
         reason = "every branch norm is 0"
 
     # 3. Sub-layers whose value has no place on the scale.
-    signs = [("x", "no finite value", depth.missing), ("v", "0", depth.zeros)]
+    signs = [("x", depth.missing_words, depth.missing), ("v", "0", depth.zeros)]
     return _Panel(
         figure=figure,
         curves=depth.gains,
@@ -431,9 +431,9 @@ def _depth_axis(axes: Axes, depth: DepthView) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # 1. A narrow panel has room for fewer ticks and fewer words.
-    title, bins = _SHORT_DEPTH, 6
+    title, bins = _DEPTH, 6
     if _inches_wide(axes) > 5:
-        title, bins = _DEPTH, 12
+        title, bins = ", ".join(filter(None, [_DEPTH, depth.order])), 12
     axes.set_xlabel(title, labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True, min_n_ticks=1))
 

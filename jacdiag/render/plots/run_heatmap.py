@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.records.run_log import RunLog, number
+from jacdiag.render.content.run_sublayers import sublayer_depths
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Heat:
             return 1.0, 1.0
         return min(drawable), max(drawable)
 
+    @property
+    def gaps_in_words(self) -> str:
+        """What cells without a colour are, such as "not measured or 0"; "" without any."""
+        kinds: dict[str, None] = {}
+        for row in self.values:
+            for value in filter(_has_no_colour, row):
+                kinds[_why_no_colour(value)] = None
+        return " or ".join(kinds)
+
     def level(self, value: float, levels: int) -> int | None:
         """Return the level of a value on a log scale between the extremes.
 
@@ -56,7 +66,8 @@ def heat_of(run: RunLog, columns: int | None = None) -> Heat:
 
     Probes are thinned evenly, and the last one is kept.
 
-    Sub-layers stand in the order of the first probe, which is that of depth.
+    Sub-layers stand in the order of the first probe, which is that of depth. One that no probe
+    measured has a row too.
     """
     # 1. The probes that measured something.
     probes = [row for row in run.probes if row.get("figures")]
@@ -64,7 +75,7 @@ def heat_of(run: RunLog, columns: int | None = None) -> Heat:
         probes = _thinned(probes, columns)
 
     # 2. The names, each once, where a probe has it first.
-    names: dict[str, None] = {}
+    names: dict[str, None] = dict.fromkeys(sublayer_depths(run))
     for row in probes:
         names.update(dict.fromkeys(row["figures"].get("branch_norm", {})))
 
@@ -81,6 +92,20 @@ def _thinned(probes: list[dict[str, Any]], columns: int) -> list[dict[str, Any]]
     """Return as many probes as there are columns, evenly chosen, with the first and the last."""
     step = (len(probes) - 1) / max(columns - 1, 1)
     return [probes[round(k * step)] for k in range(columns)]
+
+
+def _has_no_colour(value: float) -> bool:
+    """Return whether the scale of colours has no place for a value."""
+    return not _is_positive(value)
+
+
+def _why_no_colour(value: float) -> str:
+    """Return why the scale of colours has no place for a value."""
+    if math.isnan(value):
+        return "not measured"
+    if value == 0:
+        return "0"
+    return "not finite"
 
 
 def _is_positive(value: float) -> bool:

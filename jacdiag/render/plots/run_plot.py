@@ -51,7 +51,9 @@ _RUNS = ("#17406d", "#d1701c", "#3a8a58", "#8a3a86", "#6b6b6b", "#b3a100", "#2a9
 _RAW_OF_SEVERAL = 0.2
 _RAW = 0.35  # opacity of what was measured, under its mean
 _FEW = 12  # points up to which each has a marker: a line through two would hide where they are
-_WITH_PEAKS = ("loss", "gradient")  # the panels that mark steps far above the mean
+_WITH_MEAN = ("loss", "gradient")  # the panels with the mean of the last steps, and its peaks
+_LEAST_CLIP_WINDOW = 20  # steps whose share is drawn, at least
+_LEAST_UPDATE_WINDOW = 10  # updates whose mean is drawn, at least
 _MOST_PEAKS = 200  # that are drawn
 _TITLES = {
     "loss": "loss",
@@ -356,7 +358,10 @@ def _panel(
     panel.set_title(_TITLES[name], loc="left", fontsize="medium", pad=4)
     several = len(drawn) > 1
     if name == "gain" and not several:
-        _heat(figure, panel, heat_of(drawn[0].run), first, last)
+        heat = heat_of(drawn[0].run)
+        _heat(figure, panel, heat, first, last)
+        if heat.gaps_in_words:
+            _write_note(panel, f"white: {heat.gaps_in_words}", PALE)
         return
 
     # 1. The lines.
@@ -369,6 +374,9 @@ def _panel(
         if has_second:
             note, colour = "orange: after clipping", _RUNS[1]
 
+    if name == "gradient":
+        note = note or _note_on_late_norms(drawn)
+
     # 2. The scale.
     _set_scale(panel, name, drawn)
 
@@ -376,7 +384,32 @@ def _panel(
     if name in ("loss", "gradient"):
         lost = _not_finite(panel, drawn, name)
         if lost:
-            note, colour = lost, _ALERT["error"]
+            note, colour = "; ".join(filter(None, [note, lost])), _ALERT["error"]
+    _write_note(panel, note, colour)
+
+
+def _note_on_late_norms(drawn: Sequence[_Drawn]) -> str:
+    """Return which runs show the norm after clipping, since the loop passed none before it."""
+    late = []
+    for curve in drawn:
+        is_drawn = "gradient" in curve.panels
+        if is_drawn and not gradient(curve.run).any:
+            late.append(curve.name)
+    if not late:
+        return ""
+
+    # A run that is alone in its picture, or several by name.
+    words = "after clipping, if there was any"
+    if len(late) == len(drawn):
+        return words
+    names = ", ".join(clipped(printable(name), 20) for name in late[:2])
+    if len(late) > 2:
+        names += f" and {len(late) - 2} more"
+    return f"{names}: {words}"
+
+
+def _write_note(panel: Axes, note: str, colour: str) -> None:
+    """Write a note next to the title of a panel, at its right end."""
     panel.text(
         1.0,
         1.02,
@@ -408,11 +441,22 @@ def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str
 
     # Clipping is drawn as the share of steps that were clipped.
     if name == "clip":
-        _line(panel, values.smoothed(max(curve.window, 20)), curve.colour, 1.6)
-        return ""
+        window = max(curve.window, _LEAST_CLIP_WINDOW)
+        _line(panel, values.smoothed(window), curve.colour, 1.6)
+        return _note_on_window(f"of the last {window:,} steps", several)
 
     _smoothed(panel, values, curve, several, name)
+    if name == "update" and curve.window > 1:
+        window = max(curve.window, _LEAST_UPDATE_WINDOW)
+        return _note_on_window(f"line: mean of the last {window:,} dots", several)
     return ""
+
+
+def _note_on_window(text: str, several: bool) -> str:
+    """Return what a line is the mean of; "" for several runs, whose lines may differ in that."""
+    if several:
+        return ""
+    return text
 
 
 def _draw_band(panel: Axes, name: str, band: Band, curve: _Drawn, several: bool) -> str:
@@ -450,7 +494,8 @@ def _smoothed(panel: Axes, values: Series, curve: _Drawn, several: bool, name: s
             dotted.x, dotted.y, ".", color=curve.colour, alpha=_RAW, ms=size, mew=0, clip_on=False
         )
         if has_mean:
-            _line(panel, values.smoothed(max(curve.window, 10)), curve.colour, 1.6)
+            mean = values.smoothed(max(curve.window, _LEAST_UPDATE_WINDOW))
+            _line(panel, mean, curve.colour, 1.6)
         return
 
     # 2. One line.
@@ -804,8 +849,8 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
     room = int(options.size[0] * 9)  # characters
     title = f"{len(drawn)} runs"
     if len(drawn) == 1:
-        title = _title(drawn[0].run)
-    figure.suptitle(clipped(title, room), x=0.01, ha="left", fontsize="large")
+        title = _title(drawn[0].run, room)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="large")
 
     # 2. The names of several runs.
     if len(drawn) > 1:
@@ -813,9 +858,10 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
         return
 
     # 3. What the lines of a single run are.
-    if drawn[0].window > 1:
+    with_mean = [_TITLES[name] for name in _WITH_MEAN if name in drawn[0].panels]
+    if with_mean and drawn[0].window > 1:
         handles = [Line2D([], [], color=INK, lw=2.0)]
-        labels = [f"mean of the last {drawn[0].window:,} steps"]
+        labels = [f"{', '.join(with_mean)}: mean of the last {drawn[0].window:,} steps"]
         if _has_peak(drawn[0]):
             handles.append(Line2D([], [], color=INK, marker=".", ms=5, mew=0, lw=0))
             labels.append("a step far above the mean")
@@ -831,7 +877,7 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
 
 def _has_peak(curve: _Drawn) -> bool:
     """Return whether a panel marks a step that stands far above the mean."""
-    for name in _WITH_PEAKS:
+    for name in _WITH_MEAN:
         values = curve.panels.get(name)
         if not isinstance(values, Series):
             continue
@@ -863,8 +909,13 @@ def _name_runs(figure: Figure, drawn: Sequence[_Drawn], room: int) -> None:
     )
 
 
-def _title(run: RunLog) -> str:
-    """Return the model, how many steps it ran, its alerts and the report at the start."""
+def _title(run: RunLog, room: int) -> str:
+    """Return the model, how many steps it ran, its alerts and the report at the start.
+
+    Args:
+        run: that is drawn.
+        room: characters of a line. The report has a line of its own if one is too short for both.
+    """
     # 1. The model and its steps.
     model = clipped(printable(str(run.header.get("model", "?"))), 40)
     last = run.steps[-1]["step"]
@@ -877,8 +928,12 @@ def _title(run: RunLog) -> str:
     at_start = report_at_start(run)
     if at_start:
         codes = dict.fromkeys(str(row["code"]) for row in at_start)
-        title += f"; report at step {at_start[0]['step']:,}: {', '.join(codes)}"
-    return title
+        report = f"report at step {at_start[0]['step']:,}: {', '.join(codes)}"
+        joint = "; "
+        if len(title) + len(joint) + len(report) > room:
+            joint = ";\n"
+        title += f"{joint}{report}"
+    return "\n".join(clipped(line, room) for line in title.splitlines())
 
 
 def _alerts_in_words(run: RunLog) -> str:

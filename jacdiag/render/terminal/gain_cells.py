@@ -10,6 +10,7 @@ from typing import Any
 
 from jacdiag.records.run_log import RunLog, number
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.run_sublayers import sublayer_depths
 from jacdiag.rules.thresholds import load_thresholds
 
 # The shade says how large a gain is, on a scale that is the same for every run: a third of a decade
@@ -80,6 +81,9 @@ class GainCells:
 
         # What was looked at already is not looked at again.
         fired = _fired(run)
+        if not self.names:
+            # A sub-layer that no probe can measure has a row too.
+            self.names = list(sublayer_depths(run))
         for row in probes[len(self.steps) :]:
             self._add(row, fired)
         self._alerts = len(run.alerts)

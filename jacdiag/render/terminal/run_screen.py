@@ -22,6 +22,7 @@ from jacdiag.records.run_state import RunState, RunStatus
 from jacdiag.render.content.next_probe import next_probe_step
 from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.content.run_flights import RunFlight, alert_lines
+from jacdiag.render.content.run_sublayers import sublayer_depths
 from jacdiag.render.content.shared_names import ShownNames, depths_of_shared_names
 from jacdiag.render.content.verdict import TIED
 from jacdiag.render.terminal.gain_cells import CUTS, SHADES, Cell, GainCells, loudest
@@ -32,6 +33,7 @@ _STYLES = {"error": "bold red", "warning": "yellow"}
 _TALLEST = 8  # lines of a curve
 _TALLEST_ROW = 2  # lines of a sub-layer
 _LOOK_BACK = 1000  # steps in which a last value is looked for first
+_SHORTEST_NAME = 6  # characters that a sub-layer's name has at least
 _NARROW = 22  # columns of the heat map: below, its key is short
 _SILENT = 60.0  # seconds without a line in the log
 _MARKS = {"error": "●", "warning": "▲", "info": "·"}
@@ -50,6 +52,7 @@ def screen(
     cells: GainCells | None = None,
     idle: float | None = None,
     state: RunState | None = None,
+    is_followed: bool = True,
 ) -> RenderableType:
     """Build one frame.
 
@@ -61,6 +64,7 @@ def screen(
         cells: those of the frame before, to which new ones are added.
         idle: seconds since the last write to the log, if known.
         state: of the run, if there is a sign of life next to its log.
+        is_followed: other frames come until a key ends them.
     """
     # 1. The cells of the heat map, with those of new probes.
     if cells is None:
@@ -69,7 +73,11 @@ def screen(
 
     # 2. The panels, over a line of keys.
     layout = Layout()
-    layout.split_column(Layout(name="body"), Layout(_keys(run, path, width, idle, state), size=1))
+    text, goes_on = _state_text(run, idle, state)
+    leave = ""
+    if is_followed:
+        leave = _how_to_leave(goes_on)
+    layout.split_column(Layout(name="body"), Layout(_last_line(text, path, leave, width), size=1))
     left, right = max(width * 34 // 100, 24), max(width * 32 // 100, 22)
     middle = width - left - right
     inside = height - 3
@@ -388,9 +396,10 @@ def _cost(run: RunLog, width: int) -> list[str]:
     shares = (row["probe_share"] for row in reversed(run.prices) if "probe_share" in row)
     share = next(shares, None)
     if share is not None:
-        text = f"         {of_step_time(share)}"
-        short = text.replace("times the time of", "x").replace("of the time of", "of")
-        lines.append(_fitting(width, text, short))
+        text = of_step_time(share)
+        short = text.replace("times the time of the steps", "x steps' time")
+        short = short.replace("of the time of the steps", "of steps' time")
+        lines.append(_fitting(width, f"         {text}", f"         {short}", f"  {short}", short))
     return lines
 
 
@@ -404,7 +413,8 @@ def _gains(run: RunLog, cells: GainCells, width: int, height: int) -> Renderable
     if not cells.steps:
         return Text("\n".join(_wrapped(f"no probe yet{_next_probe(run)}", width)))
 
-    foot = _map_key(run, cells, width)
+    has_numbers = _has_room_for_numbers(cells, width)
+    foot = _map_key(run, cells, width, has_numbers)
     room = max(height - len(foot), 1)
 
     # 1. Rows: several lines for a sub-layer if there is room, several sub-layers in a line if there
@@ -414,7 +424,10 @@ def _gains(run: RunLog, cells: GainCells, width: int, height: int) -> Renderable
     tall = max(min(room // max(len(shown), 1), _TALLEST_ROW), 1)
     values = _last_gains(cells, per)
     value_width = max(map(len, values), default=0) + 1
-    for_names = max(width - value_width - min(len(cells.steps), width // 3) - 1, 6)
+    if not has_numbers:
+        values = [""] * len(values)
+        value_width = 0
+    for_names = max(width - value_width - min(len(cells.steps), width // 3) - 1, _SHORTEST_NAME)
     names = shorten_names([printable(name) for name in _labels(run, shown)], for_names)
 
     # 2. Columns: probes, stretched or gathered to the width.
@@ -437,6 +450,12 @@ def _gains(run: RunLog, cells: GainCells, width: int, height: int) -> Renderable
             text.append(end + "\n")
     text.append("\n".join(foot))
     return text
+
+
+def _has_room_for_numbers(cells: GainCells, width: int) -> bool:
+    """Return whether a line has room for a name, a cell and the longest number, uncut."""
+    longest = max(map(len, _last_gains(cells, 1)), default=0)
+    return width >= _SHORTEST_NAME + len(" ") + 1 + len(" ") + longest
 
 
 def _last_gains(cells: GainCells, per: int) -> list[str]:
@@ -474,7 +493,7 @@ def _labels(run: RunLog, names: Sequence[str]) -> list[str]:
     A module that is applied at several depths is named with its layer, as the table of an audit has
     it: "4 attention" for the call of `attention` in layer 4.
     """
-    depths = depths_of_shared_names(_sublayer_depths(run))
+    depths = depths_of_shared_names(sublayer_depths(run))
     labels = []
     for name in names:
         label = name
@@ -483,22 +502,6 @@ def _labels(run: RunLog, names: Sequence[str]) -> list[str]:
             label = f"{depth} {module}"
         labels.append(label)
     return labels
-
-
-def _sublayer_depths(run: RunLog) -> dict[str, int]:
-    """Return the depth of each sub-layer, as the report of the first probe has it."""
-    # 1. A later process may have written no report.
-    if not run.probes:
-        return {}
-    report = run.probes[0].get("report") or {}
-
-    # 2. Its sub-layers.
-    depths = {}
-    rows = report.get("sublayers", [])
-    for row in rows:
-        name = str(row.get("name"))
-        depths[name] = int(row.get("depth", 0))
-    return depths
 
 
 def _next_probe(run: RunLog) -> str:
@@ -525,8 +528,15 @@ def _append_cells(text: Text, across: Sequence[Mapping[str, Cell]], members: Seq
             text.append(cell.glyph, style=cell.style)
 
 
-def _map_key(run: RunLog, cells: GainCells, width: int) -> list[str]:
-    """Return the key below the heat map: its steps, its shades and its marks."""
+def _map_key(run: RunLog, cells: GainCells, width: int, has_numbers: bool) -> list[str]:
+    """Return the key below the heat map: its steps, its shades and its marks.
+
+    Args:
+        run: as far as it has come.
+        cells: of the map.
+        width: of the panel.
+        has_numbers: each line ends with the last gain.
+    """
     # 1. The steps.
     steps = f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}"
     if len(cells.steps) == 1:
@@ -539,7 +549,10 @@ def _map_key(run: RunLog, cells: GainCells, width: int) -> list[str]:
     sizes = [f"{SHADES[0]}{TIED}<{CUTS[0]:g}"]
     for shade, cut in zip(SHADES[1:], CUTS, strict=False):
         sizes.append(f"{shade}{TIED}{cut:g}")
-    key += _wrapped(f"‖J‖, a number: the last {' '.join(sizes)}", width)
+    figure = "‖J‖"
+    if has_numbers:
+        figure = "‖J‖, a number: the last"
+    key += _wrapped(f"{figure} {' '.join(sizes)}", width)
 
     # 3. The marks: without a probe before there is no change.
     if len(cells.steps) == 1:
@@ -632,7 +645,7 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
     # 1. The report at the start: a quarter of the height at most, then its heads alone.
     start = report_at_start(run)
     if start:
-        lines = _report_lines(start, width, ShownNames(_sublayer_depths(run)))
+        lines = _report_lines(start, width, ShownNames(sublayer_depths(run)))
         size = min(len(lines) + 2, max(height // 4, 4))
         if size < len(lines) + 2:
             lines = [line for line in lines if line[1] != "dim"]
@@ -747,7 +760,7 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
         return Text("none")
 
     # 1. Three lines for each alert that fits; the sentences share the lines that are left.
-    names = ShownNames(_sublayer_depths(run))
+    names = ShownNames(sublayer_depths(run))
     blocks: list[RenderableType] = []
     shown = list(reversed(alerts))[: max(height // 3, 1)]
     spare = height - 3 * len(shown)
@@ -804,7 +817,7 @@ def full_alerts(
 
     # 2. Their sentences, wrapped.
     lines = ["alerts in full:"]
-    names = ShownNames(_sublayer_depths(run))
+    names = ShownNames(sublayer_depths(run))
     for row in newest:
         sentence, *on_flight = alert_lines(row, flights)
         lines += _indented(printable(names.in_text(sentence)), width)
@@ -838,16 +851,26 @@ def _ending(name: str, width: int) -> str:
     return _fitting(width, three_segments, two_segments, _cut(two_segments, 0, width))
 
 
-def _keys(
-    run: RunLog, path: str, width: int, idle: float | None, state: RunState | None
-) -> RenderableType:
-    """Return the lowest line: the run's state, its path and how to leave."""
-    # 1. The state, and the key.
-    text, goes_on = _state_text(run, idle, state)
-    leave = "Ctrl-C leaves"
+def _how_to_leave(goes_on: bool) -> str:
+    """Return which key ends a screen that follows a run, and what that does to the run."""
     if goes_on:
-        leave = "Ctrl-C leaves; the run goes on"
-    head, tail = f" {printable(text)}", f"  ·  {leave}"
+        return "Ctrl-C leaves; the run goes on"
+    return "Ctrl-C leaves"
+
+
+def _last_line(state: str, path: str, leave: str, width: int) -> RenderableType:
+    """Return the lowest line: the run's state, its path and how to leave.
+
+    Args:
+        state: of the run, in words.
+        path: of its log.
+        leave: which key ends the screen; "" for a single frame.
+        width: of the terminal.
+    """
+    # 1. The state, and the key.
+    head, tail = f" {printable(state)}", ""
+    if leave:
+        tail = f"  ·  {leave}"
 
     # 2. The path between them, if there is room. What is known of the run matters most.
     room = width - len(head) - len(tail) - len("  ·  ")

@@ -325,10 +325,16 @@ def named_class(transformers: Any, config: Any) -> Any:
 
 
 def default_class(transformers: Any, config: Any) -> Any:
-    """Return the causal language model of a config's type, else the bare model."""
+    """Return the language model of a config's type, else the bare model.
+
+    Of an encoder-decoder it is the one with both. Its causal language model is the decoder alone.
+    """
     # 1. A class of transformers.
     kind = type(config)
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+    mappings = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING]
+    if getattr(config, "is_encoder_decoder", False):
+        mappings.insert(0, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    for mapping in mappings:
         if kind in mapping:
             return _first(mapping[kind])
 

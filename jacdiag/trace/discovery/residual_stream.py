@@ -91,12 +91,16 @@ class Streams:
 
         It lies after the final norm, if there is one.
         """
+        # All paths pass a waist. A product on one of them ends the stream as well: that of an
+        # encoder goes into products of the decoder, which come together again in its stream.
         cone = self.finder.cone(output, self.graph.outputs)
+        products = filter(self.finder.is_product, cone)
+        first_product = min(products, default=None)
         end = output
         shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
             # 1. A product ends the stream.
-            if self.finder.is_product(node):
+            if first_product is not None and node >= first_product:
                 break
 
             # 2. So does a value of other sizes. A norm of channels-first data works on a
