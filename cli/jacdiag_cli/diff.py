@@ -283,7 +283,8 @@ def _columns(pairs: Sequence[Pair], width: int | None) -> list[TableColumn]:
 
     # 1. All columns, if those that stay have room.
     columns = _full_columns(layout.rows(pairs))
-    if width is None or row_width(columns[: _ALWAYS_SHOWN + 1]) <= width:
+    shown = columns[: _ALWAYS_SHOWN + 1]
+    if width is None or row_width(shown) <= width:
         return columns
 
     # 2. Less of each.

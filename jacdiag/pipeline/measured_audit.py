@@ -549,11 +549,10 @@ class Audit:
         # 1. One job for each shortcut. Its cost is that of the weights in its products.
         options = self.request.options
         effort = self._effort()
-        figures = self._weight_figures if self.request.scope.contract else _no_figures
         jobs = []
         for members in self.sites.by_shortcut():
             cost = sum(map(self._product_weights, members))
-            run = partial(self._measure_sublayers, members, effort, figures)
+            run = partial(self._measure_sublayers, members, effort, self._figures_in_scope())
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
 
         # 2. The entire network. With --decide its end-to-end norm is left out.
@@ -562,6 +561,13 @@ class Audit:
             units = len(self.sites) * share_of_time
             jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
         return jobs
+
+    def _figures_in_scope(self) -> WeightFigures:
+        """Return what gives the figures of weights; none of any, if no bound is made of them."""
+        if not self.request.scope.contract:
+            return _no_figures
+
+        return self._weight_figures
 
     def _product_weights(self, site: Sublayer) -> int:
         """Return how many weights the products of a sub-layer read."""

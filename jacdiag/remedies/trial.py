@@ -213,16 +213,19 @@ def _first_trial(report: Report, changed: nn.Module, remedy: Remedy, bench: Benc
     alone, such as an expert that no token chose.
     """
     spared = _spared_names(remedy)
+
     # 1. One sequence. The function is compared on all of them.
     after = None
     if not remedy.keeps_function:
         after = bench.on_one_sequence(changed, spared, bench.seed)
+
+    # 2. Whether it settles the matter.
     if after is not None:
         first = _FirstTrial(after, None, sufficient(report, after, remedy))
         if first.is_enough or _is_left(report, after, remedy):
             return first
 
-    # 2. All of them.
+    # 3. All of them.
     after, output = bench.again(changed, spared, bench.seed)
     return _FirstTrial(after, output, sufficient(report, after, remedy))
 

@@ -336,6 +336,7 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
     usual = _usual_placement(report)
 
     def cuts(figure: str, stratum: str, factor: float = 1.0) -> dict[str, float]:
+        # In the unit of the figure.
         limits = thresholds.limits(figure, stratum)
         return {cut: value * factor for cut, value in limits.named_cuts.items()}
 
@@ -349,9 +350,11 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
     for kind in dict.fromkeys(row.kind for row in report.sublayers):
         shown[f"core_norm.{kind}"] = cuts("core_norm", kind, 1 / scale)
 
-    # Those of branches differ by placement.
-    for placement in dict.fromkeys(row.placement for row in report.sublayers if row.placement):
+    # Those of branches differ by placement, where it is known.
+    placements = dict.fromkeys(row.placement for row in report.sublayers)
+    for placement in filter(None, placements):
         shown[f"branch_norm.{placement}"] = cuts("branch_norm", placement)
+
     return shown
 
 

@@ -51,8 +51,9 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
     """
     # 1. Sub-layers that NaN or Inf hides.
     unmeasured = _unmeasured(context, names)
-    ways = []
-    if any(map(_is_not_finite, unmeasured)):
+    ways: list[str] = []
+    are_hidden = any(map(_is_not_finite, unmeasured))
+    if are_hidden:
         hidden = "them" if len(unmeasured) > 1 else "it"
         ways.append(f"NaN or Inf hides {hidden}, and more products do not help: {_mend(context)}")
 
@@ -63,17 +64,19 @@ def _decide_by(context: RuleContext, names: list[str]) -> str:
     # 3. The reason of each that has none.
     if unmeasured:
         ways.append("the table of jacdiag audit says what could not be measured")
+
     return "; ".join(ways)
 
 
-def _has_interval(context: RuleContext, names: Container[str]) -> bool:
+def _has_interval(context: RuleContext, names: Iterable[str]) -> bool:
     """Return whether one of the sub-layers of these names has a branch norm that is used."""
-    for row in context.report.sublayers:
-        is_open = row.name in names and row.name not in context.distrusted
-        if is_open and row.branch_norm is not None:
-            return True
+    # 1. The sub-layers that have a norm.
+    rows = context.report.sublayers
+    measured = {row.name for row in rows if row.branch_norm is not None}
 
-    return False
+    # 2. A norm whose replay differs is not used.
+    used = measured.difference(context.distrusted)
+    return any(name in used for name in names)
 
 
 def _unmeasured(context: RuleContext, names: Container[str]) -> list[SublayerRecord]:

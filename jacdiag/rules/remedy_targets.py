@@ -85,6 +85,7 @@ def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) ->
 
 def _worst(report: Report, name: str) -> list[float] | None:
     """Return the largest lower and the largest upper end of a figure; None if it has none."""
+    # 1. The ends of each sub-layer. A norm whose replay differs does not count.
     lowers = []
     uppers = []
     for row in report.sublayers:
@@ -94,10 +95,11 @@ def _worst(report: Report, name: str) -> list[float] | None:
             lowers.append(interval.lower)
             uppers.append(interval.upper)
 
-    # A figure that was measured nowhere has no worst value.
+    # 2. A figure that was measured nowhere has no worst value.
     if not lowers:
         return None
 
+    # 3. The two may be of different sub-layers.
     return [max(lowers), max(uppers)]
 
 

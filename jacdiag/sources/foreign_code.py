@@ -34,7 +34,9 @@ def model_code() -> Iterator[None]:
         if not is_foreign(error):
             raise
 
-        what, hint = "the model's code raised when it was run again", None
+        # Its own backward runs for the first time here.
+        what = "the model's code raised when it was run again"
+        hint = None
         if _is_in_backward(error):
             what = "a backward of the model's own raised"
             hint = "every branch is differentiated: a plain PyTorch version of it can be measured"
@@ -45,7 +47,8 @@ def _is_in_backward(error: BaseException) -> bool:
     """Return whether an error was raised in the backward of a custom autograd.Function."""
     torch_folder = str(Path(torch.__file__ or "").parent)
     frames = _frames_outside((torch_folder, str(_PACKAGE), _FROZEN), error)
-    return any(frame.name in ("backward", "vjp") for frame in frames)
+    functions = {frame.name for frame in frames}
+    return not functions.isdisjoint(("backward", "vjp"))
 
 
 def is_foreign(error: BaseException) -> bool:

@@ -217,9 +217,8 @@ class Ends:
 
     def _are_within(self, times: float) -> bool:
         """Return whether no width was above so many times the one that is wanted."""
-        return all(
-            width <= aim.tol * times for width, aim in zip(self.widths, self.aims, strict=True)
-        )
+        pairs = zip(self.widths, self.aims, strict=True)
+        return all(width <= aim.tol * times for width, aim in pairs)
 
     def update(self, is_last: bool) -> None:
         """Look at the leaders; then at all that may still matter, if the run may end here.

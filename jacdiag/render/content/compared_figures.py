@@ -38,9 +38,12 @@ def ends_words(pair: Pair, ends: Ends, *, with_range: bool = True) -> str:
         ends: of one of the models.
         with_range: write the range around a median.
     """
+    # 1. A norm.
     lower, middle, upper = ends
     if pair.figure.endswith("_norm"):
         return between(lower, upper)
+
+    # 2. A median.
     is_wide = lower <= 0 or upper > lower * 1.1
     if is_wide and with_range:
         return f"{three(middle)} ({between(lower, upper)})"
@@ -59,12 +62,15 @@ def cell_words(pair: Pair, ends: Ends | None, name: str, *, with_range: bool = T
     if ends is not None:
         return ends_words(pair, ends, with_range=with_range)
 
-    # No figure, of a part that the model has or has not. A sub-layer of one model alone has a pair
-    # without figures.
+    # 1. No figure, since the model lacks the part.
     if not name:
         return "missing"
+
+    # 2. A sub-layer of one model alone has a pair without figures.
     if pair.figure == "sub-layer":
         return "present"
+
+    # 3. No figure of a part that is there.
     return "not measured"
 
 

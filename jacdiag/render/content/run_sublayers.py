@@ -16,11 +16,13 @@ def sublayer_depths(run: RunLog) -> dict[str, int]:
     # 1. A later process may have written no report.
     if not run.probes:
         return {}
-    report = run.probes[0].get("report") or {}
+    first = run.probes[0]
+    report = first.get("report") or {}
 
     # 2. Its sub-layers.
-    depths = {}
+    depths: dict[str, int] = {}
     for row in report.get("sublayers", []):
         name = str(row.get("name"))
         depths[name] = int(row.get("depth", 0))
+
     return depths

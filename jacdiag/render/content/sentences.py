@@ -579,8 +579,11 @@ def worst_branch(report: Report) -> tuple[SublayerRecord, Interval] | None:
         is_trusted = row.name not in report.distrusted
         if norm and is_trusted and math.isfinite(norm.estimate):
             measured.append((row, norm))
+
+    # None of them may have one.
     if not measured:
         return None
+
     return max(measured, key=lambda pair: pair[1].estimate)
 
 

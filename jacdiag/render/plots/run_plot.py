@@ -435,6 +435,7 @@ def _set_scale(panel: Axes, name: str, drawn: Sequence[_Drawn]) -> None:
 
 def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str:
     """Draw one figure of one run; return what the lines of a band are, in words."""
+    # A band has its own lines.
     values = curve.panels[name]
     if isinstance(values, Band):
         return _draw_band(panel, name, values, curve, several)
@@ -456,6 +457,7 @@ def _note_on_window(text: str, several: bool) -> str:
     """Return what a line is the mean of; "" for several runs, whose lines may differ in that."""
     if several:
         return ""
+
     return text
 
 
@@ -933,7 +935,10 @@ def _title(run: RunLog, room: int) -> str:
         if len(title) + len(joint) + len(report) > room:
             joint = ";\n"
         title += f"{joint}{report}"
-    return "\n".join(clipped(line, room) for line in title.splitlines())
+
+    # 3. A line that is still too long is cut.
+    lines = title.splitlines()
+    return "\n".join(clipped(line, room) for line in lines)
 
 
 def _alerts_in_words(run: RunLog) -> str:

@@ -855,6 +855,7 @@ def _how_to_leave(goes_on: bool) -> str:
     """Return which key ends a screen that follows a run, and what that does to the run."""
     if goes_on:
         return "Ctrl-C leaves; the run goes on"
+
     return "Ctrl-C leaves"
 
 

@@ -237,6 +237,7 @@ class _Around:
         reached: set[int] = set()
         stack = list(values)
         while stack:
+            # A value may be met by several paths.
             value = stack.pop()
             if value in reached:
                 continue
@@ -253,6 +254,6 @@ class _Around:
 def _common_module(parameters: Iterable[str]) -> str:
     """Return the name of the smallest module that holds some parameters."""
     # Without the last part, which is the parameter's own.
-    modules = [name.rpartition(".")[0] for name in parameters]
-    paths = [module.replace(".", "/") for module in modules]
-    return commonpath(paths).replace("/", ".")
+    paths = [name.rpartition(".")[0].replace(".", "/") for name in parameters]
+    common = commonpath(paths)
+    return common.replace("/", ".")

@@ -96,6 +96,8 @@ class Streams:
         cone = self.finder.cone(output, self.graph.outputs)
         products = filter(self.finder.is_product, cone)
         first_product = min(products, default=None)
+
+        # The values at the waists, one after the other.
         end = output
         shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
