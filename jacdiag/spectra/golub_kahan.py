@@ -135,9 +135,9 @@ class Bidiagonalisation:
             return
 
         # 3. The same, if the directions on the right are kept.
-        z, size = _reorthogonalised(z, self._right, k)
         self._right = _with_room(self._right, k)
-        self.v = self._direction(z, size, is_last, self._right[k])
+        self.v = self._right[k].copy_(z)
+        self._direction(self.v, _reorthogonalise(self._right, k), is_last)
 
     def _pushed(self, w: Tensor) -> None:
         """Take w = A v_k: beta_k and u_{k+1}."""
@@ -146,24 +146,25 @@ class Bidiagonalisation:
             self._differs = self._inner_products_differ(w)
 
         # 1. Take off what lies along the last u, then along all before it.
-        w = torch.addcmul(w, self._column(self._last), self.u, value=-1)
-        w, size = _reorthogonalised(w, self._left, k)
+        self._left = _with_room(self._left, k)
+        place = self._left[k]
+        torch.addcmul(w, self._column(self._last), self.u, value=-1, out=place)
+        self.u = place
+        size = _reorthogonalise(self._left, k)
 
         # 2. The rest gives the coefficient and the next direction.
-        is_last = k >= self.operator.codomain
-        self._left = _with_room(self._left, k)
-        self.u = self._direction(w, size, is_last, self._left[k])
+        self._direction(self.u, size, k >= self.operator.codomain)
 
-    def _direction(
-        self, w: Tensor, size: Tensor, is_last: bool, place: Tensor | None = None
-    ) -> Tensor:
-        """Return w / |w|, and keep |w| as the next coefficient; 0 in their places at a breakdown.
+    def _direction(self, w: Tensor, size: Tensor, is_last: bool) -> Tensor:
+        """Divide w by |w|, and keep |w| as the next coefficient; 0 in their places at a breakdown.
 
         Args:
-            w: (P, m) or (P, n), what is left of a product.
+            w: (P, m) or (P, n), what is left of a product. It is written to.
             size: (P,), its norm.
             is_last: it has as many directions before it as the space has.
-            place: (P, m) or (P, n), where the direction is written to, if it is kept.
+
+        Returns:
+            w.
         """
         # 1. Breakdowns. Neither NaN nor Inf is one: no number is less than the least then.
         self._least = torch.fmax(self._least, size * self._tiny)
@@ -176,7 +177,7 @@ class Bidiagonalisation:
         self._unread.append(self._last)
         self._count += 1
         factors = self._column(size.reciprocal().masked_fill(self._frozen, 0.0))
-        return torch.mul(w, factors, out=place)
+        return w.mul_(factors)
 
     def _column(self, values: Tensor) -> Tensor:
         return values.to(self.u.dtype).unsqueeze(1)
@@ -363,29 +364,30 @@ def _with_room(basis: Tensor, k: int) -> Tensor:
     return grown
 
 
-def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return w by classical Gram-Schmidt against the first k directions, and its norm.
+def _reorthogonalise(basis: Tensor, k: int) -> Tensor:
+    """Take off the vector behind the first k directions of a basis what lies along them, in place.
 
-    One pass is made, or two if the first took much away.
-
-    Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is
-    enough where the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart
-    1976). One alone is measurably not.
+    By classical Gram-Schmidt: one pass is made, or two if the first took much away. Rounding leaves
+    what is u |before| / |after| of the result inside the basis, so that one pass is enough where
+    the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart 1976). One alone
+    is measurably not.
 
     Args:
-        w: (P, n).
         basis: (capacity, P, n).
-        k: how many directions it holds.
+        k: how many directions it holds, and where the vector stands.
+
+    Returns:
+        (P,), the norm of what is left.
     """
     if k == 0:
-        return w, norms(w)
+        return norms(basis[0])
 
     # 1. One pass. Row times matrix is ten times faster on a CPU than matrix times column.
-    span, row = basis[:k].transpose(0, 1), w.unsqueeze(1)
+    span, vector = basis[:k].transpose(0, 1), basis[k].unsqueeze(1)
     across = span.transpose(1, 2)
-    components = torch.bmm(row, across)
-    once = torch.baddbmm(row, components, span, alpha=-1)
-    size = norms(once.squeeze(1))
+    components = torch.bmm(vector, across)
+    vector.baddbmm_(components, span, alpha=-1)
+    size = norms(basis[k])
 
     # 2. That is enough if the norm did not fall below sqrt(1/2) of what it was: by Pythagoras, if
     # what is left is no shorter than what was taken off. In units of what is left, no square
@@ -394,14 +396,14 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor]
     ratios = components / size.to(components).clamp_min(least)[:, None, None]
     is_enough = (torch.linalg.vector_norm(ratios, dim=(1, 2)) <= 1).all()  # False for NaN
     if _is_free_to_read(is_enough) and bool(is_enough):
-        return once.squeeze(1), size
+        return size
 
-    # 3. A second pass.
-    twice = torch.baddbmm(once, torch.bmm(once, across), span, alpha=-1)
+    # 3. A second pass. Where nobody looks, it is made in any case, and taken if it is needed.
+    twice = torch.baddbmm(vector, torch.bmm(vector, across), span, alpha=-1)
     if not _is_free_to_read(is_enough):
-        twice = torch.where(is_enough, once, twice)
-    left = twice.squeeze(1)
-    return left, norms(left)
+        twice = torch.where(is_enough, vector, twice)
+    vector.copy_(twice)
+    return norms(basis[k])
 
 
 def _is_free_to_read(flag: Tensor) -> bool:
