@@ -273,15 +273,21 @@ class Ends:
         if open_.any():
             self._compute(open_)
 
-        # 2. The leaders of each maximum, of those whose ends were computed now.
-        if not self.may_follow_leaders or len(self.high) <= _MANY:
-            return
+        # 2. The leaders among them.
+        has_leaders = self.may_follow_leaders and len(self.high) > _MANY
+        if has_leaders:
+            self._choose_leaders()
+
+    def _choose_leaders(self) -> None:
+        """Choose the leaders of each maximum, of the problems whose ends were computed now."""
         seen_now = self.seen_at == self.lanczos.products
-        self.leaders = np.zeros_like(open_)
+        self.leaders = np.zeros_like(seen_now)
         for aim in self.aims:
             for ends in (self.low, self.high):
-                order = np.argpartition(np.where(seen_now, aim.factors * ends, 0.0), -_LEADERS)
+                values = np.where(seen_now, aim.factors * ends, 0.0)
+                order = np.argpartition(values, -_LEADERS)
                 self.leaders[order[-_LEADERS:]] = True
+
         self._measure_widths()
         self.widths_of_all = self.widths
 
