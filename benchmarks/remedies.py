@@ -5,9 +5,9 @@ For each shape and failing recipe: an audit with remedies, then the text of its 
 run on models of seeds that no remedy was tried on, each judged by the gate. The price of the trials
 is set against the audit alone.
 
-    python benchmarks/remedies.py            6x256 and 24x256, about a quarter of an hour
+    python benchmarks/remedies.py            6x256 and 24x256, about 4 minutes
     python benchmarks/remedies.py --sizes 6x1024 --seeds 2    each shape updates its own entry
-    python benchmarks/remedies.py --spread   how far seeds of a mended model differ: 3 minutes
+    python benchmarks/remedies.py --spread   how far seeds of a mended model differ: 2 minutes
     python benchmarks/remedies.py --quick    one small shape; prints only
 """
 

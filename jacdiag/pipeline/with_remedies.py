@@ -30,8 +30,8 @@ _NEED_FULL_WIDTH = {"JD104", "JD105", "JD110"}
 _READERS = {"branch_norm": {"JD103"}, "core_norm": {"JD101"}}
 # The rules on a norm or a gain, which have a distance from their cut.
 _HAVE_DISTANCE = {"JD101", "JD102", "JD103"}
-# Times by which a figure of one seed is to be below a cut. Of 12 seeds of mended models, 3 x 64 and
-# 6 x 256, the largest norm or gain was 1.40 times the median (benchmarks/remedies.py, "spread").
+# Times by which a figure of one seed is to be below a cut. No seed of a mended model was so many
+# times above the median of the seeds (benchmarks/remedies.py --spread).
 _CLEAR = 1.5
 _USUAL_PROFILE = "default"  # its infos and warnings have the levels of the rules themselves
 
@@ -283,9 +283,9 @@ class _Trial:
         """Audit a copy of a further seed by the rules that remedies are tried against alone.
 
         What none of these rules reads is not measured. Infos may remain, so that norms are solved
-        until warnings are decided, and whether they are far from them. The probe has one sequence,
-        unless the model does not run on one, the input was passed, or a rule compares figures of
-        the entire probe.
+        until it is decided whether they are beyond the cut of a warning, and whether they are far
+        below it. The probe has one sequence, unless the model does not run on one, the input was
+        passed, or a rule compares figures of the entire probe.
 
         Args:
             model: the copy.

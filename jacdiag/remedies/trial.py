@@ -170,7 +170,7 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
     after, is_enough = first.after, first.is_enough
     seeds = [bench.seed]
 
-    # 2. Further seeds, until one leaves no doubt.
+    # 2. Further seeds, until one is far from every cut.
     for seed in range(bench.seed + 1, bench.seed + 1 + _FURTHER):
         if not is_enough or bench.fresh is None:
             break

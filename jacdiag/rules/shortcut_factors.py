@@ -1,4 +1,4 @@
-"""JD407, JD408, JD410: no shortcut, one times zero, or one times 1 where DeepNorm has alpha."""
+"""JD407, JD408, JD410: a shortcut times zero, without the alpha of DeepNorm, or missing."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def _missing(context: RuleContext, rule: Rule) -> CheckOutcome:
 
     # 1. The sentence: one layer that has it stands for all.
     parts = [shortcut.part for shortcut in missing]
-    like = missing[0].like
-    what = f"no shortcut leads around {list_names(parts)}, as one does around {like}"
-    fix = f"add the stream to the result of {list_names(parts)}, as is done at {like}"
+    likes = list(dict.fromkeys(shortcut.like for shortcut in missing))
+    what = f"no shortcut leads around {list_names(parts)}, as one does around {list_names(likes)}"
+    fix = f"add the stream to the result of {list_names(parts)}, as is done at {list_names(likes)}"
 
     # 2. The finding.
     parameters = [name for shortcut in missing for name in shortcut.parameters]
-    evidence = {"parts": parts, "like": like, "parameters": parameters}
+    evidence = {"parts": parts, "like": likes, "parameters": parameters}
     level = context.level(rule, "warning")
     finding = Finding(rule.code, level, parts, what, evidence, rule.summary, fix)
     return CheckOutcome(matched, [finding])

@@ -365,7 +365,7 @@ def _with_room(basis: Tensor, k: int) -> Tensor:
 
 
 def _reorthogonalise(basis: Tensor, k: int) -> Tensor:
-    """Take off the vector behind the first k directions of a basis what lies along them, in place.
+    """Take from vector k of a basis what lies along the k directions before it, in place.
 
     By classical Gram-Schmidt: one pass is made, or two if the first took much away. Rounding leaves
     what is u |before| / |after| of the result inside the basis, so that one pass is enough where
@@ -374,7 +374,7 @@ def _reorthogonalise(basis: Tensor, k: int) -> Tensor:
 
     Args:
         basis: (capacity, P, n).
-        k: how many directions it holds, and where the vector stands.
+        k: how many directions it holds; the vector comes after them.
 
     Returns:
         (P,), the norm of what is left.
