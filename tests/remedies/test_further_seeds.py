@@ -341,6 +341,15 @@ def test_something_new_on_one_sequence_is_looked_for_on_all(
     assert report.remedies[0].sequences == 2
 
 
+def test_the_function_is_compared_on_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = first_trials(monkeypatch)
+    report, _ = tried(monkeypatch, remedies="begun")
+    kept = [remedy for remedy in report.remedies if remedy.keeps_function]
+    assert kept and {remedy.sequences for remedy in kept} == {2}
+    assert all(remedy.function_change is not None for remedy in kept)
+    assert 2 in sequences_of(first)
+
+
 def test_figures_of_a_baseline_are_compared_on_its_own_probe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -69,6 +69,14 @@ def test_a_layer_without_any_shortcut_has_two_parts() -> None:
     names = [name for name, _ in parts(sites)]
     assert names == ["transformer.h.2.attn", "transformer.h.2.mlp"]
 
+    # Each is compared with its own like.
+    report = jacdiag.audit(model, torch.arange(16)[None], state="init", decide=True)
+    (finding,) = [finding for finding in report.findings if finding.code == "JD410"]
+    assert finding.what == (
+        "no shortcut leads around transformer.h.2.attn, transformer.h.2.mlp, as one does around "
+        "transformer.h.0.attn, transformer.h.0.mlp"
+    )
+
 
 @pytest.mark.parametrize("recipe", ["vanilla", "embed-detach"])
 def test_a_model_with_all_shortcuts_has_none(recipe: str) -> None:
